@@ -1,0 +1,164 @@
+"""Batches of a data set too large for memory: read, decoded and cropped on the host, in threads.
+
+A batch is a pure function of (seed, epoch, step), and an example's crop of (seed, epoch, index), so training
+that resumes at any step, on any number of processes, sees what it would have seen uninterrupted.
+"""
+
+import dataclasses
+import io
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import grain
+import jax
+import numpy as np
+from PIL import Image
+
+RATIO = (3 / 4, 4 / 3)    # width / height of a random crop
+CENTRE = 224 / 256        # side of the test crop, as a part of the image's short side
+ATTEMPTS = 10             # at a random box that fits, before the central one is taken
+
+
+class Batch(NamedTuple):
+  """Examples with weight 1, and padding with weight 0 that fills up the last batch of an epoch."""
+  image: np.ndarray | jax.Array     # uint8 [B, H, W, C]
+  label: np.ndarray | jax.Array     # int32 [B]
+  weight: np.ndarray | jax.Array    # float32 [B]
+
+
+class Source(Protocol):
+  """Random access to examples: 'image' is a uint8 array [H, W, 3] or an encoded file, 'label' an integer."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """A split read from `source`.
+
+  Attributes:
+    source: where the examples are.
+    image_size: height and width of the images given out.
+    train: shuffled, with random crops and flips; else in the order of `source`, with central crops.
+    min_area: of a random crop, as a part of the image's (0.3: ImageNet in Ren et al. 2023; 0.08: SimCLR).
+    seed: of shuffling, crops and flips.
+    threads: that read and decode.
+
+  >>> source = [{'image': np.full((20, 30, 3), i, np.uint8), 'label': i} for i in range(5)]
+  >>> stream = Stream(source, image_size=8, train=False)
+  >>> [(batch.image.shape, batch.label.tolist(), batch.weight.tolist()) for batch in stream.epoch(0, 1, 3)]
+  [((3, 8, 8, 3), [3, 4, 0], [1.0, 1.0, 0.0])]
+  """
+  source: Source
+  image_size: int = 224
+  train: bool = True
+  min_area: float = 0.3
+  seed: int = 0
+  threads: int = 16
+
+  @property
+  def examples(self) -> int:
+    """How many there are."""
+    return len(self.source)
+
+  def epoch(self, epoch: int, first_step: int, batch_size: int, process_index: int = 0,
+            process_count: int = 1) -> Iterator[Batch]:
+    """Batches `first_step` … of an epoch that has every example exactly once.
+
+    Args:
+      epoch: number of the epoch, which decides order, crops and flips.
+      first_step: batches of the epoch to pass over, without reading them.
+      batch_size: of the global batch, B.
+      process_index, process_count: this process gets the process_index-th of process_count equal,
+        contiguous slices of every global batch.
+
+    Returns:
+      Numpy batches, images uint8 [B / process_count, image_size, image_size, 3].
+
+    Raises:
+      ValueError: when the processes do not divide the batch.
+    """
+    if batch_size < 1 or batch_size % process_count:
+      raise ValueError(f'batch size {batch_size} does not divide among {process_count} processes')
+    local = batch_size // process_count
+    order = grain.MapDataset.range(self.examples)
+    if self.train:
+      # A hash of both numbers: with grain's own seed + epoch, seeds 0 and 1 would share nearly all orders.
+      mixed, = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
+      order = order.shuffle(seed=int(mixed))
+
+    def example(slot: int) -> Batch:
+      step, row = divmod(slot, local)
+      position = step * batch_size + process_index * local + row
+      return self._example(epoch, order[position]) if position < self.examples else self._padding()
+
+    steps = -(-self.examples // batch_size)
+    slots = grain.MapDataset.range(min(first_step, steps) * local, steps * local)
+    # Two batches ahead of the device.
+    options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=max(2 * local, self.threads))
+    return iter(slots.map(example).to_iter_dataset(options).batch(local))
+
+  def _example(self, epoch: int, index: int) -> Batch:
+    example = self.source[index]
+    image = _pil(example['image'])
+    if self.train:
+      rng = np.random.default_rng((self.seed, epoch, index))
+      image = _resized(image, random_box(rng, *image.size, self.min_area), self.image_size)
+      if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    else:
+      image = _resized(image, centre_box(*image.size), self.image_size)
+    return Batch(np.asarray(image), np.array(example['label'], np.int32), np.array(1, np.float32))
+
+  def _padding(self) -> Batch:
+    image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+    return Batch(image, np.array(0, np.int32), np.array(0, np.float32))
+
+
+def random_box(rng: np.random.Generator, width: int, height: int,
+               min_area: float) -> tuple[float, float, float, float]:
+  """(left, top, right, bottom) of a crop with a uniform area in [min_area, 1] and a log-uniform aspect ratio.
+
+  The image's largest central box of an allowed ratio where no random one fits, as for a very long image.
+
+  >>> random_box(np.random.default_rng(0), 100, 10, 1.0)
+  (43.5, 0.0, 56.5, 10.0)
+  """
+  for _ in range(ATTEMPTS):
+    area = rng.uniform(min_area, 1) * width * height
+    ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+    w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    if 0 < w <= width and 0 < h <= height:
+      left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+      return left, top, left + w, top + h
+  return _central(width, height, min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0])))
+
+
+def centre_box(width: int, height: int) -> tuple[float, float, float, float]:
+  """(left, top, right, bottom) of the square that is left of an image whose short side is scaled to 256 and
+  whose central 224×224 pixels are kept.
+
+  >>> centre_box(512, 256)
+  (144.0, 16.0, 368.0, 240.0)
+  """
+  side = CENTRE * min(width, height)
+  return _central(width, height, side, side)
+
+
+def _central(width: int, height: int, w: float, h: float) -> tuple[float, float, float, float]:
+  return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+
+def _pil(image: np.ndarray | bytes) -> Image.Image:
+  """The image in RGB; some of ImageNet's files are grey."""
+  if isinstance(image, bytes):
+    return Image.open(io.BytesIO(image)).convert('RGB')
+  return Image.fromarray(image)
+
+
+def _resized(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Image.Image:
+  """The box, scaled to size × size: cropping and scaling resample once."""
+  return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
