@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from jax.sharding import PartitionSpec as P
+from PIL import Image
 
 from lfg_jax import data
 
@@ -191,6 +193,28 @@ def test_preparing_checks_what_the_user_has_to_provide(tmp_path, monkeypatch):
   for dataset in data.TFDS:
     with pytest.raises(SystemExit, match=r'^preparing data needs TensorFlow .*: pip install tensorflow$'):
       prepare_data.main([f'--dataset={dataset}', f'--manual_dir={tmp_path}'])
+
+
+@pytest.mark.parametrize('name', ['mnist', 'fashion_mnist', 'cifar10'])
+def test_small_sets_are_read_as_written(name, tmp_path):
+  shape = data.TFDS[name].image_shape
+  images = {split: np.random.default_rng(i).integers(0, 256, (count, *shape), np.uint8)
+            for i, (split, count) in enumerate([('train', 10), ('test', 4)])}
+
+  def examples(split):
+    for label, image in enumerate(images[split]):
+      png = io.BytesIO()
+      Image.fromarray(image.squeeze()).save(png, 'PNG')
+      png.seek(0)
+      yield label, {'image': png, 'label': label} | ({'id': str(label)} if name == 'cifar10' else {})
+
+  builder = tfds.builder(name, data_dir=tmp_path, file_format='array_record')
+  builder._split_generators = lambda _: {split: examples(split) for split in images}
+  builder.download_and_prepare()
+  dataset = data.load(name, data_dir=str(tmp_path))
+  for split, arrays in (('train', dataset.train), ('test', dataset.test)):
+    assert sorted(arrays.label_N.tolist()) == list(range(len(images[split])))
+    np.testing.assert_array_equal(arrays.image_NxHxWxC, images[split][arrays.label_N])
 
 
 @functools.cache
