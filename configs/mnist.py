@@ -1,0 +1,17 @@
+"""MNIST."""
+
+from ml_collections import ConfigDict
+
+from lfg_jax import configs
+
+
+def get_config() -> ConfigDict:
+  config = configs.base()
+  config.dataset = 'mnist'
+  config.model.size = 'M/1/16'
+  config.optimizer.name = 'adam'
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.schedule = 'cosine'
+  config.epochs = 30
+  config.batch_size = 128
+  return config

@@ -1,0 +1,93 @@
+"""Checkpoints in WORKDIR/checkpoints, by Orbax: written while training goes on, renamed when complete."""
+
+import logging
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from lfg_jax.configs import UserError
+
+PyTree = Any
+_BEST = 'test_error'
+
+
+class Checkpoints:
+  """Saves and restores `(state, seconds)`; a context manager that waits for the last write.
+
+  Keeps the newest `keep` checkpoints and the one with the smallest test error.
+  """
+
+  def __init__(self, directory: pathlib.Path, keep: int) -> None:
+    # Orbax reports every file it writes; absl's own handler would print it.
+    logging.getLogger('absl').setLevel(logging.ERROR)
+    self._directory = directory.absolute()
+    self._keep = keep
+    self._manager: ocp.CheckpointManager | None = None
+
+  def restore(self, like: PyTree) -> tuple[PyTree, float] | None:
+    """The newest checkpoint that can be read, with shapes and sharding of `like`; None when there is none.
+
+    One that cannot be read, newer than one that can, is passed over with a warning, and removed, because its
+    step will be saved again.
+
+    Raises:
+      UserError: there are checkpoints, and none can be read: they may be of another version of the program.
+    """
+    # Without reading all metadata at once: one file cut short would keep every checkpoint from being read.
+    options = ocp.CheckpointManagerOptions(lightweight_initialize=True, cleanup_tmp_directories=True)
+    found, broken = None, {}
+    with self._open(options) as manager:
+      for step in sorted(manager.all_steps(), reverse=True):
+        try:
+          found = self._read(manager, step, like)
+          break
+        except Exception as error:    # what a damaged file raises depends on the file
+          broken[step] = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+      if broken and found is None:
+        newest = max(broken)
+        raise UserError(f'no checkpoint in {self._directory} can be read ({newest}: {broken[newest]}); '
+                        'remove this folder to start again')
+      for step, reason in broken.items():
+        print(f'warning: passing over the checkpoint of step {step}, which cannot be read ({reason})', file=sys.stderr)
+        manager.delete(step)
+    return found
+
+  def save(self, step: int, state: PyTree, seconds: float, test_error: float | None) -> None:
+    """Starts to save; returns as soon as `state` may change."""
+    if self._manager is None:
+      best = BestN(get_metric_fn=lambda metrics: metrics[_BEST], reverse=True, n=1,
+                   keep_checkpoints_without_metrics=False)
+      policy = AnyPreservationPolicy([LatestN(self._keep), best])
+      self._manager = self._open(ocp.CheckpointManagerOptions(preservation_policy=policy))
+    if step in self._manager.all_steps():
+      return
+    # The next update takes over the buffers of `state`, while Orbax still reads.
+    state = jax.tree.map(jnp.copy, state)
+    self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state),
+                                                     clock=ocp.args.JsonSave({'seconds': seconds})),
+                       metrics=None if test_error is None else {_BEST: test_error})
+
+  def close(self) -> None:
+    """Waits until everything is on disk."""
+    if self._manager is not None:
+      self._manager.close()
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.close()
+
+  def _open(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(self._directory, options=options, item_names=('state', 'clock', 'metrics'))
+
+  def _read(self, manager: ocp.CheckpointManager, step: int, like: PyTree) -> tuple[PyTree, float]:
+    manager.metrics(step)    # read again by `save`: must not be damaged
+    restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like),
+                                                             clock=ocp.args.JsonRestore()))
+    return restored['state'], restored['clock']['seconds']

@@ -1,0 +1,181 @@
+"""The config: its fields with their defaults, how it is read, and what it may contain.
+
+A file in `configs/` has a function `get_config()` that changes fields of `base()`; the command line changes
+further ones (`--config.optimizer.learning_rate=0.1`). `validate` finds what is wrong before any long work.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import re
+import runpy
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_dict, config_flags
+
+from lfg_jax import optimizers
+
+
+class UserError(Exception):
+  """Something that the user can mend; the message is one line."""
+
+
+def base() -> ConfigDict:
+  """All fields. See `algorithms.Options` for estimator and losses, `sizes.mixer_spec` and `mixer.Style` for model,
+  `optimizers.make` for optimizer."""
+  return ConfigDict({
+      'algorithm': 'LG-FG-A',
+      'dataset': 'digits',
+      'data_dir': config_dict.placeholder(str),      # None: $TFDS_DATA_DIR or ~/tensorflow_datasets
+      'image_size': config_dict.placeholder(int),    # None: the data set's own
+      'model': {
+          'size': 'M/8/16',                          # size / patches per side / groups
+          'blocks': config_dict.placeholder(int), 'channels': config_dict.placeholder(int),
+          'hidden': config_dict.placeholder(int),    # None: as the size implies
+          'pool_every': 0, 'channel_ratio': 2, 'group_ratio': 2, 'pool': 'average',
+          'norm': 'layer', 'norm_derivative': True, 'mixing': 'linear', 'conv_size': 3, 'init': 'lecun',
+          'norms': ('token_in', 'token_out', 'channel_in', 'channel_out', 'group_in', 'group_out', 'head', 'readout'),
+      },
+      'losses': {'patch': True, 'group': True, 'every': 1, 'overlap': False},
+      'estimator': {'law': 'rademacher', 'passes': 1, 'sharing': 'paper', 'credit': 'exact', 'step': 1e-3},
+      'optimizer': {
+          'name': 'sgd', 'learning_rate': 0.1, 'momentum': 0.9, 'weight_decay': 0.0,
+          'schedule': 'constant', 'warmup_epochs': 0.0, 'staircase_epochs': (), 'staircase_factor': 0.1,
+          'readout_multiplier': 0.1, 'head_multiplier': 1.0,
+      },
+      'epochs': 10,
+      'batch_size': 128,             # of all devices together
+      'seed': 0,
+      'eval_every': 1,               # epochs
+      'checkpoint_every': 1,         # epochs
+      'keep': 2,                     # checkpoints; the one with the best test error stays too
+      'distributed': False,          # several processes: calls jax.distributed.initialize()
+  })
+
+
+# field: (test, what is allowed)
+_RANGES: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(('epochs', 'batch_size', 'eval_every', 'checkpoint_every', 'keep'),
+                    (lambda v: v >= 1, '1 or more')),
+    **dict.fromkeys(('seed', 'optimizer.weight_decay', 'optimizer.warmup_epochs', 'optimizer.readout_multiplier',
+                     'optimizer.head_multiplier'), (lambda v: 0 <= v < math.inf, '0 or more')),
+    **dict.fromkeys(('optimizer.learning_rate', 'optimizer.staircase_factor'),
+                    (lambda v: 0 < v < math.inf, 'more than 0')),
+    'optimizer.momentum': (lambda v: 0 <= v < 1, '0 … 1, without 1'),
+    'optimizer.name': (lambda v: v in optimizers.OPTIMIZERS, ', '.join(optimizers.OPTIMIZERS)),
+    'optimizer.schedule': (lambda v: v in optimizers.SCHEDULES, ', '.join(optimizers.SCHEDULES)),
+}
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks names, types and ranges of all fields that no other module checks itself.
+
+  Raises:
+    UserError: what is wrong, what was given, what is allowed.
+  """
+  _same_fields(config, base(), '')
+  given = dict(flatten(config))
+  for field, (test, allowed) in _RANGES.items():
+    if not test(given[field]):
+      raise UserError(f'{field} is {given[field]!r}; allowed: {allowed}')
+  warmup, epochs = config.optimizer.warmup_epochs, config.epochs
+  if warmup >= epochs:
+    raise UserError(f'optimizer.warmup_epochs is {warmup!r}; allowed: less than epochs, {epochs}')
+
+
+def _same_fields(config: Any, wanted: ConfigDict, prefix: str) -> None:
+  """Compares names and types of fields with those of `wanted`."""
+  for field in config:
+    if field not in wanted:
+      raise _unknown(prefix + field, wanted)
+  for field, default in wanted.items():
+    if field not in config:
+      raise UserError(f'config field {prefix}{field} is missing')
+    value, kind = config[field], wanted.get_type(field)
+    if isinstance(default, ConfigDict):
+      if not isinstance(value, ConfigDict):
+        raise UserError(f'config field {prefix}{field} is {value!r}; allowed: the fields {", ".join(default)}')
+      _same_fields(value, default, f'{prefix}{field}.')
+    elif value is None and default is None or kind is float and type(value) is int:
+      continue
+    elif type(value) is not kind:
+      raise UserError(f'config field {prefix}{field} is {value!r}; allowed: {kind.__name__}')
+
+
+def _unknown(field: str, wanted: ConfigDict) -> UserError:
+  return UserError(f'unknown config field {field}; allowed: {", ".join(sorted(wanted))}')
+
+
+def flatten(config: ConfigDict | dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+  """All (dotted name, value).
+
+  >>> dict(flatten({'a': 1, 'b': {'c': 2}}))
+  {'a': 1, 'b.c': 2}
+  """
+  for field, value in config.items():
+    if isinstance(value, (ConfigDict, dict)):
+      yield from flatten(value, f'{prefix}{field}.')
+    else:
+      yield prefix + field, value
+
+
+def to_json(config: ConfigDict) -> str:
+  """A text that two configs share just when they are equal."""
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
+
+
+class Parser(argparse.ArgumentParser):
+  """Reports mistakes as `UserError` in place of two lines and an exit."""
+
+  def error(self, message: str) -> NoReturn:
+    """Raises what `main` prints."""
+    raise UserError(message)
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
+  """The options of `parser`, which has --config, and the config with the command line's changes.
+
+  Raises:
+    UserError: an unknown option, file or field, or a value of another type.
+  """
+  options, rest = parser.parse_known_args(arguments)
+  config = load(options.config)
+  for argument in rest:
+    if match := re.match(r'--?(?:no)?config\.([^=]*)', argument):
+      _check_field(config, match[1])
+  values = flags.FlagValues()
+  try:
+    config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=['', *rest])
+    _, *unused = values(['', *rest])
+  except (flags.Error, TypeError, ValueError) as error:
+    raise UserError(' '.join(str(error).split())) from error
+  if unused:
+    raise UserError(f'unexpected argument {unused[0]!r}')
+  return options, values.config
+
+
+def _check_field(config: ConfigDict, dotted: str) -> None:
+  """Finds the field that a flag names."""
+  node: Any = config
+  for i, field in enumerate(names := dotted.split('.')):
+    if not isinstance(node, ConfigDict) or field not in node:
+      wanted = node if isinstance(node, ConfigDict) else ConfigDict()
+      raise _unknown('.'.join(names[:i + 1]), wanted)
+    node = node[field]
+
+
+def load(path: str) -> ConfigDict:
+  """What `get_config()` of a file returns.
+
+  Raises:
+    UserError: no such file, or an error in it.
+  """
+  if not pathlib.Path(path).is_file():
+    raise UserError(f'config file {path} not found')
+  try:
+    return runpy.run_path(path)['get_config']()
+  except Exception as error:    # whatever the user's file raises
+    raise UserError(f'config file {path}: {type(error).__name__}: {" ".join(str(error).split())}') from error

@@ -1,0 +1,76 @@
+"""Optimizers and learning-rate schedules by name, all of them optax's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+PyTree = Any
+OPTIMIZERS = ('sgd', 'adam', 'adamw', 'lars')
+SCHEDULES = ('constant', 'linear', 'staircase', 'cosine')
+
+
+def schedule(config: Any, steps_per_epoch: int, epochs: int) -> optax.Schedule:
+  """Learning rate by step: a linear warm-up from 0, then what config.schedule names.
+
+  'linear' and 'cosine' fall to 0 at the last step; 'staircase' is multiplied by config.staircase_factor at
+  each of config.staircase_epochs, which count from the start of training.
+  """
+  warmup = round(config.warmup_epochs * steps_per_epoch)
+  rest = max(epochs * steps_per_epoch - warmup, 1)
+  rate = config.learning_rate
+  if config.schedule == 'linear':
+    main = optax.linear_schedule(rate, 0.0, rest)
+  elif config.schedule == 'cosine':
+    main = optax.cosine_decay_schedule(rate, rest)
+  elif config.schedule == 'staircase':
+    falls = {round(epoch * steps_per_epoch) - warmup: config.staircase_factor for epoch in config.staircase_epochs}
+    main = optax.piecewise_constant_schedule(rate, falls)
+  else:
+    main = optax.constant_schedule(rate)
+  return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), main], [warmup]) if warmup else main
+
+
+def make(config: Any, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+  """The optimizer that config.name names.
+
+  Decay acts on kernels only. For sgd and adam it is L2 regularisation, added to the gradient; adamw's is
+  decoupled from it; lars adds it before its trust ratio, which it takes of kernels (a stack of scanned blocks
+  is one kernel). `momentum` is adam's b1 as well. The updates of the read-out and of the local heads are
+  multiplied by numbers of their own.
+  """
+  decay, momentum = config.weight_decay, config.momentum
+  l2 = optax.add_decayed_weights(decay, mask=kernels)
+  optimizer = {
+      'sgd': lambda: optax.chain(l2, optax.sgd(learning_rate, momentum)),
+      'adam': lambda: optax.chain(l2, optax.adam(learning_rate, b1=momentum)),
+      'adamw': lambda: optax.adamw(learning_rate, b1=momentum, weight_decay=decay, mask=kernels),
+      'lars': lambda: optax.lars(learning_rate, decay, weight_decay_mask=kernels, trust_ratio_mask=kernels,
+                                 momentum=momentum),
+  }[config.name]()
+  return optax.chain(optimizer, _multiply({'readout': config.readout_multiplier, 'head': config.head_multiplier}))
+
+
+def kernels(params: PyTree) -> PyTree:
+  """True for the leaves that are called 'kernel'.
+
+  >>> kernels({'linear': {'kernel': 0, 'bias': 0}})
+  {'linear': {'bias': False, 'kernel': True}}
+  """
+  return _by_names(lambda names, _: names[-1] == 'kernel', params)
+
+
+def _multiply(multipliers: dict[str, float]) -> optax.GradientTransformation:
+  """Multiplies the updates in subtrees of given names."""
+  def scale(names: list[str], update: jax.Array) -> jax.Array:
+    for name, multiplier in multipliers.items():
+      if name in names:
+        return update * multiplier
+    return update
+
+  return optax.stateless(lambda updates, _: _by_names(scale, updates))
+
+
+def _by_names(f: Callable[[list[str], Any], Any], tree: PyTree) -> PyTree:
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: f([entry.key for entry in path], leaf), tree)

@@ -1,0 +1,226 @@
+"""Training: from a config to a folder with checkpoints, metrics, curves and a summary.
+
+A run is a pure function of its config, so a run that was stopped, in any way, ends as if it had not been.
+"""
+
+import json
+import pathlib
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lfg_jax import algorithms, configs, data, optimizers, plots, run_log, update
+from lfg_jax.checkpoints import Checkpoints
+from lfg_jax.configs import UserError
+from lfg_jax.run_log import RunLog
+from lfg_jax.update import Feed, TrainState
+
+MAY_DIFFER = ('data_dir', 'distributed')    # when a run resumes: where the data is, not which
+REFRESH_SECONDS = 1.0                       # between looks at the running state, each of which waits for the device
+
+
+class Job(NamedTuple):
+  """A config in which everything was found good, with what it names."""
+  config: ConfigDict
+  dataset: data.Dataset
+  algorithm: algorithms.Algorithm
+  mesh: Mesh
+
+
+class Interrupted(Exception):
+  """A signal ended the run, after its state was saved."""
+
+  def __init__(self, message: str, signum: int) -> None:
+    super().__init__(message)
+    self.signum = signum
+
+
+def prepare(config: ConfigDict) -> Job:
+  """Finds all mistakes in a config, and loads its data.
+
+  Raises:
+    UserError: one line about the first mistake.
+  """
+  configs.validate(config)
+  try:
+    if config.distributed and not jax.distributed.is_initialized():
+      jax.distributed.initialize()
+    if config.batch_size % jax.device_count():
+      raise ValueError(f'batch_size is {config.batch_size}; allowed: multiples of {jax.device_count()}, '
+                       'the number of devices')
+    dataset = data.load(config.dataset, data_dir=config.data_dir, image_size=config.image_size, seed=config.seed)
+    algorithm = algorithms.make(config, dataset, update.AXIS)
+  except (ValueError, FileNotFoundError) as error:
+    raise UserError(str(error)) from error
+  return Job(config, dataset, algorithm, update.make_mesh())
+
+
+def claim(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any] | None:
+  """Makes `workdir` the folder of this config's run; returns the summary if the run is finished.
+
+  Raises:
+    UserError: the folder has a run of another config, or files that are no run's.
+  """
+  path = workdir / 'config.json'
+  if path.exists():
+    _compare(path, config)
+    finished = workdir / 'summary.json'
+    return json.loads(finished.read_text()) if finished.exists() else None
+  if workdir.exists() and (not workdir.is_dir() or any(f.name != 'config.json.tmp' for f in workdir.iterdir())):
+    raise UserError(f'{workdir} exists and is not the folder of a run; name another')
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    run_log.write_atomically(path, configs.to_json(config))
+  return None
+
+
+def _compare(path: pathlib.Path, config: ConfigDict) -> None:
+  """Raises UserError when the stored config is not `config`."""
+  try:
+    there = dict(configs.flatten(json.loads(path.read_text())))
+  except (ValueError, AttributeError) as error:
+    raise UserError(f'{path} is not a config that this program wrote; name another folder') from error
+  here = dict(configs.flatten(json.loads(configs.to_json(config))))
+  differing = [field for field in sorted({*here, *there} - {*MAY_DIFFER}) if here.get(field) != there.get(field)]
+  if differing:
+    what = ', '.join(f'{field} is {there.get(field)!r} there, {here.get(field)!r} here' for field in differing)
+    raise UserError(f'{path.parent} has a run of another config ({what}); name another folder')
+
+
+class Signals:
+  """While entered, SIGTERM and Ctrl-C only ask for an end; a second one acts as usual.
+
+  With several processes the end must come at the same step in all: JAX agrees on one after a SIGTERM to any.
+  """
+
+  def __init__(self) -> None:
+    self.received = 0
+
+  def __enter__(self) -> 'Signals':
+    ours = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    self._previous = {number: signal.signal(number, self._receive) for number in ours}
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def _receive(self, number: int, _: FrameType | None) -> None:
+    self.received = number
+    self.__exit__()
+
+  def ask_to_stop(self, step: int) -> bool:
+    """To be called after every step."""
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+      self.received = signal.SIGTERM
+    return bool(self.received)
+
+
+def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
+  """Trains, or goes on with, the run in `workdir`; returns its summary.
+
+  Raises:
+    UserError: the folder is not this run's; the loss became infinite or NaN.
+    Interrupted: by a signal.
+  """
+  begin = time.monotonic()
+  if finished := claim(workdir, job.config):
+    print(f'{workdir} has this run finished: test error {100 * finished["test_error"]:.2f} %')
+    return finished
+  config, dataset = job.config, job.dataset
+  init_key, order_key, noise_key = jax.random.split(jax.random.key(config.seed), 3)
+  feed = update.make_feed(dataset.train, job.mesh, config.batch_size, order_key)
+  test_error = update.make_error(job.algorithm, job.mesh, update.make_feed(dataset.test, job.mesh, config.batch_size))
+  rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs)
+  optimizer = optimizers.make(config.optimizer, rate)
+  state = update.init_state(job.algorithm, optimizer, init_key, job.mesh)
+  step_fn = update.make_update(job.algorithm, optimizer, job.mesh, feed)
+  active = jax.process_index() == 0
+
+  with Checkpoints(workdir / 'checkpoints', config.keep) as checkpoints:
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    state, seconds = checkpoints.restore(like) or (state, 0.0)
+    start_step = int(state.step)
+    if active and start_step:
+      print(f'resuming {workdir} at step {start_step}')
+    with RunLog(workdir, start_step, config.epochs * feed.steps, config.batch_size, active) as log, Signals() as signals:
+      clock = lambda: seconds + time.monotonic() - begin
+      state = _epochs(config, state, lambda s, inputs: step_fn(s, noise_key, *inputs), feed, test_error,
+                      checkpoints, log, signals, clock, workdir)
+  return _finish(job, workdir, state, log.rows, clock())
+
+
+def _epochs(config: ConfigDict, state: TrainState, step_fn: Callable[[TrainState, tuple], TrainState], feed: Feed,
+            test_error: Callable[[TrainState], float], checkpoints: Checkpoints, log: RunLog, signals: Signals,
+            clock: Callable[[], float], workdir: pathlib.Path) -> TrainState:
+  """The epochs that are left."""
+  for epoch in range(int(state.step) // feed.steps, config.epochs):
+    state, speed = _epoch(state, step_fn, feed, epoch, config.batch_size, log, signals)
+    _check_finite(state, workdir)
+    step, done = int(state.step), epoch + 1
+    is_whole, is_last = step == done * feed.steps, step == config.epochs * feed.steps
+    error = None
+    if is_whole:
+      error = test_error(state) if is_last or done % config.eval_every == 0 else None
+      log.write({'step': step, 'epoch': done, **_means(state), 'test_error': error, 'examples_per_second': speed})
+    if is_last or signals.received or (is_whole and done % config.checkpoint_every == 0):
+      checkpoints.save(step, state, clock(), error)
+    if signals.received and not is_last:
+      checkpoints.close()
+      raise Interrupted(f'{signal.Signals(signals.received).name}: saved step {step} in {workdir}; the same '
+                        'command goes on from there', signals.received)
+  return state
+
+
+def _epoch(state: TrainState, step_fn: Callable[[TrainState, tuple], TrainState], feed: Feed, epoch: int,
+           batch_size: int, log: RunLog, signals: Signals) -> tuple[TrainState, float | None]:
+  """Steps to the end of an epoch, or to a signal; also returns the speed in examples/s, if it was measured."""
+  first = int(state.step) % feed.steps
+  begin = shown = time.monotonic()
+  step = first
+  for step, inputs in feed.epoch(epoch, first):
+    state = step_fn(state, inputs)
+    if step == first:    # its time, which may include compilation, is not part of the speed
+      jax.block_until_ready(state)
+      begin = time.monotonic()
+    if time.monotonic() - shown > REFRESH_SECONDS:
+      if int(state.bad_step) >= 0:
+        break
+      log.progress(int(state.step), epoch=epoch + 1, **{name: f'{mean:.4f}' for name, mean in _means(state).items()})
+      shown = time.monotonic()
+    if signals.ask_to_stop(int(epoch * feed.steps + step + 1)):
+      break
+  jax.block_until_ready(state)
+  return state, (step - first) * batch_size / (time.monotonic() - begin) if step > first else None
+
+
+def _means(state: TrainState) -> dict[str, float]:
+  """Of the epoch so far."""
+  return {f'train_{name}': float(state.sums[name] / state.sums['examples']) for name in ('loss', 'error')}
+
+
+def _check_finite(state: TrainState, workdir: pathlib.Path) -> None:
+  if (step := int(state.bad_step)) >= 0:
+    raise UserError(f'loss or update became NaN or infinite at step {step}; checkpoints of before are in '
+                    f'{workdir / "checkpoints"}; a smaller optimizer.learning_rate may help')
+
+
+def _finish(job: Job, workdir: pathlib.Path, state: TrainState, rows: list[run_log.Row], seconds: float
+            ) -> dict[str, Any]:
+  """Writes curves.png and, last, summary.json."""
+  last = rows[-1]
+  summary = {'algorithm': job.config.algorithm, 'model': job.config.model.size, 'dataset': job.dataset.name,
+             'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)), 'steps': int(state.step),
+             'train_error': last['train_error'], 'test_error': last['test_error'], 'seconds': round(seconds, 2)}
+  if jax.process_index() == 0:
+    plots.curves(workdir / 'curves.png', {job.config.algorithm: rows})
+    run_log.write_atomically(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
+  return summary

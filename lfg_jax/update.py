@@ -1,0 +1,170 @@
+"""One training step and the evaluation, each jitted, over a mesh with a data axis; and how data gets there.
+
+Parameters are on every device; each gets its part of the batch, and gradients are summed over devices. All
+that is random is keyed by step and by position in the global batch, so the number of devices does not matter.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lfg_jax.algorithms import Algorithm
+from lfg_jax.data import Arrays, epoch_order, sequential_order, take
+from lfg_jax.streams import Batch, Stream
+
+PyTree = Any
+AXIS = 'data'
+
+
+class TrainState(NamedTuple):
+  """All that changes while training; what a checkpoint holds.
+
+  Attributes:
+    step: updates done.
+    params: what the optimizer moves.
+    rest: the model's other variables ('batch_stats', 'feedback').
+    opt_state: the optimizer's.
+    sums: 'loss', 'error' and 'examples' since the epoch began, so that a run which resumes within an epoch
+      reports the same means.
+    bad_step: number, from 1, of the first step whose loss or update was not finite; -1: none.
+  """
+  step: jax.Array
+  params: PyTree
+  rest: dict[str, PyTree]
+  opt_state: PyTree
+  sums: dict[str, jax.Array]
+  bad_step: jax.Array
+
+
+def make_mesh() -> Mesh:
+  """All devices on one axis."""
+  return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def init_state(algorithm: Algorithm, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh) -> TrainState:
+  """The state before the first step, on every device."""
+  def init(key: jax.Array) -> TrainState:
+    rest = algorithm.init(key)
+    params = rest.pop('params')
+    sums = {name: jnp.zeros(()) for name in ('loss', 'error', 'examples')}
+    return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params), sums,
+                      jnp.full((), -1, jnp.int32))
+
+  return jax.jit(init, out_shardings=NamedSharding(mesh, P()))(key)
+
+
+class Feed(NamedTuple):
+  """A split as the inputs of jitted functions.
+
+  Attributes:
+    steps: batches in an epoch.
+    fetch: `(*local inputs, step within the epoch) -> local batch`, called inside shard_map.
+    specs: how the inputs are sharded.
+    epoch: `(epoch, first step) -> iterator of (step, inputs)`.
+    is_stream: inputs are one batch; otherwise the whole epoch, the same for all steps.
+  """
+  steps: int
+  fetch: Callable[..., Batch]
+  specs: tuple[P, ...]
+  epoch: Callable[[int, int], Iterator[tuple[int, tuple]]]
+  is_stream: bool
+
+
+def make_feed(split: Arrays | Stream, mesh: Mesh, batch_size: int, key: jax.Array | None = None) -> Feed:
+  """The data of a split, in an order that `key` and the epoch decide; without a key in its own order.
+
+  (A stream has a seed of its own.)
+  """
+  steps = -(-split.examples // batch_size)
+  if isinstance(split, Stream):
+    return _stream_feed(split, mesh, batch_size, steps)
+  arrays = jax.tree.map(functools.partial(jax.make_array_from_process_local_data, NamedSharding(mesh, P())), split)
+  specs = (P(), P(None, AXIS))
+
+  @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, specs[1]))
+  def order(epoch: int) -> jax.Array:
+    if key is None:
+      return sequential_order(split.examples, batch_size)
+    return epoch_order(jax.random.fold_in(key, epoch), split.examples, batch_size)
+
+  def epochs(epoch: int, first_step: int) -> Iterator[tuple[int, tuple]]:
+    inputs = (arrays, order(epoch))
+    return ((step, inputs) for step in range(first_step, steps))
+
+  return Feed(steps, lambda arrays, order_SxB, step: take(arrays, order_SxB[step]), specs, epochs, is_stream=False)
+
+
+def _stream_feed(stream: Stream, mesh: Mesh, batch_size: int, steps: int) -> Feed:
+  to_devices = functools.partial(jax.make_array_from_process_local_data, NamedSharding(mesh, P(AXIS)))
+
+  def epochs(epoch: int, first_step: int) -> Iterator[tuple[int, tuple]]:
+    batches = stream.epoch(epoch, first_step, batch_size, jax.process_index(), jax.process_count())
+    return ((step, (jax.tree.map(to_devices, batch),)) for step, batch in enumerate(batches, first_step))
+
+  return Feed(steps, lambda batch, step: batch, (P(AXIS),), epochs, is_stream=True)
+
+
+def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Mesh, feed: Feed
+                ) -> Callable[..., TrainState]:
+  """`update(state, key, *inputs) -> state`, which takes over the memory of its first argument.
+
+  The algorithm must be made with AXIS as its axis_name.
+  """
+  def local_gradient(state: TrainState, key: jax.Array, *inputs: Any) -> tuple[PyTree, dict]:
+    batch = feed.fetch(*inputs, state.step % feed.steps)
+    examples = jax.lax.psum(batch.weight.sum(), AXIS)
+    batch = batch._replace(weight=batch.weight / examples)
+    grads, aux = algorithm.gradient({'params': state.params, **state.rest}, jax.random.fold_in(key, state.step), batch)
+    stats = aux.pop('batch_stats')
+    grads, aux = jax.lax.psum((grads, aux), AXIS)
+    return grads, {**aux, 'examples': examples, 'batch_stats': stats}
+
+  # check_vma=False: else jax.grad inside would sum over devices by itself, as parameters are the same on all,
+  # but jax.jvp along a tangent would not; without the check no rule does, and the one psum above serves all.
+  gradient = jax.shard_map(local_gradient, mesh=mesh, in_specs=(P(), P(), *feed.specs), out_specs=P(), check_vma=False)
+
+  def update(state: TrainState, key: jax.Array, *inputs: Any) -> TrainState:
+    grads, aux = gradient(state, key, *inputs)
+    stats, examples = aux.pop('batch_stats'), aux.pop('examples')
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    is_finite = jnp.isfinite(aux['loss']) & jnp.isfinite(optax.global_norm(updates))
+    means = {'loss': aux['loss'] * examples, 'error': aux['error'] * examples, 'examples': examples}
+    is_first = state.step % feed.steps == 0
+    return TrainState(
+        state.step + 1, optax.apply_updates(state.params, updates),
+        {**state.rest, 'batch_stats': stats} if 'batch_stats' in state.rest else state.rest, opt_state,
+        {name: jnp.where(is_first, 0, state.sums[name]) + mean for name, mean in means.items()},
+        jnp.where((state.bad_step < 0) & ~is_finite, state.step + 1, state.bad_step))
+
+  return jax.jit(update, donate_argnums=0, out_shardings=NamedSharding(mesh, P()))
+
+
+def make_error(algorithm: Algorithm, mesh: Mesh, feed: Feed) -> Callable[[TrainState], float]:
+  """`error(state)`: part of the examples of a whole split, each counted once, that are classified wrongly."""
+  def local_count(params: PyTree, rest: dict[str, PyTree], steps_S: jax.Array, *inputs: Any) -> jax.Array:
+    def add(counts: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
+      batch = feed.fetch(*inputs, step)
+      logits_BxK = algorithm.predict({'params': params, **rest}, batch.image)
+      wrong_B = logits_BxK.argmax(-1) != batch.label
+      return counts + jnp.stack([(wrong_B * batch.weight).sum(), batch.weight.sum()]), None
+
+    return jax.lax.psum(jax.lax.scan(add, jnp.zeros(2), steps_S)[0], AXIS)
+
+  count = jax.jit(jax.shard_map(local_count, mesh=mesh, in_specs=(P(), P(), P(), *feed.specs), out_specs=P(),
+                                check_vma=False))
+
+  def error(state: TrainState) -> float:
+    if feed.is_stream:
+      counts = sum(count(state.params, state.rest, jnp.arange(1), *inputs) for _, inputs in feed.epoch(0, 0))
+    else:
+      _, inputs = next(feed.epoch(0, 0))
+      counts = count(state.params, state.rest, jnp.arange(feed.steps), *inputs)
+    return float(counts[0] / counts[1])
+
+  return error
