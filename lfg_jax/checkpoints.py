@@ -13,7 +13,10 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from lfg_jax.configs import UserError
 
 PyTree = Any
-_BEST = 'test_error'
+
+
+def _test_error(metrics: dict[str, float]) -> float:
+  return metrics['test_error']
 
 
 class Checkpoints:
@@ -53,24 +56,26 @@ class Checkpoints:
         raise UserError(f'no checkpoint in {self._directory} can be read ({newest}: {broken[newest]}); '
                         'remove this folder to start again')
       for step, reason in broken.items():
-        print(f'warning: passing over the checkpoint of step {step}, which cannot be read ({reason})', file=sys.stderr)
+        print(f'warning: passing over the checkpoint of step {step}, which cannot be read ({reason})',
+              file=sys.stderr)
         manager.delete(step)
     return found
 
   def save(self, step: int, state: PyTree, seconds: float, test_error: float | None) -> None:
     """Starts to save; returns as soon as `state` may change."""
     if self._manager is None:
-      best = BestN(get_metric_fn=lambda metrics: metrics[_BEST], reverse=True, n=1,
-                   keep_checkpoints_without_metrics=False)
+      best = BestN(get_metric_fn=_test_error, reverse=True, n=1, keep_checkpoints_without_metrics=False)
       policy = AnyPreservationPolicy([LatestN(self._keep), best])
-      self._manager = self._open(ocp.CheckpointManagerOptions(preservation_policy=policy))
+      # Without best_fn, Orbax writes no metrics.
+      self._manager = self._open(ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_test_error,
+                                                              best_mode='min'))
     if step in self._manager.all_steps():
       return
     # The next update takes over the buffers of `state`, while Orbax still reads.
     state = jax.tree.map(jnp.copy, state)
     self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state),
                                                      clock=ocp.args.JsonSave({'seconds': seconds})),
-                       metrics=None if test_error is None else {_BEST: test_error})
+                       metrics=None if test_error is None else {'test_error': test_error})
 
   def close(self) -> None:
     """Waits until everything is on disk."""

@@ -10,22 +10,41 @@ import math
 import pathlib
 import re
 import runpy
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from lfg_jax import optimizers
+from lfg_jax import mixer, optimizers
 
 
 class UserError(Exception):
-  """Something that the user can mend; the message is one line."""
+  """Something that the user can mend; the message is one line.
+
+  Attributes:
+    exit_code: of a program that ends with it.
+  """
+  exit_code = 2
+
+
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+  """Runs a program; a `UserError` ends in its line."""
+  try:
+    main(sys.argv[1:])
+  except UserError as error:
+    print(f'{pathlib.Path(sys.argv[0]).name}: {error}', file=sys.stderr)
+    sys.exit(error.exit_code)
+  sys.exit()
 
 
 def base() -> ConfigDict:
-  """All fields. See `algorithms.Options` for estimator and losses, `sizes.mixer_spec` and `mixer.Style` for model,
-  `optimizers.make` for optimizer."""
+  """All fields.
+
+  `algorithms.Options` explains estimator and losses; `sizes.mixer_spec` and `mixer.Style` the model;
+  `optimizers.make` and `optimizers.schedule` the optimizer.
+  """
   return ConfigDict({
       'algorithm': 'LG-FG-A',
       'dataset': 'digits',
@@ -37,7 +56,7 @@ def base() -> ConfigDict:
           'hidden': config_dict.placeholder(int),    # None: as the size implies
           'pool_every': 0, 'channel_ratio': 2, 'group_ratio': 2, 'pool': 'average',
           'norm': 'layer', 'norm_derivative': True, 'mixing': 'linear', 'conv_size': 3, 'init': 'lecun',
-          'norms': ('token_in', 'token_out', 'channel_in', 'channel_out', 'group_in', 'group_out', 'head', 'readout'),
+          'norms': mixer.NORMS,
       },
       'losses': {'patch': True, 'group': True, 'every': 1, 'overlap': False},
       'estimator': {'law': 'rademacher', 'passes': 1, 'sharing': 'paper', 'credit': 'exact', 'step': 1e-3},
@@ -60,8 +79,9 @@ def base() -> ConfigDict:
 _RANGES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(('epochs', 'batch_size', 'eval_every', 'checkpoint_every', 'keep'),
                     (lambda v: v >= 1, '1 or more')),
-    **dict.fromkeys(('seed', 'optimizer.weight_decay', 'optimizer.warmup_epochs', 'optimizer.readout_multiplier',
-                     'optimizer.head_multiplier'), (lambda v: 0 <= v < math.inf, '0 or more')),
+    **dict.fromkeys(('seed', 'optimizer.weight_decay', 'optimizer.warmup_epochs',
+                     'optimizer.readout_multiplier', 'optimizer.head_multiplier'),
+                    (lambda v: 0 <= v < math.inf, '0 or more')),
     **dict.fromkeys(('optimizer.learning_rate', 'optimizer.staircase_factor'),
                     (lambda v: 0 < v < math.inf, 'more than 0')),
     'optimizer.momentum': (lambda v: 0 <= v < 1, '0 … 1, without 1'),
@@ -97,11 +117,9 @@ def _same_fields(config: Any, wanted: ConfigDict, prefix: str) -> None:
     value, kind = config[field], wanted.get_type(field)
     if isinstance(default, ConfigDict):
       if not isinstance(value, ConfigDict):
-        raise UserError(f'config field {prefix}{field} is {value!r}; allowed: the fields {", ".join(default)}')
+        raise UserError(f'config field {prefix}{field} is {value!r}; allowed: fields {", ".join(default)}')
       _same_fields(value, default, f'{prefix}{field}.')
-    elif value is None and default is None or kind is float and type(value) is int:
-      continue
-    elif type(value) is not kind:
+    elif type(value) is not kind and (value, default) != (None, None) and (kind, type(value)) != (float, int):
       raise UserError(f'config field {prefix}{field} is {value!r}; allowed: {kind.__name__}')
 
 
@@ -128,10 +146,10 @@ def to_json(config: ConfigDict) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-  """Reports mistakes as `UserError` in place of two lines and an exit."""
+  """A parser whose mistakes are `UserError`s."""
 
   def error(self, message: str) -> NoReturn:
-    """Raises what `main` prints."""
+    """Called by argparse, which else prints the usage and exits."""
     raise UserError(message)
 
 

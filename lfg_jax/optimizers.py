@@ -25,8 +25,8 @@ def schedule(config: Any, steps_per_epoch: int, epochs: int) -> optax.Schedule:
   elif config.schedule == 'cosine':
     main = optax.cosine_decay_schedule(rate, rest)
   elif config.schedule == 'staircase':
-    falls = {round(epoch * steps_per_epoch) - warmup: config.staircase_factor for epoch in config.staircase_epochs}
-    main = optax.piecewise_constant_schedule(rate, falls)
+    falls = [round(epoch * steps_per_epoch) - warmup for epoch in config.staircase_epochs]
+    main = optax.piecewise_constant_schedule(rate, dict.fromkeys(falls, config.staircase_factor))
   else:
     main = optax.constant_schedule(rate)
   return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), main], [warmup]) if warmup else main
@@ -49,7 +49,8 @@ def make(config: Any, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
       'lars': lambda: optax.lars(learning_rate, decay, weight_decay_mask=kernels, trust_ratio_mask=kernels,
                                  momentum=momentum),
   }[config.name]()
-  return optax.chain(optimizer, _multiply({'readout': config.readout_multiplier, 'head': config.head_multiplier}))
+  multipliers = {'readout': config.readout_multiplier, 'head': config.head_multiplier}
+  return optax.chain(optimizer, _multiply(multipliers))
 
 
 def kernels(params: PyTree) -> PyTree:

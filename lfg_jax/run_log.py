@@ -33,7 +33,8 @@ class RunLog:
     rows: all rows of the run.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int, total_steps: int, batch_size: int, active: bool) -> None:
+  def __init__(self, workdir: pathlib.Path, step: int, total_steps: int, batch_size: int, *,
+               active: bool) -> None:
     """Goes on at `step`: rows after it, of a run that was killed, are dropped."""
     path = workdir / 'metrics.jsonl'
     self.rows = [row for row in read_rows(path) if row['step'] <= step]
@@ -47,7 +48,7 @@ class RunLog:
     write_atomically(path, ''.join(json.dumps(row) + '\n' for row in self.rows))
     self._file = path.open('a')
     # Events of steps that will come again are hidden.
-    self._writer = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
+    self._writer = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
 
   def progress(self, step: int, **shown: Any) -> None:
     """Moves the bar to `step`."""

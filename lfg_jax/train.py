@@ -24,7 +24,7 @@ from lfg_jax.run_log import RunLog
 from lfg_jax.update import Feed, TrainState
 
 MAY_DIFFER = ('data_dir', 'distributed')    # when a run resumes: where the data is, not which
-REFRESH_SECONDS = 1.0                       # between looks at the running state, each of which waits for the device
+REFRESH_SECONDS = 1.0                       # between looks at the running state, which wait for the device
 
 
 class Job(NamedTuple):
@@ -35,12 +35,12 @@ class Job(NamedTuple):
   mesh: Mesh
 
 
-class Interrupted(Exception):
+class Interrupted(UserError):
   """A signal ended the run, after its state was saved."""
 
-  def __init__(self, message: str, signum: int) -> None:
-    super().__init__(message)
-    self.signum = signum
+  def __init__(self, step: int, number: int) -> None:
+    super().__init__(f'{signal.Signals(number).name}: saved step {step}; the same command goes on from there')
+    self.exit_code = 128 + number    # as shells report a signal
 
 
 def prepare(config: ConfigDict) -> Job:
@@ -56,7 +56,8 @@ def prepare(config: ConfigDict) -> Job:
     if config.batch_size % jax.device_count():
       raise ValueError(f'batch_size is {config.batch_size}; allowed: multiples of {jax.device_count()}, '
                        'the number of devices')
-    dataset = data.load(config.dataset, data_dir=config.data_dir, image_size=config.image_size, seed=config.seed)
+    dataset = data.load(config.dataset, data_dir=config.data_dir, image_size=config.image_size,
+                        seed=config.seed)
     algorithm = algorithms.make(config, dataset, update.AXIS)
   except (ValueError, FileNotFoundError) as error:
     raise UserError(str(error)) from error
@@ -74,7 +75,8 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any] | None:
     _compare(path, config)
     finished = workdir / 'summary.json'
     return json.loads(finished.read_text()) if finished.exists() else None
-  if workdir.exists() and (not workdir.is_dir() or any(f.name != 'config.json.tmp' for f in workdir.iterdir())):
+  # A run that was killed at once may have left config.json.tmp.
+  if workdir.exists() and (not workdir.is_dir() or {f.name for f in workdir.iterdir()} - {'config.json.tmp'}):
     raise UserError(f'{workdir} exists and is not the folder of a run; name another')
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -89,10 +91,12 @@ def _compare(path: pathlib.Path, config: ConfigDict) -> None:
   except (ValueError, AttributeError) as error:
     raise UserError(f'{path} is not a config that this program wrote; name another folder') from error
   here = dict(configs.flatten(json.loads(configs.to_json(config))))
-  differing = [field for field in sorted({*here, *there} - {*MAY_DIFFER}) if here.get(field) != there.get(field)]
+  fields = sorted({*here, *there} - {*MAY_DIFFER})
+  differing = [f'{field} is {there.get(field)!r} there, {here.get(field)!r} here'
+               for field in fields if here.get(field) != there.get(field)]
   if differing:
-    what = ', '.join(f'{field} is {there.get(field)!r} there, {here.get(field)!r} here' for field in differing)
-    raise UserError(f'{path.parent} has a run of another config ({what}); name another folder')
+    raise UserError(f'{path.parent} has a run of another config ({", ".join(differing)}); '
+                    'name another folder')
 
 
 class Signals:
@@ -133,72 +137,94 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
   """
   begin = time.monotonic()
   if finished := claim(workdir, job.config):
-    print(f'{workdir} has this run finished: test error {100 * finished["test_error"]:.2f} %')
+    print(f'{workdir} has this run finished')
     return finished
-  config, dataset = job.config, job.dataset
+  functions, state = _build(job)
+  active = jax.process_index() == 0
+  with Checkpoints(workdir / 'checkpoints', job.config.keep) as checkpoints:
+    restored = checkpoints.restore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+    if restored:
+      state, seconds = restored
+      begin -= seconds
+      print(f'resuming {workdir} at step {int(state.step)}')
+    total, batch_size = job.config.epochs * functions.feed.steps, job.config.batch_size
+    with RunLog(workdir, int(state.step), total, batch_size, active=active) as log, Signals() as signals:
+      state = _epochs(job.config, functions, state, checkpoints, log, signals, begin)
+  return _finish(job, workdir, state, log.rows, time.monotonic() - begin)
+
+
+class _Functions(NamedTuple):
+  """What a run does again and again.
+
+  Attributes:
+    feed: the training data.
+    step: `(state, inputs of the feed) -> state`.
+    test_error: `state -> float`.
+  """
+  feed: Feed
+  step: Callable[[TrainState, tuple], TrainState]
+  test_error: Callable[[TrainState], float]
+
+
+def _build(job: Job) -> tuple[_Functions, TrainState]:
+  """Jitted functions of a run, and its state before the first step."""
+  config, dataset, algorithm, mesh = job
   init_key, order_key, noise_key = jax.random.split(jax.random.key(config.seed), 3)
-  feed = update.make_feed(dataset.train, job.mesh, config.batch_size, order_key)
-  test_error = update.make_error(job.algorithm, job.mesh, update.make_feed(dataset.test, job.mesh, config.batch_size))
+  feed = update.make_feed(dataset.train, mesh, config.batch_size, order_key)
   rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs)
   optimizer = optimizers.make(config.optimizer, rate)
-  state = update.init_state(job.algorithm, optimizer, init_key, job.mesh)
-  step_fn = update.make_update(job.algorithm, optimizer, job.mesh, feed)
-  active = jax.process_index() == 0
-
-  with Checkpoints(workdir / 'checkpoints', config.keep) as checkpoints:
-    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    state, seconds = checkpoints.restore(like) or (state, 0.0)
-    start_step = int(state.step)
-    if active and start_step:
-      print(f'resuming {workdir} at step {start_step}')
-    with RunLog(workdir, start_step, config.epochs * feed.steps, config.batch_size, active) as log, Signals() as signals:
-      clock = lambda: seconds + time.monotonic() - begin
-      state = _epochs(config, state, lambda s, inputs: step_fn(s, noise_key, *inputs), feed, test_error,
-                      checkpoints, log, signals, clock, workdir)
-  return _finish(job, workdir, state, log.rows, clock())
+  step = update.make_update(algorithm, optimizer, mesh, feed)
+  test_error = update.make_error(algorithm, mesh, update.make_feed(dataset.test, mesh, config.batch_size))
+  functions = _Functions(feed, lambda state, inputs: step(state, noise_key, *inputs), test_error)
+  return functions, update.init_state(algorithm, optimizer, init_key, mesh)
 
 
-def _epochs(config: ConfigDict, state: TrainState, step_fn: Callable[[TrainState, tuple], TrainState], feed: Feed,
-            test_error: Callable[[TrainState], float], checkpoints: Checkpoints, log: RunLog, signals: Signals,
-            clock: Callable[[], float], workdir: pathlib.Path) -> TrainState:
+def _epochs(config: ConfigDict, functions: _Functions, state: TrainState, checkpoints: Checkpoints,
+            log: RunLog, signals: Signals, begin: float) -> TrainState:
   """The epochs that are left."""
-  for epoch in range(int(state.step) // feed.steps, config.epochs):
-    state, speed = _epoch(state, step_fn, feed, epoch, config.batch_size, log, signals)
-    _check_finite(state, workdir)
+  steps = functions.feed.steps
+  for epoch in range(int(state.step) // steps, config.epochs):
+    state, speed = _epoch(functions, state, epoch, config.batch_size, log, signals)
+    if (bad := int(state.bad_step)) >= 0:
+      raise UserError(f'loss or update became NaN or infinite at step {bad}; the checkpoints of before are '
+                      'kept; a smaller optimizer.learning_rate may help')
     step, done = int(state.step), epoch + 1
-    is_whole, is_last = step == done * feed.steps, step == config.epochs * feed.steps
+    is_whole, is_last = step == done * steps, step == config.epochs * steps
     error = None
     if is_whole:
-      error = test_error(state) if is_last or done % config.eval_every == 0 else None
-      log.write({'step': step, 'epoch': done, **_means(state), 'test_error': error, 'examples_per_second': speed})
+      error = functions.test_error(state) if is_last or done % config.eval_every == 0 else None
+      log.write({'step': step, 'epoch': done, **_means(state), 'test_error': error,
+                 'examples_per_second': speed})
     if is_last or signals.received or (is_whole and done % config.checkpoint_every == 0):
-      checkpoints.save(step, state, clock(), error)
+      checkpoints.save(step, state, time.monotonic() - begin, error)
     if signals.received and not is_last:
-      checkpoints.close()
-      raise Interrupted(f'{signal.Signals(signals.received).name}: saved step {step} in {workdir}; the same '
-                        'command goes on from there', signals.received)
+      raise Interrupted(step, signals.received)
   return state
 
 
-def _epoch(state: TrainState, step_fn: Callable[[TrainState, tuple], TrainState], feed: Feed, epoch: int,
-           batch_size: int, log: RunLog, signals: Signals) -> tuple[TrainState, float | None]:
-  """Steps to the end of an epoch, or to a signal; also returns the speed in examples/s, if it was measured."""
-  first = int(state.step) % feed.steps
+def _epoch(functions: _Functions, state: TrainState, epoch: int, batch_size: int, log: RunLog,
+           signals: Signals) -> tuple[TrainState, float | None]:
+  """Steps to the end of an epoch, to a signal, or to what is not finite.
+
+  Also returns the speed in examples per second. The first step, which may include compilation, is not part of
+  it; None when there is no other.
+  """
+  steps = functions.feed.steps
+  step = first = int(state.step) % steps
   begin = shown = time.monotonic()
-  step = first
-  for step, inputs in feed.epoch(epoch, first):
-    state = step_fn(state, inputs)
-    if step == first:    # its time, which may include compilation, is not part of the speed
+  for step, inputs in functions.feed.epoch(epoch, first):
+    state = functions.step(state, inputs)
+    if step == first:
       jax.block_until_ready(state)
       begin = time.monotonic()
     if time.monotonic() - shown > REFRESH_SECONDS:
       if int(state.bad_step) >= 0:
         break
-      log.progress(int(state.step), epoch=epoch + 1, **{name: f'{mean:.4f}' for name, mean in _means(state).items()})
+      log.progress(int(state.step), epoch=epoch + 1, **_means(state))
       shown = time.monotonic()
-    if signals.ask_to_stop(int(epoch * feed.steps + step + 1)):
+    if signals.ask_to_stop(epoch * steps + step + 1):
       break
-  jax.block_until_ready(state)
+  log.progress(int(state.step), epoch=epoch + 1, **_means(state))
   return state, (step - first) * batch_size / (time.monotonic() - begin) if step > first else None
 
 
@@ -207,20 +233,15 @@ def _means(state: TrainState) -> dict[str, float]:
   return {f'train_{name}': float(state.sums[name] / state.sums['examples']) for name in ('loss', 'error')}
 
 
-def _check_finite(state: TrainState, workdir: pathlib.Path) -> None:
-  if (step := int(state.bad_step)) >= 0:
-    raise UserError(f'loss or update became NaN or infinite at step {step}; checkpoints of before are in '
-                    f'{workdir / "checkpoints"}; a smaller optimizer.learning_rate may help')
-
-
 def _finish(job: Job, workdir: pathlib.Path, state: TrainState, rows: list[run_log.Row], seconds: float
             ) -> dict[str, Any]:
   """Writes curves.png and, last, summary.json."""
   last = rows[-1]
   summary = {'algorithm': job.config.algorithm, 'model': job.config.model.size, 'dataset': job.dataset.name,
              'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)), 'steps': int(state.step),
-             'train_error': last['train_error'], 'test_error': last['test_error'], 'seconds': round(seconds, 2)}
+             'train_error': last['train_error'], 'test_error': last['test_error'],
+             'seconds': round(seconds, 2)}
   if jax.process_index() == 0:
-    plots.curves(workdir / 'curves.png', {job.config.algorithm: rows})
+    plots.curves(workdir / 'curves.png', {job.config.algorithm: [rows]})
     run_log.write_atomically(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
   return summary

@@ -47,7 +47,8 @@ def make_mesh() -> Mesh:
   return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def init_state(algorithm: Algorithm, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh) -> TrainState:
+def init_state(algorithm: Algorithm, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh
+               ) -> TrainState:
   """The state before the first step, on every device."""
   def init(key: jax.Array) -> TrainState:
     rest = algorithm.init(key)
@@ -84,7 +85,8 @@ def make_feed(split: Arrays | Stream, mesh: Mesh, batch_size: int, key: jax.Arra
   steps = -(-split.examples // batch_size)
   if isinstance(split, Stream):
     return _stream_feed(split, mesh, batch_size, steps)
-  arrays = jax.tree.map(functools.partial(jax.make_array_from_process_local_data, NamedSharding(mesh, P())), split)
+  to_devices = functools.partial(jax.make_array_from_process_local_data, NamedSharding(mesh, P()))
+  arrays = jax.tree.map(to_devices, split)
   specs = (P(), P(None, AXIS))
 
   @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, specs[1]))
@@ -97,7 +99,10 @@ def make_feed(split: Arrays | Stream, mesh: Mesh, batch_size: int, key: jax.Arra
     inputs = (arrays, order(epoch))
     return ((step, inputs) for step in range(first_step, steps))
 
-  return Feed(steps, lambda arrays, order_SxB, step: take(arrays, order_SxB[step]), specs, epochs, is_stream=False)
+  def fetch(arrays: Arrays, order_SxB: jax.Array, step: jax.Array) -> Batch:
+    return take(arrays, order_SxB[step])
+
+  return Feed(steps, fetch, specs, epochs, is_stream=False)
 
 
 def _stream_feed(stream: Stream, mesh: Mesh, batch_size: int, steps: int) -> Feed:
@@ -120,14 +125,16 @@ def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, m
     batch = feed.fetch(*inputs, state.step % feed.steps)
     examples = jax.lax.psum(batch.weight.sum(), AXIS)
     batch = batch._replace(weight=batch.weight / examples)
-    grads, aux = algorithm.gradient({'params': state.params, **state.rest}, jax.random.fold_in(key, state.step), batch)
+    key = jax.random.fold_in(key, state.step)
+    grads, aux = algorithm.gradient({'params': state.params, **state.rest}, key, batch)
     stats = aux.pop('batch_stats')
     grads, aux = jax.lax.psum((grads, aux), AXIS)
     return grads, {**aux, 'examples': examples, 'batch_stats': stats}
 
   # check_vma=False: else jax.grad inside would sum over devices by itself, as parameters are the same on all,
   # but jax.jvp along a tangent would not; without the check no rule does, and the one psum above serves all.
-  gradient = jax.shard_map(local_gradient, mesh=mesh, in_specs=(P(), P(), *feed.specs), out_specs=P(), check_vma=False)
+  gradient = jax.shard_map(local_gradient, mesh=mesh, in_specs=(P(), P(), *feed.specs), out_specs=P(),
+                           check_vma=False)
 
   def update(state: TrainState, key: jax.Array, *inputs: Any) -> TrainState:
     grads, aux = gradient(state, key, *inputs)
@@ -150,7 +157,7 @@ def make_error(algorithm: Algorithm, mesh: Mesh, feed: Feed) -> Callable[[TrainS
   def local_count(params: PyTree, rest: dict[str, PyTree], steps_S: jax.Array, *inputs: Any) -> jax.Array:
     def add(counts: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
       batch = feed.fetch(*inputs, step)
-      logits_BxK = algorithm.predict({'params': params, **rest}, batch.image)
+      logits_BxK = algorithm.predict({'params': params, **rest}, jnp.asarray(batch.image))
       wrong_B = logits_BxK.argmax(-1) != batch.label
       return counts + jnp.stack([(wrong_B * batch.weight).sum(), batch.weight.sum()]), None
 
