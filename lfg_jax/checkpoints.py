@@ -1,8 +1,11 @@
 """Checkpoints in WORKDIR/checkpoints, by Orbax: written while training goes on, renamed when complete."""
 
+import contextlib
+import gc
 import logging
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,8 +29,7 @@ class Checkpoints:
   """
 
   def __init__(self, directory: pathlib.Path, keep: int) -> None:
-    # Orbax reports every file it writes; absl's own handler would print it.
-    logging.getLogger('absl').setLevel(logging.ERROR)
+    logging.getLogger('absl').setLevel(logging.CRITICAL)    # Orbax tells of every step and file
     self._directory = directory.absolute()
     self._keep = keep
     self._manager: ocp.CheckpointManager | None = None
@@ -44,7 +46,7 @@ class Checkpoints:
     # Without reading all metadata at once: one file cut short would keep every checkpoint from being read.
     options = ocp.CheckpointManagerOptions(lightweight_initialize=True, cleanup_tmp_directories=True)
     found, broken = None, {}
-    with self._open(options) as manager:
+    with self._open(options) as manager, _silence():
       for step in sorted(manager.all_steps(), reverse=True):
         try:
           found = self._read(manager, step, like)
@@ -96,3 +98,18 @@ class Checkpoints:
     restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like),
                                                              clock=ocp.args.JsonRestore()))
     return restored['state'], restored['clock']['seconds']
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+  """Keeps the unfinished reads of a damaged checkpoint from reporting themselves, besides the exception."""
+  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  logger = logging.getLogger('asyncio')
+  level = logger.level
+  logger.setLevel(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    gc.collect()    # it is now that they report
+    sys.unraisablehook = hook
+    logger.setLevel(level)

@@ -140,7 +140,7 @@ def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, m
     grads, aux = gradient(state, key, *inputs)
     stats, examples = aux.pop('batch_stats'), aux.pop('examples')
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    is_finite = jnp.isfinite(aux['loss']) & jnp.isfinite(optax.global_norm(updates))
+    is_finite = jnp.isfinite(aux['loss']) & jnp.isfinite(optax.tree.norm(updates))
     means = {'loss': aux['loss'] * examples, 'error': aux['error'] * examples, 'examples': examples}
     is_first = state.step % feed.steps == 0
     return TrainState(
