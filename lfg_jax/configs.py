@@ -84,6 +84,7 @@ _RANGES: dict[str, tuple[Any, str]] = {
                     (lambda v: 0 <= v < math.inf, '0 or more')),
     **dict.fromkeys(('optimizer.learning_rate', 'optimizer.staircase_factor'),
                     (lambda v: 0 < v < math.inf, 'more than 0')),
+    'optimizer.staircase_epochs': (lambda v: all(type(epoch) in (int, float) for epoch in v), 'numbers'),
     'optimizer.momentum': (lambda v: 0 <= v < 1, '0 … 1, without 1'),
     'optimizer.name': (lambda v: v in optimizers.OPTIMIZERS, ', '.join(optimizers.OPTIMIZERS)),
     'optimizer.schedule': (lambda v: v in optimizers.SCHEDULES, ', '.join(optimizers.SCHEDULES)),

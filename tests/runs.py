@@ -19,18 +19,18 @@ STEPS = 23    # of an epoch: 1,438 images, 64 at a time
 def tiny(**fields: Any) -> Any:
   """configs/digits.py with a small model; `fields` have dots as double underscores."""
   config = configs.load(str(ROOT / 'configs' / 'digits.py'))
-  changes = {'model.channels': 16, 'model.blocks': 2, 'epochs': 2, 'batch_size': 64}
+  changes = {'model.size': 'S/1/2', 'model.channels': 16, 'epochs': 2, 'batch_size': 64}
   config.update_from_flattened_dict({**changes, **{name.replace('__', '.'): v for name, v in fields.items()}})
   return config
 
 
-FLAGS = ['--config.model.channels=16', '--config.model.blocks=2', '--config.batch_size=64']
+FLAGS = ['--config.model.size=S/1/2', '--config.model.channels=16', '--config.batch_size=64']
 
 
-def start(script: str, *arguments: Any, cache: pathlib.Path, devices: int = 1) -> subprocess.Popen:
-  """A process of experiments/SCRIPT. Restarts are quick with a folder for compiled code."""
-  environment = {**os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'CI': '1',
-                 'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+def start(script: str, *arguments: Any, cache: pathlib.Path) -> subprocess.Popen:
+  """A process of experiments/SCRIPT. Restarts are quick with a folder for compiled code. One device."""
+  environment = {**os.environ, 'XLA_FLAGS': '', 'CI': '1', 'JAX_COMPILATION_CACHE_DIR': str(cache),
+                 'JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   command = [sys.executable, ROOT / 'experiments' / script, *arguments]
   return subprocess.Popen([str(part) for part in command], env=environment, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True)
@@ -40,5 +40,6 @@ def state(workdir: pathlib.Path) -> list[np.ndarray]:
   """All numbers of the newest checkpoint."""
   newest = max((workdir / 'checkpoints').iterdir(), key=lambda folder: int(folder.name))
   with ocp.StandardCheckpointer() as checkpointer:
-    like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), checkpointer.metadata(newest / 'state').item_metadata.tree)
+    stored = checkpointer.metadata(newest / 'state').item_metadata.tree
+    like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stored)
     return jax.tree.leaves(checkpointer.restore(newest / 'state', like))

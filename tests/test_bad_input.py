@@ -1,0 +1,170 @@
+"""Every expected mistake ends in one line on stderr and exit code 2, before any long work."""
+
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+from lfg_jax import algorithms, configs, optimizers, tangents
+from tests.runs import FLAGS, ROOT, STEPS
+
+ALGORITHMS = ', '.join(algorithms.REGISTRY)
+TOP = ', '.join(sorted(configs.base()))
+
+
+def run(monkeypatch, capsys, arguments, script='train.py'):
+  """Exit code, stdout and stderr of a script, in this process."""
+  main = runpy.run_path(str(ROOT / 'experiments' / script))['main']
+  monkeypatch.setattr(sys, 'argv', [script, *arguments])
+  with pytest.raises(SystemExit) as stop:
+    configs.run(main)
+  out, err = capsys.readouterr()
+  return stop.value.code, out, err
+
+
+@pytest.mark.parametrize('argument, message', [
+    ('--config.algorithm=LG-XX', f"algorithm is 'LG-XX'; allowed: {ALGORITHMS}"),
+    ('--config.model.size=X/1/1',
+     "model.size is 'X/1/1'; allowed: SIZE/PATCHES/GROUPS with SIZE one of S, M, L, as in 'M/8/16'"),
+    ('--config.model.norm=instance', "model.norm is 'instance'; allowed: layer, whole, batch"),
+    ('--config.model.size=S/2/3', '3 groups do not divide model.channels = 256'),
+    ('--config.model.size=S/3/4', 'model.size asks for 3x3 patches, which do not divide an image of 8x8'),
+    ('--config.dataset=letters',
+     "unknown dataset 'letters'; allowed: digits, mnist, fashion_mnist, cifar10, imagenet2012"),
+    ('--config.estimator.law=cauchy', f"estimator.law is 'cauchy'; allowed: {', '.join(tangents.LAWS)}"),
+    ('--config.optimizer.name=sdg', f"optimizer.name is 'sdg'; allowed: {', '.join(optimizers.OPTIMIZERS)}"),
+    ('--config.optimizer.schedule=wave',
+     "optimizer.schedule is 'wave'; allowed: constant, linear, staircase, cosine"),
+    ('--config.optimizer.learning_rate=-1', 'optimizer.learning_rate is -1.0; allowed: more than 0'),
+    ('--config.optimizer.learning_rate=nan', 'optimizer.learning_rate is nan; allowed: more than 0'),
+    ('--config.optimizer.momentum=1', 'optimizer.momentum is 1.0; allowed: 0 … 1, without 1'),
+    ('--config.optimizer.weight_decay=-1', 'optimizer.weight_decay is -1.0; allowed: 0 or more'),
+    ('--config.optimizer.warmup_epochs=20', 'optimizer.warmup_epochs is 20.0; allowed: less than epochs, 20'),
+    ('--config.optimizer.staircase_epochs=(1,"b")',
+     "optimizer.staircase_epochs is (1, 'b'); allowed: numbers"),
+    ('--config.epochs=0', 'epochs is 0; allowed: 1 or more'),
+    ('--config.batch_size=30', 'batch_size is 30; allowed: multiples of 8, the number of devices'),
+    ('--config.epochs=many', "flag --config.epochs=many: invalid literal for int() with base 10: 'many'"),
+    ('--config.image_size=9', 'image_size=9 is not for digits, whose images are 8x8'),
+    ('--config.epoch=3', f'unknown config field epoch; allowed: {TOP}'),
+    ('--config.estimator.laws=normal',
+     'unknown config field estimator.laws; allowed: credit, law, passes, sharing, step'),
+    ('--config.trainer.x=1', f'unknown config field trainer; allowed: {TOP}'),
+    ('--config=configs/none.py', 'config file configs/none.py not found'),
+    ('--confg=configs/mnist.py', "Unknown command line flag 'confg'. Did you mean: config ?"),
+    ('--workdir', 'argument --workdir: expected one argument'),
+    ('more', "unexpected argument 'more'"),
+])
+def test_arguments(argument, message, tmp_path, monkeypatch, capsys):
+  workdir = [f'--workdir={tmp_path / "run"}']
+  assert run(monkeypatch, capsys, [*workdir, argument]) == (2, '', f'train.py: {message}\n')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_missing_data_names_the_command(tmp_path, monkeypatch, capsys):
+  arguments = [f'--config={ROOT}/configs/mnist.py', f'--config.data_dir={tmp_path}', '--workdir=/nowhere/run']
+  message = (f'train.py: dataset mnist is not in {tmp_path}; prepare it with: '
+             f'python experiments/prepare_data.py --dataset=mnist --data_dir={tmp_path}\n')
+  assert run(monkeypatch, capsys, arguments) == (2, '', message)
+
+
+@pytest.mark.parametrize('body, message', [
+    ('1 / 0', 'ZeroDivisionError: division by zero'),
+    ("c = configs.base()\n  c.epochs = 'x'\n  return c", None),
+    ('c = configs.base()\n  del c.keep\n  return c', 'config field keep is missing'),
+    ('c = configs.base()\n  c.new = 1\n  return c', f'unknown config field new; allowed: {TOP}'),
+    ('c = configs.base()\n  del c.losses\n  c.losses = 3\n  return c',
+     'config field losses is 3; allowed: fields every, group, overlap, patch'),
+    ('c = configs.base()\n  del c.seed\n  c.seed = None\n  return c',
+     'config field seed is None; allowed: int'),
+])
+def test_mistakes_in_a_config_file(body, message, tmp_path, monkeypatch, capsys):
+  path = tmp_path / 'mine.py'
+  path.write_text(f'from lfg_jax import configs\n\ndef get_config():\n  {body}\n')
+  code, out, err = run(monkeypatch, capsys, [f'--config={path}', f'--workdir={tmp_path / "run"}'])
+  assert (code, out, err.count('\n')) == (2, '', 1)
+  if message:
+    assert err.endswith(f'{message}\n')
+  else:    # the words are ml_collections'
+    assert err.startswith(f'train.py: config file {path}: TypeError: ')
+
+
+def test_a_process_ends_in_one_line(tmp_path):
+  command = [sys.executable, ROOT / 'experiments' / 'train.py', '--config.algorithm=X']
+  done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+  assert done.returncode == 2
+  assert done.stderr == f"train.py: algorithm is 'X'; allowed: {ALGORITHMS}\n"
+  assert not list(tmp_path.iterdir())
+
+
+def test_folders_of_others_stay(tmp_path, monkeypatch, capsys):
+  folder, file = tmp_path / 'folder', tmp_path / 'file'
+  folder.mkdir()
+  (folder / 'thesis.tex').write_text('x')
+  file.write_text('x')
+  for path in (folder, file):
+    code, _, err = run(monkeypatch, capsys, [f'--workdir={path}'])
+    assert (code, err) == (2, f'train.py: {path} exists and is not the folder of a run; name another\n')
+  (folder / 'config.json').write_text('[3]')
+  code, _, err = run(monkeypatch, capsys, [f'--workdir={folder}'])
+  assert (code, err) == (2, f'train.py: {folder}/config.json is not a config that this program wrote; '
+                            'name another folder\n')
+  assert sorted(path.name for path in folder.iterdir()) == ['config.json', 'thesis.tex']
+
+
+@pytest.fixture(scope='module')
+def run_of_one_epoch(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('run') / 'run'
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, 'argv', ['train.py', f'--workdir={workdir}', '--config.epochs=1', *FLAGS])
+    with pytest.raises(SystemExit) as stop:
+      configs.run(runpy.run_path(str(ROOT / 'experiments' / 'train.py'))['main'])
+  assert not stop.value.code
+  return workdir
+
+
+def test_a_run_of_another_config_is_not_resumed(run_of_one_epoch, monkeypatch, capsys):
+  changed = ['--config.epochs=1', '--config.model.channels=32', '--config.optimizer.learning_rate=1']
+  code, _, err = run(monkeypatch, capsys, [f'--workdir={run_of_one_epoch}', *FLAGS, *changed])
+  assert (code, err) == (2, f'train.py: {run_of_one_epoch} has a run of another config (model.channels is 16 '
+                            'there, 32 here, optimizer.learning_rate is 0.002 there, 1.0 here); '
+                            'name another folder\n')
+
+
+def test_a_finished_run_says_so(run_of_one_epoch, tmp_path, monkeypatch, capsys):
+  before = (run_of_one_epoch / 'summary.json').stat().st_mtime_ns
+  arguments = [f'--workdir={run_of_one_epoch}', '--config.epochs=1', f'--config.data_dir={tmp_path}', *FLAGS]
+  code, out, err = run(monkeypatch, capsys, arguments)
+  assert (not code, err) == (True, '')
+  assert out.startswith(f'{run_of_one_epoch} has this run finished\n')
+  assert (run_of_one_epoch / 'summary.json').stat().st_mtime_ns == before
+
+
+def test_infinite_loss_stops_and_keeps_the_good_checkpoint(tmp_path, monkeypatch, capsys):
+  workdir = tmp_path / 'run'
+  explodes = ['--config.optimizer.schedule=staircase', '--config.optimizer.staircase_epochs=(1,)',
+              '--config.optimizer.staircase_factor=1e38', '--config.optimizer.name=sgd']
+  code, _, err = run(monkeypatch, capsys, [f'--workdir={workdir}', *explodes, *FLAGS])
+  assert (code, err) == (2, f'train.py: loss or update became NaN or infinite at step {STEPS + 1}; the '
+                            'checkpoints of before are kept; a smaller optimizer.learning_rate may help\n')
+  assert [folder.name for folder in (workdir / 'checkpoints').iterdir()] == [str(STEPS)]
+  assert (workdir / 'metrics.jsonl').read_text().count('\n') == 1
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ([], 'the following arguments are required: --algorithms'),
+    (['--algorithms=BP,XX'], f"algorithm is 'XX'; allowed: {ALGORITHMS}"),
+    (['--algorithms=BP', '--seeds=a'], "--seeds is 'a'; allowed: numbers with commas between them"),
+])
+def test_compare(arguments, message, tmp_path, monkeypatch, capsys):
+  given = [*arguments, f'--out={tmp_path / "out"}']
+  assert run(monkeypatch, capsys, given, 'compare.py') == (2, '', f'compare.py: {message}\n')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_compare_leaves_folders_of_others(tmp_path, monkeypatch, capsys):
+  (tmp_path / 'thesis.tex').write_text('x')
+  code, _, err = run(monkeypatch, capsys, ['--algorithms=BP', f'--out={tmp_path}'], 'compare.py')
+  assert (code, err) == (2, f'compare.py: {tmp_path} exists and is not the folder of a comparison; '
+                            'name another with --out\n')

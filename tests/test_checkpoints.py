@@ -1,0 +1,213 @@
+"""Runs that go on after every kind of stop, and end as if they had not been stopped."""
+
+import json
+import shutil
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lfg_jax import configs, data, train
+from lfg_jax.checkpoints import Checkpoints
+from lfg_jax.streams import Stream
+from tests.runs import FLAGS, STEPS, start, state, tiny
+
+
+@pytest.fixture(autouse=True, scope='module')
+def quick_compilation():
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+def rows(workdir):
+  """Without what depends on the clock."""
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return [{name: value for name, value in line.items() if name != 'examples_per_second'} for line in lines]
+
+
+def assert_same_run(workdir, other):
+  assert rows(workdir) == rows(other)
+  for a, b in zip(state(workdir), state(other), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory, cache):
+  """A run of 8 epochs that nothing stopped."""
+  workdir = tmp_path_factory.mktemp('whole') / 'run'
+  process = start('train.py', f'--workdir={workdir}', '--config.epochs=8', *FLAGS, cache=cache)
+  out, err = process.communicate()
+  assert process.returncode == 0 and err == '', err
+  assert 'test_error' in out
+  return workdir
+
+
+def run_until(workdir, cache, condition, number):
+  """Starts the run; sends signal `number` as soon as `condition` holds."""
+  process = start('train.py', f'--workdir={workdir}', '--config.epochs=8', *FLAGS, cache=cache)
+  while process.poll() is None and not condition():
+    time.sleep(0.002)
+  process.send_signal(number)
+  out, err = process.communicate()
+  return process.returncode, out, err
+
+
+def has_rows(workdir, number):
+  path = workdir / 'metrics.jsonl'
+  return lambda: path.exists() and path.read_text().count('\n') >= number
+
+
+def test_files_of_a_run(whole):
+  assert [row['epoch'] for row in rows(whole)] == list(range(1, 9))
+  assert rows(whole)[-1].keys() == {'step', 'epoch', 'train_loss', 'train_error', 'test_error'}
+  summary = json.loads((whole / 'summary.json').read_text())
+  assert summary['steps'] == 8 * STEPS and summary['test_error'] == rows(whole)[-1]['test_error']
+  assert (summary['algorithm'], summary['model'], summary['dataset']) == ('LG-FG-A', 'S/1/2', 'digits')
+  assert (whole / 'curves.png').read_bytes().startswith(b'\x89PNG')
+  assert list((whole / 'tensorboard').iterdir())
+
+
+def test_killed_run_ends_as_if_it_had_not_been(whole, tmp_path, cache):
+  """Killed before anything was saved, while a checkpoint is written, and just after a row."""
+  workdir = tmp_path / 'run'
+  def being_written():
+    return any('tmp' in folder.name for folder in (workdir / 'checkpoints').glob('*'))
+
+  for condition in ((workdir / 'metrics.jsonl').exists, being_written, has_rows(workdir, 5)):
+    code, _, _ = run_until(workdir, cache, condition, signal.SIGKILL)
+    assert code == -signal.SIGKILL and not (workdir / 'summary.json').exists()
+  code, out, err = run_until(workdir, cache, lambda: False, 0)
+  assert code == 0 and err == ''
+  assert 'resuming' in out
+  assert_same_run(workdir, whole)
+
+
+def test_sigterm_saves_first(whole, tmp_path, cache):
+  workdir = tmp_path / 'run'
+  code, _, err = run_until(workdir, cache, has_rows(workdir, 2), signal.SIGTERM)
+  assert code == 128 + signal.SIGTERM
+  saved = max(int(folder.name) for folder in (workdir / 'checkpoints').iterdir())
+  assert err == f'train.py: SIGTERM: saved step {saved}; the same command goes on from there\n'
+  code, out, _ = run_until(workdir, cache, lambda: False, 0)
+  assert code == 0 and f'at step {saved}\n' in out
+  assert_same_run(workdir, whole)
+
+
+def interrupt_at(monkeypatch, step):
+  """Ctrl-C during the given step."""
+  def ask_to_stop(self, now):
+    if now == step:
+      signal.raise_signal(signal.SIGINT)
+    return bool(self.received)
+
+  monkeypatch.setattr(train.Signals, 'ask_to_stop', ask_to_stop)
+
+
+@pytest.mark.parametrize('fields', [{}, {'algorithm': 'FA', 'model__norm': 'batch'}],
+                         ids=['LG-FG-A', 'FA-batch'])
+def test_interrupted_within_an_epoch(fields, tmp_path, monkeypatch):
+  _interrupted_within_an_epoch(train.prepare(tiny(**fields)), tmp_path, monkeypatch)
+
+
+def test_interrupted_within_an_epoch_of_a_stream(tmp_path, monkeypatch):
+  monkeypatch.setattr(data, 'load', lambda *_, **__: streamed(load('digits')))
+  _interrupted_within_an_epoch(train.prepare(tiny()), tmp_path, monkeypatch)
+
+
+def _interrupted_within_an_epoch(job, tmp_path, monkeypatch):
+  train.train(job, tmp_path / 'whole')
+  with monkeypatch.context() as patch, pytest.raises(train.Interrupted, match='SIGINT: saved step 30'):
+    interrupt_at(patch, 30)
+    train.train(job, tmp_path / 'run')
+  assert len(rows(tmp_path / 'run')) == 1
+  train.train(job, tmp_path / 'run')
+  assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+
+
+load = data.load
+
+
+def streamed(dataset):
+  """The same examples, in colour."""
+  def stream(split, is_train):
+    examples = [{'image': np.repeat(image, 3, -1), 'label': label}
+                for image, label in zip(*split, strict=True)]
+    return Stream(examples, 8, train=is_train, threads=2)
+
+  return dataset._replace(image_shape=(8, 8, 3), mean=dataset.mean * 3, std=dataset.std * 3,
+                          train=stream(dataset.train, True), test=stream(dataset.test, False))
+
+
+@pytest.fixture(scope='module')
+def kept(tmp_path_factory):
+  """A folder with checkpoints of the steps 1 … 6, whose best is the third."""
+  directory = tmp_path_factory.mktemp('kept') / 'checkpoints'
+  with Checkpoints(directory, keep=2) as checkpoints:
+    for step in range(1, 7):
+      checkpoints.save(step, numbers(step), float(step), abs(step - 3) / 10)
+  return directory
+
+
+def numbers(step):
+  noise = jax.random.normal(jax.random.key(0), (50, 50))
+  return {'step': jnp.array(step), 'params': {'kernel': step + noise}}
+
+
+LIKE = jax.eval_shape(lambda: numbers(0))
+
+
+def test_newest_and_best_are_kept(kept):
+  assert {folder.name for folder in kept.iterdir()} == {'3', '5', '6'}
+  state, seconds = Checkpoints(kept, keep=2).restore(LIKE)
+  jax.tree.map(np.testing.assert_array_equal, state, numbers(6))
+  assert seconds == 6.0
+
+
+def damage(path, how):
+  if how == 'missing':
+    path.unlink()
+  else:
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2 if how == 'half' else 0])
+
+
+@pytest.mark.parametrize('how', ['half', 'empty', 'missing'])
+@pytest.mark.parametrize('name', ['largest', 'state/manifest.ocdbt', 'state/_METADATA', 'clock/metadata'])
+def test_a_damaged_checkpoint_is_passed_over(name, how, kept, tmp_path, capfd):
+  directory = tmp_path / 'checkpoints'
+  shutil.copytree(kept, directory)
+  files = [path for path in (directory / '6').rglob('*') if path.is_file()]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  damage(largest if name == 'largest' else directory / '6' / name, how)
+  with Checkpoints(directory, keep=2) as checkpoints:
+    state, _ = checkpoints.restore(LIKE)
+    jax.tree.map(np.testing.assert_array_equal, state, numbers(5))
+    checkpoints.save(6, numbers(6), 6.0, 0.3)    # its place is free
+  err = capfd.readouterr().err
+  assert err.startswith('warning: passing over the checkpoint of step 6, which cannot be read (')
+  assert err.count('\n') == 1
+  assert Checkpoints(directory, keep=2).restore(LIKE)[0]['step'] == 6
+
+
+def test_nothing_is_removed_when_nothing_can_be_read(kept, tmp_path):
+  directory = tmp_path / 'checkpoints'
+  shutil.copytree(kept, directory)
+  other = {'step': LIKE['step'], 'params': {'weight': LIKE['params']['kernel']}}
+  with pytest.raises(configs.UserError, match=r'^no checkpoint in .* can be read \(6: .*; remove'):
+    Checkpoints(directory, keep=2).restore(other)
+  assert {folder.name for folder in directory.iterdir()} == {'3', '5', '6'}
+
+
+def test_evaluations_may_be_rarer(tmp_path):
+  config = tiny(epochs=3, eval_every=2, checkpoint_every=2, keep=1)
+  summary = train.train(train.prepare(config), tmp_path / 'run')
+  assert [row['test_error'] is None for row in rows(tmp_path / 'run')] == [True, False, False]
+  assert summary['test_error'] == rows(tmp_path / 'run')[-1]['test_error']

@@ -1,0 +1,66 @@
+"""A comparison, and what it does when it is started again."""
+
+import json
+import runpy
+
+import jax
+import pytest
+
+from lfg_jax import algorithms, configs, mixer
+from tests.runs import FLAGS, ROOT, STEPS
+
+
+@pytest.fixture(autouse=True, scope='module')
+def quick_compilation():
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+def compare(out, names, seeds):
+  main = runpy.run_path(str(ROOT / 'experiments' / 'compare.py'))['main']
+  main([f'--algorithms={names}', f'--seeds={seeds}', f'--out={out}', '--config.epochs=2', *FLAGS])
+
+
+def summary(folder):
+  return json.loads((folder / 'summary.json').read_text())
+
+
+def test_comparison_goes_on(tmp_path, capsys):
+  out = tmp_path / 'out'
+  compare(out, 'BP', '0')
+  first = summary(out / 'BP-seed0')
+  assert '±' not in (out / 'comparison.md').read_text().splitlines()[-1]
+  capsys.readouterr()
+  compare(out, 'BP,LG-BP', '0,1')
+  assert summary(out / 'BP-seed0') == first
+  assert capsys.readouterr().out.count('has this run finished') == 1
+  summaries = {name: [summary(out / f'{name}-seed{seed}') for seed in (0, 1)] for name in ('BP', 'LG-BP')}
+  assert summaries['BP'][0]['train_error'] != summaries['BP'][1]['train_error']
+  results = json.loads((out / 'comparison.json').read_text())
+  assert [result['algorithm'] for result in results] == ['BP', 'LG-BP']
+  for result in results:
+    own = summaries[result['algorithm']]
+    errors = [run['test_error'] for run in own]
+    assert result['test_error'] == pytest.approx(sum(errors) / 2)
+    assert result['test_error_se'] == pytest.approx(abs(errors[0] - errors[1]) / 2)
+    assert result['seeds'] == 2 and result['steps'] == 2 * STEPS
+    assert result['seconds'] == pytest.approx((own[0]['seconds'] + own[1]['seconds']) / 2)
+  lines = (out / 'comparison.md').read_text().splitlines()
+  assert lines[2:4] == ['| algorithm | test error | train error | seconds | seeds |', '|---|---|---|---|---|']
+  r = results[1]
+  assert lines[5] == (f'| LG-BP | {100 * r["test_error"]:.2f} ± {100 * r["test_error_se"]:.2f} '
+                      f'| {100 * r["train_error"]:.2f} | {r["seconds"]:.0f} | 2 |')
+  assert (out / 'curves.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_base_config_has_the_defaults_of_the_code():
+  base, style = configs.base(), mixer.Style()
+  assert algorithms.Options(**base.estimator, **base.losses) == algorithms.Options()
+  for field in ('mixing', 'conv_size', 'norm', 'norms', 'init', 'pool', 'norm_derivative'):
+    assert base.model[field] == getattr(style, field)
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda path: path.stem)
+def test_configs_are_valid(path):
+  configs.validate(configs.load(str(path)))
