@@ -1,0 +1,274 @@
+"""The algorithms of the paper's tables, each a composition: an estimator × the losses it serves.
+
+| | losses | gradient flows between blocks |
+|---|---|---|
+| `end_to_end` | the read-out's, and with `local=True` all local ones | yes |
+| `greedy` | local ones; the read-out learns on top, detached | no |
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax import estimators, layers, tangents
+from lfg_jax.data import Batch, Dataset
+from lfg_jax.estimators import FlaxLoss, Sampling
+from lfg_jax.greedy import greedy
+from lfg_jax.losses import Cut, cross_entropy
+from lfg_jax.mixer import Criterion, LocalMixer, MixerSpec, ReadOut
+from lfg_jax.sizes import mixer_spec, parse, patches
+from lfg_jax.taps import Tap
+
+PyTree = Any
+
+
+class Rule(NamedTuple):
+  """One row of the registry.
+
+  Attributes:
+    estimator: 'backprop', 'weight', 'activity' or 'direct_feedback'.
+    cut: whether gradients are stopped between blocks (greedy).
+    local: whether local losses are used.
+    feedback: whether linear layers send gradients back through fixed random matrices.
+    finite: derivatives by finite differences instead of `jax.jvp`.
+  """
+  estimator: str
+  cut: bool = False
+  local: bool = False
+  feedback: bool = False
+  finite: bool = False
+
+
+_LOCAL_GREEDY = {'cut': True, 'local': True}
+REGISTRY: dict[str, Rule] = {
+    'BP': Rule('backprop'),
+    'L-BP': Rule('backprop', local=True),
+    'LG-BP': Rule('backprop', **_LOCAL_GREEDY),
+    'FA': Rule('backprop', feedback=True),
+    'L-FA': Rule('backprop', feedback=True, local=True),
+    'LG-FA': Rule('backprop', feedback=True, **_LOCAL_GREEDY),
+    'DFA': Rule('direct_feedback'),
+    'FG-W': Rule('weight'),
+    'FG-A': Rule('activity'),
+    'LG-FG-W': Rule('weight', **_LOCAL_GREEDY),
+    'LG-FG-A': Rule('activity', **_LOCAL_GREEDY),
+    'FD-W': Rule('weight', finite=True),
+    'FD-A': Rule('activity', finite=True),
+    'LG-FD-W': Rule('weight', finite=True, **_LOCAL_GREEDY),
+    'LG-FD-A': Rule('activity', finite=True, **_LOCAL_GREEDY),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Fields of config.estimator and config.losses.
+
+  Attributes:
+    law: name of a tangent law, of `tangents.LAWS`.
+    passes: tangents averaged per step.
+    sharing: 'paper' (weights' tangents shared by the batch, activities' not), 'shared' or 'independent'.
+    credit: weight perturbation's rule for groups. 'exact' credits a weight with all the losses it influences.
+      'paper' credits the columns of the linear layer before the grouped one with their own group only, as
+      the authors' program does; biased, because the norm after that layer carries them to every group.
+    step: ε of finite differences.
+    patch, group: whether losses are cut by patch and by group.
+    every: blocks per stage of a greedy rule.
+    overlap: greedy stages are overlapping pairs of blocks.
+  """
+  law: str = 'rademacher'
+  passes: int = 1
+  sharing: str = 'paper'
+  credit: str = 'exact'
+  step: float = 1e-3
+  patch: bool = True
+  group: bool = True
+  every: int = 1
+  overlap: bool = False
+
+  def __post_init__(self) -> None:
+    _one_of('estimator.law', self.law, tangents.LAWS)
+    _one_of('estimator.sharing', self.sharing, ('paper', 'shared', 'independent'))
+    _one_of('estimator.credit', self.credit, ('exact', 'paper'))
+    for field, value, low in (('estimator.passes', self.passes, 1), ('losses.every', self.every, 1)):
+      if value < low:
+        raise ValueError(f'{field} is {value!r}; allowed: {low} or more')
+    if self.step <= 0:
+      raise ValueError(f'estimator.step is {self.step!r}; allowed: more than 0')
+    if self.overlap and self.every > 1:
+      raise ValueError(f'losses.overlap=True and losses.every={self.every} exclude each other; allowed: one of them')
+
+  @property
+  def cut(self) -> Cut:
+    return Cut(self.patch, self.group)
+
+
+def _one_of(field: str, given: Any, allowed: Any) -> None:
+  if given not in allowed:
+    raise ValueError(f'{field} is {given!r}; allowed: {", ".join(map(str, allowed))}')
+
+
+class Algorithm(NamedTuple):
+  """What training needs of a rule and a model; pure functions.
+
+  Attributes:
+    init: `key -> variables` ('params', and where used 'batch_stats', 'feedback').
+    gradient: `(variables, key, batch) -> (grads, aux)`. The batch's weights sum to 1 over the global batch; when
+      the batch is sharded over a mesh axis, the sum over devices of grads and of aux's 'loss' and 'error' is the
+      result. aux['batch_stats'] is the same on all devices.
+    predict: `(variables, image [B, H, W, C]) -> logits [B, classes]`.
+  """
+  init: Callable[[jax.Array], dict[str, PyTree]]
+  gradient: Callable[[dict[str, PyTree], jax.Array, Batch], tuple[PyTree, dict[str, Any]]]
+  predict: Callable[[dict[str, PyTree], jax.Array], jax.Array]
+
+
+def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorithm:
+  """The algorithm that a config names, on the model that it names, for images of a data set.
+
+  Raises:
+    ValueError: one line naming the field, the value and what is allowed.
+  """
+  _one_of('algorithm', config.algorithm, REGISTRY)
+  options = Options(**config.estimator, **config.losses)
+  sizes = dict(config.model)
+  spec = mixer_spec(sizes.pop('size'), image_shape=dataset.image_shape, classes=dataset.classes,
+                    axis_name=axis_name, **sizes)
+  prepare = functools.partial(patches, side=parse(config.model.size)[1], mean=dataset.mean, std=dataset.std)
+  return compose(REGISTRY[config.algorithm], options, spec, prepare, axis_name)
+
+
+def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[jax.Array], jax.Array],
+            axis_name: str | None = None) -> Algorithm:
+  """`Rule` × options × model. `prepare` turns uint8 images into tokens [B, P, D]."""
+  if spec.style.norm == 'batch' and rule.estimator == 'weight' and options.sharing == 'independent':
+    raise ValueError("estimator.sharing='independent' perturbs weights per example, which model.norm='batch' mixes; "
+                     "allowed with batch norm: 'paper', 'shared'")
+  stem = spec.runs[0].spec
+
+  def init(key: jax.Array) -> dict[str, PyTree]:
+    model_key, feedback_key = jax.random.split(key)
+    variables = LocalMixer(spec).init(model_key, jnp.zeros((1, stem.tokens, stem.inputs)))
+    kept = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
+    if rule.feedback:
+      kept['feedback'] = layers.like_kernels(feedback_key, kept['params'])
+    if rule.estimator == 'direct_feedback':
+      kept['feedback'] = _tap_matrices(feedback_key, spec, kept['params'])
+    return kept
+
+  def gradient(variables: dict[str, PyTree], key: jax.Array, batch: Batch) -> tuple[PyTree, dict[str, Any]]:
+    one = _greedy_gradient if rule.cut else _end_to_end_gradient
+    estimator = build_estimator(rule, options, spec, axis_name, variables)
+    criterion = Criterion(batch.label, batch.weight)
+    return one(rule, options, spec, estimator, variables, key, prepare(batch.image), criterion)
+
+  def predict(variables: dict[str, PyTree], image: jax.Array) -> jax.Array:
+    model = LocalMixer(dataclasses.replace(spec, style=spec.style._replace(train=False)))
+    return model.apply({k: v for k, v in variables.items() if k != 'feedback'}, prepare(image))[0]
+
+  return Algorithm(init, gradient, predict)
+
+
+def build_estimator(rule: Rule, options: Options, spec: MixerSpec, axis_name: str | None,
+                    variables: dict[str, PyTree]) -> Callable[[FlaxLoss], estimators.GradFn]:
+  """The rule's estimator, `loss_fn -> grad_fn`."""
+  weight = rule.estimator == 'weight'
+  shared = weight if options.sharing == 'paper' else options.sharing == 'shared'
+  sampling = Sampling(tangents.LAWS[options.law], options.passes, shared, axis_name)
+  derivative = estimators.finite_difference(options.step) if rule.finite else estimators.jvp_derivative
+  if weight:
+    group_axis = functools.partial(_group_axis, options, rule.cut and spec.style.norm == 'layer')
+    return functools.partial(estimators.weight_perturbation, sampling=sampling, derivative=derivative,
+                             is_exact=_under_a_loss, group_axis=group_axis)
+  if rule.estimator == 'activity':
+    return functools.partial(estimators.activity_perturbation, sampling=sampling, derivative=derivative)
+  if rule.estimator == 'direct_feedback':
+    return functools.partial(estimators.direct_feedback, matrices=variables['feedback'])
+  return estimators.backprop
+
+
+def _under_a_loss(path: tuple) -> bool:
+  """Heads and the read-out: one linear layer under its loss, whose exact gradient needs no backprop."""
+  return any(p.key in ('head', 'readout') for p in path)
+
+
+def _group_axis(options: Options, groups_are_separate: bool, path: tuple) -> int | None:
+  """The axis of a weight that runs over groups with losses of their own; see `weight_perturbation`."""
+  stage, layer, leaf = path[0].key, path[1].key, path[-1].key
+  if not groups_are_separate or stage != 'last':
+    return None
+  if layer == 'group':
+    return 0
+  if layer == 'channel' and options.credit == 'paper':
+    return 1 if leaf == 'kernel' else 0
+  return None
+
+
+def _summary(logits_BxK: jax.Array, criterion: Criterion) -> dict[str, jax.Array]:
+  """Weighted loss and error of the read-out, per example, and the loss's derivative by the logits."""
+  label_B, weight_B = criterion
+  one_hot_BxK = jax.nn.one_hot(label_B, logits_BxK.shape[-1], dtype=logits_BxK.dtype)
+  return {'loss': cross_entropy(logits_BxK, label_B) * weight_B,
+          'error': (logits_BxK.argmax(-1) != label_B) * weight_B,
+          'output_error': (jax.nn.softmax(logits_BxK) - one_hot_BxK) * weight_B[:, None]}
+
+
+def _end_to_end_gradient(rule: Rule, options: Options, spec: MixerSpec, estimator: Callable, variables: dict[str, PyTree],
+                         key: jax.Array, tokens_BxPxD: jax.Array, criterion: Criterion) -> tuple[PyTree, dict]:
+  """The whole network as one loss function: the read-out's loss, or with `local` detached and all local ones."""
+  del options
+  model = LocalMixer(spec, detach_readout=rule.local)
+  names = ('batch_stats', 'feedback') if rule.feedback else ('batch_stats',)
+  fixed = {name: variables[name] for name in names if name in variables}
+
+  def apply(moving: PyTree, mutable: tuple, tokens: jax.Array, criterion: Criterion) -> tuple:
+    (logits, local), updates = model.apply({**fixed, **moving}, tokens, criterion if rule.local else None,
+                                           criterion.weight_B, mutable=mutable)
+    aux = _summary(logits, criterion)
+    stacks = [losses.reshape(-1, *losses.shape[-3:]).sum(0) for losses in jax.tree.leaves(local)]
+    return ((aux['loss'][:, None, None], *stacks), aux), updates
+
+  (_, aux), grads = estimator(FlaxLoss(apply))(variables['params'], key, tokens_BxPxD, criterion)
+  return grads, {'loss': aux['loss'].sum(), 'error': aux['error'].sum(), 'batch_stats': aux.get('batch_stats', {})}
+
+
+def _greedy_gradient(rule: Rule, options: Options, spec: MixerSpec, estimator: Callable, variables: dict[str, PyTree],
+                     key: jax.Array, tokens_BxPxD: jax.Array, criterion: Criterion) -> tuple[PyTree, dict]:
+  """Stage after stage by their local losses, then the read-out on what comes out."""
+  del rule
+  run_stages = greedy(estimator, spec, options.cut, every=options.every, overlap=options.overlap)
+  x, _, grads, stats = run_stages(variables, key, tokens_BxPxD, criterion)
+  fixed = {'batch_stats': {'readout': stats['readout']}} if 'readout' in stats else {}
+  readout = ReadOut(spec.style, spec.classes)
+
+  def objective(params: PyTree) -> tuple[jax.Array, tuple[dict, dict]]:
+    logits, updates = readout.apply({'params': params, **{k: v['readout'] for k, v in fixed.items()}}, x,
+                                    criterion.weight_B, mutable=('batch_stats',))
+    aux = _summary(logits, criterion)
+    return aux['loss'].sum(), (aux, updates)
+
+  grads['readout'], (aux, updates) = jax.grad(objective, has_aux=True)(variables['params']['readout'])
+  if 'batch_stats' in updates:
+    stats['readout'] = updates['batch_stats']
+  return grads, {'loss': aux['loss'].sum(), 'error': aux['error'].sum(), 'batch_stats': stats}
+
+
+def _tap_matrices(key: jax.Array, spec: MixerSpec, params: PyTree) -> PyTree:
+  """Fixed matrices [*scan, classes, ...] for every tap, scaled so that a signal is about as long as the error."""
+  stem = spec.runs[0].spec
+  tokens = jax.ShapeDtypeStruct((1, stem.tokens, stem.inputs), jnp.float32)
+  taps = jax.eval_shape(lambda p, x: LocalMixer(spec).apply({'params': p}, x, mutable=('taps', 'batch_stats'))[1]['taps'],
+                        params, tokens)
+
+  def matrix(key: jax.Array, tap: Tap) -> jax.Array:
+    shape = tap.value.shape
+    batch_axis = len(shape) - tap.ndim
+    size = math.prod(shape[batch_axis + 1:])
+    return jax.random.normal(key, (*shape[:batch_axis], spec.classes, *shape[batch_axis + 1:])) / size**0.5
+
+  leaves, treedef = jax.tree.flatten(taps, is_leaf=lambda x: isinstance(x, Tap))
+  return treedef.unflatten([matrix(k, t) for k, t in zip(jax.random.split(key, len(leaves)), leaves, strict=True)])

@@ -1,0 +1,240 @@
+"""LocalMixer: an MLP-mixer whose every block ends in groups of channels with losses of their own.
+
+(Ren et al. 2023, section 4, figure 3.) An image is cut into P patches; a block mixes tokens, then channels,
+then the channels of each group by itself. Blocks of equal shape are scanned with stacked parameters, so
+that compile time and, for local rules, memory do not grow with depth.
+
+Parameter tree: `stem`, `blocks` (with pooling also `blocks_1`, …) and `readout`. The leaves of a stack of
+blocks have the blocks on their first axis; blocks that change the shape (stem, pooling) are not stacked.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lfg_jax import layers
+from lfg_jax.losses import Cut, replicated_cross_entropy, scale_gradient
+from lfg_jax.taps import hold, tap
+
+NORMS = ('token_in', 'token_out', 'channel_in', 'channel_out', 'group_in', 'group_out', 'head', 'readout')
+
+
+class Style(NamedTuple):
+  """Choices that all blocks of a model share.
+
+  Attributes:
+    mixing: `linear` (a P×P matrix) or `conv` (depth-wise `conv_size` × `conv_size`).
+    norm: `layer`, `whole` (all axes of an example) or `batch`.
+    norms: which of `NORMS` are there.
+    init: `kaiming`, `lecun` or `constant`.
+    pool: `average` or `max`, where tokens are pooled.
+    norm_derivative: whether a tap's signal goes to its linear layer through the derivative of the norm in
+      between, or straight.
+    train: batch norm uses the batch's statistics.
+    axis_name: mesh axis over which batch norm takes its statistics.
+  """
+  mixing: str = 'linear'
+  conv_size: int = 3
+  norm: str = 'layer'
+  norms: tuple[str, ...] = NORMS
+  init: str = 'lecun'
+  pool: str = 'average'
+  norm_derivative: bool = True
+  train: bool = True
+  axis_name: str | None = None
+
+
+class BlockSpec(NamedTuple):
+  """Sizes of one block. Without token mixing and residual it is a stem."""
+  tokens: int
+  inputs: int
+  hidden: int
+  channels: int
+  groups: int
+  mix: bool = True
+  pool: bool = False
+
+  @property
+  def residual(self) -> bool:
+    """Only a block that keeps its width can add its input."""
+    return self.mix and self.inputs == self.channels
+
+  @property
+  def stacked(self) -> bool:
+    """A block whose output has its input's shape can be scanned with others, and has stacked parameters."""
+    return self.residual and not self.pool
+
+
+class Criterion(NamedTuple):
+  """A pytree with all that a local head must know to compute its losses.
+
+  Attributes:
+    label_B: integer classes.
+    weight_B: of each example in the objective; sums to 1 over the global batch.
+  """
+  label_B: jax.Array
+  weight_B: jax.Array
+
+
+class LocalBlock(nn.Module):
+  """One block with its local head.
+
+  Attributes:
+    last: the block's output goes to local losses only, so that its activities influence the losses of their own
+      patch and group; otherwise they are credited with all losses of the example.
+    cut: how the head's loss is replicated.
+    head_outputs: number of classes.
+  """
+  spec: BlockSpec
+  style: Style
+  head_outputs: int
+  cut: Cut = Cut()
+  last: bool = False
+
+  @nn.compact
+  def __call__(self, x_BxPxC: jax.Array, criterion: Criterion | None, weight_B: jax.Array
+               ) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the output [B, P, C] and the weighted local losses [B, P, G] (None without a criterion)."""
+    s, (B, *_) = self.spec, x_BxPxC.shape
+    x = self._pool(x_BxPxC) if s.pool else x_BxPxC
+    h = x
+    if s.mix:
+      z = self._unit('token', self._token_linear(), h, weight_B)
+      h = nn.relu(tap(self, 'after_token', z, active=z > 0, local_axes=self._local_axes(2)))
+    z = self._unit('channel', self._linear(layers.dense, (s.inputs, s.hidden), (s.hidden,), s.inputs), h, weight_B)
+    z_BxPxGxH = z.reshape(B, s.tokens, s.groups, -1)
+    h = nn.relu(tap(self, 'after_channel', z_BxPxGxH, active=z_BxPxGxH > 0, local_axes=self._local_axes(3)))
+    width_in, width_out = s.hidden // s.groups, s.channels // s.groups
+    grouped = self._linear(layers.grouped, (s.groups, width_in, width_out), (s.groups, width_out), width_in)
+    z = self._unit('group', grouped, h, weight_B)
+    skip = x.reshape(z.shape) if s.residual else jnp.zeros((), z.dtype)
+    z = tap(self, 'after_group', z, active=z + skip > 0, local_axes=self._local_axes(3))
+    out_BxPxGxC = nn.relu(z + skip)
+    losses = Head(s, self.style, self.head_outputs, self.cut, name='head')(out_BxPxGxC, criterion, weight_B)
+    return out_BxPxGxC.reshape(B, s.tokens, s.channels), losses
+
+  def _local_axes(self, axes: int) -> int:
+    """With layer norm a last block's activity stays in its patch (and group) up to the loss."""
+    if self.style.norm == 'batch':
+      return 0
+    return axes if self.last and self.style.norm == 'layer' else 1
+
+  def _linear(self, linear: Callable, kernel: tuple, bias: tuple, fan_in: int) -> Callable[[str], layers.Linear]:
+    return lambda name: layers.Linear(linear, kernel, bias, fan_in, self.style.init, name=name)
+
+  def _token_linear(self) -> Callable[[str], layers.Linear]:
+    P, C, k = self.spec.tokens, self.spec.inputs, self.style.conv_size
+    if self.style.mixing == 'conv':
+      return self._linear(layers.depthwise, (k, k, 1, C), (C,), k * k)
+    return self._linear(layers.across_tokens, (P, P), (P, 1), P)
+
+  def _unit(self, name: str, linear: Callable[[str], layers.Linear], x: jax.Array, weight_B: jax.Array) -> jax.Array:
+    """Norm → linear → norm. In the reverse sweep the second norm can be passed straight through."""
+    y = linear(name)(_norm(self.style, f'{name}_in', x, weight_B))
+    z = _norm(self.style, f'{name}_out', y, weight_B)
+    if not self.style.norm_derivative and self.has_variable('signal', f'after_{name}'):
+      return y + jax.lax.stop_gradient(z - y)
+    return z
+
+  def _pool(self, x_BxPxC: jax.Array) -> jax.Array:
+    B, P, C = x_BxPxC.shape
+    side = round(P**0.5)
+    cells = x_BxPxC.reshape(B, side // 2, 2, side // 2, 2, C)
+    pooled = cells.mean((2, 4)) if self.style.pool == 'average' else cells.max((2, 4))
+    return pooled.reshape(B, P // 4, C)
+
+
+def _norm(style: Style, name: str, x: jax.Array, weight_B: jax.Array) -> jax.Array:
+  """To be called inside a compact method: the norm becomes a child of the calling module."""
+  if name not in style.norms:
+    return x
+  return layers.Norm(style.norm, style.train, style.axis_name, name=f'norm_{name}')(x, weight_B)
+
+
+class Head(nn.Module):
+  """The local head: group norm, mean over tokens, one linear layer for all patches and groups; replicated losses."""
+  spec: BlockSpec
+  style: Style
+  outputs: int
+  cut: Cut
+
+  @nn.compact
+  def __call__(self, x_BxPxGxC: jax.Array, criterion: Criterion | None, weight_B: jax.Array) -> jax.Array | None:
+    G, C = self.spec.groups, self.spec.channels // self.spec.groups
+    kernel = self.param('kernel', layers.initializer('zero', C * G), (G, C, self.outputs))
+    bias = self.param('bias', nn.initializers.zeros_init(), (self.outputs,))
+    features = _norm(self.style, 'head', x_BxPxGxC, weight_B)
+    if criterion is None:
+      return None
+    # The head learns from the mean of the replicas, while the block takes their sum.
+    share = 1 / self.cut.replicas(features)
+    hold(self, 'features', features)
+    losses_BxPxG = replicated_cross_entropy(
+        features, scale_gradient(kernel, share), scale_gradient(bias, share), criterion.label_B, self.cut,
+        backward_GxCxK=self.get_variable('feedback', 'kernel') if self.has_variable('feedback', 'kernel') else None,
+        held_BxPxGxC=hold(self, 'features', features) if self.has_variable('held', 'features') else None)
+    return losses_BxPxG * criterion.weight_B[:, None, None]
+
+
+class ReadOut(nn.Module):
+  """Mean over tokens → norm → linear to the classes."""
+  style: Style
+  classes: int
+
+  @nn.compact
+  def __call__(self, x_BxPxC: jax.Array, weight_B: jax.Array) -> jax.Array:
+    C = x_BxPxC.shape[-1]
+    h = _norm(self.style, 'readout', x_BxPxC.mean(1), weight_B)
+    return layers.Linear(layers.dense, (C, self.classes), (self.classes,), C, 'zero', name='linear')(h)
+
+
+class Run(NamedTuple):
+  """`count` blocks of one shape; more than one only where `spec.stacked`."""
+  name: str
+  spec: BlockSpec
+  count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerSpec:
+  """A whole LocalMixer: its stacks of blocks and what they share."""
+  runs: tuple[Run, ...]
+  style: Style
+  classes: int
+
+
+class LocalMixer(nn.Module):
+  """The network end to end.
+
+  >>> from lfg_jax.sizes import mixer_spec
+  >>> model = LocalMixer(mixer_spec('M/8/16', image_shape=(32, 32, 3), classes=10))
+  >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 48)))
+  >>> sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
+  918770
+  """
+  spec: MixerSpec
+  cut: Cut = Cut(patch=False, group=False)
+  detach_readout: bool = False
+
+  @nn.compact
+  def __call__(self, tokens_BxPxD: jax.Array, criterion: Criterion | None = None, weight_B: jax.Array | None = None
+               ) -> tuple[jax.Array, dict[str, Any]]:
+    """Returns logits [B, classes] and the local losses [n, B, P, G] of every stack (None without a criterion)."""
+    x = tokens_BxPxD
+    weight_B = jnp.ones(x.shape[:1]) if weight_B is None else weight_B
+    local = {}
+    for run in self.spec.runs:
+      stack = nn.scan(LocalBlock, variable_axes={name: 0 for name in COLLECTIONS}, split_rngs={'params': True},
+                      in_axes=(nn.broadcast, nn.broadcast), length=run.count)
+      block = (stack if run.spec.stacked else LocalBlock)(
+          run.spec, self.spec.style, self.spec.classes, self.cut, name=run.name)
+      x, local[run.name] = block(x, criterion, weight_B)
+    x = jax.lax.stop_gradient(x) if self.detach_readout else x
+    return ReadOut(self.spec.style, self.spec.classes, name='readout')(x, weight_B), local
+
+
+COLLECTIONS = ('params', 'batch_stats', 'feedback', 'taps', 'perturbation', 'signal', 'held')

@@ -1,0 +1,105 @@
+"""Sizes of LocalMixers, by name ("M/8/16": size, patches per side, groups) or by numbers."""
+
+import re
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.mixer import NORMS, BlockSpec, MixerSpec, Run, Style
+
+CHANNELS = {'S': 256, 'M': 512, 'L': 2048}
+
+
+def _check(ok: bool, message: str) -> None:
+  if not ok:
+    raise ValueError(message)
+
+
+def _one_of(field: str, given: Any, allowed: Any) -> None:
+  _check(given in allowed, f'model.{field} is {given!r}; allowed: {", ".join(map(str, allowed))}')
+
+
+def parse(name: str) -> tuple[str, int, int]:
+  """'M/8/16' → ('M', 8, 16)."""
+  match = re.fullmatch(r'([SML])/(\d+)/(\d+)', name)
+  if not match or '0' in match.groups():
+    raise ValueError(f"model.size is {name!r}; allowed: SIZE/PATCHES/GROUPS with SIZE one of S, M, L, as in 'M/8/16'")
+  return match[1], int(match[2]), int(match[3])
+
+
+def mixer_spec(size: str = 'M/8/16', *, image_shape: tuple[int, int, int], classes: int,
+               blocks: int | None = None, channels: int | None = None, hidden: int | None = None,
+               pool_every: int = 0, channel_ratio: int = 2, group_ratio: int = 2,
+               norms: tuple[str, ...] = NORMS, **style: Any) -> MixerSpec:
+  """Sizes and style of a LocalMixer.
+
+  Args:
+    size: `SIZE/PATCHES/GROUPS`; S, M, L have 256, 512, 2048 channels; one patch has one block, more have 4.
+    image_shape: (height, width, colours).
+    classes: outputs of read-out and local heads.
+    blocks, channels, hidden: numbers in place of those that the name implies (hidden: channels).
+    pool_every: pool tokens 2×2 → 1 after every so many blocks; 0: never. Channels and groups of the blocks
+      behind grow by `channel_ratio` and `group_ratio`.
+    norms: which norms are there, of `mixer.NORMS`.
+    **style: further fields of `mixer.Style`.
+
+  Raises:
+    ValueError: one line, for an unknown value or sizes that do not divide.
+
+  >>> spec = mixer_spec('M/8/16', image_shape=(32, 32, 3), classes=10)
+  >>> [(run.name, run.count) for run in spec.runs]
+  [('stem', 1), ('blocks', 3)]
+  """
+  letter, side, groups = parse(size)
+  blocks = blocks or (1 if side == 1 else 4)
+  channels = channels or CHANNELS[letter]
+  hidden = hidden or channels
+  height, width, colours = image_shape
+  _check(height % side == 0 and width % side == 0,
+         f'model.size asks for {side}x{side} patches, which do not divide an image of {height}x{width}')
+  _check_groups(channels, hidden, groups)
+  for norm in norms:
+    _one_of('norms', norm, NORMS)
+  full = Style(norms=tuple(norms), **style)
+  for field, allowed in (('mixing', ('linear', 'conv')), ('norm', ('layer', 'whole', 'batch')),
+                         ('init', ('kaiming', 'lecun', 'constant')), ('pool', ('average', 'max'))):
+    _one_of(field, getattr(full, field), allowed)
+  stem = BlockSpec(side * side, height * width * colours // side**2, hidden, channels, groups, mix=False)
+  runs = [Run('stem', stem, 1)]
+  for index in range(1, blocks):
+    last = runs[-1].spec
+    spec = last._replace(inputs=last.channels, mix=True, pool=False)
+    if pool_every and index % pool_every == 0:
+      spec = _pooled(spec, channel_ratio, group_ratio)
+    if spec == last and spec.stacked:
+      runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+    else:
+      number = len(runs) - 1
+      runs.append(Run(f'blocks_{number}' if number else 'blocks', spec, 1))
+  return MixerSpec(tuple(runs), full, classes)
+
+
+def _check_groups(channels: int, hidden: int, groups: int) -> None:
+  for what, width in (('channels', channels), ('hidden', hidden)):
+    _check(width % groups == 0, f'{groups} groups do not divide model.{what} = {width}')
+
+
+def _pooled(spec: BlockSpec, channel_ratio: int, group_ratio: int) -> BlockSpec:
+  side = round(spec.tokens**0.5)
+  _check(side % 2 == 0, f'model.pool_every asks to pool a grid of {side}x{side} tokens, which 2 does not divide')
+  wider = spec._replace(tokens=spec.tokens // 4, hidden=spec.hidden * channel_ratio, pool=True,
+                        channels=spec.channels * channel_ratio, groups=spec.groups * group_ratio)
+  _check_groups(wider.channels, wider.hidden, wider.groups)
+  return wider
+
+
+def patches(image_BxHxWxC: jax.Array, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+  """uint8 images [B, H, W, C] → normalised patches [B, side·side, (H/side)·(W/side)·C].
+
+  >>> patches(jnp.zeros((2, 8, 8, 1), jnp.uint8), 4, (0.5,), (0.5,))[0, 0].tolist()
+  [-1.0, -1.0, -1.0, -1.0]
+  """
+  x = (image_BxHxWxC.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
+  return einops.rearrange(x, 'b (p h) (q w) c -> b (p q) (h w c)', p=side, q=side)

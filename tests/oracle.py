@@ -1,0 +1,63 @@
+"""Straightforward, slow forms of what the library computes cleverly; written from the paper's equations."""
+
+import jax
+import jax.numpy as jnp
+
+
+def layer_norm(x):
+  return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+
+def naive_replicated_loss(features_BxPxGxC, kernel_GxCxK, bias_K, label_B, cut_patch=True, cut_group=True):
+  """P·G copies of the features, all but one entry of each behind a stop-gradient."""
+  _, P, G, _ = features_BxPxGxC.shape
+  same_patch = jnp.eye(P, dtype=bool) if cut_patch else jnp.ones((1, P), bool)
+  same_group = jnp.eye(G, dtype=bool) if cut_group else jnp.ones((1, G), bool)
+  own_PxGxPxG = same_patch[:, None, :, None] & same_group[None, :, None, :]
+  own = own_PxGxPxG[None, ..., None]
+  f = features_BxPxGxC[:, None, None]
+  copies_BxPxGxPxGxC = jnp.where(own, f, jax.lax.stop_gradient(f))
+  mean = copies_BxPxGxPxGxC.mean(3)
+  logits = jnp.einsum('bpqgc,gck->bpqk', mean, kernel_GxCxK) + bias_K
+  log_p = jax.nn.log_softmax(logits)
+  return -jnp.take_along_axis(log_p, label_B[:, None, None, None], -1)[..., 0]
+
+
+def block(params, x, groups, mix):
+  """One LocalMixer block (spec: LN → linear → LN → ReLU …) in one breath; returns the output [B, P, C]."""
+  h = x
+  if mix:
+    h = jnp.einsum('bpc,pq->bqc', layer_norm(h), params['token']['kernel']) + params['token']['bias']
+    h = jax.nn.relu(layer_norm(h))
+  h = layer_norm(h) @ params['channel']['kernel'] + params['channel']['bias']
+  h = jax.nn.relu(layer_norm(h))
+  g = layer_norm(h.reshape(*h.shape[:2], groups, -1))
+  g = jnp.einsum('bpgc,gcd->bpgd', g, params['group']['kernel']) + params['group']['bias']
+  z = layer_norm(g).reshape(h.shape)
+  return jax.nn.relu(z + x if mix else z)
+
+
+def unstack(params):
+  """[stem, block 1, …] from the model's parameter tree."""
+  out = [params['stem']]
+  if 'blocks' in params:
+    count = params['blocks']['channel']['bias'].shape[0]
+    out += [jax.tree.map(lambda leaf, i=i: leaf[i], params['blocks']) for i in range(count)]
+  return out
+
+
+def objective(params, tokens, label, weight, groups, *, local, cut, loss=naive_replicated_loss):
+  """What LG-BP (local, cut), L-BP (local) and BP descend: sum over replicas, weighted sum over examples."""
+  x, value = tokens, 0.0
+  for n, p in enumerate(unstack(params)):
+    x = block(p, jax.lax.stop_gradient(x) if cut else x, groups, mix=n > 0)
+    if local:
+      features = layer_norm(x.reshape(*x.shape[:2], groups, -1))
+      head, frozen = p['head'], jax.tree.map(jax.lax.stop_gradient, p['head'])
+      value += (loss(features, frozen['kernel'], frozen['bias'], label).sum((1, 2)) * weight).sum()
+      replicas = loss(jax.lax.stop_gradient(features), head['kernel'], head['bias'], label)
+      value += (replicas.mean((1, 2)) * weight).sum()
+  x = jax.lax.stop_gradient(x) if local else x
+  logits = layer_norm(x.mean(1)) @ params['readout']['linear']['kernel'] + params['readout']['linear']['bias']
+  log_p = jax.nn.log_softmax(logits)
+  return value - (jnp.take_along_axis(log_p, label[:, None], -1)[:, 0] * weight).sum()

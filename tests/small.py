@@ -1,0 +1,54 @@
+"""A small LocalMixer on random images, shared by the tests."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax import algorithms
+from lfg_jax.data import Batch
+from lfg_jax.sizes import mixer_spec, patches
+
+
+class Small(NamedTuple):
+  spec: Any
+  prepare: Any
+  batch: Batch
+  variables: Any
+
+
+def small(side=2, groups=4, channels=16, blocks=3, batch=2, classes=5, dtype=jnp.float32, **style):
+  """Random parameters everywhere (heads and read-out start at zero, which would hide errors)."""
+  image_shape = (2 * side, 2 * side, 1)
+  spec = mixer_spec(f'S/{side}/{groups}', image_shape=image_shape, classes=classes, channels=channels,
+                    blocks=blocks, **style)
+  prepare = functools.partial(patches, side=side, mean=(0.5,), std=(0.3,))
+  k_image, k_label, k_params = jax.random.split(jax.random.key(1), 3)
+  image = jax.random.randint(k_image, (batch, *image_shape), 0, 256).astype(jnp.uint8)
+  label = jax.random.randint(k_label, (batch,), 0, classes)
+  weight = jnp.full((batch,), 1 / batch, dtype)
+  algorithm = algorithms.compose(algorithms.REGISTRY['BP'], algorithms.Options(), spec, prepare)
+  variables = algorithm.init(k_params)
+  leaves, treedef = jax.tree.flatten(variables['params'])
+  keys = jax.random.split(k_params, len(leaves))
+  noise = [0.4 * jax.random.normal(k, leaf.shape, dtype) for k, leaf in zip(keys, leaves, strict=True)]
+  params = jax.tree.map(jnp.add, treedef.unflatten(noise), variables['params'])
+  return Small(spec, prepare, Batch(image, label, weight), {**variables, 'params': params})
+
+
+def gradient(s, name, key=None, **options):
+  """Gradient of the algorithm `name` on the small model."""
+  algorithm = algorithms.compose(algorithms.REGISTRY[name], algorithms.Options(**options), s.spec, s.prepare)
+  return algorithm.gradient(s.variables, jax.random.key(0) if key is None else key, s.batch)[0]
+
+
+def relative_error(a, b):
+  """max over leaves of |a - b| / |b|; leaves of (nearly) no gradient are held against 1 % of the whole tree's norm.
+
+  (A bias before a norm that removes it has a gradient of exactly zero.)
+  """
+  whole = jnp.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(b)))
+  norm = jnp.linalg.norm
+  errors = jax.tree.map(lambda a, b: float(norm((a - b).ravel()) / jnp.maximum(norm(b.ravel()), 0.01 * whole)), a, b)
+  return max(jax.tree.leaves(errors))

@@ -1,0 +1,153 @@
+"""Exact gradients against straightforward code."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lfg_jax import algorithms
+from lfg_jax.losses import Cut, replicated_cross_entropy
+from tests import oracle
+from tests.small import gradient, relative_error, small
+
+TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-12}
+
+
+def features(P, G, dtype):
+  keys = jax.random.split(jax.random.key(P * 100 + G), 6)
+  shapes = [(3, P, G, 4), (G, 4, 5), (5,)]
+  point = [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=False)]
+  direction = [jax.random.normal(k, s, dtype) for k, s in zip(keys[3:], shapes, strict=True)]
+  return point, direction, jnp.array([0, 4, 2])
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.float64])
+@pytest.mark.parametrize('P', [1, 4, 16])
+@pytest.mark.parametrize('G', [1, 4, 16])
+@pytest.mark.parametrize('cut', [Cut(True, True), Cut(True, False), Cut(False, True), Cut(False, False)])
+def test_fused_loss_equals_naive(P, G, dtype, cut):
+  with jax.enable_x64(dtype == jnp.float64):
+    point, direction, label = features(P, G, dtype)
+    fused = lambda *x: replicated_cross_entropy(*x, label, cut)
+    naive = lambda *x: oracle.naive_replicated_loss(*x, label, *cut)
+    value, tangent = jax.jvp(fused, point, direction)
+    value_0, tangent_0 = jax.jvp(naive, point, direction)
+    assert value.shape == (3, P if cut.patch else 1, G if cut.group else 1)
+    ct = jax.random.normal(jax.random.key(9), value.shape, dtype)
+    cotangent, cotangent_0 = jax.vjp(fused, *point)[1](ct), jax.vjp(naive, *point)[1](ct)
+    pairs = [(value, value_0), (tangent, tangent_0), (cotangent, cotangent_0)]
+    assert max(relative_error(a, b) for a, b in pairs) < TOLERANCE[dtype]
+
+
+def test_displaced_replicas_are_the_naive_ones_with_frozen_copies():
+  point, direction, label = features(4, 3, jnp.float32)
+  f, (kernel, bias) = point[0], point[1:]
+  moved = f + 0.3 * direction[0]
+  got = replicated_cross_entropy(moved, kernel, bias, label, held_BxPxGxC=f)
+  for p in range(4):
+    for g in range(3):
+      one = oracle.naive_replicated_loss(f.at[:, p, g].set(moved[:, p, g]), kernel, bias, label)
+      assert jnp.allclose(got[:, p, g], one[:, p, g], atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.float64])
+@pytest.mark.parametrize('side', [1, 2, 4])
+@pytest.mark.parametrize('groups', [1, 4, 16])
+@pytest.mark.parametrize('name', ['BP', 'L-BP', 'LG-BP'])
+def test_backprop_rules_equal_jax_grad_of_the_naive_network(name, side, groups, dtype):
+  with jax.enable_x64(dtype == jnp.float64):
+    s = small(side=side, groups=groups, channels=64, dtype=dtype)
+    variables = jax.tree.map(lambda leaf: leaf.astype(dtype), s.variables)
+    s = s._replace(variables=variables)
+    local, cut = name != 'BP', name == 'LG-BP'
+    expected = jax.grad(oracle.objective)(variables['params'], s.prepare(s.batch.image), s.batch.label,
+                                          s.batch.weight, groups, local=local, cut=cut)
+    assert relative_error(gradient(s, name), expected) < TOLERANCE[dtype]
+
+
+def objective_of_stages(params, s, groups, plan):
+  """LG-BP with stages of several blocks: losses at the end of each stage, gradient through its blocks."""
+  blocks = oracle.unstack(params)
+  inputs = [s.prepare(s.batch.image)]
+  for n, p in enumerate(blocks):
+    inputs.append(oracle.block(p, inputs[-1], groups, mix=n > 0))
+  value = 0.0
+  for stage in plan:
+    x = jax.lax.stop_gradient(inputs[stage[0]])
+    for n in stage:
+      x = oracle.block(blocks[n], x, groups, mix=n > 0)
+    f = oracle.layer_norm(x.reshape(*x.shape[:2], groups, -1))
+    head = blocks[stage[-1]]['head']
+    loss_B = oracle.naive_replicated_loss(f, head['kernel'], head['bias'], s.batch.label, False, False)[:, 0, 0]
+    value += (loss_B * s.batch.weight).sum()
+  return value
+
+
+@pytest.mark.parametrize(('options', 'plan'), [
+    ({'every': 2}, [(0, 1), (2, 3), (4,)]),
+    ({'every': 3}, [(0, 1, 2), (3, 4)]),
+    ({'overlap': True}, [(0,), (0, 1), (1, 2), (2, 3), (3, 4)]),
+])
+def test_stages_of_several_blocks(options, plan):
+  s = small(blocks=5)
+  grads = gradient(s, 'LG-BP', **options)
+  expected = jax.grad(objective_of_stages)(s.variables['params'], s, 4, plan)
+  grads.pop('readout'), expected.pop('readout')
+  assert relative_error(grads, expected) < 1e-5
+
+
+@pytest.mark.parametrize('name', ['FA', 'L-FA', 'LG-FA'])
+def test_feedback_alignment_with_transposed_forward_matrices_is_backprop(name):
+  s = small()
+  algorithm = algorithms.compose(algorithms.REGISTRY[name], algorithms.Options(), s.spec, s.prepare)
+  random = algorithm.init(jax.random.key(3))['feedback']
+  own = jax.tree.map(lambda _: None, random)
+  own = keep_kernels(s.variables['params'])
+  assert jax.tree.structure(own) == jax.tree.structure(random)
+  with_feedback = lambda feedback: algorithm.gradient({**s.variables, 'feedback': feedback}, jax.random.key(0), s.batch)
+  expected = gradient(s, name.replace('FA', 'BP'))
+  assert relative_error(with_feedback(own)[0], expected) < 1e-5
+  assert relative_error(with_feedback(random)[0], expected) > 0.1
+
+
+def keep_kernels(tree):
+  kept = {k: keep_kernels(v) if isinstance(v, dict) else v for k, v in tree.items() if isinstance(v, dict) or k == 'kernel'}
+  return {k: v for k, v in kept.items() if not isinstance(v, dict) or v}
+
+
+@pytest.mark.parametrize('name', sorted(algorithms.REGISTRY))
+def test_forward_values_are_those_of_backprop(name):
+  s = small()
+  def loss(name):
+    algorithm = algorithms.compose(algorithms.REGISTRY[name], algorithms.Options(), s.spec, s.prepare)
+    fixed = algorithm.init(jax.random.key(3)).get('feedback')
+    variables = {**s.variables, **({'feedback': fixed} if fixed else {})}
+    return algorithm.gradient(variables, jax.random.key(0), s.batch)[1]['loss']
+  assert jnp.allclose(loss(name), loss('BP'), rtol=1e-5)
+
+
+def test_direct_feedback_sends_the_output_error_to_every_layer():
+  s = small(blocks=2)
+  algorithm = algorithms.compose(algorithms.REGISTRY['DFA'], algorithms.Options(), s.spec, s.prepare)
+  matrices = algorithm.init(jax.random.key(3))['feedback']
+  grads, _ = algorithm.gradient({**s.variables, 'feedback': matrices}, jax.random.key(0), s.batch)
+  # By hand, for the stem's first linear layer: error × matrix, masked by the ReLU, through norm and linear map.
+  p = s.variables['params']
+  x = s.prepare(s.batch.image)
+  y = x
+  for n, params in enumerate(oracle.unstack(p)):
+    y = oracle.block(params, y, 4, mix=n > 0)
+  logits = oracle.layer_norm(y.mean(1)) @ p['readout']['linear']['kernel'] + p['readout']['linear']['bias']
+  error = (jax.nn.softmax(logits) - jax.nn.one_hot(s.batch.label, 5)) * s.batch.weight[:, None]
+  layer = lambda w: oracle.layer_norm(oracle.layer_norm(x) @ w['kernel'] + w['bias'])
+  z, pull = jax.vjp(layer, p['stem']['channel'])
+  signal = jnp.einsum('bk,kpgc->bpgc', error, matrices['stem']['after_channel']).reshape(z.shape) * (z > 0)
+  assert relative_error(grads['stem']['channel'], pull(signal)[0]) < 1e-5
+
+
+@pytest.mark.parametrize('name', ['BP', 'FA', 'FG-A', 'DFA'])
+def test_read_out_learns_from_its_exact_gradient(name):
+  s = small()
+  algorithm = algorithms.compose(algorithms.REGISTRY[name], algorithms.Options(), s.spec, s.prepare)
+  fixed = algorithm.init(jax.random.key(3)).get('feedback')
+  grads, _ = algorithm.gradient({**s.variables, **({'feedback': fixed} if fixed else {})}, jax.random.key(0), s.batch)
+  assert relative_error(grads['readout'], gradient(s, 'BP')['readout']) < 1e-5
