@@ -163,8 +163,8 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
   def gradient(variables: dict[str, PyTree], key: jax.Array, batch: Batch) -> tuple[PyTree, dict[str, Any]]:
     one = _greedy_gradient if rule.cut else _end_to_end_gradient
     estimator = build_estimator(rule, options, spec, axis_name, variables)
-    criterion = Criterion(batch.label, batch.weight)
-    return one(rule, options, spec, estimator, variables, key, prepare(batch.image), criterion)
+    image, label, weight = map(jnp.asarray, batch)
+    return one(rule, options, spec, estimator, variables, key, prepare(image), Criterion(label, weight))
 
   def predict(variables: dict[str, PyTree], image: jax.Array) -> jax.Array:
     model = LocalMixer(dataclasses.replace(spec, style=spec.style._replace(train=False)))
@@ -217,8 +217,9 @@ def _summary(logits_BxK: jax.Array, criterion: Criterion) -> dict[str, jax.Array
           'output_error': (jax.nn.softmax(logits_BxK) - one_hot_BxK) * weight_B[:, None]}
 
 
-def _end_to_end_gradient(rule: Rule, options: Options, spec: MixerSpec, estimator: Callable, variables: dict[str, PyTree],
-                         key: jax.Array, tokens_BxPxD: jax.Array, criterion: Criterion) -> tuple[PyTree, dict]:
+def _end_to_end_gradient(rule: Rule, options: Options, spec: MixerSpec, estimator: Callable,
+                         variables: dict[str, PyTree], key: jax.Array, tokens_BxPxD: jax.Array,
+                         criterion: Criterion) -> tuple[PyTree, dict]:
   """The whole network as one loss function: the read-out's loss, or with `local` detached and all local ones."""
   del options
   model = LocalMixer(spec, detach_readout=rule.local)
@@ -245,7 +246,7 @@ def _greedy_gradient(rule: Rule, options: Options, spec: MixerSpec, estimator: C
   fixed = {'batch_stats': {'readout': stats['readout']}} if 'readout' in stats else {}
   readout = ReadOut(spec.style, spec.classes)
 
-  def objective(params: PyTree) -> tuple[jax.Array, tuple[dict, dict]]:
+  def objective(params: PyTree) -> tuple[jax.Array, tuple[dict, PyTree]]:
     logits, updates = readout.apply({'params': params, **{k: v['readout'] for k, v in fixed.items()}}, x,
                                     criterion.weight_B, mutable=('batch_stats',))
     aux = _summary(logits, criterion)
@@ -261,8 +262,8 @@ def _tap_matrices(key: jax.Array, spec: MixerSpec, params: PyTree) -> PyTree:
   """Fixed matrices [*scan, classes, ...] for every tap, scaled so that a signal is about as long as the error."""
   stem = spec.runs[0].spec
   tokens = jax.ShapeDtypeStruct((1, stem.tokens, stem.inputs), jnp.float32)
-  taps = jax.eval_shape(lambda p, x: LocalMixer(spec).apply({'params': p}, x, mutable=('taps', 'batch_stats'))[1]['taps'],
-                        params, tokens)
+  apply = functools.partial(LocalMixer(spec).apply, mutable=('taps', 'batch_stats'))
+  taps = jax.eval_shape(lambda p, x: apply({'params': p}, x)[1]['taps'], params, tokens)
 
   def matrix(key: jax.Array, tap: Tap) -> jax.Array:
     shape = tap.value.shape
@@ -271,4 +272,5 @@ def _tap_matrices(key: jax.Array, spec: MixerSpec, params: PyTree) -> PyTree:
     return jax.random.normal(key, (*shape[:batch_axis], spec.classes, *shape[batch_axis + 1:])) / size**0.5
 
   leaves, treedef = jax.tree.flatten(taps, is_leaf=lambda x: isinstance(x, Tap))
-  return treedef.unflatten([matrix(k, t) for k, t in zip(jax.random.split(key, len(leaves)), leaves, strict=True)])
+  keys = jax.random.split(key, len(leaves))
+  return jax.tree.unflatten(treedef, [matrix(k, t) for k, t in zip(keys, leaves, strict=True)])

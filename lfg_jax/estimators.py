@@ -133,7 +133,7 @@ def weight_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(), der
 
     def merge(moved: list, fixed: list) -> PyTree:
       moving, staying = iter(moved), iter(fixed)
-      return treedef.unflatten([next(staying) if e else next(moving) for e in exact])
+      return jax.tree.unflatten(treedef, [next(staying) if e else next(moving) for e in exact])
 
     moving = [leaf for (_, leaf), e in zip(paths_leaves, exact, strict=True) if not e]
     staying = [leaf for (_, leaf), e in zip(paths_leaves, exact, strict=True) if e]
@@ -150,7 +150,7 @@ def weight_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(), der
   def per_example_run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, Any], PyTree]:
     batch = jax.tree.leaves(args)[0].shape[0]
     keys_B = tangents.fold_in_all(key, tangents.example_ids(batch, sampling.axis_name))
-    one = lambda k, *example: shared_run(params, k, *jax.tree.map(lambda x: x[None], example))  # noqa: E731
+    one = lambda k, *example: shared_run(params, k, *jax.tree.map(lambda x: x[None], example))
     (losses, aux), grads_B = jax.vmap(one)(keys_B, *args)
     squeeze = functools.partial(jax.tree.map, lambda x: x.reshape(batch, *x.shape[2:]))
     return (squeeze(losses), squeeze(aux)), jax.tree.map(lambda g: g.sum(0), grads_B)
@@ -187,7 +187,7 @@ def activity_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(),
                        lambda: loss_fn.record('held', params, *args))
     rest = jax.tree.map(lambda u: jnp.zeros(u.shape[1:], u.dtype), u_K)
     dL_K = _over_passes(along, rest, u_K)
-    credit_K = lambda t: jax.vmap(lambda dL: credit(t, dL, sampling.axis_name))(dL_K)  # noqa: E731
+    credit_K = lambda t: jax.vmap(lambda dL: credit(t, dL, sampling.axis_name))(dL_K)
     signal = jax.tree.map(lambda t, u: jnp.mean(credit_K(t) * u, 0), taps, u_K, is_leaf=_is_tap)
     return reverse_with_signals(loss_fn, params, _match(signal, taps), *args)
   return run
@@ -206,7 +206,7 @@ def direct_feedback(loss_fn: LossFn, *, matrices: PyTree) -> GradFn:
     error_BxK = loss_fn(params, {}, *args)[1]['output_error']
 
     def signal(tap: Tap, matrix: jax.Array) -> jax.Array:
-      project = lambda m: jnp.tensordot(error_BxK, m, 1)  # noqa: E731
+      project = lambda m: jnp.tensordot(error_BxK, m, 1)
       for _ in range(tap.value.ndim - tap.ndim):
         project = jax.vmap(project)
       return project(matrix)
@@ -238,18 +238,18 @@ def draw_at_taps(sampling: Sampling, key: jax.Array, taps: PyTree) -> PyTree:
   """A tangent for every tap, [*scan, B, ...], or [*scan, 1, ...] when shared by the batch."""
   leaves, treedef = jax.tree.flatten(taps, is_leaf=_is_tap)
   keys = jax.random.split(key, max(len(leaves), 1))
-  return treedef.unflatten([_draw_at_tap(sampling, k, t) for k, t in zip(keys, leaves, strict=False)])
+  return jax.tree.unflatten(treedef, [_draw_at_tap(sampling, k, t) for k, t in zip(keys, leaves, strict=False)])
 
 
 def _draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap) -> jax.Array:
   scanned = tap.value.ndim - tap.ndim
   shape = tap.value.shape[scanned:]
   if sampling.shared:
-    draw = lambda k: sampling.law.draw(k, (1, *shape[1:]), tap.value.dtype)  # noqa: E731
+    draw = lambda k: sampling.law.draw(k, (1, *shape[1:]), tap.value.dtype)
   else:
     ids_B = tangents.example_ids(shape[0], sampling.axis_name)
-    one = lambda k: sampling.law.draw(k, shape[1:], tap.value.dtype)  # noqa: E731
-    draw = lambda k: jax.vmap(one)(tangents.fold_in_all(k, ids_B))  # noqa: E731
+    one = lambda k: sampling.law.draw(k, shape[1:], tap.value.dtype)
+    draw = lambda k: jax.vmap(one)(tangents.fold_in_all(k, ids_B))
   keys = jax.random.split(key, tap.value.shape[:scanned]) if scanned else key
   for _ in range(scanned):
     draw = jax.vmap(draw)

@@ -26,7 +26,7 @@ class StageModule(nn.Module):
   cut: Cut
 
   @nn.compact
-  def __call__(self, x: jax.Array, criterion: Criterion) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  def __call__(self, x: jax.Array, criterion: Criterion) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
     """Returns the losses [B, P, G] and the output of every block."""
     names, outputs = block_names(len(self.specs)), []
     for i, spec in enumerate(self.specs):
@@ -140,7 +140,7 @@ def greedy(estimator: Callable[[FlaxLoss], GradFn], spec: MixerSpec, cut: Cut, *
     for number, group in enumerate(plan):
       members = [Member(homes[ns[0]][0], [homes[n][1] for n in ns]) for ns in zip(*group.blocks, strict=True)]
       names = block_names(len(members))
-      gather = lambda tree: {name: m.take(tree[m.run.name]) for name, m in zip(names, members, strict=True)}  # noqa: B023, E731
+      gather = lambda tree: {name: m.take(tree[m.run.name]) for name, m in zip(names, members, strict=True)}  # noqa: B023
       module = StageModule(tuple(m.run.spec for m in members), spec.style, spec.classes, cut)
       keys = jax.random.split(jax.random.fold_in(key, number), len(group.blocks))
       inputs = (keys, gather(variables['params']), {name: gather(tree) for name, tree in fixed.items()})

@@ -192,7 +192,8 @@ class ReadOut(nn.Module):
     return layers.Linear(layers.dense, (C, self.classes), (self.classes,), C, 'zero', name='linear')(h)
 
 
-class Run(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Run:
   """`count` blocks of one shape; more than one only where `spec.stacked`."""
   name: str
   spec: BlockSpec

@@ -1,5 +1,6 @@
 """Sizes of LocalMixers, by name ("M/8/16": size, patches per side, groups) or by numbers."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -74,7 +75,7 @@ def mixer_spec(size: str = 'M/8/16', *, image_shape: tuple[int, int, int], class
     if pool_every and index % pool_every == 0:
       spec = _pooled(spec, channel_ratio, group_ratio)
     if spec == last and spec.stacked:
-      runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+      runs[-1] = dataclasses.replace(runs[-1], count=runs[-1].count + 1)
     else:
       number = len(runs) - 1
       runs.append(Run(f'blocks_{number}' if number else 'blocks', spec, 1))

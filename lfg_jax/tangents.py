@@ -54,7 +54,8 @@ def like_tree(law: Law, key: jax.Array, tree: Any) -> Any:
   """
   leaves, treedef = jax.tree.flatten(tree)
   keys = jax.random.split(key, max(len(leaves), 1))
-  return treedef.unflatten([law.draw(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=False)])
+  return jax.tree.unflatten(
+      treedef, [law.draw(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=False)])
 
 
 def example_ids(batch: int, axis_name: str | None) -> jax.Array:
