@@ -1,0 +1,7 @@
+"""Forward-gradient learning with local losses, in JAX and Flax."""
+
+from lfg_jax.forward_grad import forward_grad, value_and_forward_grad
+from lfg_jax.passes import Sampling
+from lfg_jax.taps import tap
+
+__all__ = ['Sampling', 'forward_grad', 'tap', 'value_and_forward_grad']
