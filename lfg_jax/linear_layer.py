@@ -16,7 +16,8 @@ from lfg_jax.estimators import FlaxLoss
 from lfg_jax.passes import Sampling
 from lfg_jax.taps import tap
 
-ESTIMATORS = {'weight': estimators.weight_perturbation, 'activity': estimators.activity_perturbation}
+ESTIMATORS: dict[str, Callable] = {'weight': estimators.weight_perturbation,
+                                   'activity': estimators.activity_perturbation}
 
 
 class _Layer(nn.Module):

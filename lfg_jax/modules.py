@@ -63,7 +63,7 @@ def value_and_activity_grad(model: nn.Module, losses: Callable[..., PyTree], lay
   (3, 4)
   """
   def run(variables: Mapping[str, PyTree], key: jax.Array, inputs: PyTree, *targets: PyTree,
-          rngs: Mapping[str, jax.Array] | None = None, **kwargs: Any) -> tuple[tuple[jax.Array, dict], PyTree]:
+          rngs: dict[str, jax.Array] | None = None, **kwargs: Any) -> tuple[tuple[jax.Array, dict], PyTree]:
     rest = {name: tree for name, tree in variables.items() if name != 'params'}
     call = lambda variables, mutable, inputs: model.apply(variables, inputs, rngs=rngs, mutable=mutable, **kwargs)
     loss_fn = _ModelLoss(call, losses, layers, rest)
@@ -139,12 +139,13 @@ class _Marker:
     self._marked.add(module.path)
     number = self._count(module)
     leaves, treedef = jax.tree.flatten(output)
-    return treedef.unflatten([
+    return jax.tree.unflatten(treedef, [
         tap(module, f'tap{number}_{i}', leaf) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
         for i, leaf in enumerate(leaves)])
 
   def _count(self, module: nn.Module) -> int:
     """How often the module has been called before in this trace (that of a scan's body has a root scope of its own)."""
+    assert module.scope is not None    # it is being called
     root = module.scope.root
     _, number = self._calls.get((id(root), module.path), (root, 0))
     self._calls[id(root), module.path] = root, number + 1    # holds the root, so that its id stays its own

@@ -41,18 +41,18 @@ import jax.numpy as jnp
 
 
 class Passes(NamedTuple):
-  """Some of the passes of an estimate: `count` of them from number `first` (may be traced), of `total`.
+  """Some of the passes of an estimate: `size` of them (None: all) from number `first` (may be traced), of `total`.
 
   A law's draw for parts of the passes gives the parts of what it gives for all.
   """
   total: int
   first: int | jax.Array = 0
-  count: int | None = None
+  size: int | None = None
 
   @property
   def ids_K(self) -> jax.Array:
     """Numbers of these passes."""
-    return self.first + jnp.arange(self.total if self.count is None else self.count)
+    return self.first + jnp.arange(self.total if self.size is None else self.size)
 
 
 class Law(NamedTuple):

@@ -82,7 +82,8 @@ def allocate(law: Law, dims: Sequence[int], norms: Sequence[float], costs: Seque
   """Passes for every tap, perturbed by itself, that minimise Σ excess(d_i, K_i) |g_i|² at Σ c_i K_i ≤ budget.
 
   For excess = a_i/K_i (all laws while K ≤ d, up to a constant) the minimum over real numbers has
-  K_i ∝ √(a_i |g_i|² / c_i), from setting the derivative of the Lagrange function to zero. For whole numbers: starting with one pass each, the
+  K_i ∝ √(a_i |g_i|² / c_i), from setting the derivative of the Lagrange function to zero. For whole numbers: starting
+  with one pass each, the
   pass that lowers the error most per cost is added while it fits. For equal costs that is optimal, as the terms are
   convex; for unequal ones nearly.
 
@@ -95,7 +96,7 @@ def allocate(law: Law, dims: Sequence[int], norms: Sequence[float], costs: Seque
 
   >>> from lfg_jax.tangents import hadamard
   >>> allocate(hadamard, dims=[32, 32], norms=[1., 1.], costs=[4., 1.], budget=40.)
-  [4, 24]
+  [6, 16]
   """
   passes, left = [1] * len(dims), budget - sum(costs)
   if left < 0:
@@ -143,8 +144,8 @@ class Measured(NamedTuple):
 
 
 class _Moments(NamedTuple):
-  """Count, mean and sum of squared deviations of a tree, merged as by Welford and Chan et al."""
-  count: jax.Array
+  """Number, mean and sum of squared deviations of a tree, merged as by Welford and Chan et al."""
+  size: jax.Array
   mean: PyTree
   squares: PyTree
 
@@ -155,18 +156,18 @@ class _Moments(NamedTuple):
     return cls(jnp.float32(jax.tree.leaves(values_N)[0].shape[0]), mean, squares)
 
   def merge(self, other: '_Moments') -> '_Moments':
-    count = self.count + other.count
-    part = other.count / count
+    size = self.size + other.size
+    part = other.size / size
     mean = jax.tree.map(lambda a, b: a + (b - a) * part, self.mean, other.mean)
-    squares = jax.tree.map(lambda sa, sb, a, b: sa + sb + (b - a)**2 * self.count * part,
+    squares = jax.tree.map(lambda sa, sb, a, b: sa + sb + (b - a)**2 * self.size * part,
                            self.squares, other.squares, self.mean, other.mean)
-    return _Moments(count, mean, squares)
+    return _Moments(size, mean, squares)
 
   def over_devices(self, axis: str) -> '_Moments':
-    """All devices' together, who have the same count each."""
+    """All devices' together, who have equally many."""
     mean = jax.lax.pmean(self.mean, axis)
-    squares = jax.tree.map(lambda s, m, all_: s + self.count * (m - all_)**2, self.squares, self.mean, mean)
-    return _Moments(jax.lax.psum(self.count, axis), mean, jax.lax.psum(squares, axis))
+    squares = jax.tree.map(lambda s, m, all_: s + self.size * (m - all_)**2, self.squares, self.mean, mean)
+    return _Moments(jax.lax.psum(self.size, axis), mean, jax.lax.psum(squares, axis))
 
 
 def measure(estimate: Callable[[jax.Array], PyTree], truth: PyTree, key: jax.Array, draws: int, *, at_once: int = 100,

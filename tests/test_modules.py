@@ -93,7 +93,7 @@ def exact(model, variables, x, kwargs, rngs=None):
 
 @pytest.mark.parametrize('name', sorted(set(CASES) - {'gru'}))
 def test_all_orthogonal_passes_of_each_tap_give_the_exact_gradient(name):
-  """Passes are whole sets: a multiple of the dimensions of every tap. (A scanned tap has a set for every time.)"""
+  """Passes are whole sets: a multiple of the dimensions of every tap. (A scanned tap has one for every time.)"""
   model, x, layers, kwargs = CASES[name]
   variables = init(model, x, kwargs)
   step = value_and_activity_grad(model, losses, layers, separate=True, sampling=Sampling(tangents.haar, 32))
@@ -130,7 +130,7 @@ class SharedPosition(nn.Module):
 
 
 @pytest.mark.parametrize(('model', 'layers', 'message'), [
-    (MLP(), nn.Conv, 'no layer is marked; allowed, as `layers`: types or a predicate that fit some of Dense_0, Dense_1'),
+    (MLP(), nn.Conv, 'no layer is marked; allowed, as `layers`: types or a predicate that fit some of Dense_0, Dense'),
     (SharedPosition(), nn.Dense, r'layer position has shape \(4, 4\); allowed for a marked layer: 3, the number'),
 ])
 def test_what_is_refused(model, layers, message):
