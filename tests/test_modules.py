@@ -81,7 +81,8 @@ def losses(output, target):
 
 
 def init(model, x, kwargs):
-  return jax.jit(functools.partial(model.init, **kwargs))({'params': jax.random.key(0), 'dropout': jax.random.key(0)}, x)
+  keys = {'params': jax.random.key(0), 'dropout': jax.random.key(0)}
+  return jax.jit(functools.partial(model.init, **kwargs))(keys, x)
 
 
 def exact(model, variables, x, kwargs, rngs=None):
