@@ -59,8 +59,8 @@ def value_and_activity_grad(model: nn.Module, losses: Callable[..., PyTree], lay
   >>> x, y = jnp.ones((8, 3)), jnp.zeros(8)
   >>> step = value_and_activity_grad(model, lambda out, y: (out[:, 0] - y) ** 2, layers=nn.Dense)
   >>> (value, aux), grads = step(model.init(jax.random.key(0), x), jax.random.key(1), x, y)
-  >>> grads['layers_0']['kernel'].shape
-  (3, 4)
+  >>> jax.tree.map(jnp.shape, grads['layers_0'])
+  {'bias': (4,), 'kernel': (3, 4)}
   """
   def run(variables: Mapping[str, PyTree], key: jax.Array, inputs: PyTree, *targets: PyTree,
           rngs: dict[str, jax.Array] | None = None, **kwargs: Any) -> tuple[tuple[jax.Array, dict], PyTree]:
