@@ -136,11 +136,15 @@ class Measured(NamedTuple):
   cosine: jax.Array
 
   def bias_z(self, truth: PyTree) -> jax.Array:
-    """Root mean square over all entries that vary of (mean - truth) / (standard error): 1 for no bias."""
-    z2 = jax.tree.map(lambda m, v, t: jnp.where(v > 0, (m - t)**2 * self.draws / jnp.where(v > 0, v, 1), 0),
-                      self.mean, self.variance, truth)
-    count = sum((v > 0).sum() for v in jax.tree.leaves(self.variance))
-    return jnp.sqrt(sum(z.sum() for z in jax.tree.leaves(z2)) / jnp.maximum(count, 1))
+    """Root mean square over all entries of (mean - truth) / (standard error): 1 for no bias.
+
+    The rounding of floats counts as an error too, so that an exact estimate has no bias.
+    """
+    def squares(mean: jax.Array, variance: jax.Array, truth: jax.Array) -> jax.Array:
+      rounding = 16 * jnp.finfo(mean.dtype).eps * jnp.abs(truth).max()
+      return (mean - truth)**2 / jnp.maximum(variance / self.draws + rounding**2, jnp.finfo(mean.dtype).tiny)
+    z2 = jax.tree.leaves(jax.tree.map(squares, self.mean, self.variance, truth))
+    return jnp.sqrt(sum(z.sum() for z in z2) / sum(z.size for z in z2))
 
 
 class _Moments(NamedTuple):

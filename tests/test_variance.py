@@ -104,3 +104,10 @@ def test_what_is_refused():
     variance.predicted('both', normal, 1, shared=True, batch=1, p=1, q=1, V=1.0, S=1.0)
   with pytest.raises(ValueError, match='draws is 5; allowed: at_once x devices = 10 or more'):
     variance.measure(lambda key: jnp.ones(1), jnp.ones(1), jax.random.key(0), 5, at_once=10)
+
+
+def test_an_exact_estimate_has_no_bias_and_a_shifted_one_has():
+  truth = {'a': jnp.array([1.0, 0.3, 0.0])}
+  third = lambda key: {'a': (truth['a'] / 3 + 0 * jax.random.normal(key)) * 3}
+  exact = variance.measure(third, truth, jax.random.key(0), 200)
+  assert exact.bias_z(truth) < 1.5 < exact.bias_z({'a': truth['a'] + 1e-3})
