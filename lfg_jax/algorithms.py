@@ -9,18 +9,19 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lfg_jax import estimators, layers, tangents
+from lfg_jax import estimators, layers, passes, tangents
 from lfg_jax.data import Batch, Dataset
-from lfg_jax.estimators import FlaxLoss, Sampling
+from lfg_jax.estimators import FlaxLoss
 from lfg_jax.greedy import greedy
 from lfg_jax.losses import Cut, cross_entropy
 from lfg_jax.mixer import Criterion, LocalMixer, MixerSpec, ReadOut
+from lfg_jax.passes import Sampling
 from lfg_jax.sizes import mixer_spec, parse, patches
 from lfg_jax.taps import Tap
 
@@ -70,7 +71,11 @@ class Options:
 
   Attributes:
     law: name of a tangent law, of `tangents.LAWS`.
-    passes: tangents averaged per step.
+    passes: tangents per step.
+    chunk: how many of them are in memory at once; 0: all.
+    combine: 'mean' of the passes, or 'projection' on their span; see `passes.combine`.
+    taps: activity perturbation of all taps at once ('joint') or of each by itself ('separate').
+    tap_passes: with separate taps, numbers of passes of their own for taps of these names; 0: `passes`.
     sharing: 'paper' (weights' tangents shared by the batch, activities' not), 'shared' or 'independent'.
     credit: weight perturbation's rule for groups. 'exact' credits a weight with all the losses it influences.
       'paper' credits the columns of the linear layer before the grouped one with their own group only, as
@@ -82,6 +87,10 @@ class Options:
   """
   law: str = 'rademacher'
   passes: int = 1
+  chunk: int = 0
+  combine: str = 'mean'
+  taps: str = 'joint'
+  tap_passes: Mapping[str, int] = dataclasses.field(default_factory=dict)
   sharing: str = 'paper'
   credit: str = 'exact'
   step: float = 1e-3
@@ -93,12 +102,21 @@ class Options:
   def __post_init__(self) -> None:
     _one_of('estimator.law', self.law, tangents.LAWS)
     _one_of('estimator.sharing', self.sharing, ('paper', 'shared', 'independent'))
+    _one_of('estimator.combine', self.combine, passes.COMBINATIONS)
+    _one_of('estimator.taps', self.taps, ('joint', 'separate'))
     _one_of('estimator.credit', self.credit, ('exact', 'paper'))
-    for field, value, low in (('estimator.passes', self.passes, 1), ('losses.every', self.every, 1)):
+    for field, value, low in (('estimator.passes', self.passes, 1), ('estimator.chunk', self.chunk, 0),
+                              *((f'estimator.tap_passes.{tap}', n, 0) for tap, n in self.tap_passes.items()),
+                              ('losses.every', self.every, 1)):
       if value < low:
         raise ValueError(f'{field} is {value!r}; allowed: {low} or more')
     if self.step <= 0:
       raise ValueError(f'estimator.step is {self.step!r}; allowed: more than 0')
+    if self.combine == 'projection' and (self.taps == 'joint' or self.chunk):
+      raise ValueError(f"estimator.combine='projection' needs all passes of one tap at once, not taps={self.taps!r}, "
+                       f"chunk={self.chunk}; allowed: taps='separate', chunk=0")
+    if self.taps == 'joint' and any(self.tap_passes.values()):
+      raise ValueError("estimator.tap_passes is for taps perturbed one by one; allowed: estimator.taps='separate'")
     if self.overlap and self.every > 1:
       raise ValueError(f'losses.overlap=True and losses.every={self.every} exclude each other; allowed: one of them')
 
@@ -178,14 +196,17 @@ def build_estimator(rule: Rule, options: Options, spec: MixerSpec, axis_name: st
   """The rule's estimator, `loss_fn -> grad_fn`."""
   weight = rule.estimator == 'weight'
   shared = weight if options.sharing == 'paper' else options.sharing == 'shared'
-  sampling = Sampling(tangents.LAWS[options.law], options.passes, shared, axis_name)
-  derivative = estimators.finite_difference(options.step) if rule.finite else estimators.jvp_derivative
+  sampling = Sampling(tangents.LAWS[options.law], options.passes, shared, axis_name, options.chunk or None,
+                      options.combine)
+  derivative = passes.finite_difference(options.step) if rule.finite else passes.jvp_derivative
   if weight:
     group_axis = functools.partial(_group_axis, options, rule.cut and spec.style.norm == 'layer')
     return functools.partial(estimators.weight_perturbation, sampling=sampling, derivative=derivative,
                              is_exact=_under_a_loss, group_axis=group_axis)
   if rule.estimator == 'activity':
-    return functools.partial(estimators.activity_perturbation, sampling=sampling, derivative=derivative)
+    return functools.partial(estimators.activity_perturbation, sampling=sampling, derivative=derivative,
+                             separate=options.taps == 'separate',
+                             tap_passes={tap: n for tap, n in options.tap_passes.items() if n})
   if rule.estimator == 'direct_feedback':
     return functools.partial(estimators.direct_feedback, matrices=variables['feedback'])
   return estimators.backprop

@@ -59,7 +59,11 @@ def base() -> ConfigDict:
           'norms': mixer.NORMS,
       },
       'losses': {'patch': True, 'group': True, 'every': 1, 'overlap': False},
-      'estimator': {'law': 'rademacher', 'passes': 1, 'sharing': 'paper', 'credit': 'exact', 'step': 1e-3},
+      'estimator': {
+          'law': 'rademacher', 'passes': 1, 'chunk': 0, 'combine': 'mean', 'taps': 'joint',
+          'tap_passes': {'after_token': 0, 'after_channel': 0, 'after_group': 0},    # 0: passes
+          'sharing': 'paper', 'credit': 'exact', 'step': 1e-3,
+      },
       'optimizer': {
           'name': 'sgd', 'learning_rate': 0.1, 'momentum': 0.9, 'weight_decay': 0.0,
           'schedule': 'constant', 'warmup_epochs': 0.0, 'staircase_epochs': (), 'staircase_factor': 0.1,
