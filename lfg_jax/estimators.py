@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax import tangents
+from lfg_jax.parts import WHOLE, Part
 from lfg_jax.taps import Tap
 
 PyTree = Any
@@ -58,11 +59,13 @@ class Sampling(NamedTuple):
     passes: number of tangents whose estimates are averaged; they share one primal evaluation.
     shared: one tangent for the whole batch, or an independent one for every example.
     axis_name: mesh axis the batch is sharded over, so that noise follows the example's global position.
+    part: which part of this device's share of the batch is given.
   """
   law: tangents.Law = tangents.rademacher
   passes: int = 1
   shared: bool = False
   axis_name: str | None = None
+  part: Part = WHOLE
 
 
 Derivative = Callable[[Callable, PyTree, PyTree], Losses]
@@ -149,7 +152,7 @@ def weight_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(), der
 
   def per_example_run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, Any], PyTree]:
     batch = jax.tree.leaves(args)[0].shape[0]
-    keys_B = tangents.fold_in_all(key, tangents.example_ids(batch, sampling.axis_name))
+    keys_B = tangents.fold_in_all(key, tangents.example_ids(batch, sampling.axis_name, sampling.part))
     one = lambda k, *example: shared_run(params, k, *jax.tree.map(lambda x: x[None], example))
     (losses, aux), grads_B = jax.vmap(one)(keys_B, *args)
     squeeze = functools.partial(jax.tree.map, lambda x: x.reshape(batch, *x.shape[2:]))
@@ -247,7 +250,7 @@ def _draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap) -> jax.Array:
   if sampling.shared:
     draw = lambda k: sampling.law.draw(k, (1, *shape[1:]), tap.value.dtype)
   else:
-    ids_B = tangents.example_ids(shape[0], sampling.axis_name)
+    ids_B = tangents.example_ids(shape[0], sampling.axis_name, sampling.part)
     one = lambda k: sampling.law.draw(k, shape[1:], tap.value.dtype)
     draw = lambda k: jax.vmap(one)(tangents.fold_in_all(k, ids_B))
   keys = jax.random.split(key, tap.value.shape[:scanned]) if scanned else key
