@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lfg_jax import estimators, layers, passes, tangents
+from lfg_jax import estimators, layers, parts, passes, tangents
 from lfg_jax.data import Batch, Dataset
 from lfg_jax.estimators import FlaxLoss
 from lfg_jax.greedy import greedy
 from lfg_jax.losses import Cut, cross_entropy
 from lfg_jax.mixer import Criterion, LocalMixer, MixerSpec, ReadOut
+from lfg_jax.parts import WHOLE, Part
 from lfg_jax.passes import Sampling
 from lfg_jax.sizes import mixer_spec, parse, patches
 from lfg_jax.taps import Tap
@@ -84,6 +85,7 @@ class Options:
     patch, group: whether losses are cut by patch and by group.
     every: blocks per stage of a greedy rule.
     overlap: greedy stages are overlapping pairs of blocks.
+    micro_batch: examples whose gradients are computed at once; 0: what suits the machine, see `parts`.
   """
   law: str = 'rademacher'
   passes: int = 1
@@ -98,6 +100,7 @@ class Options:
   group: bool = True
   every: int = 1
   overlap: bool = False
+  micro_batch: int = 0
 
   def __post_init__(self) -> None:
     _one_of('estimator.law', self.law, tangents.LAWS)
@@ -107,7 +110,7 @@ class Options:
     _one_of('estimator.credit', self.credit, ('exact', 'paper'))
     for field, value, low in (('estimator.passes', self.passes, 1), ('estimator.chunk', self.chunk, 0),
                               *((f'estimator.tap_passes.{tap}', n, 0) for tap, n in self.tap_passes.items()),
-                              ('losses.every', self.every, 1)):
+                              ('losses.every', self.every, 1), ('micro_batch', self.micro_batch, 0)):
       if value < low:
         raise ValueError(f'{field} is {value!r}; allowed: {low} or more')
     if self.step <= 0:
@@ -152,7 +155,7 @@ def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorit
     ValueError: one line naming the field, the value and what is allowed.
   """
   _one_of('algorithm', config.algorithm, REGISTRY)
-  options = Options(**config.estimator, **config.losses)
+  options = Options(**config.estimator, **config.losses, micro_batch=config.micro_batch)
   sizes = dict(config.model)
   spec = mixer_spec(sizes.pop('size'), image_shape=dataset.image_shape, classes=dataset.classes,
                     axis_name=axis_name, **sizes)
@@ -166,6 +169,9 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
   if spec.style.norm == 'batch' and rule.estimator == 'weight' and options.sharing == 'independent':
     raise ValueError("estimator.sharing='independent' perturbs weights per example, which model.norm='batch' mixes; "
                      "allowed with batch norm: 'paper', 'shared'")
+  if options.micro_batch and mixes_examples(spec):
+    raise ValueError(f'micro_batch is {options.micro_batch}, and the losses of one example depend on others; '
+                     'allowed here: 0')
   stem = spec.runs[0].spec
 
   def init(key: jax.Array) -> dict[str, PyTree]:
@@ -178,11 +184,18 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
       kept['feedback'] = _tap_matrices(feedback_key, spec, kept['params'])
     return kept
 
-  def gradient(variables: dict[str, PyTree], key: jax.Array, batch: Batch) -> tuple[PyTree, dict[str, Any]]:
+  def part_gradient(variables: dict[str, PyTree], key: jax.Array, part: Part, batch: Batch
+                    ) -> tuple[PyTree, dict[str, Any]]:
     one = _greedy_gradient if rule.cut else _end_to_end_gradient
-    estimator = build_estimator(rule, options, spec, axis_name, variables)
+    estimator = build_estimator(rule, options, spec, axis_name, variables, part)
     image, label, weight = map(jnp.asarray, batch)
     return one(rule, options, spec, estimator, variables, key, prepare(image), Criterion(label, weight))
+
+  def gradient(variables: dict[str, PyTree], key: jax.Array, batch: Batch) -> tuple[PyTree, dict[str, Any]]:
+    batch = Batch(*map(jnp.asarray, batch))
+    number = 1 if mixes_examples(spec) else parts.number_of_parts(
+        len(batch.label), options.micro_batch, 4 * max(run.spec.tokens * run.spec.channels for run in spec.runs))
+    return parts.sum_over_parts(functools.partial(part_gradient, variables, key), batch, number)
 
   def predict(variables: dict[str, PyTree], image: jax.Array) -> jax.Array:
     model = LocalMixer(dataclasses.replace(spec, style=spec.style._replace(train=False)))
@@ -191,13 +204,18 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
   return Algorithm(init, gradient, predict)
 
 
+def mixes_examples(spec: MixerSpec) -> bool:
+  """Whether the losses of one example depend on others, so that a batch is more than its parts."""
+  return spec.style.norm == 'batch' or spec.style._asdict().get('contrast') is not None
+
+
 def build_estimator(rule: Rule, options: Options, spec: MixerSpec, axis_name: str | None,
-                    variables: dict[str, PyTree]) -> Callable[[FlaxLoss], estimators.GradFn]:
+                    variables: dict[str, PyTree], part: Part = WHOLE) -> Callable[[FlaxLoss], estimators.GradFn]:
   """The rule's estimator, `loss_fn -> grad_fn`."""
   weight = rule.estimator == 'weight'
   shared = weight if options.sharing == 'paper' else options.sharing == 'shared'
   sampling = Sampling(tangents.LAWS[options.law], options.passes, shared, axis_name, options.chunk or None,
-                      options.combine)
+                      options.combine, part)
   derivative = passes.finite_difference(options.step) if rule.finite else passes.jvp_derivative
   if weight:
     group_axis = functools.partial(_group_axis, options, rule.cut and spec.style.norm == 'layer')

@@ -71,6 +71,7 @@ def base() -> ConfigDict:
       },
       'epochs': 10,
       'batch_size': 128,             # of all devices together
+      'micro_batch': 0,              # examples computed at once on a device; 0: what suits the machine
       'seed': 0,
       'eval_every': 1,               # epochs
       'checkpoint_every': 1,         # epochs

@@ -56,6 +56,9 @@ def prepare(config: ConfigDict) -> Job:
     if config.batch_size % jax.device_count():
       raise ValueError(f'batch_size is {config.batch_size}; allowed: multiples of {jax.device_count()}, '
                        'the number of devices')
+    if config.micro_batch and config.batch_size // jax.device_count() % config.micro_batch:
+      raise ValueError(f'micro_batch is {config.micro_batch}; allowed: divisors of '
+                       f'{config.batch_size // jax.device_count()}, the examples per device')
     dataset = data.load(config.dataset, data_dir=config.data_dir, image_size=config.image_size,
                         seed=config.seed)
     algorithm = algorithms.make(config, dataset, update.AXIS)

@@ -115,9 +115,8 @@ def _stream_feed(stream: Stream, mesh: Mesh, batch_size: int, steps: int) -> Fee
   return Feed(steps, lambda batch, step: batch, (P(AXIS),), epochs, is_stream=True)
 
 
-def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Mesh, feed: Feed
-                ) -> Callable[..., TrainState]:
-  """`update(state, key, *inputs) -> state`, which takes over the memory of its first argument.
+def make_gradient(algorithm: Algorithm, mesh: Mesh, feed: Feed) -> Callable[..., tuple[PyTree, dict[str, Any]]]:
+  """`gradient(state, key, *inputs) -> (grads, aux)` of the global batch; aux has 'examples', their number.
 
   The algorithm must be made with AXIS as its axis_name.
   """
@@ -133,8 +132,13 @@ def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, m
 
   # check_vma=False: else jax.grad inside would sum over devices by itself, as parameters are the same on all,
   # but jax.jvp along a tangent would not; without the check no rule does, and the one psum above serves all.
-  gradient = jax.shard_map(local_gradient, mesh=mesh, in_specs=(P(), P(), *feed.specs), out_specs=P(),
-                           check_vma=False)
+  return jax.shard_map(local_gradient, mesh=mesh, in_specs=(P(), P(), *feed.specs), out_specs=P(), check_vma=False)
+
+
+def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Mesh, feed: Feed
+                ) -> Callable[..., TrainState]:
+  """`update(state, key, *inputs) -> state`, which takes over the memory of its first argument."""
+  gradient = make_gradient(algorithm, mesh, feed)
 
   def update(state: TrainState, key: jax.Array, *inputs: Any) -> TrainState:
     grads, aux = gradient(state, key, *inputs)
