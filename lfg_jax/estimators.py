@@ -58,11 +58,13 @@ class Sampling(NamedTuple):
     passes: number of tangents whose estimates are averaged; they share one primal evaluation.
     shared: one tangent for the whole batch, or an independent one for every example.
     axis_name: mesh axis the batch is sharded over, so that noise follows the example's global position.
+    rows: so many consecutive rows of the batch share a tangent, as the two views of an example may.
   """
   law: tangents.Law = tangents.rademacher
   passes: int = 1
   shared: bool = False
   axis_name: str | None = None
+  rows: int = 1
 
 
 Derivative = Callable[[Callable, PyTree, PyTree], Losses]
@@ -247,7 +249,7 @@ def _draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap) -> jax.Array:
   if sampling.shared:
     draw = lambda k: sampling.law.draw(k, (1, *shape[1:]), tap.value.dtype)
   else:
-    ids_B = tangents.example_ids(shape[0], sampling.axis_name)
+    ids_B = tangents.example_ids(shape[0], sampling.axis_name) // sampling.rows
     one = lambda k: sampling.law.draw(k, shape[1:], tap.value.dtype)
     draw = lambda k: jax.vmap(one)(tangents.fold_in_all(k, ids_B))
   keys = jax.random.split(key, tap.value.shape[:scanned]) if scanned else key
