@@ -102,5 +102,5 @@ def patches(image_BxHxWxC: jax.Array, side: int, mean: tuple[float, ...], std: t
   >>> patches(jnp.zeros((2, 8, 8, 1), jnp.uint8), 4, (0.5,), (0.5,))[0, 0].tolist()
   [-1.0, -1.0, -1.0, -1.0]
   """
-  x = (image_BxHxWxC.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
+  x = (image_BxHxWxC.astype(jnp.result_type(float)) / 255 - jnp.array(mean)) / jnp.array(std)
   return einops.rearrange(x, 'b (p h) (q w) c -> b (p q) (h w c)', p=side, q=side)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lfg_jax import algorithms
 from lfg_jax.data import Batch
@@ -18,7 +19,7 @@ class Small(NamedTuple):
   variables: Any
 
 
-def small(side=2, groups=4, channels=16, blocks=3, batch=2, classes=5, dtype=jnp.float32, **style):
+def small(side=2, groups=4, channels=16, blocks=3, batch=4, classes=5, dtype=jnp.float32, **style):
   """Random parameters everywhere (heads and read-out start at zero, which would hide errors)."""
   image_shape = (2 * side, 2 * side, 1)
   spec = mixer_spec(f'S/{side}/{groups}', image_shape=image_shape, classes=classes, channels=channels,
@@ -29,26 +30,36 @@ def small(side=2, groups=4, channels=16, blocks=3, batch=2, classes=5, dtype=jnp
   label = jax.random.randint(k_label, (batch,), 0, classes)
   weight = jnp.full((batch,), 1 / batch, dtype)
   algorithm = algorithms.compose(algorithms.REGISTRY['BP'], algorithms.Options(), spec, prepare)
-  variables = algorithm.init(k_params)
-  leaves, treedef = jax.tree.flatten(variables['params'])
-  keys = jax.random.split(k_params, len(leaves))
-  noise = [0.4 * jax.random.normal(k, leaf.shape, dtype) for k, leaf in zip(keys, leaves, strict=True)]
-  params = jax.tree.map(jnp.add, treedef.unflatten(noise), variables['params'])
+  variables = jax.jit(algorithm.init)(k_params)
+
+  @jax.jit
+  def randomised(params):
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(k_params, len(leaves))
+    noise = [0.4 * jax.random.normal(k, leaf.shape, dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.map(jnp.add, jax.tree.unflatten(treedef, noise), params)
+
+  params = randomised(variables['params'])
   return Small(spec, prepare, Batch(image, label, weight), {**variables, 'params': params})
+
+
+def compose(s, name, **options):
+  """The algorithm `name` on the small model."""
+  return algorithms.compose(algorithms.REGISTRY[name], algorithms.Options(**options), s.spec, s.prepare)
 
 
 def gradient(s, name, key=None, **options):
   """Gradient of the algorithm `name` on the small model."""
-  algorithm = algorithms.compose(algorithms.REGISTRY[name], algorithms.Options(**options), s.spec, s.prepare)
-  return algorithm.gradient(s.variables, jax.random.key(0) if key is None else key, s.batch)[0]
+  key = jax.random.key(0) if key is None else key
+  return jax.jit(compose(s, name, **options).gradient)(s.variables, key, s.batch)[0]
 
 
-def relative_error(a, b):
-  """max over leaves of |a - b| / |b|; leaves of (nearly) no gradient are held against 1 % of the whole tree's norm.
+def relative_error(a, b, floor=0.01):
+  """max over leaves of |a - b| / |b|, |b| being at least `floor` times the norm of the whole tree.
 
   (A bias before a norm that removes it has a gradient of exactly zero.)
   """
-  whole = jnp.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(b)))
-  norm = jnp.linalg.norm
-  errors = jax.tree.map(lambda a, b: float(norm((a - b).ravel()) / jnp.maximum(norm(b.ravel()), 0.01 * whole)), a, b)
-  return max(jax.tree.leaves(errors))
+  leaves = [(np.asarray(a, np.float64), np.asarray(b, np.float64))
+            for a, b in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+  least = floor * np.sqrt(sum((b**2).sum() for _, b in leaves))
+  return max(np.linalg.norm(a - b) / max(np.linalg.norm(b), least) for a, b in leaves)

@@ -16,13 +16,6 @@ from lfg_jax.streams import Stream
 from tests.runs import FLAGS, STEPS, start, state, tiny
 
 
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def rows(workdir):
   """Without what depends on the clock."""
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]

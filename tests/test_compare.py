@@ -3,18 +3,10 @@
 import json
 import runpy
 
-import jax
 import pytest
 
 from lfg_jax import algorithms, configs, mixer
 from tests.runs import FLAGS, ROOT, STEPS
-
-
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 def compare(out, names, seeds):

@@ -29,13 +29,6 @@ def updated(config, devices, learning_rate=0.1, first_step=STEPS - 2, steps=2):
   return jax.device_get(after)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @pytest.mark.parametrize('counts, fields', [
     ((2, 4, 8), {'algorithm': 'LG-FG-A'}), ((8,), {'algorithm': 'FG-W'}), ((8,), {'algorithm': 'DFA'}),
     ((8,), {'algorithm': 'LG-BP', 'model__norm': 'batch'}),
