@@ -109,7 +109,7 @@ def table(rows: list[Row]) -> str:
            f'a plain matmul: {first["matmul_gflop_per_s"]:.0f} GFLOP/s', '',
            '| algorithm | gradient, ms | update, ms | temporaries, MiB | GFLOP | GFLOP/s | × BP | × floor |',
            '|---|---|---|---|---|---|---|---|']
-  lines += [f'| {r["algorithm"]} | {r["ms_gradient"]:.0f} | {r["ms_update"]:.0f}'
+  lines += [f'| {r["algorithm"]} | {r["ms_gradient"]:.0f} | {r["ms_update"]:.0f} '
             f'| {r["temporaries_bytes"] / 2**20:.0f} '
             f'| {r["gflop"]:.1f} | {r["gflop_per_s"]:.0f} | {r["ratio_to_bp"]:.2f} | {r["ratio_to_floor"]:.2f} |'
             for r in rows]

@@ -248,7 +248,7 @@ def draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap, passes: Passes) ->
   if sampling.shared:
     draw = lambda k: one(k)[:, None]
   else:
-    ids_B = tangents.example_ids(batch, sampling.axis_name, sampling.part)
+    ids_B = tangents.example_ids(batch, sampling.axis_name, sampling.part) // sampling.rows
     draw = lambda k: jax.vmap(one, out_axes=1)(tangents.fold_in_all(k, ids_B))
   for _ in range(scanned):
     draw = jax.vmap(draw, out_axes=1)

@@ -26,6 +26,7 @@ class Sampling(NamedTuple):
       the derivatives need of the primal is then kept, as backprop would keep it, for the next chunk.
     combine: 'mean', or 'projection'; see `combine`.
     part: which part of this device's share of the batch is given.
+    rows: so many consecutive rows of the batch share a tangent, as the two views of an example may.
   """
   law: tangents.Law = tangents.rademacher
   passes: int = 1
@@ -34,6 +35,7 @@ class Sampling(NamedTuple):
   chunk: int | None = None
   combine: str = 'mean'
   part: Part = WHOLE
+  rows: int = 1
 
   @property
   def at_once(self) -> int:
