@@ -59,7 +59,8 @@ def views(key_B: jax.Array, image_BxHxWxC: jax.Array, min_area: float = 0.08) ->
 def one_view(key: jax.Array, image: jax.Array, min_area: float, chances: Chances) -> jax.Array:
   """A view [H, W, 3] of one image [H, W, 3] in [0, 1]."""
   keys = jax.random.split(key, 6)
-  image = crop(image, random_box(keys[0], *image.shape[:2], min_area))
+  height, width, _ = image.shape
+  image = crop(image, random_box(keys[0], height, width, min_area))
   for k, chance, change in zip(keys[1:], chances, (_flip, jitter, _grey, _random_blur, _solarise), strict=True):
     now, how = jax.random.split(k)
     image = jnp.where(jax.random.bernoulli(now, chance), change(how, image), image)

@@ -118,7 +118,8 @@ def _fused(features_NxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Arr
            real_N: jax.Array, cut: Cut, contrast: Contrast) -> jax.Array:
   del backward_GxCxK
   z_NxK = head_outputs(features_NxPxGxC, kernel_GxCxK, bias_K)
-  return replicate(info_nce(z_NxK, z_NxK, real_N, contrast), *features_NxPxGxC.shape[1:3], cut)
+  _, P, G, _ = features_NxPxGxC.shape
+  return replicate(info_nce(z_NxK, z_NxK, real_N, contrast), P, G, cut)
 
 
 _fused_loss = jax.custom_jvp(_fused, nondiff_argnums=(5, 6))
@@ -222,7 +223,7 @@ class Projection(nn.Module):
 
 def end_losses(projected: tuple[jax.Array, jax.Array], weight_N: jax.Array, contrast: Contrast
                ) -> tuple[jax.Array, jax.Array]:
-  """What a network learns end to end: its weighted losses [N], and the objective's derivative [N, K] by `Projection`."""
+  """What a network learns end to end: weighted losses [N], and the objective's derivative [N, K] by `Projection`."""
   z_NxK, candidates_NxK = projected
 
   losses = lambda z_NxK, candidates_NxK: info_nce(z_NxK, candidates_NxK, weight_N > 0, contrast) * weight_N

@@ -251,14 +251,14 @@ class LocalMixer(nn.Module):
     """
     x = tokens_BxPxD
     weight_B = jnp.ones(x.shape[:1]) if weight_B is None else weight_B
-    local = {}
+    local: dict[str, Any] = {}
     for run in self.spec.runs:
       stack = nn.scan(LocalBlock, variable_axes={name: 0 for name in COLLECTIONS}, split_rngs={'params': True},
                       in_axes=(nn.broadcast, nn.broadcast), length=run.count)
       block = (stack if run.spec.stacked else LocalBlock)(
           run.spec, self.spec.style, self.spec.head_outputs, self.cut, name=run.name)
       x, local[run.name] = block(x, criterion, weight_B)
-    if self.project:
+    if self.project and self.spec.style.contrast:
       features = _norm(self.spec.style, 'head', x.reshape(*x.shape[:2], self.spec.runs[-1].spec.groups, -1), weight_B)
       local['head'] = Projection(self.spec.style.contrast, self.spec.style.init, name='head')(features)
     x = hold(self, 'detached', x) if self.detach_readout else x

@@ -250,7 +250,7 @@ def test_direct_feedback_sends_the_error_of_the_projection():
   x, criterion = inputs(s, jax.random.key(5))
   model = LocalMixer(s.spec, project=True)
   z = model.apply({'params': variables['params']}, x)[1]['head'][0]
-  losses_N, error = contrastive.end_losses((z, z), criterion.weight_B, s.spec.style.contrast)
+  _, error = contrastive.end_losses((z, z), criterion.weight_B, s.spec.style.contrast)
   naive_loss = lambda moved: (contrastive.info_nce(moved, z, jnp.ones(8, bool), s.spec.style.contrast) / 8).sum()
   np.testing.assert_allclose(error, jax.grad(naive_loss)(z), rtol=1e-4, atol=1e-7)
   grads = jax.jit(algorithm.gradient)(variables, jax.random.key(5), s.batch)[0]
