@@ -61,7 +61,7 @@ def base() -> ConfigDict:
       'losses': {'patch': True, 'group': True, 'every': 1, 'overlap': False},
       'estimator': {
           'law': 'rademacher', 'passes': 1, 'chunk': 0, 'combine': 'mean', 'taps': 'joint',
-          'tap_passes': {'after_token': 0, 'after_channel': 0, 'after_group': 0},    # 0: passes
+          'tap_passes': dict.fromkeys(mixer.TAPS, 0),    # 0: passes
           'sharing': 'paper', 'credit': 'exact', 'step': 1e-3,
       },
       'optimizer': {
