@@ -95,7 +95,9 @@ def _linear_row(estimator: str, law: str, passes: int, shared: bool, batch: int,
   layer = linear_layer.random_layer(jax.random.key(p + 100 * q), p, q)
   estimate = layer.estimate(estimator, Sampling(LAWS[law], passes, shared), batch)
   draws, at_once = (1000, 100) if p * q * batch * passes < 100_000 else (300, 10)
+  jax.config.update('jax_disable_most_optimizations', True)    # hundreds of programs, each run once
   measured = variance.measure(estimate, layer.truth, jax.random.key(2), draws, at_once=at_once)
+  jax.config.update('jax_disable_most_optimizations', False)
   predicted = variance.predicted(estimator, LAWS[law], passes, shared=shared, batch=batch, p=p, q=q, V=layer.V,
                                  S=layer.S)
   return {'estimator': estimator, 'law': law, 'passes': passes, 'sharing': 'shared' if shared else 'independent',
@@ -231,11 +233,12 @@ def mlp(options: argparse.Namespace) -> Iterator[Row]:
 
   def activity(law: str, passes: int, joint: bool) -> Callable:
     step = value_and_activity_grad(MLP(), losses, nn.Dense, sampling=Sampling(LAWS[law], passes), separate=not joint)
-    return lambda key: step(variables, key, x, y)[1]
+    return lambda key: step(jax.lax.optimization_barrier(variables), key, x, y)[1]
 
   def weight(law: str, passes: int, joint: bool) -> Callable:
     del joint
-    return lambda key: forward_grad(loss, law=LAWS[law], passes=passes)(variables['params'], key=key)
+    run = forward_grad(loss, law=LAWS[law], passes=passes)
+    return lambda key: run(jax.lax.optimization_barrier(variables['params']), key=key)
 
   for name, make, joint, orthogonal in (('weight', weight, True, 'haar'), ('activity', activity, True, 'hadamard'),
                                         ('activity', activity, False, 'hadamard')):
@@ -283,7 +286,12 @@ class Mixer:
   def estimate(self, name: str, **options: Any) -> Callable:
     """`key -> gradient`."""
     gradient = self.make(name, **options).gradient
-    return lambda key: gradient(self.variables, key, self.batch)[0]
+
+    def run(key: jax.Array) -> Any:
+      # Behind the barrier the constants are not folded: time and compilation are those of a training step.
+      variables, batch = jax.lax.optimization_barrier((self.variables, self.batch))
+      return gradient(variables, key, batch)[0]
+    return run
 
 
 CUTS = {'block': (False, False), 'block+patch': (True, False), 'block+group': (False, True), 'all': (True, True)}
