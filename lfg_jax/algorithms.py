@@ -24,7 +24,7 @@ from lfg_jax.data import Batch, Dataset
 from lfg_jax.estimators import FlaxLoss
 from lfg_jax.greedy import greedy, stages
 from lfg_jax.losses import Cut, cross_entropy
-from lfg_jax.mixer import Criterion, LocalMixer, MixerSpec, ReadOut
+from lfg_jax.mixer import TAPS, Criterion, LocalMixer, MixerSpec, ReadOut
 from lfg_jax.parts import WHOLE, Part
 from lfg_jax.passes import Sampling
 from lfg_jax.sizes import mixer_spec, parse, patches
@@ -111,6 +111,8 @@ class Options:
     _one_of('estimator.sharing', self.sharing, ('paper', 'shared', 'independent'))
     _one_of('estimator.combine', self.combine, passes.COMBINATIONS)
     _one_of('estimator.taps', self.taps, ('joint', 'separate'))
+    for tap in self.tap_passes:
+      _one_of('tap of estimator.tap_passes', tap, TAPS)
     _one_of('estimator.credit', self.credit, ('exact', 'paper'))
     for field, value, low in (('estimator.passes', self.passes, 1), ('estimator.chunk', self.chunk, 0),
                               *((f'estimator.tap_passes.{tap}', n, 0) for tap, n in self.tap_passes.items()),

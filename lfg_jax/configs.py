@@ -65,7 +65,7 @@ def base() -> ConfigDict:
       'contrastive': {'temperature': 0.5, 'stop_gradient': True, 'shared_views': True, 'min_area': 0.08},
       'estimator': {
           'law': 'rademacher', 'passes': 1, 'chunk': 0, 'combine': 'mean', 'taps': 'joint',
-          'tap_passes': {'after_token': 0, 'after_channel': 0, 'after_group': 0},    # 0: passes
+          'tap_passes': dict.fromkeys(mixer.TAPS, 0),    # 0: passes
           'sharing': 'paper', 'credit': 'exact', 'step': 1e-3,
       },
       'optimizer': {

@@ -22,6 +22,7 @@ from lfg_jax.losses import Cut, replicated_cross_entropy, scale_gradient
 from lfg_jax.taps import hold, tap
 
 NORMS = ('token_in', 'token_out', 'channel_in', 'channel_out', 'group_in', 'group_out', 'head', 'readout')
+TAPS = ('after_token', 'after_channel', 'after_group')
 
 
 class Style(NamedTuple):

@@ -16,6 +16,8 @@ backprop. What must hold is that a tap is credited with all the losses that it c
 * A layer that is called twice has a tap for each call.
 * `nn.scan` and `nn.RNN` must carry the taps: `nn.RNN(cell, variable_axes=dict.fromkeys(TAP_COLLECTIONS, 0))`. The
   marked cell then has a tap for its carry and its output at every time; nothing goes backwards through time.
+* In `shard_map` (with `check_vma=False`) give `Sampling` the mesh axis of the batch, and take the mean over devices of
+  value and gradients: the estimate is the same on any number of devices.
 * Losses of one's own for parts of an example: call `tap` in the module, with `local_axes`.
 """
 

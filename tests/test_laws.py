@@ -106,6 +106,7 @@ def test_projection_is_shorter_by_k_over_d_and_exact_when_the_span_is_all():
 @pytest.mark.parametrize(('options', 'message'), [
     ({'combine': 'projection'}, "taps='separate'"),
     ({'tap_passes': {'after_group': 3}}, "estimator.taps='separate'"),
+    ({'taps': 'separate', 'tap_passes': {'last': 3}}, "tap_passes is 'last'; allowed: after_token, after_channel"),
     ({'combine': 'sum'}, "estimator.combine is 'sum'; allowed: mean, projection"),
     ({'chunk': -1}, 'estimator.chunk is -1; allowed: 0 or more')])
 def test_options_that_make_no_sense(options, message):

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from lfg_jax import TAP_COLLECTIONS, Sampling, tangents, tap, value_and_activity_grad, variance
 from tests.small import relative_error
@@ -122,6 +123,26 @@ def test_unbiased_with_joint_taps_and_with_batch_norm_and_dropout(name):
   assert ('batch_stats' in aux) == (name == 'convnet')
   if name == 'convnet':
     assert relative_error(aux['batch_stats'], updates_0['batch_stats']) < 1e-5
+
+
+@pytest.mark.parametrize('devices', [2, 8])
+def test_the_same_estimate_on_any_number_of_devices(devices):
+  x, target = jax.random.normal(jax.random.key(5), (8, 3)), jnp.ones((8, 5))
+  variables = init(MLP(), x, {})
+  mesh = jax.make_mesh((devices,), ('data',), devices=jax.devices()[:devices],
+                       axis_types=(jax.sharding.AxisType.Auto,))
+
+  def local(variables, key, x, target):
+    step = value_and_activity_grad(MLP(), losses, nn.Dense, sampling=Sampling(tangents.normal, axis_name='data'))
+    (value, _), grads = step(variables, key, x, target)
+    return jax.lax.pmean((value, grads), 'data')
+
+  sharded = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P('data'), P('data')), out_specs=P(),
+                                  check_vma=False))(variables, jax.random.key(1), x, target)
+  step = value_and_activity_grad(MLP(), losses, nn.Dense, sampling=Sampling(tangents.normal))
+  (value, _), grads = jax.jit(step)(variables, jax.random.key(1), x, target)
+  assert jnp.allclose(sharded[0], value)
+  assert relative_error(sharded[1], grads) < 1e-5
 
 
 class SharedPosition(nn.Module):

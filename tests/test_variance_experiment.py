@@ -1,0 +1,29 @@
+"""experiments/variance.py: what it writes, and one line for a mistake."""
+
+import itertools
+import json
+import pathlib
+import runpy
+
+import pytest
+
+from lfg_jax import configs
+
+SCRIPT = pathlib.Path(__file__).parent.parent / 'experiments' / 'variance.py'
+
+
+def test_rows_table_and_figure(tmp_path):
+  program = runpy.run_path(str(SCRIPT))
+  rows, figure = program['PARTS']['laws']
+  program['PARTS']['laws'] = (lambda options: itertools.islice(rows(options), 2), figure)
+  program['main']([f'--out={tmp_path}', '--parts=laws'])
+  first, second = json.loads((tmp_path / 'laws.json').read_text())
+  assert (first['law'], first['passes'], second['passes']) == ('normal', 1, 2)
+  assert abs(first['measured'] - first['predicted']) < 4 * first['standard_error']
+  assert (tmp_path / 'laws.png').stat().st_size > 1000
+  assert '| estimator | law | passes |' in (tmp_path / 'table.md').read_text()
+
+
+def test_unknown_part(tmp_path):
+  with pytest.raises(configs.UserError, match="--parts has 'all'; allowed: table1, laws, mlp, mixer, passes"):
+    runpy.run_path(str(SCRIPT))['main']([f'--out={tmp_path}', '--parts=all'])
