@@ -26,6 +26,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from lfg_jax import layers
 from lfg_jax.losses import Cut, head_outputs, replicate, sum_uncut
@@ -33,6 +34,7 @@ from lfg_jax.taps import hold
 
 VIEWS = 2
 _TINY = 1e-12    # added to |z|²
+_NEVER = -1e30   # the logit of what is no candidate; finite, so that no -inf - -inf can arise
 
 
 class Contrast(NamedTuple):
@@ -83,11 +85,11 @@ def _positions(rows: int, axis_name: str | None) -> jax.Array:
 
 
 def _scores(a_NxK: jax.Array, c_MxK: jax.Array, real_N: jax.Array, contrast: Contrast) -> tuple[jax.Array, jax.Array]:
-  """Logits [N, M] of all candidates, -inf for the row itself and for padding; and the other views, one-hot."""
+  """Logits [N, M] of all candidates, `_NEVER` for the row itself and for padding; and the other views, one-hot."""
   own_N = _positions(a_NxK.shape[0], contrast.axis_name)
   candidate_M = jnp.arange(c_MxK.shape[0])
   is_candidate_NxM = gather(real_N, contrast.axis_name) & (candidate_M != own_N[:, None])
-  logits_NxM = jnp.where(is_candidate_NxM, a_NxK @ c_MxK.T / contrast.temperature, -jnp.inf)
+  logits_NxM = jnp.where(is_candidate_NxM, a_NxK @ c_MxK.T / contrast.temperature, _NEVER)
   return logits_NxM, candidate_M == (own_N ^ 1)[:, None]
 
 
@@ -109,8 +111,8 @@ def info_nce(z_NxK: jax.Array, candidate_z_NxK: jax.Array, real_N: jax.Array, co
 
 
 def _losses(logits_NxM: jax.Array, positive_NxM: jax.Array) -> jax.Array:
-  # A padding row has a padding partner, with a logit of -inf. Its loss has no weight, but must be finite.
-  positive_N = jnp.where(positive_NxM & (logits_NxM > -jnp.inf), logits_NxM, 0).sum(-1)
+  # A padding row has a padding partner, with the logit `_NEVER`. Its loss has no weight, but must be finite.
+  positive_N = jnp.where(positive_NxM & (logits_NxM > _NEVER), logits_NxM, 0).sum(-1)
   return jax.nn.logsumexp(logits_NxM, axis=-1) - positive_N
 
 
@@ -125,10 +127,9 @@ def _fused(features_NxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Arr
 _fused_loss = jax.custom_jvp(_fused, nondiff_argnums=(5, 6))
 
 
-@_fused_loss.defjvp
 def _fused_jvp(cut: Cut, contrast: Contrast, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
   features, kernel, bias, backward, real_N = primals
-  d_features, d_kernel, d_bias, _, _ = tangents
+  d_features, d_kernel, d_bias = _filled(tangents[0]), *tangents[1:3]
   P, G = features.shape[1:3]
   z_NxK = head_outputs(features, kernel, bias)
   c_MxK = gather(unit(z_NxK), contrast.axis_name)
@@ -138,11 +139,20 @@ def _fused_jvp(cut: Cut, contrast: Contrast, primals: tuple, tangents: tuple) ->
   slope_NxK = _through_unit(z_NxK, S_NxM @ c_MxK)
   slope_NxGxC = jnp.einsum('gck,nk->ngc', backward, slope_NxK) / P
   d_own = sum_uncut((d_features * slope_NxGxC[:, None]).sum(-1), cut)
-  d_z_NxK = head_outputs(features, d_kernel, d_bias)
-  d_loss = d_own + (d_z_NxK * slope_NxK).sum(-1)[:, None, None]
+  # Zeros that a compiler sees are best not multiplied: jaxlib 0.10.2 on CPUs can make NaN of a matrix product with them.
+  head_moves = not (isinstance(d_kernel, SymbolicZero) and isinstance(d_bias, SymbolicZero))
+  d_z_NxK = head_outputs(features, _filled(d_kernel), _filled(d_bias)) if head_moves else jnp.zeros_like(z_NxK)
+  d_loss = d_own + (d_z_NxK * slope_NxK).sum(-1)[:, None, None] if head_moves else d_own
   if contrast.stop_gradient:
     return loss, d_loss
   return loss, d_loss + _through_candidates(d_features, d_z_NxK, backward, z_NxK, S_NxM, cut, contrast)
+
+
+_fused_loss.defjvp(_fused_jvp, symbolic_zeros=True)
+
+
+def _filled(d: jax.Array | SymbolicZero) -> jax.Array:
+  return jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d
 
 
 def _through_candidates(d_features: jax.Array, d_z_NxK: jax.Array, backward_GxCxK: jax.Array, z_NxK: jax.Array,
