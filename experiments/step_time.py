@@ -1,4 +1,4 @@
-"""Time, memory and arithmetic of one training step, algorithm by algorithm, against the machine's limit.
+"""Time, memory and arithmetic of a training step, algorithm by algorithm, and how near the machine's limit that is.
 
     python experiments/step_time.py [--model=M/8/16] [--batch=64] [--algorithms=BP,LG-BP,LG-FG-A] [--passes=1]
         [--repetitions=20] [--out=DIR]
@@ -40,7 +40,8 @@ def main(arguments: list[str]) -> None:
   parser.add_argument('--algorithms', default=','.join(DEFAULT), help='names, with commas')
   parser.add_argument('--passes', type=int, default=1, help='tangents per step; default: 1')
   parser.add_argument('--repetitions', type=int, default=20, help='default: 20')
-  parser.add_argument('--out', type=pathlib.Path, default='runs/step_time', help='default: runs/step_time')
+  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/step_time'),
+                      help='default: runs/step_time')
   options = parser.parse_args(arguments)
   for name in ('batch', 'passes', 'repetitions'):
     if getattr(options, name) < 1:
@@ -109,8 +110,9 @@ def table(rows: list[Row]) -> str:
            '| algorithm | gradient, ms | update, ms | temporaries, MiB | GFLOP | GFLOP/s | × BP | × floor |',
            '|---|---|---|---|---|---|---|---|']
   lines += [f'| {r["algorithm"]} | {r["ms_gradient"]:.0f} | {r["ms_update"]:.0f} '
-            f'| {r["temporaries_bytes"] / 2**20:.0f} | {r["gflop"]:.1f} | {r["gflop_per_s"]:.0f} '
-            f'| {r["ratio_to_bp"]:.2f} | {r["ratio_to_floor"]:.2f} |' for r in rows]
+            f'| {r["temporaries_bytes"] / 2**20:.0f} '
+            f'| {r["gflop"]:.1f} | {r["gflop_per_s"]:.0f} | {r["ratio_to_bp"]:.2f} | {r["ratio_to_floor"]:.2f} |'
+            for r in rows]
   return '\n'.join(lines) + '\n'
 
 

@@ -4,24 +4,29 @@
 |---|---|---|
 | `end_to_end` | the read-out's, and with `local=True` all local ones | yes |
 | `greedy` | local ones; the read-out learns on top, detached | no |
+
+With the contrastive loss the batch has two views of every image, the local losses are contrastive, and where
+there are none, that of a projection at the end of the network. The read-out is always detached.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lfg_jax import estimators, layers, parts, tangents
+from lfg_jax import augmentation, contrastive, estimators, layers, parts, passes, tangents
+from lfg_jax.contrastive import VIEWS, Contrast
 from lfg_jax.data import Batch, Dataset
-from lfg_jax.estimators import FlaxLoss, Sampling
-from lfg_jax.greedy import greedy
+from lfg_jax.estimators import FlaxLoss
+from lfg_jax.greedy import greedy, stages
 from lfg_jax.losses import Cut, cross_entropy
 from lfg_jax.mixer import Criterion, LocalMixer, MixerSpec, ReadOut
 from lfg_jax.parts import WHOLE, Part
+from lfg_jax.passes import Sampling
 from lfg_jax.sizes import mixer_spec, parse, patches
 from lfg_jax.taps import Tap
 
@@ -71,7 +76,11 @@ class Options:
 
   Attributes:
     law: name of a tangent law, of `tangents.LAWS`.
-    passes: tangents averaged per step.
+    passes: tangents per step.
+    chunk: how many of them are in memory at once; 0: all.
+    combine: 'mean' of the passes, or 'projection' on their span; see `passes.combine`.
+    taps: activity perturbation of all taps at once ('joint') or of each by itself ('separate').
+    tap_passes: with separate taps, numbers of passes of their own for taps of these names; 0: `passes`.
     sharing: 'paper' (weights' tangents shared by the batch, activities' not), 'shared' or 'independent'.
     credit: weight perturbation's rule for groups. 'exact' credits a weight with all the losses it influences.
       'paper' credits the columns of the linear layer before the grouped one with their own group only, as
@@ -84,6 +93,10 @@ class Options:
   """
   law: str = 'rademacher'
   passes: int = 1
+  chunk: int = 0
+  combine: str = 'mean'
+  taps: str = 'joint'
+  tap_passes: Mapping[str, int] = dataclasses.field(default_factory=dict)
   sharing: str = 'paper'
   credit: str = 'exact'
   step: float = 1e-3
@@ -96,19 +109,30 @@ class Options:
   def __post_init__(self) -> None:
     _one_of('estimator.law', self.law, tangents.LAWS)
     _one_of('estimator.sharing', self.sharing, ('paper', 'shared', 'independent'))
+    _one_of('estimator.combine', self.combine, passes.COMBINATIONS)
+    _one_of('estimator.taps', self.taps, ('joint', 'separate'))
     _one_of('estimator.credit', self.credit, ('exact', 'paper'))
-    for field, value, low in (('estimator.passes', self.passes, 1), ('losses.every', self.every, 1),
-                              ('micro_batch', self.micro_batch, 0)):
+    for field, value, low in (('estimator.passes', self.passes, 1), ('estimator.chunk', self.chunk, 0),
+                              *((f'estimator.tap_passes.{tap}', n, 0) for tap, n in self.tap_passes.items()),
+                              ('losses.every', self.every, 1), ('micro_batch', self.micro_batch, 0)):
       if value < low:
         raise ValueError(f'{field} is {value!r}; allowed: {low} or more')
     if self.step <= 0:
       raise ValueError(f'estimator.step is {self.step!r}; allowed: more than 0')
+    if self.combine == 'projection' and (self.taps == 'joint' or self.chunk):
+      raise ValueError(f"estimator.combine='projection' needs all passes of one tap at once, not taps={self.taps!r}, "
+                       f"chunk={self.chunk}; allowed: taps='separate', chunk=0")
+    if self.taps == 'joint' and any(self.tap_passes.values()):
+      raise ValueError("estimator.tap_passes is for taps perturbed one by one; allowed: estimator.taps='separate'")
     if self.overlap and self.every > 1:
       raise ValueError(f'losses.overlap=True and losses.every={self.every} exclude each other; allowed: one of them')
 
   @property
   def cut(self) -> Cut:
     return Cut(self.patch, self.group)
+
+
+LOSSES = ('supervised', 'contrastive')
 
 
 def _one_of(field: str, given: Any, allowed: Any) -> None:
@@ -125,10 +149,12 @@ class Algorithm(NamedTuple):
       the batch is sharded over a mesh axis, the sum over devices of grads and of aux's 'loss' and 'error' is the
       result. aux['batch_stats'] is the same on all devices.
     predict: `(variables, image [B, H, W, C]) -> logits [B, classes]`.
+    metrics: the scalars in aux that are means over the global batch.
   """
   init: Callable[[jax.Array], dict[str, PyTree]]
   gradient: Callable[[dict[str, PyTree], jax.Array, Batch], tuple[PyTree, dict[str, Any]]]
   predict: Callable[[dict[str, PyTree], jax.Array], jax.Array]
+  metrics: tuple[str, ...] = ('loss', 'error')
 
 
 def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorithm:
@@ -139,27 +165,47 @@ def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorit
   """
   _one_of('algorithm', config.algorithm, REGISTRY)
   options = Options(**config.estimator, **config.losses, micro_batch=config.micro_batch)
+  _one_of('loss', config.loss, LOSSES)
+  contrast = _contrast(config.contrastive, axis_name) if config.loss == 'contrastive' else None
   sizes = dict(config.model)
   spec = mixer_spec(sizes.pop('size'), image_shape=dataset.image_shape, classes=dataset.classes,
-                    axis_name=axis_name, **sizes)
+                    axis_name=axis_name, contrast=contrast, **sizes)
   prepare = functools.partial(patches, side=parse(config.model.size)[1], mean=dataset.mean, std=dataset.std)
-  return compose(REGISTRY[config.algorithm], options, spec, prepare, axis_name)
+  views = functools.partial(augmentation.views, min_area=config.contrastive.min_area)
+  return compose(REGISTRY[config.algorithm], options, spec, prepare, axis_name, views)
+
+
+def _contrast(config: Any, axis_name: str | None) -> Contrast:
+  if config.temperature <= 0:
+    raise ValueError(f'contrastive.temperature is {config.temperature!r}; allowed: more than 0')
+  if not 0 < config.min_area <= 1:
+    raise ValueError(f'contrastive.min_area is {config.min_area!r}; allowed: more than 0, at most 1')
+  return Contrast(config.temperature, config.stop_gradient, config.shared_views, axis_name=axis_name)
 
 
 def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[jax.Array], jax.Array],
-            axis_name: str | None = None) -> Algorithm:
-  """`Rule` × options × model. `prepare` turns uint8 images into tokens [B, P, D]."""
+            axis_name: str | None = None, views: Callable | None = None) -> Algorithm:
+  """`Rule` × options × model.
+
+  `prepare` turns images of pixels 0 … 255 into tokens [B, P, D]. With contrastive heads, `views` is
+  `(key [B], image [B, H, W, C]) -> [2B, H, W, C]`, views of an example one after the other.
+  """
   if spec.style.norm == 'batch' and rule.estimator == 'weight' and options.sharing == 'independent':
     raise ValueError("estimator.sharing='independent' perturbs weights per example, which model.norm='batch' mixes; "
                      "allowed with batch norm: 'paper', 'shared'")
   if options.micro_batch and mixes_examples(spec):
     raise ValueError(f'micro_batch is {options.micro_batch}, and the losses of one example depend on others; '
                      'allowed here: 0')
+  contrast = spec.style.contrast
+  if contrast and rule.estimator == 'weight' and options.sharing == 'independent':
+    raise ValueError("estimator.sharing='independent' perturbs weights per example, and loss='contrastive' compares "
+                     "examples; allowed with it: 'paper', 'shared'")
   stem = spec.runs[0].spec
+  project = contrast is not None and not rule.local
 
   def init(key: jax.Array) -> dict[str, PyTree]:
     model_key, feedback_key = jax.random.split(key)
-    variables = LocalMixer(spec).init(model_key, jnp.zeros((1, stem.tokens, stem.inputs)))
+    variables = LocalMixer(spec, project=project).init(model_key, jnp.zeros((1, stem.tokens, stem.inputs)))
     kept = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
     if rule.feedback:
       kept['feedback'] = layers.like_kernels(feedback_key, kept['params'])
@@ -171,7 +217,11 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
                     ) -> tuple[PyTree, dict[str, Any]]:
     one = _greedy_gradient if rule.cut else _end_to_end_gradient
     estimator = build_estimator(rule, options, spec, axis_name, variables, part)
-    image, label, weight = batch
+    image, label, weight = map(jnp.asarray, batch)
+    if contrast and views:
+      key, view_key = jax.random.split(key)
+      image = views(tangents.fold_in_all(view_key, tangents.example_ids(len(label), axis_name)), image)
+      label, weight = jnp.repeat(label, VIEWS), jnp.repeat(weight / VIEWS, VIEWS)
     return one(rule, options, spec, estimator, variables, key, prepare(image), Criterion(label, weight))
 
   def gradient(variables: dict[str, PyTree], key: jax.Array, batch: Batch) -> tuple[PyTree, dict[str, Any]]:
@@ -184,12 +234,12 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
     model = LocalMixer(dataclasses.replace(spec, style=spec.style._replace(train=False)))
     return model.apply({k: v for k, v in variables.items() if k != 'feedback'}, prepare(image))[0]
 
-  return Algorithm(init, gradient, predict)
+  return Algorithm(init, gradient, predict, ('loss', 'error', 'contrastive_loss') if contrast else ('loss', 'error'))
 
 
 def mixes_examples(spec: MixerSpec) -> bool:
   """Whether the losses of one example depend on others, so that a batch is more than its parts."""
-  return spec.style.norm == 'batch' or spec.style._asdict().get('contrast') is not None
+  return spec.style.norm == 'batch' or spec.style.contrast is not None
 
 
 def build_estimator(rule: Rule, options: Options, spec: MixerSpec, axis_name: str | None,
@@ -197,14 +247,19 @@ def build_estimator(rule: Rule, options: Options, spec: MixerSpec, axis_name: st
   """The rule's estimator, `loss_fn -> grad_fn`."""
   weight = rule.estimator == 'weight'
   shared = weight if options.sharing == 'paper' else options.sharing == 'shared'
-  sampling = Sampling(tangents.LAWS[options.law], options.passes, shared, axis_name, part)
-  derivative = estimators.finite_difference(options.step) if rule.finite else estimators.jvp_derivative
+  contrast = spec.style.contrast
+  rows = VIEWS if contrast and contrast.shared_views else 1
+  sampling = Sampling(tangents.LAWS[options.law], options.passes, shared, axis_name, options.chunk or None,
+                      options.combine, part, rows)
+  derivative = passes.finite_difference(options.step) if rule.finite else passes.jvp_derivative
   if weight:
     group_axis = functools.partial(_group_axis, options, rule.cut and spec.style.norm == 'layer')
     return functools.partial(estimators.weight_perturbation, sampling=sampling, derivative=derivative,
                              is_exact=_under_a_loss, group_axis=group_axis)
   if rule.estimator == 'activity':
-    return functools.partial(estimators.activity_perturbation, sampling=sampling, derivative=derivative)
+    return functools.partial(estimators.activity_perturbation, sampling=sampling, derivative=derivative,
+                             separate=options.taps == 'separate',
+                             tap_passes={tap: n for tap, n in options.tap_passes.items() if n})
   if rule.estimator == 'direct_feedback':
     return functools.partial(estimators.direct_feedback, matrices=variables['feedback'])
   return estimators.backprop
@@ -241,7 +296,9 @@ def _end_to_end_gradient(rule: Rule, options: Options, spec: MixerSpec, estimato
                          criterion: Criterion) -> tuple[PyTree, dict]:
   """The whole network as one loss function: the read-out's loss, or with `local` detached and all local ones."""
   del options
-  model = LocalMixer(spec, detach_readout=rule.local)
+  contrast = spec.style.contrast
+  project = contrast is not None and not rule.local
+  model = LocalMixer(spec, detach_readout=rule.local or contrast is not None, project=project)
   names = ('batch_stats', 'feedback') if rule.feedback else ('batch_stats',)
   fixed = {name: variables[name] for name in names if name in variables}
 
@@ -249,11 +306,23 @@ def _end_to_end_gradient(rule: Rule, options: Options, spec: MixerSpec, estimato
     (logits, local), updates = model.apply({**fixed, **moving}, tokens, criterion if rule.local else None,
                                            criterion.weight_B, mutable=mutable)
     aux = _summary(logits, criterion)
+    if contrast and project:
+      end_B, aux['output_error'] = contrastive.end_losses(local.pop('head'), criterion.weight_B, contrast)
+      local['head'] = end_B[None, :, None, None]
     stacks = [losses.reshape(-1, *losses.shape[-3:]).sum(0) for losses in jax.tree.leaves(local)]
+    aux['local_loss'] = sum((losses.mean((1, 2)) for losses in stacks), jnp.zeros(()))
     return ((aux['loss'][:, None, None], *stacks), aux), updates
 
   (_, aux), grads = estimator(FlaxLoss(apply))(variables['params'], key, tokens_BxPxD, criterion)
-  return grads, {'loss': aux['loss'].sum(), 'error': aux['error'].sum(), 'batch_stats': aux.get('batch_stats', {})}
+  heads = 1 if project else sum(run.count for run in spec.runs)
+  return grads, _metrics(aux, aux['local_loss'], heads, contrast) | {'batch_stats': aux.get('batch_stats', {})}
+
+
+def _metrics(aux: dict[str, Any], local_loss_B: jax.Array, heads: int, contrast: Contrast | None
+             ) -> dict[str, jax.Array]:
+  """Sums over this device's examples; the contrastive loss is the mean over heads."""
+  means = {'loss': aux['loss'].sum(), 'error': aux['error'].sum()}
+  return {**means, 'contrastive_loss': local_loss_B.sum() / heads} if contrast else means
 
 
 def _greedy_gradient(rule: Rule, options: Options, spec: MixerSpec, estimator: Callable, variables: dict[str, PyTree],
@@ -261,7 +330,7 @@ def _greedy_gradient(rule: Rule, options: Options, spec: MixerSpec, estimator: C
   """Stage after stage by their local losses, then the read-out on what comes out."""
   del rule
   run_stages = greedy(estimator, spec, options.cut, every=options.every, overlap=options.overlap)
-  x, _, grads, stats = run_stages(variables, key, tokens_BxPxD, criterion)
+  x, local_loss_B, grads, stats = run_stages(variables, key, tokens_BxPxD, criterion)
   fixed = {'batch_stats': {'readout': stats['readout']}} if 'readout' in stats else {}
   readout = ReadOut(spec.style, spec.classes)
 
@@ -274,7 +343,8 @@ def _greedy_gradient(rule: Rule, options: Options, spec: MixerSpec, estimator: C
   grads['readout'], (aux, updates) = jax.grad(objective, has_aux=True)(variables['params']['readout'])
   if 'batch_stats' in updates:
     stats['readout'] = updates['batch_stats']
-  return grads, {'loss': aux['loss'].sum(), 'error': aux['error'].sum(), 'batch_stats': stats}
+  heads = len(stages(sum(run.count for run in spec.runs), options.every, options.overlap))
+  return grads, _metrics(aux, local_loss_B, heads, spec.style.contrast) | {'batch_stats': stats}
 
 
 def _tap_matrices(key: jax.Array, spec: MixerSpec, params: PyTree) -> PyTree:
@@ -288,7 +358,7 @@ def _tap_matrices(key: jax.Array, spec: MixerSpec, params: PyTree) -> PyTree:
     shape = tap.value.shape
     batch_axis = len(shape) - tap.ndim
     size = math.prod(shape[batch_axis + 1:])
-    return jax.random.normal(key, (*shape[:batch_axis], spec.classes, *shape[batch_axis + 1:])) / size**0.5
+    return jax.random.normal(key, (*shape[:batch_axis], spec.head_outputs, *shape[batch_axis + 1:])) / size**0.5
 
   leaves, treedef = jax.tree.flatten(taps, is_leaf=lambda x: isinstance(x, Tap))
   keys = jax.random.split(key, len(leaves))

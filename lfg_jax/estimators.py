@@ -12,14 +12,17 @@ A `loss_fn(params, collections, *args) -> (losses, aux)` evaluates a model whose
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lfg_jax import tangents
-from lfg_jax.parts import WHOLE, Part
+from lfg_jax.passes import Sampling, combine, jvp_derivative, sum_over_chunks
+from lfg_jax.tangents import Passes
 from lfg_jax.taps import Tap
 
 PyTree = Any
@@ -51,26 +54,6 @@ class FlaxLoss(NamedTuple):
     return updates.get(collection, {})
 
 
-class Sampling(NamedTuple):
-  """How tangents are drawn.
-
-  Attributes:
-    law: entries' law, from `tangents`.
-    passes: number of tangents whose estimates are averaged; they share one primal evaluation.
-    shared: one tangent for the whole batch, or an independent one for every example.
-    axis_name: mesh axis the batch is sharded over, so that noise follows the example's global position.
-    part: which part of this device's share of the batch is given.
-  """
-  law: tangents.Law = tangents.rademacher
-  passes: int = 1
-  shared: bool = False
-  axis_name: str | None = None
-  part: Part = WHOLE
-
-
-Derivative = Callable[[Callable, PyTree, PyTree], Losses]
-
-
 def total(losses: Losses) -> jax.Array:
   """The objective: the sum of all entries."""
   return sum((leaf.sum() for leaf in jax.tree.leaves(losses)), jnp.float32(0))
@@ -86,29 +69,6 @@ def backprop(loss_fn: LossFn) -> GradFn:
     (_, out), grads = jax.value_and_grad(objective, has_aux=True)(params)
     return out, grads
   return run
-
-
-def jvp_derivative(fn: Callable[[PyTree, PyTree], Losses], held: Callable[[], PyTree]) -> Callable:
-  """`(x, v) -> dL`, the exact derivative of every loss along v, by `jax.jvp`."""
-  del held
-  return lambda x, v: jax.jvp(lambda x: fn(x, {}), (x,), (v,))[1]
-
-
-def finite_difference(step: float = 1e-3) -> Callable:
-  """Derivatives as (L(x + εv) - L(x)) / ε, the classical baseline."""
-  def derivative(fn: Callable[[PyTree, PyTree], Losses], held: Callable[[], PyTree]) -> Callable:
-    def along(x: PyTree, v: PyTree) -> Losses:
-      moved = jax.tree.map(lambda x, v: x + step * v, x, v)
-      collections = {'held': held()}
-      difference = jax.tree.map(jnp.subtract, fn(moved, collections), fn(x, collections))
-      return jax.tree.map(lambda d: d / step, difference)
-    return along
-  return derivative
-
-
-def _over_passes(along: Callable, x: PyTree, v_K: PyTree) -> Losses:
-  """dL [K, ...] along each of the K tangents; what does not depend on the tangent is computed once."""
-  return jax.vmap(along, (None, 0))(x, v_K)
 
 
 # --- weight perturbation -------------------------------------------------------------------------------------
@@ -143,10 +103,15 @@ def weight_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(), der
     axes = [group_axis(path) for (path, _), e in zip(paths_leaves, exact, strict=True) if not e]
     losses, aux = loss_fn(params, {}, *args)
     along = derivative(lambda moved, extra: loss_fn(merge(moved, staying), extra, *args)[0],
-                       lambda: loss_fn.record('held', params, *args))
-    v_K = jax.vmap(lambda k: tangents.like_tree(sampling.law, k, moving))(jax.random.split(key, sampling.passes))
-    dL_K = _over_passes(along, moving, v_K)
-    estimates = [jnp.mean(_credit_weight(dL_K, v, axis) * v, 0) for v, axis in zip(v_K, axes, strict=True)]
+                       lambda: loss_fn.record('held', params, *args), moving, sampling.at_once < sampling.passes)
+
+    def part(passes: Passes) -> list[jax.Array]:
+      v_K = tangents.like_tree(sampling.law, key, moving, passes)
+      dL_K = jax.vmap(along)(v_K)
+      return [combine('mean', _credit_weight(dL_K, v, axis), v, sampling.passes)
+              for v, axis in zip(v_K, axes, strict=True)]
+
+    estimates = sum_over_chunks(part, sampling)
     exact_grads = jax.grad(lambda s: total(loss_fn(merge(moving, s), {}, *args)[0]))(staying)
     return (losses, aux), merge(estimates, exact_grads)
 
@@ -176,24 +141,62 @@ def _credit_weight(dL_K: Losses, v: jax.Array, axis: int | None) -> jax.Array:
 # --- activity perturbation -----------------------------------------------------------------------------------
 
 
-def activity_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(),
-                          derivative: Callable = jvp_derivative) -> GradFn:
-  """g_a(w_ij) = x_i (∇z·u) u_j (equation 4 of the paper): tangents at the taps, all at once.
+def activity_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(), derivative: Callable = jvp_derivative,
+                          separate: bool = False, tap_passes: Mapping[str, int] | None = None) -> GradFn:
+  """g_a(w_ij) = x_i (∇z·u) u_j (equation 4 of the paper): tangents at the taps.
 
   The loss's derivative along u, times u, is each tapped activity's signal; layers before the tap are then
   differentiated locally. Signals are linear in that step, so K passes cost K forward derivatives and one local one.
+
+  *Joint or separate.* With the tangents of all taps in one pass, the derivative is Σ_j g_j·u_j over taps j, and the
+  estimate of tap i has the squared error excess(d_i, K) |g_i|² + (d_i/K) Σ_{j≠i} |g_j|² (see `tangents`, "Blocks").
+  Propagated by itself, a tap keeps the first term only, and orthogonal laws with K = d_i are exact. It costs a
+  derivative of what lies behind every tap, instead of one of what lies behind the first; behind the last tap of a
+  block lies no matrix product.
+
+  Args:
+    sampling: of every tap; `combine='projection'` takes taps one by one.
+    derivative: `jvp_derivative` or `finite_difference(ε)`.
+    separate: whether each tap is perturbed by itself. (The taps of scanned layers are one tap.)
+    tap_passes: with `separate`, numbers of passes for taps of these names; others have `sampling.passes`.
+      `variance.allocate` finds good ones.
   """
+  sampling.check()
+  if sampling.combine == 'projection' and not separate:
+    raise ValueError("combine='projection' takes the taps one by one; allowed: taps 'separate'")
+
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, Any], PyTree]:
-    taps = jax.eval_shape(lambda p: loss_fn.record('taps', p, *args), params)
-    u_K = jax.vmap(lambda k: draw_at_taps(sampling, k, taps))(jax.random.split(key, sampling.passes))
-    along = derivative(lambda u, extra: loss_fn(params, {'perturbation': u, **extra}, *args)[0],
-                       lambda: loss_fn.record('held', params, *args))
-    rest = jax.tree.map(lambda u: jnp.zeros(u.shape[1:], u.dtype), u_K)
-    dL_K = _over_passes(along, rest, u_K)
-    credit_K = lambda t: jax.vmap(lambda dL: credit(t, dL, sampling.axis_name))(dL_K)
-    signal = jax.tree.map(lambda t, u: jnp.mean(credit_K(t) * u, 0), taps, u_K, is_leaf=_is_tap)
-    return reverse_with_signals(loss_fn, params, _match(signal, taps), *args)
+    taps = flatten_dict(jax.eval_shape(lambda p: loss_fn.record('taps', p, *args), params))
+    keys = dict(zip(taps, jax.random.split(key, max(len(taps), 1)), strict=False))
+    evaluate = lambda u, extra: loss_fn(params, {'perturbation': unflatten_dict(u), **extra}, *args)[0]
+    held = lambda: loss_fn.record('held', params, *args)
+    signal = {}
+    for paths in [[path] for path in taps] if separate else [list(taps)]:
+      own = sampling._replace(passes=(tap_passes or {}).get(paths[0][-1], sampling.passes)) if separate else sampling
+      signal.update(_signals(evaluate, held, derivative, own, {path: taps[path] for path in paths}, keys))
+    return reverse_with_signals(loss_fn, params, unflatten_dict(signal), *args)
   return run
+
+
+def _signals(evaluate: Callable, held: Callable, derivative: Callable, sampling: Sampling, taps: dict[tuple, Tap],
+             keys: dict[tuple, jax.Array]) -> dict[tuple, jax.Array]:
+  """Signals of taps that are perturbed together."""
+  draw = lambda passes: {path: draw_at_tap(sampling, keys[path], tap, passes) for path, tap in taps.items()}
+  rest = {path: jnp.zeros(u.shape[1:], u.dtype) for path, u in jax.eval_shape(lambda: draw(Passes(1))).items()}
+  along = derivative(evaluate, held, rest, sampling.at_once < sampling.passes)
+
+  def part(passes: Passes) -> dict[tuple, jax.Array]:
+    u_K = draw(passes)
+    dL_K = jax.vmap(along)(u_K)
+
+    def signal(tap: Tap, u_K: jax.Array) -> jax.Array:
+      slope_K = jax.vmap(lambda dL: credit(tap, dL, sampling.axis_name))(dL_K)
+      slope_K = slope_K.reshape(slope_K.shape[0], *[1] * (u_K.ndim - slope_K.ndim), *slope_K.shape[1:])
+      return combine(sampling.combine, slope_K, u_K, sampling.passes, tap.ndim - max(tap.local_axes, 1))
+    return {path: signal(tap, u_K[path]) for path, tap in taps.items()}
+
+  total = sum_over_chunks(part, sampling)
+  return {path: jnp.broadcast_to(total[path], tap.value.shape) for path, tap in taps.items()}
 
 
 def direct_feedback(loss_fn: LossFn, *, matrices: PyTree) -> GradFn:
@@ -232,31 +235,24 @@ def _is_tap(x: Any) -> bool:
   return isinstance(x, Tap)
 
 
-def _match(signal: PyTree, taps: PyTree) -> PyTree:
-  """Signals of the taps' full shape (a shared perturbation has one example)."""
-  return jax.tree.map(lambda t, s: jnp.broadcast_to(s, t.value.shape), taps, signal, is_leaf=_is_tap)
+def draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap, passes: Passes) -> jax.Array:
+  """Tangents [K, *scan, B, ...] for a tap, or [K, *scan, 1, ...] when shared by the batch.
 
-
-def draw_at_taps(sampling: Sampling, key: jax.Array, taps: PyTree) -> PyTree:
-  """A tangent for every tap, [*scan, B, ...], or [*scan, 1, ...] when shared by the batch."""
-  leaves, treedef = jax.tree.flatten(taps, is_leaf=_is_tap)
-  keys = jax.random.split(key, max(len(leaves), 1))
-  return jax.tree.unflatten(treedef, [_draw_at_tap(sampling, k, t) for k, t in zip(keys, leaves, strict=False)])
-
-
-def _draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap) -> jax.Array:
+  Each index of the axes that the tap has in common with the losses (example, patch, group) has a set of its own.
+  """
   scanned = tap.value.ndim - tap.ndim
-  shape = tap.value.shape[scanned:]
+  batch, *rest = tap.value.shape[scanned:]
+  own = rest[:max(tap.local_axes, 1) - 1]
+  d = math.prod(rest) // math.prod(own)
+  one = lambda k: sampling.law.draw(k, passes, tuple(own), d, tap.value.dtype).reshape(-1, *rest)
   if sampling.shared:
-    draw = lambda k: sampling.law.draw(k, (1, *shape[1:]), tap.value.dtype)
+    draw = lambda k: one(k)[:, None]
   else:
-    ids_B = tangents.example_ids(shape[0], sampling.axis_name, sampling.part)
-    one = lambda k: sampling.law.draw(k, shape[1:], tap.value.dtype)
-    draw = lambda k: jax.vmap(one)(tangents.fold_in_all(k, ids_B))
-  keys = jax.random.split(key, tap.value.shape[:scanned]) if scanned else key
+    ids_B = tangents.example_ids(batch, sampling.axis_name, sampling.part) // sampling.rows
+    draw = lambda k: jax.vmap(one, out_axes=1)(tangents.fold_in_all(k, ids_B))
   for _ in range(scanned):
-    draw = jax.vmap(draw)
-  return draw(keys)
+    draw = jax.vmap(draw, out_axes=1)
+  return draw(jax.random.split(key, tap.value.shape[:scanned]) if scanned else key)
 
 
 def credit(tap: Tap, dL: Losses, axis_name: str | None = None) -> jax.Array:

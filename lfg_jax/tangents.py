@@ -1,8 +1,32 @@
 """Tangent laws: the random directions along which a forward gradient is measured.
 
-A forward gradient `(∇f·v) v` is unbiased when `E[v vᵀ] = I`; its variance depends on the law's fourth
-moment. Per example, over d perturbed dimensions, the squared error is `(d + κ - 2) |∇f|²` with κ = E[v⁴]:
-d + 1 for normal entries (κ = 3), d - 1 for ±1 entries (κ = 1, the smallest that unit variance allows).
+K passes along u_1 … u_K estimate a gradient g in d dimensions by (1/K) Σ_k (g·u_k) u_k. That is unbiased when
+E[u uᵀ] = I, which every law here fulfils exactly. Its squared error is `excess · |g|²`, with a factor that the
+law's fourth moments decide:
+
+| law | drawn as | excess for K passes |
+|---|---|---|
+| `normal` | independent N(0, 1) entries | (d + 1) / K |
+| `rademacher` | independent ±1 entries | (d - 1) / K |
+| `sphere` | uniform on the sphere of radius √d | (d - 1) / K |
+| `coordinate` | ±√d times K different unit vectors | d/K - 1 |
+| `haar` | √d times K columns of a uniform rotation | d/K - 1 |
+| `hadamard` | K rows of a Hadamard matrix, columns with random signs | d/K - 1 |
+
+*Independent passes.* E[(g·u)² |u|²] = Σ_ij g_i² E[u_i² u_j²] = (d - 1 + κ) |g|² for independent entries of fourth
+moment κ (3 for normal ones; 1 for ±1, the smallest that unit variance allows). Subtract |g|², divide by K. On the
+sphere |u|² = d, so that E[(g·u)² |u|²] = d |g|².
+
+*Orthogonal passes.* If u_k·u_l = d δ_kl, then |(1/K) Σ (g·u_k) u_k|² = (d/K²) Σ (g·u_k)², with mean (d/K) |g|². With
+K = d the estimate is g itself. Beyond, a new orthogonal set begins: whole sets add no error, the r = K mod d passes of
+the last one add r (d - r) / K².
+
+*Blocks.* Let u have independent parts, each by itself orthogonal over the passes; part i has d_i dimensions, the
+gradient's part is g_i, the tangents' u_ki. Part i of the estimate is disturbed by part j with
+(1/K²) Σ_kl E[(g_j·u_kj)(g_j·u_lj)] E[u_ki·u_li] = (d_i/K) |g_j|²: only k = l remains. Summed over all, the factor is
+(d_1 + d_2 + …)/K - 1 again: orthogonality in parts is as good as in the whole, while K is not above the smallest
+part. So `hadamard` works for every d, in blocks of the largest power of two that divides d (1 if d is odd: then it
+is `rademacher`).
 
 Noise that belongs to an example is keyed by the example's position in the *global* batch, so the same
 update comes out on any number of devices.
@@ -18,15 +42,31 @@ import jax.numpy as jnp
 from lfg_jax.parts import WHOLE, Part
 
 
+class Passes(NamedTuple):
+  """Some of the passes of an estimate: `size` of them (None: all) from number `first` (may be traced), of `total`.
+
+  A law's draw for parts of the passes gives the parts of what it gives for all.
+  """
+  total: int
+  first: int | jax.Array = 0
+  size: int | None = None
+
+  @property
+  def ids_K(self) -> jax.Array:
+    """Numbers of these passes."""
+    return self.first + jnp.arange(self.total if self.size is None else self.size)
+
+
 class Law(NamedTuple):
-  """A law of independent entries with zero mean and unit variance.
+  """A law of tangents with E[u uᵀ] = I.
 
   Attributes:
-    draw: `(key, shape, dtype) -> array`.
-    fourth_moment: E[v⁴] of one entry.
+    draw: `(key, passes, shape, d, dtype) -> [K, *shape, d]`: for every index of `shape` independent sets of K
+      tangents in d dimensions, which within a set may depend on each other.
+    excess: `(d, K) -> E|estimate - g|² / |g|²` for the mean over K passes.
   """
-  draw: Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
-  fourth_moment: float
+  draw: Callable[[jax.Array, Passes, tuple[int, ...], int, Any], jax.Array]
+  excess: Callable[[int, int], float]
 
 
 def draw_signs(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -41,23 +81,78 @@ def draw_signs(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32)
   return (1 - 2 * bits_Wx32.astype(jnp.int8)).astype(dtype).ravel()[:size].reshape(shape)
 
 
-normal = Law(jax.random.normal, fourth_moment=3.0)
-rademacher = Law(draw_signs, fourth_moment=1.0)
+def _each_pass(draw_one: Callable[[jax.Array, tuple[int, ...], Any], jax.Array]) -> Callable:
+  """Independent passes, each with a key of its own."""
+  def draw(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
+    return jax.vmap(lambda k: draw_one(k, (*shape, d), dtype))(fold_in_all(key, passes.ids_K))
+  return draw
 
-LAWS = {'normal': normal, 'rademacher': rademacher}
+
+def _draw_sphere(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+  x = jax.random.normal(key, shape, dtype)
+  return x * (math.sqrt(shape[-1]) / jnp.linalg.norm(x, axis=-1, keepdims=True))
 
 
-def like_tree(law: Law, key: jax.Array, tree: Any) -> Any:
-  """One independent tangent for every leaf of `tree`, of its shape and dtype.
+def _take(sets_SxdxD: jax.Array, passes: Passes, d: int) -> jax.Array:
+  """Pass k of sets [S, *shape, m, D]: row k mod d of set k // d, as [K, *shape, D]."""
+  one = lambda k: jax.lax.dynamic_index_in_dim(sets_SxdxD[k // d], k % d, axis=-2, keepdims=False)
+  return jax.vmap(one)(passes.ids_K)
 
-  >>> v = like_tree(rademacher, jax.random.key(0), {'a': jnp.zeros(3), 'b': jnp.zeros((2, 2))})
+
+def _draw_coordinate(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
+  order_key, sign_key = jax.random.split(key)
+  sets = -(-passes.total // d)
+  order_SxD = jnp.argsort(jax.random.uniform(order_key, (sets, *shape, d)), axis=-1)
+  chosen_K = _take(order_SxD[..., None], passes, d)
+  sign_K = _take(draw_signs(sign_key, (sets, *shape, d), dtype)[..., None], passes, d)
+  return math.sqrt(d) * sign_K * jax.nn.one_hot(chosen_K[..., 0], d, dtype=dtype)
+
+
+def _draw_haar(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
+  """Q of a normal matrix's QR decomposition; uniform once the signs of R's diagonal are made positive."""
+  sets, size = -(-passes.total // d), min(passes.total, d)
+  q, r = jnp.linalg.qr(jax.random.normal(key, (sets, *shape, d, size), dtype))
+  signs = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1).astype(dtype)
+  return math.sqrt(d) * _take(jnp.swapaxes(q * signs[..., None, :], -1, -2), passes, d)
+
+
+def _draw_hadamard(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
+  """u_kj = s_j (-1)^(number of bits that k and j share): Sylvester's matrix; one draw of signs serves a whole set."""
+  size, ids_K = d & -d, passes.ids_K
+  odd_KxD = jax.lax.population_count((ids_K % size)[:, None] & jnp.arange(d)) & 1
+  rows = (1 - 2 * odd_KxD).astype(dtype).reshape(-1, *[1] * len(shape), d)
+  draw_set = lambda number: draw_signs(jax.random.fold_in(key, number), (*shape, d), dtype)
+  return rows * (draw_set(0) if passes.total <= size else jax.vmap(draw_set)(ids_K // size))
+
+
+def _orthogonal_excess(d: int, passes: int, block: int | None = None) -> float:
+  block = block or d
+  rest = passes % block
+  return rest * (block - rest) / passes**2 + (d - block) / passes
+
+
+normal = Law(_each_pass(jax.random.normal), lambda d, K: (d + 1) / K)
+rademacher = Law(_each_pass(draw_signs), lambda d, K: (d - 1) / K)
+sphere = Law(_each_pass(_draw_sphere), lambda d, K: (d - 1) / K)
+coordinate = Law(_draw_coordinate, _orthogonal_excess)
+haar = Law(_draw_haar, _orthogonal_excess)
+hadamard = Law(_draw_hadamard, lambda d, K: _orthogonal_excess(d, K, d & -d))
+
+LAWS = {'normal': normal, 'rademacher': rademacher, 'sphere': sphere, 'coordinate': coordinate, 'haar': haar,
+        'hadamard': hadamard}
+
+
+def like_tree(law: Law, key: jax.Array, tree: Any, passes: Passes) -> Any:
+  """Tangents [K, ...] for every leaf of `tree`, of its dtype; independent between leaves.
+
+  >>> v = like_tree(rademacher, jax.random.key(0), {'a': jnp.zeros(3), 'b': jnp.zeros((2, 2))}, Passes(5))
   >>> v['b'].shape
-  (2, 2)
+  (5, 2, 2)
   """
   leaves, treedef = jax.tree.flatten(tree)
   keys = jax.random.split(key, max(len(leaves), 1))
-  return jax.tree.unflatten(
-      treedef, [law.draw(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=False)])
+  draw = lambda k, leaf: law.draw(k, passes, (), leaf.size, leaf.dtype).reshape(-1, *leaf.shape)
+  return jax.tree.unflatten(treedef, [draw(k, leaf) for k, leaf in zip(keys, leaves, strict=False)])
 
 
 def example_ids(batch: int, axis_name: str | None, part: Part = WHOLE) -> jax.Array:

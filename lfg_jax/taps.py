@@ -20,6 +20,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+# Collections that a scan over tapped layers must carry, on an axis of their own.
+TAP_COLLECTIONS = ('taps', 'perturbation', 'signal', 'held')
+
 
 @flax.struct.dataclass
 class Tap:

@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
     params: what the optimizer moves.
     rest: the model's other variables ('batch_stats', 'feedback').
     opt_state: the optimizer's.
-    sums: 'loss', 'error' and 'examples' since the epoch began, so that a run which resumes within an epoch
+    sums: the algorithm's metrics and 'examples' since the epoch began, so that a run which resumes within an epoch
       reports the same means.
     bad_step: number, from 1, of the first step whose loss or update was not finite; -1: none.
   """
@@ -53,7 +53,7 @@ def init_state(algorithm: Algorithm, optimizer: optax.GradientTransformation, ke
   def init(key: jax.Array) -> TrainState:
     rest = algorithm.init(key)
     params = rest.pop('params')
-    sums = {name: jnp.zeros(()) for name in ('loss', 'error', 'examples')}
+    sums = {name: jnp.zeros(()) for name in (*algorithm.metrics, 'examples')}
     return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params), sums,
                       jnp.full((), -1, jnp.int32))
 
@@ -145,7 +145,7 @@ def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, m
     stats, examples = aux.pop('batch_stats'), aux.pop('examples')
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     is_finite = jnp.isfinite(aux['loss']) & jnp.isfinite(optax.tree.norm(updates))
-    means = {'loss': aux['loss'] * examples, 'error': aux['error'] * examples, 'examples': examples}
+    means = {**{name: aux[name] * examples for name in algorithm.metrics}, 'examples': examples}
     is_first = state.step % feed.steps == 0
     return TrainState(
         state.step + 1, optax.apply_updates(state.params, updates),

@@ -1,0 +1,91 @@
+"""Guided tangents: laws that draw along given directions: a local gradient, a momentum buffer, upstream weights.
+
+A guide spans a space of M dimensions, with the projection P. Let g be the gradient.
+
+| law | estimate, on average | squared error, K passes |
+|---|---|---|
+| `along(guide)` | P g: biased, never uphill | (1 - cos²) · g², with no noise |
+| `mixed(guide)` | g: unbiased | excess(d - M, K - M) · (1 - cos²) · g² |
+| `within(guide)` | P g: unbiased if the guide's span holds g | excess(M, K) · cos² · g² + (1 - cos²) · g² |
+
+with g² = |g|² and cos the cosine of the angle between g and the guide's span. All compose with `forward_grad`; a guide
+for a tree of parameters is made flat by `jax.flatten_util.ravel_pytree`. Guides may be traced: a law can be made
+inside a jitted step, of the optimizer's state. A guide must not depend on the tangents' key.
+
+*Proofs.* Let Q be an orthonormal basis of the span, P = Q Qᵀ. `along`: the K = M passes are √M q_m, so that the
+mean of (g·u) u is Σ (g·q_m) q_m = P g, and g·P g = |P g|² ≥ 0 (Fournier et al. 2023, arXiv 2306.06968, with guides
+from local losses). `mixed`: M passes are √K q_m, the others √(K/(K-M)) (1 - P) v with E[v vᵀ] = 1; the mean over all
+K of (g·u) u is P g + (1/(K-M)) Σ ((1-P) g·v) (1-P) v, on average P g + (1 - P)² g = g. What is left to chance is a
+forward gradient in d - M dimensions, if the law of v does not change under rotations (`normal`; then excess is that
+of `normal`). `within`: u = Q ε with E[ε εᵀ] = 1 has E[u uᵀ] = P. An activity's gradient is Wᵀ δ with W the weights of
+the layer above and δ any vector, so that it lies in the span of W's rows: with fewer rows than columns a guess from
+upstream weights (arXiv 2511.03110) in this form is unbiased, and its error grows with the rows only.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.tangents import Law, Passes, normal
+
+
+def _basis(guide_MxD: jax.Array) -> jax.Array:
+  """Orthonormal rows [M, D] of the same span."""
+  return jnp.linalg.qr(guide_MxD.T)[0].T
+
+
+def _check(guide_MxD: jax.Array, d: int) -> None:
+  if guide_MxD.ndim != 2 or guide_MxD.shape[1] != d or guide_MxD.shape[0] > d:
+    raise ValueError(f'the guide has shape {guide_MxD.shape}; allowed: (M, {d}) with M linearly independent rows')
+
+
+def along(guide_MxD: jax.Array) -> Law:
+  """The guide's directions and no others; K must be M. Biased: the estimate is P g.
+
+  >>> guide = jnp.array([[3., 4.]])
+  >>> u = along(guide).draw(jax.random.key(0), Passes(1), (), 2, jnp.float32)
+  >>> [round(x, 3) for x in u[0].tolist()] in ([0.6, 0.8], [-0.6, -0.8])
+  True
+  """
+  def draw(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
+    del key
+    _check(guide_MxD, d)
+    if passes.total != len(guide_MxD):
+      raise ValueError(f'{passes.total} passes along a guide of {len(guide_MxD)} directions; allowed: as many')
+    rows_K = math.sqrt(passes.total) * _basis(guide_MxD)[passes.ids_K].astype(dtype)
+    return jnp.broadcast_to(rows_K.reshape(-1, *[1] * len(shape), d), (len(rows_K), *shape, d))
+  return Law(draw, lambda d, K: max(1 - K / d, 0))
+
+
+def mixed(guide_MxD: jax.Array) -> Law:
+  """M passes along the guide, the other K - M normal in the rest of the space. Unbiased.
+
+  With a guide of cosine c to the gradient, one direction and one more pass, the squared error falls from that of
+  two normal passes, (d + 1)/2 |g|², to d (1 - c²) |g|²: a guide pays above c² = 1/2, and for more passes sooner.
+  """
+  def draw(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
+    _check(guide_MxD, d)
+    M, K = len(guide_MxD), passes.total
+    if K <= M:
+      raise ValueError(f'{K} passes for a guide of {M} directions; allowed: more, the others are random')
+    basis_MxD = _basis(guide_MxD).astype(dtype)
+    v = normal.draw(key, passes, shape, d, dtype)
+    rest = math.sqrt(K / (K - M)) * (v - (v @ basis_MxD.T) @ basis_MxD)
+    ids_K = passes.ids_K.reshape(-1, *[1] * (len(shape) + 1))
+    fixed = math.sqrt(K) * jnp.take(basis_MxD, jnp.minimum(passes.ids_K, M - 1), axis=0)
+    return jnp.where(ids_K < M, fixed.reshape(-1, *[1] * len(shape), d), rest)
+  # Of a gradient in any direction: E[1 - cos²] = 1 - M/d.
+  M = len(guide_MxD)
+  return Law(draw, lambda d, K: normal.excess(d - M, K - M) * (1 - M / d))
+
+
+def within(guide_MxD: jax.Array, law: Law = normal) -> Law:
+  """Tangents of another law inside the guide's span. Unbiased just for gradients that lie in it."""
+  M = len(guide_MxD)
+
+  def draw(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
+    _check(guide_MxD, d)
+    return law.draw(key, passes, shape, M, dtype) @ _basis(guide_MxD).astype(dtype)
+  return Law(draw, lambda d, K: law.excess(M, K) * M / d + 1 - M / d)

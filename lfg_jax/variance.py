@@ -1,0 +1,224 @@
+"""The variance of forward gradients: what theory predicts, what is measured, how passes are best spent.
+
+Let g_n = ∂L_n/∂W be the gradient of example n's loss by a p × q matrix, V the mean over its entries of the variance of
+g_n over examples, S the mean of the squared true gradient E[g]². The estimate for a batch of N examples then has,
+per entry, the variance (Ren et al. 2023, Table 1, for normal tangents and K = 1, where e = d + 1)
+
+| | tangents shared by the batch | independent |
+|---|---|---|
+| weights, d = p q | (1 + e) V/N + e S | (1 + e) V/N + e S/N |
+| activities, d = q | (1 + e) V/N + e S | (1 + e) V/N + e S/N |
+
+with e = `law.excess(d, K)`, the squared error of K passes relative to |g|² (see `tangents`).
+
+*Proof.* Given the gradient g that a set of tangents is applied to, the estimate is unbiased and has the squared error
+e |g|². *Weights, shared:* g is the batch's mean ḡ = (1/N) Σ g_n, with E|ḡ|² = p q (V/N + S); the variance is
+that of ḡ, p q V/N, plus e E|ḡ|². *Weights, independent:* the mean of N independent estimates, each with variance
+p q V + e E|g_n|² = p q (V + e (V + S)). *Activities:* g_n = x_n δ_nᵀ, and the estimate x_n (δ_n·u) uᵀ applies u, of
+d = q dimensions, to every row of g_n; shared by the batch, to every row of ḡ. Sum over the p rows. ∎
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from lfg_jax.tangents import Law
+
+PyTree = Any
+ESTIMATORS = ('weight', 'activity')
+
+
+def predicted(estimator: str, law: Law, passes: int, *, shared: bool, batch: int, p: int, q: int, V: float, S: float
+              ) -> float:
+  """Variance per entry of the estimated gradient of a linear layer; see the module's table.
+
+  Args:
+    estimator: 'weight' or 'activity'.
+    p, q: fan-in and fan-out.
+    V: mean variance over examples of an entry of the per-example gradient.
+    S: mean squared entry of the true gradient.
+
+  Raises:
+    ValueError: an unknown estimator.
+
+  >>> from lfg_jax.tangents import normal
+  >>> predicted('activity', normal, 1, shared=False, batch=16, p=2, q=8, V=4., S=2.)    # (q+2)/N V + (q+1)/N S
+  3.625
+  """
+  if estimator not in ESTIMATORS:
+    raise ValueError(f'estimator is {estimator!r}; allowed: {", ".join(ESTIMATORS)}')
+  e = law.excess(p * q if estimator == 'weight' else q, passes)
+  return (1 + e) * V / batch + e * S / (1 if shared else batch)
+
+
+def predicted_taps(law: Law, passes: Sequence[int], dims: Sequence[int], norms: Sequence[float], *, joint: bool
+                   ) -> list[float]:
+  """Squared error of each tap's signal for one example (patch, group), given the tangents' dimensions.
+
+  Separately, tap i has excess(d_i, K_i) |g_i|². Jointly, with K passes of all, each other tap adds (d_i/K) |g_j|².
+
+  Args:
+    passes: K_i for every tap; when joint all the same.
+    dims: d_i, the perturbed dimensions that influence one loss.
+    norms: |g_i|², the squared gradients of that loss.
+
+  >>> from lfg_jax.tangents import hadamard
+  >>> predicted_taps(hadamard, [4, 4], [4, 4], [1., 2.], joint=False)
+  [0.0, 0.0]
+  >>> predicted_taps(hadamard, [4, 4], [4, 4], [1., 2.], joint=True)
+  [2.0, 1.0]
+  """
+  others = [(sum(norms) - own) * joint for own in norms]
+  return [law.excess(d, K) * own + d / K * other
+          for K, d, own, other in zip(passes, dims, norms, others, strict=True)]
+
+
+def allocate(law: Law, dims: Sequence[int], norms: Sequence[float], costs: Sequence[float], budget: float) -> list[int]:
+  """Passes for every tap, perturbed by itself, that minimise Σ excess(d_i, K_i) |g_i|² at Σ c_i K_i ≤ budget.
+
+  For excess = a_i/K_i (all laws while K ≤ d, up to a constant) the minimum over real numbers has
+  K_i ∝ √(a_i |g_i|² / c_i), from setting the derivative of the Lagrange function to zero. For whole numbers: starting
+  with one pass each, the
+  pass that lowers the error most per cost is added while it fits. For equal costs that is optimal, as the terms are
+  convex; for unequal ones nearly.
+
+  Args:
+    norms: |g_i|², squared gradients.
+    costs: c_i of one pass, in the unit of `budget`.
+
+  Raises:
+    ValueError: the budget does not suffice for one pass each.
+
+  >>> from lfg_jax.tangents import hadamard
+  >>> allocate(hadamard, dims=[32, 32], norms=[1., 1.], costs=[4., 1.], budget=40.)
+  [6, 16]
+  """
+  passes, left = [1] * len(dims), budget - sum(costs)
+  if left < 0:
+    raise ValueError(f'budget is {budget}; allowed: {sum(costs)}, the cost of one pass for each tap, or more')
+
+  def gain(i: int) -> float:
+    d, K = dims[i], passes[i]
+    return (law.excess(d, K) - law.excess(d, K + 1)) * norms[i] / costs[i]
+
+  heap = [(-gain(i), i) for i in range(len(dims))]
+  heapq.heapify(heap)
+  while heap:
+    negative, i = heapq.heappop(heap)
+    if negative < 0 and costs[i] <= left:
+      passes[i] += 1
+      left -= costs[i]
+      heapq.heappush(heap, (-gain(i), i))
+  return passes
+
+
+class Measured(NamedTuple):
+  """Statistics over independent draws of an estimate, of which none is stored.
+
+  Attributes:
+    draws: their number.
+    mean: of the estimate, a tree.
+    variance: of every entry, a tree.
+    squared_error: mean over draws of the mean over entries of (estimate - truth)², for the whole tree.
+    squared_error_se: its standard error.
+    cosine: mean over draws of the cosine of the angle between estimate and truth.
+  """
+  draws: int
+  mean: PyTree
+  variance: PyTree
+  squared_error: jax.Array
+  squared_error_se: jax.Array
+  cosine: jax.Array
+
+  def bias_z(self, truth: PyTree) -> jax.Array:
+    """Root mean square over all entries of (mean - truth) / (standard error): 1 for no bias.
+
+    The rounding of floats counts as an error too, so that an exact estimate has no bias.
+    """
+    def squares(mean: jax.Array, variance: jax.Array, truth: jax.Array) -> jax.Array:
+      rounding = 16 * jnp.finfo(mean.dtype).eps * jnp.abs(truth).max()
+      return (mean - truth)**2 / jnp.maximum(variance / self.draws + rounding**2, jnp.finfo(mean.dtype).tiny)
+    z2 = jax.tree.leaves(jax.tree.map(squares, self.mean, self.variance, truth))
+    return jnp.sqrt(sum(z.sum() for z in z2) / sum(z.size for z in z2))
+
+
+class _Moments(NamedTuple):
+  """Number, mean and sum of squared deviations of a tree, merged as by Welford and Chan et al."""
+  size: jax.Array
+  mean: PyTree
+  squares: PyTree
+
+  @classmethod
+  def of(cls, values_N: PyTree) -> '_Moments':
+    mean = jax.tree.map(lambda x: x.mean(0), values_N)
+    squares = jax.tree.map(lambda x, m: ((x - m)**2).sum(0), values_N, mean)
+    return cls(jnp.float32(jax.tree.leaves(values_N)[0].shape[0]), mean, squares)
+
+  def merge(self, other: '_Moments') -> '_Moments':
+    size = self.size + other.size
+    part = other.size / size
+    mean = jax.tree.map(lambda a, b: a + (b - a) * part, self.mean, other.mean)
+    squares = jax.tree.map(lambda sa, sb, a, b: sa + sb + (b - a)**2 * self.size * part,
+                           self.squares, other.squares, self.mean, other.mean)
+    return _Moments(size, mean, squares)
+
+  def over_devices(self, axis: str) -> '_Moments':
+    """All devices' together, who have equally many."""
+    mean = jax.lax.pmean(self.mean, axis)
+    squares = jax.tree.map(lambda s, m, all_: s + self.size * (m - all_)**2, self.squares, self.mean, mean)
+    return _Moments(jax.lax.psum(self.size, axis), mean, jax.lax.psum(squares, axis))
+
+
+def measure(estimate: Callable[[jax.Array], PyTree], truth: PyTree, key: jax.Array, draws: int, *, at_once: int = 100,
+            mesh: Mesh | None = None) -> Measured:
+  """Mean, variance and squared error of `estimate(key)` over independent keys, by Welford's recurrence.
+
+  Memory is that of `at_once` draws, which are vmapped.
+
+  Args:
+    truth: what the estimate is compared with, of its structure.
+    draws: rounded down to whole chunks of `at_once` on every device.
+    mesh: with one axis, over which the draws are divided; None: one device.
+
+  Raises:
+    ValueError: fewer draws than one chunk on every device, or fewer than two.
+
+  >>> exact = measure(lambda key: jnp.ones(3), jnp.zeros(3), jax.random.key(0), 200)
+  >>> exact.draws, exact.variance.tolist(), float(exact.squared_error)
+  (200, [0.0, 0.0, 0.0], 1.0)
+  """
+  devices = mesh.size if mesh else 1
+  chunks = draws // (at_once * devices)
+  if chunks < 1 or draws < 2:
+    raise ValueError(f'draws is {draws}; allowed: at_once x devices = {at_once * devices} or more, and 2 or more')
+
+  def statistics(key: jax.Array) -> tuple[PyTree, jax.Array, jax.Array]:
+    value = estimate(key)
+    dot = lambda a, b: sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    error = jax.tree.map(jnp.subtract, value, truth)
+    norm = jnp.sqrt(dot(value, value) * dot(truth, truth))
+    entries = sum(leaf.size for leaf in jax.tree.leaves(truth))
+    return value, dot(error, error) / entries, dot(value, truth) / jnp.where(norm > 0, norm, 1)
+
+  chunk = lambda key: _Moments.of(jax.vmap(statistics)(jax.random.split(key, at_once)))
+
+  def on_one(key: jax.Array) -> _Moments:
+    keys = jax.random.split(key, chunks)
+    return jax.lax.scan(lambda so_far, key: (so_far.merge(chunk(key)), None), chunk(keys[0]), keys[1:])[0]
+
+  if mesh:
+    axis = mesh.axis_names[0]
+    own_key = lambda key: jax.random.fold_in(key, jax.lax.axis_index(axis))
+    run = jax.shard_map(lambda key: on_one(own_key(key)).over_devices(axis), mesh=mesh, in_specs=P(), out_specs=P(),
+                        check_vma=False)
+  else:
+    run = on_one
+  count, mean, squares = jax.jit(run)(key)
+  n = round(float(count))
+  variance, error_variance, _ = jax.tree.map(lambda s: s / (n - 1), squares)
+  return Measured(n, mean[0], variance, mean[1], jnp.sqrt(error_variance / n), mean[2])

@@ -1,0 +1,75 @@
+"""Guided tangents: biased or unbiased as their docstrings say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lfg_jax import forward_grad, guided
+from lfg_jax.tangents import Passes, hadamard, normal
+
+D, DRAWS = 8, 20_000
+G = jnp.arange(1.0, D + 1) / 4
+GUIDE = jnp.stack([G + 2 * jnp.cos(jnp.arange(D)), jnp.sin(jnp.arange(D))])
+Q = jnp.linalg.qr(GUIDE.T)[0]
+ALONG = Q @ (Q.T @ G)
+
+
+def estimates(law, passes, chunk=None):
+  run = forward_grad(lambda x: G @ x, law=law, passes=passes, chunk=chunk)
+  keys = jax.random.split(jax.random.key(0), DRAWS)
+  return np.asarray(jax.jit(jax.vmap(lambda key: run(jnp.zeros(D), key=key)))(keys))
+
+
+def largest_z(samples, mean):
+  return (np.abs(samples.mean(0) - mean) / (samples.std(0) / DRAWS**0.5)).max()
+
+
+def squared_error(samples):
+  errors = ((samples - np.asarray(G))**2).sum(1)
+  return errors.mean(), errors.std() / DRAWS**0.5
+
+
+def test_along_is_the_projection():
+  assert np.allclose(estimates(guided.along(GUIDE), 2)[:3], ALONG, rtol=1e-5)
+  assert not np.allclose(ALONG, G, rtol=0.1)
+
+
+@pytest.mark.parametrize(('passes', 'chunk'), [(3, None), (6, 2)])
+def test_mixed_is_unbiased_with_the_error_of_the_rest_only(passes, chunk):
+  samples = estimates(guided.mixed(GUIDE), passes, chunk)
+  assert largest_z(samples, G) < 4.5 < largest_z(samples, ALONG)
+  mean, error = squared_error(samples)
+  expected = normal.excess(D - 2, passes - 2) * float(((G - ALONG)**2).sum())
+  assert abs(mean - expected) < 4 * error
+  assert expected < normal.excess(D, passes) * float((G**2).sum())
+
+
+@pytest.mark.parametrize('law', [normal, hadamard])
+def test_within_is_unbiased_for_gradients_of_the_span(law):
+  samples = estimates(guided.within(GUIDE, law), 1)
+  assert largest_z(samples, ALONG) < 4.5 < largest_z(samples, G)
+  inside = jnp.stack([G, GUIDE[1]])
+  assert largest_z(estimates(guided.within(inside, law), 1), G) < 4.5
+  mean, error = squared_error(estimates(guided.within(inside, law), 1))
+  assert abs(mean - law.excess(2, 1) * float((G**2).sum())) < 4 * error
+  assert np.allclose(estimates(guided.within(inside, hadamard), 2)[0], G, rtol=1e-4)
+
+
+@pytest.mark.parametrize(('make', 'passes'), [(guided.along, 2), (guided.mixed, 4), (guided.within, 3)])
+def test_excess_is_that_of_a_guide_of_random_direction(make, passes):
+  def error(key):
+    guide_key, key = jax.random.split(key)
+    law = make(jax.random.normal(guide_key, (2, D)))
+    return ((forward_grad(lambda x: G @ x, law=law, passes=passes)(jnp.zeros(D), key=key) - G)**2).sum() / (G**2).sum()
+  errors = np.asarray(jax.jit(jax.vmap(error))(jax.random.split(jax.random.key(0), DRAWS)))
+  assert abs(errors.mean() - make(GUIDE).excess(D, passes)) < 4 * errors.std() / DRAWS**0.5
+
+
+@pytest.mark.parametrize(('law', 'passes', 'message'), [
+    (guided.along(GUIDE), 3, '3 passes along a guide of 2 directions; allowed: as many'),
+    (guided.mixed(GUIDE), 2, '2 passes for a guide of 2 directions; allowed: more'),
+    (guided.within(GUIDE[:, :4]), 1, r'the guide has shape \(2, 4\); allowed: \(M, 8\)')])
+def test_what_is_refused(law, passes, message):
+  with pytest.raises(ValueError, match=message):
+    law.draw(jax.random.key(0), Passes(passes), (), D, jnp.float32)

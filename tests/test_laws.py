@@ -1,0 +1,119 @@
+"""Tangent laws: second moments, squared errors, and what orthogonal passes make exact."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lfg_jax import algorithms, tangents
+from lfg_jax.passes import Sampling
+from lfg_jax.tangents import LAWS, Passes
+from tests.small import relative_error
+from tests.small import small as small_model
+
+DRAWS = 20_000
+SIGMAS = 4.5    # of the standard error, over some 1,000 numbers
+
+
+def draws(law, passes, d, shape=()):
+  draw = lambda key: law.draw(key, Passes(passes), shape, d, jnp.float32)
+  return jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(3), DRAWS))
+
+
+def z_of_second_moment(u_NxKxD):
+  """Largest z-score of the mean over draws of (1/K) Σ_k u uᵀ against the identity."""
+  outer = np.einsum('nki,nkj->nij', u_NxKxD, u_NxKxD) / u_NxKxD.shape[1]
+  error = np.abs(outer.mean(0) - np.eye(u_NxKxD.shape[2]))
+  return (error / np.maximum(outer.std(0) / DRAWS**0.5, 1e-5)).max()    # some entries do not vary
+
+
+@pytest.mark.parametrize('name', sorted(LAWS))
+@pytest.mark.parametrize(('d', 'passes'), [(4, 1), (4, 3), (4, 4), (4, 6), (6, 4), (5, 3)])
+def test_second_moment_is_the_identity_and_squared_error_the_known_factor(name, d, passes):
+  law = LAWS[name]
+  u = np.asarray(draws(law, passes, d))
+  assert z_of_second_moment(u) < SIGMAS
+  assert z_of_second_moment(u * np.linspace(0.9, 1.1, d)) > SIGMAS    # the test sees a law that is wrong
+  g = np.linspace(-1, 2, d)
+  estimate = np.einsum('nk,nkd->nd', u @ g, u) / passes
+  errors = ((estimate - g)**2).sum(1) / (g**2).sum()
+  assert abs(errors.mean() - law.excess(d, passes)) <= SIGMAS * errors.std() / DRAWS**0.5 + 1e-5
+
+
+@pytest.mark.parametrize('name', ['coordinate', 'haar', 'hadamard'])
+def test_tangents_of_a_set_are_orthogonal(name):
+  u = np.asarray(draws(LAWS[name], 8, 8)[:10])
+  gram = np.einsum('nki,nli->nkl', u, u)
+  assert np.abs(gram - 8 * np.eye(8)).max() < 1e-4
+
+
+@pytest.mark.parametrize('name', sorted(LAWS))
+def test_a_part_of_the_passes_is_that_part_of_all(name):
+  law, key = LAWS[name], jax.random.key(0)
+  whole = law.draw(key, Passes(12), (3,), 4, jnp.float32)
+  part = jax.jit(lambda first: law.draw(key, Passes(12, first, 4), (3,), 4, jnp.float32))(4)
+  assert whole.shape == (12, 3, 4)
+  assert jnp.allclose(part, whole[4:8])
+
+
+small = functools.cache(small_model)
+
+
+def estimate(s, options, name='LG-FG-A', key=0):
+  algorithm = algorithms.compose(algorithms.REGISTRY[name], algorithms.Options(**options), s.spec, s.prepare)
+  return jax.jit(algorithm.gradient)(s.variables, jax.random.key(key), s.batch)[0]
+
+
+def test_as_many_orthogonal_passes_as_dimensions_give_the_exact_gradient():
+  """Each tap by itself, 16 / 4 channels in a group (16 after token mixing, which feeds all groups)."""
+  options = {'taps': 'separate', 'passes': 4, 'tap_passes': {'after_token': 16}}
+  s = small(blocks=2)
+  assert relative_error(estimate(s, {**options, 'law': 'hadamard'}), estimate(s, {}, 'LG-BP')) < 2e-5
+  s = small(blocks=1)
+  exact = estimate(s, {}, 'LG-BP')
+  assert relative_error(estimate(s, {**options, 'law': 'haar'}), exact) < 2e-5
+  assert relative_error(estimate(s, {**options, 'law': 'hadamard', 'taps': 'joint', 'tap_passes': {}}), exact) > 0.1
+
+
+@pytest.mark.parametrize(('name', 'options'), [
+    ('LG-FG-A', {'taps': 'separate', 'law': 'hadamard'}), ('FG-A', {}), ('LG-FG-W', {}),
+    ('LG-FG-W', {'sharing': 'independent'}), ('LG-FD-A', {'step': 1e-2})])
+def test_chunks_of_passes_change_nothing(name, options):
+  s = small(blocks=1)
+  whole = estimate(s, {'passes': 6, **options}, name)
+  in_chunks = estimate(s, {'passes': 6, 'chunk': 2, **options}, name)
+  assert relative_error(in_chunks, whole) < (1e-2 if 'FD' in name else 1e-4)
+
+
+def test_projection_is_shorter_by_k_over_d_and_exact_when_the_span_is_all():
+  """Tangents of uniform direction: E[P] = K/d; times d/K it is the haar law's mean."""
+  s = small(blocks=1, groups=2, channels=8)
+  exact = estimate(s, {}, 'LG-BP')
+  options = {'law': 'normal', 'taps': 'separate', 'combine': 'projection'}
+  assert relative_error(estimate(s, {**options, 'passes': 4}), exact) < 1e-3
+  algorithm = algorithms.compose(algorithms.REGISTRY['LG-FG-A'], algorithms.Options(**options), s.spec, s.prepare)
+  one = lambda key: algorithm.gradient(s.variables, key, s.batch)[0]['stem']['channel']['kernel']
+  samples = np.asarray(jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=500))(
+      jax.random.split(jax.random.key(5), 4000)))
+  expected = np.asarray(exact['stem']['channel']['kernel']) / 4
+  z = np.abs(samples.mean(0) - expected) / (samples.std(0) / 4000**0.5 + 1e-9)
+  assert z.max() < SIGMAS
+  assert (np.abs(samples.mean(0) - 4 * expected) / (samples.std(0) / 4000**0.5 + 1e-9)).max() > SIGMAS
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    ({'combine': 'projection'}, "taps='separate'"),
+    ({'tap_passes': {'after_group': 3}}, "estimator.taps='separate'"),
+    ({'combine': 'sum'}, "estimator.combine is 'sum'; allowed: mean, projection"),
+    ({'chunk': -1}, 'estimator.chunk is -1; allowed: 0 or more')])
+def test_options_that_make_no_sense(options, message):
+  with pytest.raises(ValueError, match=message):
+    algorithms.Options(**options)
+
+
+def test_sampling_refuses_projection_in_chunks():
+  with pytest.raises(ValueError, match='needs all 4 tangents at once'):
+    Sampling(tangents.normal, passes=4, chunk=2, combine='projection').check()
+  assert Sampling(passes=6, chunk=4).at_once == 3

@@ -1,0 +1,137 @@
+"""Every forward-gradient rule is unbiased for its target, parameter by parameter.
+
+Means over DRAWS estimates are compared with the exact gradient. Under the hypothesis of no bias, z of one number is
+standard normal, so that a leaf of n numbers has an r.m.s. z of 1 ± 1/√(2n), and the largest |z| of all of M numbers
+exceeds 5.5 with probability M·4e-8. A leaf must have an r.m.s. z within 6 of its standard errors, plus 0.1 for the
+skewness of the estimates' law (2nd order in 1/√DRAWS), and no number beyond 5.5 σ. The same test must reject estimators
+that are biased on purpose.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lfg_jax import algorithms, estimators
+from tests.small import compose, gradient, small
+
+DRAWS, CHUNK = 20_480, 256
+
+
+def model(**changes):
+  return small(**{'channels': 8, 'groups': 2, 'blocks': 3, 'batch': 2, 'classes': 3, **changes})
+
+
+def z_scores(s, run, target):
+  """[n] per leaf: (mean - target) / standard error, over DRAWS draws of `run(key) -> gradient`."""
+  @jax.jit
+  def moments(key, shift):
+    draws = jax.vmap(run)(jax.random.split(key, CHUNK))
+    deviations = jax.tree.map(jnp.subtract, draws, shift)
+    return jax.tree.map(lambda d: (d.sum(0), (d * d).sum(0)), deviations)
+
+  total = None
+  for i in range(DRAWS // CHUNK):
+    part = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), moments(jax.random.key(i), target))
+    total = part if total is None else jax.tree.map(np.add, total, part)
+
+  def z(pair):
+    mean, square = pair[0] / DRAWS, pair[1] / DRAWS
+    error = np.sqrt(np.maximum(square - mean**2, 0) / DRAWS)
+    return np.where(error > 0, mean / np.where(error > 0, error, 1), np.where(np.abs(mean) > 1e-5, np.inf, 0)).ravel()
+
+  return jax.tree.map(z, total, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def verdict(s, scores, target):
+  """Names of leaves that look biased. Numbers without gradient and noise (z = 0 in all draws) do not count."""
+  bad = []
+  for (path, z), (_, g) in zip(jax.tree_util.tree_leaves_with_path(scores),
+                               jax.tree_util.tree_leaves_with_path(target), strict=True):
+    # Rounding, not bias: a gradient of exactly zero (a bias before a norm) estimated as 1e-8.
+    z = z[np.isfinite(z) & (z != 0)] if np.abs(np.asarray(g)).max() < 1e-6 else z[z != 0]
+    if not z.size:
+      continue
+    rms = np.sqrt((z**2).mean())
+    if rms > 1.1 + 6 / np.sqrt(2 * z.size) or np.abs(z).max() > 5.5:
+      bad.append(f'{jax.tree_util.keystr(path)}: r.m.s. z {rms:.2f}, largest {np.abs(z).max():.1f}')
+  return bad
+
+
+def judge(s, name, target_name, **options):
+  algorithm = compose(s, name, **options)
+  cuts = {k: v for k, v in options.items() if k in ('patch', 'group', 'every', 'overlap')}
+  target = gradient(s, target_name, **cuts)
+  scores = z_scores(s, lambda key: algorithm.gradient(s.variables, key, s.batch)[0], target)
+  return verdict(s, scores, target)
+
+
+CASES = [
+    ('FG-W', 'BP', {}), ('FG-A', 'BP', {}), ('LG-FG-W', 'LG-BP', {}), ('LG-FG-A', 'LG-BP', {}),
+    ('LG-FG-A', 'LG-BP', {'law': 'normal'}), ('LG-FG-A', 'LG-BP', {'sharing': 'shared'}),
+    ('LG-FG-A', 'LG-BP', {'passes': 3}), ('LG-FG-A', 'LG-BP', {'patch': False}),
+    ('LG-FG-A', 'LG-BP', {'group': False}), ('LG-FG-A', 'LG-BP', {'every': 2}),
+    ('LG-FG-A', 'LG-BP', {'overlap': True}), ('LG-FG-W', 'LG-BP', {'sharing': 'independent'}),
+    ('LG-FG-W', 'LG-BP', {'law': 'normal', 'passes': 2}),
+]
+
+
+@pytest.mark.parametrize('name, target, options', CASES, ids=lambda x: str(x))
+def test_unbiased(name, target, options):
+  assert judge(model(), name, target, **options) == []
+
+
+def test_the_papers_credit_rule_is_biased_for_the_layer_before_the_groups_only():
+  bad = judge(model(), 'LG-FG-W', 'LG-BP', credit='paper')
+  assert bad and all("['channel']" in line for line in bad)
+
+
+def test_a_tap_credited_with_its_own_group_only_is_rejected(monkeypatch):
+  """Token mixing feeds every group: crediting its tap with the losses of one group alone is a bias."""
+  right = estimators.credit
+
+  def wrong(tap, dL, axis_name=None):
+    only = jax.tree.map(lambda d: d * (jnp.arange(d.shape[-1]) == 0), dL)
+    return right(tap, only if tap.local_axes == 2 else dL, axis_name)
+
+  monkeypatch.setattr(estimators, 'credit', wrong)
+  bad = judge(model(), 'LG-FG-A', 'LG-BP')
+  assert bad and all("['token']" in line for line in bad)
+
+
+@pytest.mark.parametrize('name', ['LG-FG-A', 'LG-FG-W'])
+def test_a_gradient_ten_percent_too_long_is_rejected(name):
+  s = model()
+  algorithm = compose(s, name)
+  target = gradient(s, 'LG-BP')
+  scores = z_scores(s, lambda key: jax.tree.map(
+      lambda g: 1.1 * g, algorithm.gradient(s.variables, key, s.batch)[0]), target)
+  assert verdict(s, scores, target)
+
+
+@pytest.mark.parametrize('name', ['FD-W', 'FD-A', 'LG-FD-W', 'LG-FD-A'])
+def test_finite_differences_follow_the_forward_derivative(name):
+  """With the same tangents, (L(x + εv) - L(x))/ε differs from ∇L·v by O(ε), as measured in float64."""
+  with jax.enable_x64(True):
+    s = model(dtype=jnp.float64)
+    s = s._replace(variables=jax.tree.map(lambda leaf: leaf.astype(jnp.float64), s.variables))
+    exact = gradient(s, name.replace('FD', 'FG'))
+    errors = []
+    for step in (1e-5, 1e-6):
+      got = gradient(s, name, step=step)
+      errors.append(max(float(jnp.abs(a - b).max())
+                        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True)))
+    assert errors[0] < 1e-2 and errors[1] < 0.2 * errors[0]
+
+
+def test_noise_does_not_depend_on_how_the_batch_is_split():
+  """Half a batch, at its place in the global one, has the tangents that the whole batch gives it."""
+  s = model(batch=4)
+  algorithm = algorithms.compose(algorithms.REGISTRY['LG-FG-A'], algorithms.Options(), s.spec, s.prepare, 'data')
+  whole = gradient(s, 'LG-FG-A')
+  halves = jax.tree.map(lambda leaf: leaf.reshape(2, 2, *leaf.shape[1:]), s.batch)
+  per_device = jax.jit(jax.vmap(functools.partial(algorithm.gradient, s.variables, jax.random.key(0)),
+                                axis_name='data'))(halves)[0]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b.sum(0), rtol=1e-4, atol=1e-6), whole, per_device)
