@@ -5,16 +5,15 @@ import jax.numpy as jnp
 import pytest
 
 from lfg_jax import algorithms, parts
-from tests.small import relative_error, small
+from tests.small import compose, relative_error, small
 
 
-@pytest.mark.parametrize('name', ['BP', 'LG-FG-A', 'LG-FG-W'])
-@pytest.mark.parametrize('sharing', ['shared', 'independent'])
+@pytest.mark.parametrize(('name', 'sharing'), [('BP', 'paper'), ('LG-FG-A', 'paper'), ('LG-FG-A', 'shared'),
+                                               ('LG-FG-W', 'independent')])
 def test_gradient_of_parts_is_that_of_the_batch(name, sharing):
-  s = small(batch=4)
+  s = small(batch=4, blocks=2)
   def result(size):
-    options = algorithms.Options(micro_batch=size, sharing=sharing)
-    algorithm = algorithms.compose(algorithms.REGISTRY[name], options, s.spec, s.prepare)
+    algorithm = compose(s, name, micro_batch=size, sharing=sharing)
     return jax.jit(algorithm.gradient)(s.variables, jax.random.key(0), s.batch)
   whole, in_parts = result(4), result(2)
   assert relative_error(in_parts[0], whole[0]) < 1e-5
