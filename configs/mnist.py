@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
   config.optimizer.name = 'adam'
   config.optimizer.learning_rate = 1e-3
   config.optimizer.schedule = 'cosine'
-  config.epochs = 30
+  config.epochs = 100
+  config.eval_every = 5
   config.batch_size = 128
   return config

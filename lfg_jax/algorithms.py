@@ -4,6 +4,9 @@
 |---|---|---|
 | `end_to_end` | the read-out's, and with `local=True` all local ones | yes |
 | `greedy` | local ones; the read-out learns on top, detached | no |
+
+With the contrastive loss the batch has two views of every image, the local losses are contrastive, and where
+there are none, that of a projection at the end of the network. The read-out is always detached.
 """
 
 import dataclasses
@@ -15,12 +18,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lfg_jax import estimators, layers, passes, tangents
+from lfg_jax import augmentation, contrastive, estimators, layers, parts, passes, tangents
+from lfg_jax.contrastive import VIEWS, Contrast
 from lfg_jax.data import Batch, Dataset
 from lfg_jax.estimators import FlaxLoss
-from lfg_jax.greedy import greedy
+from lfg_jax.greedy import greedy, stages
 from lfg_jax.losses import Cut, cross_entropy
 from lfg_jax.mixer import TAPS, Criterion, LocalMixer, MixerSpec, ReadOut
+from lfg_jax.parts import WHOLE, Part
 from lfg_jax.passes import Sampling
 from lfg_jax.sizes import mixer_spec, parse, patches
 from lfg_jax.taps import Tap
@@ -84,6 +89,7 @@ class Options:
     patch, group: whether losses are cut by patch and by group.
     every: blocks per stage of a greedy rule.
     overlap: greedy stages are overlapping pairs of blocks.
+    micro_batch: examples whose gradients are computed at once; 0: what suits the machine, see `parts`.
   """
   law: str = 'rademacher'
   passes: int = 1
@@ -98,6 +104,7 @@ class Options:
   group: bool = True
   every: int = 1
   overlap: bool = False
+  micro_batch: int = 0
 
   def __post_init__(self) -> None:
     _one_of('estimator.law', self.law, tangents.LAWS)
@@ -109,7 +116,7 @@ class Options:
     _one_of('estimator.credit', self.credit, ('exact', 'paper'))
     for field, value, low in (('estimator.passes', self.passes, 1), ('estimator.chunk', self.chunk, 0),
                               *((f'estimator.tap_passes.{tap}', n, 0) for tap, n in self.tap_passes.items()),
-                              ('losses.every', self.every, 1)):
+                              ('losses.every', self.every, 1), ('micro_batch', self.micro_batch, 0)):
       if value < low:
         raise ValueError(f'{field} is {value!r}; allowed: {low} or more')
     if self.step <= 0:
@@ -127,6 +134,9 @@ class Options:
     return Cut(self.patch, self.group)
 
 
+LOSSES = ('supervised', 'contrastive')
+
+
 def _one_of(field: str, given: Any, allowed: Any) -> None:
   if given not in allowed:
     raise ValueError(f'{field} is {given!r}; allowed: {", ".join(map(str, allowed))}')
@@ -141,10 +151,12 @@ class Algorithm(NamedTuple):
       the batch is sharded over a mesh axis, the sum over devices of grads and of aux's 'loss' and 'error' is the
       result. aux['batch_stats'] is the same on all devices.
     predict: `(variables, image [B, H, W, C]) -> logits [B, classes]`.
+    metrics: the scalars in aux that are means over the global batch.
   """
   init: Callable[[jax.Array], dict[str, PyTree]]
   gradient: Callable[[dict[str, PyTree], jax.Array, Batch], tuple[PyTree, dict[str, Any]]]
   predict: Callable[[dict[str, PyTree], jax.Array], jax.Array]
+  metrics: tuple[str, ...] = ('loss', 'error')
 
 
 def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorithm:
@@ -154,25 +166,48 @@ def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorit
     ValueError: one line naming the field, the value and what is allowed.
   """
   _one_of('algorithm', config.algorithm, REGISTRY)
-  options = Options(**config.estimator, **config.losses)
+  options = Options(**config.estimator, **config.losses, micro_batch=config.micro_batch)
+  _one_of('loss', config.loss, LOSSES)
+  contrast = _contrast(config.contrastive, axis_name) if config.loss == 'contrastive' else None
   sizes = dict(config.model)
   spec = mixer_spec(sizes.pop('size'), image_shape=dataset.image_shape, classes=dataset.classes,
-                    axis_name=axis_name, **sizes)
+                    axis_name=axis_name, contrast=contrast, **sizes)
   prepare = functools.partial(patches, side=parse(config.model.size)[1], mean=dataset.mean, std=dataset.std)
-  return compose(REGISTRY[config.algorithm], options, spec, prepare, axis_name)
+  views = functools.partial(augmentation.views, min_area=config.contrastive.min_area)
+  return compose(REGISTRY[config.algorithm], options, spec, prepare, axis_name, views)
+
+
+def _contrast(config: Any, axis_name: str | None) -> Contrast:
+  if config.temperature <= 0:
+    raise ValueError(f'contrastive.temperature is {config.temperature!r}; allowed: more than 0')
+  if not 0 < config.min_area <= 1:
+    raise ValueError(f'contrastive.min_area is {config.min_area!r}; allowed: more than 0, at most 1')
+  return Contrast(config.temperature, config.stop_gradient, config.shared_views, axis_name=axis_name)
 
 
 def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[jax.Array], jax.Array],
-            axis_name: str | None = None) -> Algorithm:
-  """`Rule` × options × model. `prepare` turns uint8 images into tokens [B, P, D]."""
+            axis_name: str | None = None, views: Callable | None = None) -> Algorithm:
+  """`Rule` × options × model.
+
+  `prepare` turns images of pixels 0 … 255 into tokens [B, P, D]. With contrastive heads, `views` is
+  `(key [B], image [B, H, W, C]) -> [2B, H, W, C]`, views of an example one after the other.
+  """
   if spec.style.norm == 'batch' and rule.estimator == 'weight' and options.sharing == 'independent':
     raise ValueError("estimator.sharing='independent' perturbs weights per example, which model.norm='batch' mixes; "
                      "allowed with batch norm: 'paper', 'shared'")
+  if options.micro_batch and mixes_examples(spec):
+    raise ValueError(f'micro_batch is {options.micro_batch}, and the losses of one example depend on others; '
+                     'allowed here: 0')
+  contrast = spec.style.contrast
+  if contrast and rule.estimator == 'weight' and options.sharing == 'independent':
+    raise ValueError("estimator.sharing='independent' perturbs weights per example, and loss='contrastive' compares "
+                     "examples; allowed with it: 'paper', 'shared'")
   stem = spec.runs[0].spec
+  project = contrast is not None and not rule.local
 
   def init(key: jax.Array) -> dict[str, PyTree]:
     model_key, feedback_key = jax.random.split(key)
-    variables = LocalMixer(spec).init(model_key, jnp.zeros((1, stem.tokens, stem.inputs)))
+    variables = LocalMixer(spec, project=project).init(model_key, jnp.zeros((1, stem.tokens, stem.inputs)))
     kept = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
     if rule.feedback:
       kept['feedback'] = layers.like_kernels(feedback_key, kept['params'])
@@ -180,26 +215,44 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
       kept['feedback'] = _tap_matrices(feedback_key, spec, kept['params'])
     return kept
 
-  def gradient(variables: dict[str, PyTree], key: jax.Array, batch: Batch) -> tuple[PyTree, dict[str, Any]]:
+  def part_gradient(variables: dict[str, PyTree], key: jax.Array, part: Part, batch: Batch
+                    ) -> tuple[PyTree, dict[str, Any]]:
     one = _greedy_gradient if rule.cut else _end_to_end_gradient
-    estimator = build_estimator(rule, options, spec, axis_name, variables)
+    estimator = build_estimator(rule, options, spec, axis_name, variables, part)
     image, label, weight = map(jnp.asarray, batch)
+    if contrast and views:
+      key, view_key = jax.random.split(key)
+      image = views(tangents.fold_in_all(view_key, tangents.example_ids(len(label), axis_name)), image)
+      label, weight = jnp.repeat(label, VIEWS), jnp.repeat(weight / VIEWS, VIEWS)
     return one(rule, options, spec, estimator, variables, key, prepare(image), Criterion(label, weight))
+
+  def gradient(variables: dict[str, PyTree], key: jax.Array, batch: Batch) -> tuple[PyTree, dict[str, Any]]:
+    batch = Batch(*map(jnp.asarray, batch))
+    number = 1 if mixes_examples(spec) else parts.number_of_parts(
+        len(batch.label), options.micro_batch, 4 * max(run.spec.tokens * run.spec.channels for run in spec.runs))
+    return parts.sum_over_parts(functools.partial(part_gradient, variables, key), batch, number)
 
   def predict(variables: dict[str, PyTree], image: jax.Array) -> jax.Array:
     model = LocalMixer(dataclasses.replace(spec, style=spec.style._replace(train=False)))
     return model.apply({k: v for k, v in variables.items() if k != 'feedback'}, prepare(image))[0]
 
-  return Algorithm(init, gradient, predict)
+  return Algorithm(init, gradient, predict, ('loss', 'error', 'contrastive_loss') if contrast else ('loss', 'error'))
+
+
+def mixes_examples(spec: MixerSpec) -> bool:
+  """Whether the losses of one example depend on others, so that a batch is more than its parts."""
+  return spec.style.norm == 'batch' or spec.style.contrast is not None
 
 
 def build_estimator(rule: Rule, options: Options, spec: MixerSpec, axis_name: str | None,
-                    variables: dict[str, PyTree]) -> Callable[[FlaxLoss], estimators.GradFn]:
+                    variables: dict[str, PyTree], part: Part = WHOLE) -> Callable[[FlaxLoss], estimators.GradFn]:
   """The rule's estimator, `loss_fn -> grad_fn`."""
   weight = rule.estimator == 'weight'
   shared = weight if options.sharing == 'paper' else options.sharing == 'shared'
+  contrast = spec.style.contrast
+  rows = VIEWS if contrast and contrast.shared_views else 1
   sampling = Sampling(tangents.LAWS[options.law], options.passes, shared, axis_name, options.chunk or None,
-                      options.combine)
+                      options.combine, part, rows)
   derivative = passes.finite_difference(options.step) if rule.finite else passes.jvp_derivative
   if weight:
     group_axis = functools.partial(_group_axis, options, rule.cut and spec.style.norm == 'layer')
@@ -245,7 +298,9 @@ def _end_to_end_gradient(rule: Rule, options: Options, spec: MixerSpec, estimato
                          criterion: Criterion) -> tuple[PyTree, dict]:
   """The whole network as one loss function: the read-out's loss, or with `local` detached and all local ones."""
   del options
-  model = LocalMixer(spec, detach_readout=rule.local)
+  contrast = spec.style.contrast
+  project = contrast is not None and not rule.local
+  model = LocalMixer(spec, detach_readout=rule.local or contrast is not None, project=project)
   names = ('batch_stats', 'feedback') if rule.feedback else ('batch_stats',)
   fixed = {name: variables[name] for name in names if name in variables}
 
@@ -253,11 +308,23 @@ def _end_to_end_gradient(rule: Rule, options: Options, spec: MixerSpec, estimato
     (logits, local), updates = model.apply({**fixed, **moving}, tokens, criterion if rule.local else None,
                                            criterion.weight_B, mutable=mutable)
     aux = _summary(logits, criterion)
+    if contrast and project:
+      end_B, aux['output_error'] = contrastive.end_losses(local.pop('head'), criterion.weight_B, contrast)
+      local['head'] = end_B[None, :, None, None]
     stacks = [losses.reshape(-1, *losses.shape[-3:]).sum(0) for losses in jax.tree.leaves(local)]
+    aux['local_loss'] = sum((losses.mean((1, 2)) for losses in stacks), jnp.zeros(()))
     return ((aux['loss'][:, None, None], *stacks), aux), updates
 
   (_, aux), grads = estimator(FlaxLoss(apply))(variables['params'], key, tokens_BxPxD, criterion)
-  return grads, {'loss': aux['loss'].sum(), 'error': aux['error'].sum(), 'batch_stats': aux.get('batch_stats', {})}
+  heads = 1 if project else sum(run.count for run in spec.runs)
+  return grads, _metrics(aux, aux['local_loss'], heads, contrast) | {'batch_stats': aux.get('batch_stats', {})}
+
+
+def _metrics(aux: dict[str, Any], local_loss_B: jax.Array, heads: int, contrast: Contrast | None
+             ) -> dict[str, jax.Array]:
+  """Sums over this device's examples; the contrastive loss is the mean over heads."""
+  means = {'loss': aux['loss'].sum(), 'error': aux['error'].sum()}
+  return {**means, 'contrastive_loss': local_loss_B.sum() / heads} if contrast else means
 
 
 def _greedy_gradient(rule: Rule, options: Options, spec: MixerSpec, estimator: Callable, variables: dict[str, PyTree],
@@ -265,7 +332,7 @@ def _greedy_gradient(rule: Rule, options: Options, spec: MixerSpec, estimator: C
   """Stage after stage by their local losses, then the read-out on what comes out."""
   del rule
   run_stages = greedy(estimator, spec, options.cut, every=options.every, overlap=options.overlap)
-  x, _, grads, stats = run_stages(variables, key, tokens_BxPxD, criterion)
+  x, local_loss_B, grads, stats = run_stages(variables, key, tokens_BxPxD, criterion)
   fixed = {'batch_stats': {'readout': stats['readout']}} if 'readout' in stats else {}
   readout = ReadOut(spec.style, spec.classes)
 
@@ -278,7 +345,8 @@ def _greedy_gradient(rule: Rule, options: Options, spec: MixerSpec, estimator: C
   grads['readout'], (aux, updates) = jax.grad(objective, has_aux=True)(variables['params']['readout'])
   if 'batch_stats' in updates:
     stats['readout'] = updates['batch_stats']
-  return grads, {'loss': aux['loss'].sum(), 'error': aux['error'].sum(), 'batch_stats': stats}
+  heads = len(stages(sum(run.count for run in spec.runs), options.every, options.overlap))
+  return grads, _metrics(aux, local_loss_B, heads, spec.style.contrast) | {'batch_stats': stats}
 
 
 def _tap_matrices(key: jax.Array, spec: MixerSpec, params: PyTree) -> PyTree:
@@ -292,7 +360,7 @@ def _tap_matrices(key: jax.Array, spec: MixerSpec, params: PyTree) -> PyTree:
     shape = tap.value.shape
     batch_axis = len(shape) - tap.ndim
     size = math.prod(shape[batch_axis + 1:])
-    return jax.random.normal(key, (*shape[:batch_axis], spec.classes, *shape[batch_axis + 1:])) / size**0.5
+    return jax.random.normal(key, (*shape[:batch_axis], spec.head_outputs, *shape[batch_axis + 1:])) / size**0.5
 
   leaves, treedef = jax.tree.flatten(taps, is_leaf=lambda x: isinstance(x, Tap))
   keys = jax.random.split(key, len(leaves))

@@ -43,10 +43,12 @@ def base() -> ConfigDict:
   """All fields.
 
   `algorithms.Options` explains estimator and losses; `sizes.mixer_spec` and `mixer.Style` the model;
-  `optimizers.make` and `optimizers.schedule` the optimizer.
+  `optimizers.make` and `optimizers.schedule` the optimizer. With the contrastive loss, a batch has two views of
+  each of its `batch_size` images.
   """
   return ConfigDict({
       'algorithm': 'LG-FG-A',
+      'loss': 'supervised',                          # or 'contrastive'
       'dataset': 'digits',
       'data_dir': config_dict.placeholder(str),      # None: $TFDS_DATA_DIR or ~/tensorflow_datasets
       'image_size': config_dict.placeholder(int),    # None: the data set's own
@@ -59,18 +61,21 @@ def base() -> ConfigDict:
           'norms': mixer.NORMS,
       },
       'losses': {'patch': True, 'group': True, 'every': 1, 'overlap': False},
+      # `contrastive.Contrast`; min_area: of a view's crop, as a part of the image's
+      'contrastive': {'temperature': 0.5, 'stop_gradient': True, 'shared_views': True, 'min_area': 0.08},
       'estimator': {
           'law': 'rademacher', 'passes': 1, 'chunk': 0, 'combine': 'mean', 'taps': 'joint',
           'tap_passes': dict.fromkeys(mixer.TAPS, 0),    # 0: passes
           'sharing': 'paper', 'credit': 'exact', 'step': 1e-3,
       },
       'optimizer': {
-          'name': 'sgd', 'learning_rate': 0.1, 'momentum': 0.9, 'weight_decay': 0.0,
+          'name': 'sgd', 'learning_rate': 0.1, 'scale_with_batch': False, 'momentum': 0.9, 'weight_decay': 0.0,
           'schedule': 'constant', 'warmup_epochs': 0.0, 'staircase_epochs': (), 'staircase_factor': 0.1,
           'readout_multiplier': 0.1, 'head_multiplier': 1.0,
       },
       'epochs': 10,
       'batch_size': 128,             # of all devices together
+      'micro_batch': 0,              # examples computed at once on a device; 0: what suits the machine
       'seed': 0,
       'eval_every': 1,               # epochs
       'checkpoint_every': 1,         # epochs

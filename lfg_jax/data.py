@@ -59,7 +59,8 @@ TFDS = {
 NAMES = ('digits', *TFDS)
 
 
-def load(name: str, *, data_dir: str | None = None, image_size: int | None = None, seed: int = 0) -> Dataset:
+def load(name: str, *, data_dir: str | None = None, image_size: int | None = None, seed: int = 0,
+         whole_images: bool = False) -> Dataset:
   """A data set by name.
 
   Args:
@@ -67,6 +68,7 @@ def load(name: str, *, data_dir: str | None = None, image_size: int | None = Non
     data_dir: where TFDS keeps its data sets; None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
     image_size: height and width of streamed images (224); arrays have their own.
     seed: of a stream's order and crops; arrays are shuffled by `epoch_order`.
+    whole_images: a training stream crops no more than it must, because views are cropped on the device.
 
   Raises:
     ValueError: unknown name, another image size than the arrays have, files without random access.
@@ -88,7 +90,8 @@ def load(name: str, *, data_dir: str | None = None, image_size: int | None = Non
   if name == 'imagenet2012':
     size = image_size or own_size
     return Dataset(name, facts.classes, (size, size, 3), facts.mean, facts.std,
-                   Stream(train, size, train=True, seed=seed), Stream(test, size, train=False, seed=seed))
+                   Stream(train, size, train=True, min_area=1.0 if whole_images else 0.3, seed=seed),
+                   Stream(test, size, train=False, seed=seed))
   return Dataset(name, *facts[:4], _arrays(train, facts.image_shape), _arrays(test, facts.image_shape))
 
 

@@ -117,7 +117,7 @@ def weight_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(), der
 
   def per_example_run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, Any], PyTree]:
     batch = jax.tree.leaves(args)[0].shape[0]
-    keys_B = tangents.fold_in_all(key, tangents.example_ids(batch, sampling.axis_name))
+    keys_B = tangents.fold_in_all(key, tangents.example_ids(batch, sampling.axis_name, sampling.part))
     one = lambda k, *example: shared_run(params, k, *jax.tree.map(lambda x: x[None], example))
     (losses, aux), grads_B = jax.vmap(one)(keys_B, *args)
     squeeze = functools.partial(jax.tree.map, lambda x: x.reshape(batch, *x.shape[2:]))
@@ -248,7 +248,7 @@ def draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap, passes: Passes) ->
   if sampling.shared:
     draw = lambda k: one(k)[:, None]
   else:
-    ids_B = tangents.example_ids(batch, sampling.axis_name)
+    ids_B = tangents.example_ids(batch, sampling.axis_name, sampling.part) // sampling.rows
     draw = lambda k: jax.vmap(one, out_axes=1)(tangents.fold_in_all(k, ids_B))
   for _ in range(scanned):
     draw = jax.vmap(draw, out_axes=1)

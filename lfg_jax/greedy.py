@@ -141,7 +141,7 @@ def greedy(estimator: Callable[[FlaxLoss], GradFn], spec: MixerSpec, cut: Cut, *
       members = [Member(homes[ns[0]][0], [homes[n][1] for n in ns]) for ns in zip(*group.blocks, strict=True)]
       names = block_names(len(members))
       gather = lambda tree: {name: m.take(tree[m.run.name]) for name, m in zip(names, members, strict=True)}  # noqa: B023
-      module = StageModule(tuple(m.run.spec for m in members), spec.style, spec.classes, cut)
+      module = StageModule(tuple(m.run.spec for m in members), spec.style, spec.head_outputs, cut)
       keys = jax.random.split(jax.random.fold_in(key, number), len(group.blocks))
       inputs = (keys, gather(variables['params']), {name: gather(tree) for name, tree in fixed.items()})
       body = _stage_body(estimator, module, criterion, group.advance)

@@ -49,25 +49,28 @@ def cross_entropy(logits_BxK: jax.Array, label_B: jax.Array) -> jax.Array:
   return optax.softmax_cross_entropy_with_integer_labels(logits_BxK, label_B)
 
 
-def _logits(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array) -> jax.Array:
+def head_outputs(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array) -> jax.Array:
+  """[B, K]: the head on the mean over patches of all groups."""
   G, C, K = kernel_GxCxK.shape
   mean_BxD = features_BxPxGxC.mean(1).reshape(-1, G * C)
   return mean_BxD @ kernel_GxCxK.reshape(G * C, K) + bias_K
 
 
-def _sum_uncut(x_BxPxG: jax.Array, cut: Cut) -> jax.Array:
+def sum_uncut(x_BxPxG: jax.Array, cut: Cut) -> jax.Array:
+  """Summed, to size 1, over axes that are not cut."""
   axes = tuple(axis for axis, own in ((1, cut.patch), (2, cut.group)) if not own)
   return x_BxPxG.sum(axes, keepdims=True) if axes else x_BxPxG
 
 
-def _replicate(loss_B: jax.Array, P: int, G: int, cut: Cut) -> jax.Array:
+def replicate(loss_B: jax.Array, P: int, G: int, cut: Cut) -> jax.Array:
+  """[B, P, G] copies (1 in place of an axis that is not cut)."""
   return jnp.broadcast_to(loss_B[:, None, None], (loss_B.shape[0], P if cut.patch else 1, G if cut.group else 1))
 
 
 def _fused(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array, backward_GxCxK: jax.Array,
            label_B: jax.Array, cut: Cut) -> jax.Array:
   _, P, G, _ = features_BxPxGxC.shape
-  return _replicate(cross_entropy(_logits(features_BxPxGxC, kernel_GxCxK, bias_K), label_B), P, G, cut)
+  return replicate(cross_entropy(head_outputs(features_BxPxGxC, kernel_GxCxK, bias_K), label_B), P, G, cut)
 
 
 _fused_loss = jax.custom_jvp(_fused, nondiff_argnums=(5,))
@@ -78,12 +81,12 @@ def _fused_jvp(cut: Cut, primals: tuple, tangents: tuple) -> tuple[jax.Array, ja
   features, kernel, bias, backward, label = primals
   d_features, d_kernel, d_bias, _, _ = tangents
   P, G = features.shape[1:3]
-  logits_BxK = _logits(features, kernel, bias)
-  loss = _replicate(cross_entropy(logits_BxK, label), P, G, cut)
+  logits_BxK = head_outputs(features, kernel, bias)
+  loss = replicate(cross_entropy(logits_BxK, label), P, G, cut)
   error_BxK = jax.nn.softmax(logits_BxK) - jax.nn.one_hot(label, bias.shape[0], dtype=logits_BxK.dtype)
   slope_BxGxC = jnp.einsum('gck,bk->bgc', backward, error_BxK) / P
-  d_own = _sum_uncut((d_features * slope_BxGxC[:, None]).sum(-1), cut)
-  d_head_B = (_logits(features, d_kernel, d_bias) * error_BxK).sum(-1)
+  d_own = sum_uncut((d_features * slope_BxGxC[:, None]).sum(-1), cut)
+  d_head_B = (head_outputs(features, d_kernel, d_bias) * error_BxK).sum(-1)
   return loss, d_own + d_head_B[:, None, None]
 
 
@@ -125,5 +128,5 @@ def _displaced_loss(features_BxPxGxC: jax.Array, held_BxPxGxC: jax.Array, kernel
   P = features_BxPxGxC.shape[1]
   step_BxPxGxK = jnp.einsum('bpgc,gck->bpgk', features_BxPxGxC - held_BxPxGxC, kernel_GxCxK) / P
   axes = tuple(axis for axis, own in ((1, cut.patch), (2, cut.group)) if not own)
-  logits = _logits(held_BxPxGxC, kernel_GxCxK, bias_K)[:, None, None] + step_BxPxGxK.sum(axes, keepdims=True)
+  logits = head_outputs(held_BxPxGxC, kernel_GxCxK, bias_K)[:, None, None] + step_BxPxGxK.sum(axes, keepdims=True)
   return cross_entropy(logits, jnp.broadcast_to(label_B[:, None, None], logits.shape[:-1]))

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax import layers
+from lfg_jax.contrastive import Contrast, Projection, replicated_info_nce
 from lfg_jax.losses import Cut, replicated_cross_entropy, scale_gradient
 from lfg_jax.taps import hold, tap
 
@@ -37,6 +38,7 @@ class Style(NamedTuple):
       between, or straight.
     train: batch norm uses the batch's statistics.
     axis_name: mesh axis over which batch norm takes its statistics.
+    contrast: of contrastive heads; None: heads classify.
   """
   mixing: str = 'linear'
   conv_size: int = 3
@@ -47,6 +49,7 @@ class Style(NamedTuple):
   norm_derivative: bool = True
   train: bool = True
   axis_name: str | None = None
+  contrast: Contrast | None = None
 
 
 class BlockSpec(NamedTuple):
@@ -74,7 +77,7 @@ class Criterion(NamedTuple):
   """A pytree with all that a local head must know to compute its losses.
 
   Attributes:
-    label_B: integer classes.
+    label_B: integer classes; contrastive heads do not look at them.
     weight_B: of each example in the objective; sums to 1 over the global batch.
   """
   label_B: jax.Array
@@ -88,7 +91,7 @@ class LocalBlock(nn.Module):
     last: the block's output goes to local losses only, so that its activities influence the losses of their own
       patch and group; otherwise they are credited with all losses of the example.
     cut: how the head's loss is replicated.
-    head_outputs: number of classes.
+    head_outputs: number of classes, or of projected dimensions.
   """
   spec: BlockSpec
   style: Style
@@ -166,7 +169,9 @@ class Head(nn.Module):
   @nn.compact
   def __call__(self, x_BxPxGxC: jax.Array, criterion: Criterion | None, weight_B: jax.Array) -> jax.Array | None:
     G, C = self.spec.groups, self.spec.channels // self.spec.groups
-    kernel = self.param('kernel', layers.initializer('zero', C * G), (G, C, self.outputs))
+    # The direction of a projection of zeros would be undefined.
+    init = 'zero' if self.style.contrast is None else self.style.init
+    kernel = self.param('kernel', layers.initializer(init, C * G), (G, C, self.outputs))
     bias = self.param('bias', nn.initializers.zeros_init(), (self.outputs,))
     features = _norm(self.style, 'head', x_BxPxGxC, weight_B)
     if criterion is None:
@@ -174,10 +179,15 @@ class Head(nn.Module):
     # The head learns from the mean of the replicas, while the block takes their sum.
     share = 1 / self.cut.replicas(features)
     hold(self, 'features', features)
-    losses_BxPxG = replicated_cross_entropy(
-        features, scale_gradient(kernel, share), scale_gradient(bias, share), criterion.label_B, self.cut,
-        backward_GxCxK=self.get_variable('feedback', 'kernel') if self.has_variable('feedback', 'kernel') else None,
-        held_BxPxGxC=hold(self, 'features', features) if self.has_variable('held', 'features') else None)
+    backward = self.get_variable('feedback', 'kernel') if self.has_variable('feedback', 'kernel') else None
+    held = hold(self, 'features', features) if self.has_variable('held', 'features') else None
+    kernel, bias = scale_gradient(kernel, share), scale_gradient(bias, share)
+    if self.style.contrast is None:
+      losses_BxPxG = replicated_cross_entropy(features, kernel, bias, criterion.label_B, self.cut,
+                                              backward_GxCxK=backward, held_BxPxGxC=held)
+    else:
+      losses_BxPxG = replicated_info_nce(features, kernel, bias, criterion.weight_B > 0, self.style.contrast, self.cut,
+                                         backward_GxCxK=backward, held_NxPxGxC=held)
     return losses_BxPxG * criterion.weight_B[:, None, None]
 
 
@@ -208,9 +218,19 @@ class MixerSpec:
   style: Style
   classes: int
 
+  @property
+  def head_outputs(self) -> int:
+    """Outputs of local heads."""
+    return self.classes if self.style.contrast is None else self.style.contrast.projections
+
 
 class LocalMixer(nn.Module):
   """The network end to end.
+
+  Attributes:
+    cut: how the local heads' losses are replicated.
+    detach_readout: the read-out sends no gradient into the network.
+    project: there is a `Projection` at the end, `head`.
 
   >>> from lfg_jax.sizes import mixer_spec
   >>> model = LocalMixer(mixer_spec('M/8/16', image_shape=(32, 32, 3), classes=10))
@@ -221,21 +241,28 @@ class LocalMixer(nn.Module):
   spec: MixerSpec
   cut: Cut = Cut(patch=False, group=False)
   detach_readout: bool = False
+  project: bool = False
 
   @nn.compact
   def __call__(self, tokens_BxPxD: jax.Array, criterion: Criterion | None = None, weight_B: jax.Array | None = None
                ) -> tuple[jax.Array, dict[str, Any]]:
-    """Returns logits [B, classes] and the local losses [n, B, P, G] of every stack (None without a criterion)."""
+    """Returns logits [B, classes] and the local losses [n, B, P, G] of every stack (None without a criterion).
+
+    With `project`, what it returns is among the latter as `head`.
+    """
     x = tokens_BxPxD
     weight_B = jnp.ones(x.shape[:1]) if weight_B is None else weight_B
-    local = {}
+    local: dict[str, Any] = {}
     for run in self.spec.runs:
       stack = nn.scan(LocalBlock, variable_axes={name: 0 for name in COLLECTIONS}, split_rngs={'params': True},
                       in_axes=(nn.broadcast, nn.broadcast), length=run.count)
       block = (stack if run.spec.stacked else LocalBlock)(
-          run.spec, self.spec.style, self.spec.classes, self.cut, name=run.name)
+          run.spec, self.spec.style, self.spec.head_outputs, self.cut, name=run.name)
       x, local[run.name] = block(x, criterion, weight_B)
-    x = jax.lax.stop_gradient(x) if self.detach_readout else x
+    if self.project and self.spec.style.contrast:
+      features = _norm(self.spec.style, 'head', x.reshape(*x.shape[:2], self.spec.runs[-1].spec.groups, -1), weight_B)
+      local['head'] = Projection(self.spec.style.contrast, self.spec.style.init, name='head')(features)
+    x = hold(self, 'detached', x) if self.detach_readout else x
     return ReadOut(self.spec.style, self.spec.classes, name='readout')(x, weight_B), local
 
 

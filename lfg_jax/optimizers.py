@@ -11,15 +11,16 @@ OPTIMIZERS = ('sgd', 'adam', 'adamw', 'lars')
 SCHEDULES = ('constant', 'linear', 'staircase', 'cosine')
 
 
-def schedule(config: Any, steps_per_epoch: int, epochs: int) -> optax.Schedule:
+def schedule(config: Any, steps_per_epoch: int, epochs: int, batch_size: int = 256) -> optax.Schedule:
   """Learning rate by step: a linear warm-up from 0, then what config.schedule names.
 
   'linear' and 'cosine' fall to 0 at the last step; 'staircase' is multiplied by config.staircase_factor at
-  each of config.staircase_epochs, which count from the start of training.
+  each of config.staircase_epochs, which count from the start of training. With config.scale_with_batch, rates
+  are those of a batch of 256, and grow in proportion to it.
   """
   warmup = round(config.warmup_epochs * steps_per_epoch)
   rest = max(epochs * steps_per_epoch - warmup, 1)
-  rate = config.learning_rate
+  rate = config.learning_rate * (batch_size / 256 if config.scale_with_batch else 1)
   if config.schedule == 'linear':
     main = optax.linear_schedule(rate, 0.0, rest)
   elif config.schedule == 'cosine':

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax import tangents
+from lfg_jax.parts import WHOLE, Part
 from lfg_jax.tangents import Passes
 
 PyTree = Any
@@ -24,6 +25,8 @@ class Sampling(NamedTuple):
     chunk: how many passes are in memory at once (the largest divisor of `passes` not above it); None: all. What
       the derivatives need of the primal is then kept, as backprop would keep it, for the next chunk.
     combine: 'mean', or 'projection'; see `combine`.
+    part: which part of this device's share of the batch is given.
+    rows: so many consecutive rows of the batch share a tangent, as the two views of an example may.
   """
   law: tangents.Law = tangents.rademacher
   passes: int = 1
@@ -31,6 +34,8 @@ class Sampling(NamedTuple):
   axis_name: str | None = None
   chunk: int | None = None
   combine: str = 'mean'
+  part: Part = WHOLE
+  rows: int = 1
 
   @property
   def at_once(self) -> int:

@@ -39,6 +39,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lfg_jax.parts import WHOLE, Part
+
 
 class Passes(NamedTuple):
   """Some of the passes of an estimate: `size` of them (None: all) from number `first` (may be traced), of `total`.
@@ -153,10 +155,11 @@ def like_tree(law: Law, key: jax.Array, tree: Any, passes: Passes) -> Any:
   return jax.tree.unflatten(treedef, [draw(k, leaf) for k, leaf in zip(keys, leaves, strict=False)])
 
 
-def example_ids(batch: int, axis_name: str | None) -> jax.Array:
-  """int32 [batch]: positions in the global batch of the examples held by this device."""
-  first = jax.lax.axis_index(axis_name) * batch if axis_name else 0
-  return first + jnp.arange(batch)
+def example_ids(batch: int, axis_name: str | None, part: Part = WHOLE) -> jax.Array:
+  """int32 [batch]: positions in the global batch of the examples in one of the equal parts that this device takes."""
+  index, parts = part
+  device = jax.lax.axis_index(axis_name) if axis_name else 0
+  return (device * parts + index) * batch + jnp.arange(batch)
 
 
 def fold_in_all(key: jax.Array, ids_N: jax.Array) -> jax.Array:

@@ -56,8 +56,11 @@ def prepare(config: ConfigDict) -> Job:
     if config.batch_size % jax.device_count():
       raise ValueError(f'batch_size is {config.batch_size}; allowed: multiples of {jax.device_count()}, '
                        'the number of devices')
+    if config.micro_batch and config.batch_size // jax.device_count() % config.micro_batch:
+      raise ValueError(f'micro_batch is {config.micro_batch}; allowed: divisors of '
+                       f'{config.batch_size // jax.device_count()}, the examples per device')
     dataset = data.load(config.dataset, data_dir=config.data_dir, image_size=config.image_size,
-                        seed=config.seed)
+                        seed=config.seed, whole_images=config.loss == 'contrastive')
     algorithm = algorithms.make(config, dataset, update.AXIS)
   except (ValueError, FileNotFoundError) as error:
     raise UserError(str(error)) from error
@@ -171,7 +174,7 @@ def _build(job: Job) -> tuple[_Functions, TrainState]:
   config, dataset, algorithm, mesh = job
   init_key, order_key, noise_key = jax.random.split(jax.random.key(config.seed), 3)
   feed = update.make_feed(dataset.train, mesh, config.batch_size, order_key)
-  rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs)
+  rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs, config.batch_size)
   optimizer = optimizers.make(config.optimizer, rate)
   step = update.make_update(algorithm, optimizer, mesh, feed)
   test_error = update.make_error(algorithm, mesh, update.make_feed(dataset.test, mesh, config.batch_size))
@@ -230,7 +233,8 @@ def _epoch(functions: _Functions, state: TrainState, epoch: int, batch_size: int
 
 def _means(state: TrainState) -> dict[str, float]:
   """Of the epoch so far."""
-  return {f'train_{name}': float(state.sums[name] / state.sums['examples']) for name in ('loss', 'error')}
+  return {f'train_{name}': float(value / state.sums['examples'])
+          for name, value in state.sums.items() if name != 'examples'}
 
 
 def _finish(job: Job, workdir: pathlib.Path, state: TrainState, rows: list[run_log.Row], seconds: float

@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
     params: what the optimizer moves.
     rest: the model's other variables ('batch_stats', 'feedback').
     opt_state: the optimizer's.
-    sums: 'loss', 'error' and 'examples' since the epoch began, so that a run which resumes within an epoch
+    sums: the algorithm's metrics and 'examples' since the epoch began, so that a run which resumes within an epoch
       reports the same means.
     bad_step: number, from 1, of the first step whose loss or update was not finite; -1: none.
   """
@@ -53,7 +53,7 @@ def init_state(algorithm: Algorithm, optimizer: optax.GradientTransformation, ke
   def init(key: jax.Array) -> TrainState:
     rest = algorithm.init(key)
     params = rest.pop('params')
-    sums = {name: jnp.zeros(()) for name in ('loss', 'error', 'examples')}
+    sums = {name: jnp.zeros(()) for name in (*algorithm.metrics, 'examples')}
     return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params), sums,
                       jnp.full((), -1, jnp.int32))
 
@@ -115,9 +115,8 @@ def _stream_feed(stream: Stream, mesh: Mesh, batch_size: int, steps: int) -> Fee
   return Feed(steps, lambda batch, step: batch, (P(AXIS),), epochs, is_stream=True)
 
 
-def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Mesh, feed: Feed
-                ) -> Callable[..., TrainState]:
-  """`update(state, key, *inputs) -> state`, which takes over the memory of its first argument.
+def make_gradient(algorithm: Algorithm, mesh: Mesh, feed: Feed) -> Callable[..., tuple[PyTree, dict[str, Any]]]:
+  """`gradient(state, key, *inputs) -> (grads, aux)` of the global batch; aux has 'examples', their number.
 
   The algorithm must be made with AXIS as its axis_name.
   """
@@ -133,15 +132,20 @@ def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, m
 
   # check_vma=False: else jax.grad inside would sum over devices by itself, as parameters are the same on all,
   # but jax.jvp along a tangent would not; without the check no rule does, and the one psum above serves all.
-  gradient = jax.shard_map(local_gradient, mesh=mesh, in_specs=(P(), P(), *feed.specs), out_specs=P(),
-                           check_vma=False)
+  return jax.shard_map(local_gradient, mesh=mesh, in_specs=(P(), P(), *feed.specs), out_specs=P(), check_vma=False)
+
+
+def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Mesh, feed: Feed
+                ) -> Callable[..., TrainState]:
+  """`update(state, key, *inputs) -> state`, which takes over the memory of its first argument."""
+  gradient = make_gradient(algorithm, mesh, feed)
 
   def update(state: TrainState, key: jax.Array, *inputs: Any) -> TrainState:
     grads, aux = gradient(state, key, *inputs)
     stats, examples = aux.pop('batch_stats'), aux.pop('examples')
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     is_finite = jnp.isfinite(aux['loss']) & jnp.isfinite(optax.tree.norm(updates))
-    means = {'loss': aux['loss'] * examples, 'error': aux['error'] * examples, 'examples': examples}
+    means = {**{name: aux[name] * examples for name in algorithm.metrics}, 'examples': examples}
     is_first = state.step % feed.steps == 0
     return TrainState(
         state.step + 1, optax.apply_updates(state.params, updates),

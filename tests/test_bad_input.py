@@ -49,7 +49,8 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
     ('--config.image_size=9', 'image_size=9 is not for digits, whose images are 8x8'),
     ('--config.epoch=3', f'unknown config field epoch; allowed: {TOP}'),
     ('--config.estimator.laws=normal',
-     'unknown config field estimator.laws; allowed: credit, law, passes, sharing, step'),
+     'unknown config field estimator.laws; allowed: chunk, combine, credit, law, passes, '
+     'sharing, step, tap_passes, taps'),
     ('--config.trainer.x=1', f'unknown config field trainer; allowed: {TOP}'),
     ('--config=configs/none.py', 'config file configs/none.py not found'),
     ('--confg=configs/mnist.py', "Unknown command line flag 'confg'. Did you mean: config ?"),

@@ -1,0 +1,87 @@
+"""Temporaries, compile time and step time against depth: backprop must keep all activities, a local rule one block's.
+
+    python experiments/depth.py [--model=M/8/16] [--batch=64] [--micro_batch=0] [--algorithms=BP,LG-FG-A]
+        [--blocks=2,4,8,16,32,64] [--repetitions=3] [--out=DIR]
+
+DIR gets depth.json (one row per algorithm and depth) and depth.png. Temporaries are those of the gradient, without
+parameters and gradients.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+
+from lfg_jax import algorithms, configs, data, run_log, timing
+from lfg_jax.sizes import mixer_spec, parse, patches
+
+Row = dict[str, Any]
+
+
+def main(arguments: list[str]) -> None:
+  """Measures, prints and writes."""
+  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser.add_argument('--model', default='M/8/16', help='SIZE/PATCHES/GROUPS; default: M/8/16')
+  parser.add_argument('--batch', type=int, default=64, help='examples per step; default: 64')
+  parser.add_argument('--micro_batch', type=int, default=0, help='examples at once; 0: what suits the machine')
+  parser.add_argument('--algorithms', default='BP,LG-FG-A', help='names, with commas')
+  parser.add_argument('--blocks', default='2,4,8,16,32,64', help='numbers, with commas')
+  parser.add_argument('--repetitions', type=int, default=3, help='default: 3')
+  parser.add_argument('--out', type=pathlib.Path, default='runs/depth', help='default: runs/depth')
+  options = parser.parse_args(arguments)
+  options.out.mkdir(parents=True, exist_ok=True)
+  rows: list[Row] = []
+  for blocks in map(int, options.blocks.split(',')):
+    for name in options.algorithms.split(','):
+      rows.append(measure(name, blocks, options))
+      print(rows[-1])
+      run_log.write_atomically(options.out / 'depth.json', json.dumps(rows, indent=2) + '\n')
+  draw(options.out / 'depth.png', rows)
+
+
+def measure(name: str, blocks: int, options: argparse.Namespace) -> Row:
+  """Compiles and times one gradient on random images of CIFAR-10's size."""
+  images = data.TFDS['cifar10']
+  spec = mixer_spec(options.model, image_shape=images.image_shape, classes=images.classes, blocks=blocks)
+  prepare = functools.partial(patches, side=parse(options.model)[1], mean=images.mean, std=images.std)
+  algorithm = algorithms.compose(algorithms.REGISTRY[name], algorithms.Options(micro_batch=options.micro_batch), spec,
+                                 prepare)
+  keys = jax.random.split(jax.random.key(0), 4)
+  batch = data.Batch(jax.random.randint(keys[0], (options.batch, *images.image_shape), 0, 256).astype(jnp.uint8),
+                     jax.random.randint(keys[1], (options.batch,), 0, images.classes),
+                     jnp.full((options.batch,), 1 / options.batch))
+  variables = jax.jit(algorithm.init)(keys[2])
+  lowered = jax.jit(algorithm.gradient).lower(variables, keys[3], batch)
+  begin = time.perf_counter()
+  compiled = lowered.compile()
+  seconds = time.perf_counter() - begin
+  times = timing.interleaved({name: lambda: compiled(variables, keys[3], batch)}, options.repetitions)[name]
+  return {'algorithm': name, 'model': options.model, 'batch': options.batch, 'micro_batch': options.micro_batch,
+          'blocks': blocks, 'temporaries_bytes': timing.temporaries(compiled), 'compile_seconds': seconds,
+          'ms_gradient': timing.median_ms(times)}
+
+
+def draw(path: pathlib.Path, rows: list[Row]) -> None:
+  """Three panels against the number of blocks."""
+  figure = Figure(figsize=(11, 3.3), layout='constrained')
+  panels = (('temporaries_bytes', 2**-20, 'temporaries, MiB'), ('compile_seconds', 1, 'compile time, s'),
+            ('ms_gradient', 1, 'gradient, ms'))
+  for axes, (key, scale, label) in zip(figure.subplots(1, 3), panels, strict=True):
+    for name in dict.fromkeys(row['algorithm'] for row in rows):
+      own = [row for row in rows if row['algorithm'] == name]
+      axes.plot([row['blocks'] for row in own], [scale * row[key] for row in own], 'o-', label=name)
+    axes.set(xlabel='blocks', ylabel=label, ylim=(0, None))
+    axes.set_xscale('log', base=2)
+    axes.grid(alpha=0.3)
+    axes.legend()
+  figure.savefig(path, dpi=120)
+
+
+if __name__ == '__main__':
+  configs.run(main)

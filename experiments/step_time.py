@@ -1,0 +1,139 @@
+"""Time, memory and arithmetic of a training step, algorithm by algorithm, and how near the machine's limit that is.
+
+    python experiments/step_time.py [--model=M/8/16] [--batch=64] [--algorithms=BP,LG-BP,LG-FG-A] [--passes=1]
+        [--repetitions=20] [--out=DIR]
+
+The floor is the time that the gradient's matmuls alone would take at the rate of a plain matmul, measured in the same
+run. DIR gets step_time.json (one row per algorithm), step_time.md and step_time.png.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+
+from lfg_jax import algorithms, configs, data, optimizers, run_log, timing, update
+from lfg_jax.sizes import mixer_spec, parse
+
+Row = dict[str, Any]
+DEFAULT = ('BP', 'LG-BP', 'FG-A', 'LG-FG-W', 'LG-FG-A')
+
+
+class Step(NamedTuple):
+  """One algorithm, compiled: calls of its gradient and of its whole update."""
+  gradient: Callable[[], Any]
+  update: Callable[[], Any]
+  temporaries: int
+  gflop: float
+
+
+def main(arguments: list[str]) -> None:
+  """Measures, prints and writes."""
+  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser.add_argument('--model', default='M/8/16', help='SIZE/PATCHES/GROUPS; default: M/8/16')
+  parser.add_argument('--batch', type=int, default=64, help='examples per step; default: 64')
+  parser.add_argument('--algorithms', default=','.join(DEFAULT), help='names, with commas')
+  parser.add_argument('--passes', type=int, default=1, help='tangents per step; default: 1')
+  parser.add_argument('--repetitions', type=int, default=20, help='default: 20')
+  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/step_time'),
+                      help='default: runs/step_time')
+  options = parser.parse_args(arguments)
+  for name in ('batch', 'passes', 'repetitions'):
+    if getattr(options, name) < 1:
+      raise configs.UserError(f'--{name} is {getattr(options, name)}; allowed: 1 or more')
+  rows = measure(options.model, options.batch, options.algorithms.split(','), options.passes, options.repetitions)
+  options.out.mkdir(parents=True, exist_ok=True)
+  run_log.write_atomically(options.out / 'step_time.json', json.dumps(rows, indent=2) + '\n')
+  run_log.write_atomically(options.out / 'step_time.md', table(rows))
+  draw(options.out / 'step_time.png', rows)
+  print(table(rows))
+
+
+def measure(model: str, batch: int, names: list[str], passes: int, repetitions: int) -> list[Row]:
+  """One row per algorithm; backprop, which the others are compared with, is always timed."""
+  try:
+    steps = {name: compile_step(name, model, batch, passes) for name in dict.fromkeys(('BP', *names))}
+  except ValueError as error:
+    raise configs.UserError(str(error)) from error
+  functions = {'matmul': timing.matmul()}
+  for name, step in steps.items():
+    functions |= {f'{name} gradient': step.gradient, f'{name} update': step.update}
+  ms = {name: timing.median_ms(seconds) for name, seconds in timing.interleaved(functions, repetitions).items()}
+  rate = timing.MATMUL_FLOP / 1e6 / ms['matmul']    # GFLOP/s
+  return [{'algorithm': name, 'model': model, 'batch': batch, 'passes': passes, 'matmul_gflop_per_s': rate,
+           'ms_gradient': ms[f'{name} gradient'], 'ms_update': ms[f'{name} update'],
+           'temporaries_bytes': steps[name].temporaries, 'gflop': steps[name].gflop,
+           'gflop_per_s': 1e3 * steps[name].gflop / ms[f'{name} gradient'],
+           'ratio_to_bp': ms[f'{name} gradient'] / ms['BP gradient'],
+           'ratio_to_floor': ms[f'{name} gradient'] / (1e3 * steps[name].gflop / rate)} for name in names]
+
+
+def compile_step(name: str, model: str, batch: int, passes: int) -> Step:
+  """An algorithm on random images: CIFAR-10's size, or MNIST's when the whole image is one patch."""
+  config = configs.base()
+  config.algorithm, config.model.size, config.estimator.passes = name, model, passes
+  images = data.TFDS['mnist' if parse(model)[1] == 1 else 'cifar10']
+  keys = jax.random.split(jax.random.key(0), 4)
+  split = data.Arrays(jax.random.randint(keys[0], (batch, *images.image_shape), 0, 256).astype(jnp.uint8),
+                      jax.random.randint(keys[1], (batch,), 0, images.classes))
+  dataset = data.Dataset('random', images.classes, images.image_shape, images.mean, images.std, split, split)
+  mesh = update.make_mesh()
+  algorithm = algorithms.make(config, dataset, update.AXIS)
+  optimizer = optimizers.make(config.optimizer, config.optimizer.learning_rate)
+  feed = update.make_feed(split, mesh, batch)
+  _, inputs = next(feed.epoch(0, 0))
+  state = update.init_state(algorithm, optimizer, keys[2], mesh)
+  gradient = jax.jit(update.make_gradient(algorithm, mesh, feed)).lower(state, keys[3], *inputs).compile()
+  step = update.make_update(algorithm, optimizer, mesh, feed)
+
+  def next_state() -> update.TrainState:
+    nonlocal state
+    state = step(state, keys[3], *inputs)
+    return state
+
+  spec = mixer_spec(model, image_shape=images.image_shape, classes=images.classes)
+  rule = algorithms.REGISTRY[name]
+  flop = batch * timing.gradient_flop(spec, rule.estimator, rule.cut, passes)
+  return Step(lambda: gradient(state, keys[3], *inputs), next_state, timing.temporaries(gradient), flop / 1e9)
+
+
+def table(rows: list[Row]) -> str:
+  """In markdown."""
+  first = rows[0]
+  lines = [f'{first["model"]}, batch {first["batch"]}, {first["passes"]} passes, {jax.devices()[0].device_kind}; '
+           f'a plain matmul: {first["matmul_gflop_per_s"]:.0f} GFLOP/s', '',
+           '| algorithm | gradient, ms | update, ms | temporaries, MiB | GFLOP | GFLOP/s | × BP | × floor |',
+           '|---|---|---|---|---|---|---|---|']
+  lines += [f'| {r["algorithm"]} | {r["ms_gradient"]:.0f} | {r["ms_update"]:.0f} '
+            f'| {r["temporaries_bytes"] / 2**20:.0f} '
+            f'| {r["gflop"]:.1f} | {r["gflop_per_s"]:.0f} | {r["ratio_to_bp"]:.2f} | {r["ratio_to_floor"]:.2f} |'
+            for r in rows]
+  return '\n'.join(lines) + '\n'
+
+
+def draw(path: pathlib.Path, rows: list[Row]) -> None:
+  """Times of gradient and update, with the floor, and temporaries, as bars."""
+  figure = Figure(figsize=(9, 3.5), layout='constrained')
+  time_axes, memory_axes = figure.subplots(1, 2)
+  names, places = [r['algorithm'] for r in rows], range(len(rows))
+  for offset, key in ((-0.2, 'ms_gradient'), (0.2, 'ms_update')):
+    time_axes.bar([x + offset for x in places], [r[key] for r in rows], 0.4, label=key.removeprefix('ms_'))
+  floor = [r['ms_gradient'] / r['ratio_to_floor'] for r in rows]
+  time_axes.plot(places, floor, 'k_', markersize=40, label='floor')
+  memory_axes.bar(places, [r['temporaries_bytes'] / 2**20 for r in rows])
+  time_axes.set(ylabel='ms')
+  memory_axes.set(ylabel='temporaries of the gradient, MiB')
+  for axes in (time_axes, memory_axes):
+    axes.set_xticks(places, names, rotation=30)
+    axes.grid(axis='y', alpha=0.3)
+  time_axes.legend()
+  figure.savefig(path, dpi=120)
+
+
+if __name__ == '__main__':
+  configs.run(main)

@@ -1,0 +1,173 @@
+"""Two random views of every image, on the device: the augmentation of SimCLR and BYOL.
+
+(Chen et al. 2020, appendix A; Grill et al. 2020, appendix B.) A crop of random size and shape, perhaps flipped,
+with its colours jittered in random order or removed, blurred, solarised. Brightness, contrast and saturation blend
+with black, the image's mean grey and its grey image, as in Pillow and torchvision; hue turns in HSV.
+
+All is per example, by a key of its own, under `jax.vmap` and `jax.jit`; images are float in [0, 1].
+"""
+
+import functools
+from typing import NamedTuple
+
+import dm_pix
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.streams import ATTEMPTS, RATIO
+
+JITTER = (0.4, 0.4, 0.2, 0.1)    # strength of brightness, contrast, saturation, hue
+BLUR_SIGMA = (0.1, 2.0)
+
+
+class Chances(NamedTuple):
+  """Probabilities of what is done to a view."""
+  flip: float = 0.5
+  jitter: float = 0.8
+  grey: float = 0.2
+  blur: float = 1.0
+  solarise: float = 0.0
+
+
+FIRST, SECOND = Chances(), Chances(blur=0.1, solarise=0.2)    # BYOL, table 6
+
+
+def views(key_B: jax.Array, image_BxHxWxC: jax.Array, min_area: float = 0.08) -> jax.Array:
+  """Two views of every image, one after the other.
+
+  Args:
+    key_B: one for every image.
+    image_BxHxWxC: uint8, of three colours or one; grey images have just no colour to lose.
+    min_area: of a crop, as a part of the image's area.
+
+  Returns:
+    float32 [2B, H, W, C] of pixels 0 … 255.
+
+  >>> views(jax.random.split(jax.random.key(0), 3), jnp.zeros((3, 16, 16, 1), jnp.uint8)).shape
+  (6, 16, 16, 1)
+  """
+  B, H, W, C = image_BxHxWxC.shape
+  pixels = jnp.broadcast_to(image_BxHxWxC.astype(jnp.float32) / 255, (B, H, W, 3))
+
+  def both(key: jax.Array, image: jax.Array) -> jax.Array:
+    keys = jax.random.split(key)
+    return jnp.stack([one_view(k, image, min_area, chances) for k, chances in zip(keys, (FIRST, SECOND), strict=True)])
+
+  return 255 * jax.vmap(both)(key_B, pixels).reshape(2 * B, H, W, 3)[..., :C]
+
+
+def one_view(key: jax.Array, image: jax.Array, min_area: float, chances: Chances) -> jax.Array:
+  """A view [H, W, 3] of one image [H, W, 3] in [0, 1]."""
+  keys = jax.random.split(key, 6)
+  height, width, _ = image.shape
+  image = crop(image, random_box(keys[0], height, width, min_area))
+  for k, chance, change in zip(keys[1:], chances, (_flip, jitter, _grey, _random_blur, _solarise), strict=True):
+    now, how = jax.random.split(k)
+    image = jnp.where(jax.random.bernoulli(now, chance), change(how, image), image)
+  return image
+
+
+def random_box(key: jax.Array, height: int, width: int, min_area: float) -> jax.Array:
+  """(top, left, height, width) of a crop, uniform in area, log-uniform in aspect ratio.
+
+  The first of `streams.ATTEMPTS` draws that fits; the largest central one of an allowed ratio when none does.
+
+  >>> random_box(jax.random.key(0), 10, 100, 1.0).round(2).tolist()
+  [0.0, 43.33000183105469, 10.0, 13.329999923706055]
+  """
+  area_key, ratio_key, place_key = jax.random.split(key, 3)
+  area_A = jax.random.uniform(area_key, (ATTEMPTS,), minval=min_area) * height * width
+  ratio_A = jnp.exp(jax.random.uniform(ratio_key, (ATTEMPTS,), minval=jnp.log(RATIO[0]), maxval=jnp.log(RATIO[1])))
+  size_Ax2 = jnp.stack([jnp.sqrt(area_A / ratio_A), jnp.sqrt(area_A * ratio_A)], 1)
+  whole = jnp.array([height, width], jnp.float32)
+  fits_A = (size_Ax2 <= whole).all(1)
+  central = jnp.array([min(height, width / RATIO[0]), min(width, height * RATIO[1])])
+  size = jnp.where(fits_A.any(), size_Ax2[jnp.argmax(fits_A)], central)
+  place = jnp.where(fits_A.any(), jax.random.uniform(place_key, (2,)), 0.5) * (whole - size)
+  return jnp.concatenate([place, size])
+
+
+def crop(image: jax.Array, box: jax.Array) -> jax.Array:
+  """The box (top, left, height, width), scaled to the image's own size by cubic interpolation."""
+  scale = jnp.array(image.shape[:2]) / box[2:]
+  scaled = jax.image.scale_and_translate(image, image.shape, (0, 1), scale, -box[:2] * scale, method='cubic')
+  return jnp.clip(scaled, 0, 1)
+
+
+def jitter(key: jax.Array, image: jax.Array) -> jax.Array:
+  """Brightness, contrast, saturation and hue, each once, in random order.
+
+  Under `jax.vmap` a choice evaluates all its branches: 16 cheap operations.
+  """
+  order_key, *keys = jax.random.split(key, 5)
+  uniform = lambda k, strength, centre: jax.random.uniform(k, minval=centre - strength, maxval=centre + strength)
+  amounts = [uniform(k, strength, centre) for k, strength, centre in zip(keys, JITTER, (1, 1, 1, 0), strict=True)]
+  changes = [functools.partial(change, amount=amount)
+             for change, amount in zip((brightness, contrast, saturation, hue), amounts, strict=True)]
+  order = jax.random.permutation(order_key, len(changes))
+  for position in range(len(changes)):
+    image = jax.lax.switch(order[position], changes, image)
+  return image
+
+
+def brightness(image: jax.Array, amount: jax.Array | float) -> jax.Array:
+  """Blends with black: amount 0 is black, 1 the image."""
+  return _blend(jnp.zeros_like(image), image, amount)
+
+
+def contrast(image: jax.Array, amount: jax.Array | float) -> jax.Array:
+  """Blends with the mean of the grey image."""
+  return _blend(grey(image).mean(), image, amount)
+
+
+def saturation(image: jax.Array, amount: jax.Array | float) -> jax.Array:
+  """Blends with the grey image."""
+  return _blend(grey(image), image, amount)
+
+
+def hue(image: jax.Array, amount: jax.Array | float) -> jax.Array:
+  """Turns the hue by a part of the full circle."""
+  return jnp.clip(dm_pix.adjust_hue(image, amount), 0, 1)
+
+
+def grey(image: jax.Array) -> jax.Array:
+  """[H, W, 3], three equal channels of luma (ITU-R 601)."""
+  return dm_pix.rgb_to_grayscale(image, keep_dims=True)
+
+
+def _blend(a: jax.Array, b: jax.Array, amount: jax.Array | float) -> jax.Array:
+  return jnp.clip(a + amount * (b - a), 0, 1)
+
+
+def blur(image: jax.Array, sigma: jax.Array | float) -> jax.Array:
+  """Gaussian blur; the kernel is a tenth of the image wide (odd, rounded up), the border is repeated.
+
+  A sum of shifted images: a convolution with a kernel for each image is slow on CPUs, and dm-pix has a black border.
+  """
+  radius = image.shape[0] // 20
+  weight_K = jnp.exp(-jnp.arange(-radius, radius + 1.0) ** 2 / (2 * sigma**2))
+  weight_K = weight_K / weight_K.sum()
+  for axis in (0, 1):
+    padded = jnp.pad(image, [(radius, radius) if a == axis else (0, 0) for a in range(3)], mode='edge')
+    shifted = [jax.lax.slice_in_dim(padded, k, k + image.shape[axis], axis=axis) for k in range(2 * radius + 1)]
+    image = sum((w * s for w, s in zip(weight_K, shifted, strict=True)), jnp.zeros(()))
+  return image
+
+
+def _flip(key: jax.Array, image: jax.Array) -> jax.Array:
+  del key
+  return dm_pix.flip_left_right(image)
+
+
+def _grey(key: jax.Array, image: jax.Array) -> jax.Array:
+  del key
+  return grey(image)
+
+
+def _random_blur(key: jax.Array, image: jax.Array) -> jax.Array:
+  return blur(image, jax.random.uniform(key, minval=BLUR_SIGMA[0], maxval=BLUR_SIGMA[1]))
+
+
+def _solarise(key: jax.Array, image: jax.Array) -> jax.Array:
+  del key
+  return dm_pix.solarize(image, 0.5)

@@ -1,0 +1,62 @@
+"""A batch in parts, one after the other: gradients add up, and a part's activities stay in the processor's cache.
+
+A norm or a ReLU does little arithmetic per number, so on a CPU it takes as long as its numbers take to come from
+memory. For the 8 MiB that an activity of 64 examples has in M/8/16 that is the main memory; the 1 MiB of 8 examples
+stays in a core's own cache, where passes over it are two to five times faster, and temporaries shrink as the part does.
+What is lost is one addition of all gradients per part. GPUs want the whole batch at once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+CACHE_BYTES = 2**20    # of one activity: several are in use at a time, and caches of a core have 1 or 2 MiB
+Part = tuple[jax.Array | int, int]    # (index of the part, number of parts)
+WHOLE: Part = (0, 1)
+
+
+def number_of_parts(examples: int, micro_batch: int, bytes_per_example: int) -> int:
+  """How many equal parts to make.
+
+  Args:
+    examples: of the batch, on this device.
+    micro_batch: examples per part; 0: on a CPU as many as fit in cache, elsewhere all.
+    bytes_per_example: size of one activity.
+
+  Raises:
+    ValueError: micro_batch does not divide the batch.
+
+  >>> number_of_parts(64, 16, 2**17)
+  4
+  """
+  if micro_batch:
+    if examples % micro_batch:
+      raise ValueError(f'micro_batch is {micro_batch}; allowed: divisors of {examples}, the examples per device')
+    return examples // micro_batch
+  if jax.default_backend() != 'cpu':
+    return 1
+  most = max(CACHE_BYTES // bytes_per_example, 1)
+  size = next(size for size in range(min(most, examples), 0, -1) if examples % size == 0)
+  return examples // size if 2 * size > min(most, examples) else 1    # parts much smaller would waste what they save
+
+
+def sum_over_parts(gradient: Callable[[Part, PyTree], PyTree], batch: PyTree, parts: int) -> PyTree:
+  """The sum of `gradient(part, its share of the batch)` over the parts, of which one is in memory at a time.
+
+  >>> sum_over_parts(lambda part, x: (x**2).sum(), jnp.arange(4.), 2).item()
+  14.0
+  """
+  if parts == 1:
+    return gradient(WHOLE, batch)
+  shares = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+  def add(total: PyTree, numbered: tuple[jax.Array, PyTree]) -> tuple[PyTree, None]:
+    index, share = numbered
+    return jax.tree.map(jnp.add, total, gradient((index, parts), share)), None
+
+  shapes = jax.eval_shape(lambda shares: gradient((0, parts), jax.tree.map(lambda x: x[0], shares)), shares)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  return jax.lax.scan(add, zeros, (jnp.arange(parts), shares))[0]

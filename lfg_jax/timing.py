@@ -1,0 +1,94 @@
+"""Time, memory and arithmetic of jitted functions, for programs that compare algorithms.
+
+Other work on the machine slows what runs beside it. So what is compared is timed in turn, repetition by
+repetition, and the machine's own rate is measured between: ratios then hold where times do not.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.mixer import BlockSpec, MixerSpec
+
+
+def interleaved(functions: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
+  """Seconds of each repetition of each function, all functions in turn; one call before is not counted.
+
+  >>> sorted(interleaved({'a': lambda: jnp.ones(3), 'b': lambda: jnp.zeros(3)}, 2))
+  ['a', 'b']
+  """
+  seconds: dict[str, list[float]] = {name: [] for name in functions}
+  for repetition in range(-1, repetitions):
+    for name, function in functions.items():
+      begin = time.perf_counter()
+      jax.block_until_ready(function())
+      if repetition >= 0:
+        seconds[name].append(time.perf_counter() - begin)
+  return seconds
+
+
+def median_ms(seconds: Sequence[float]) -> float:
+  """Median in milliseconds.
+
+  >>> median_ms([0.001, 0.5, 0.002])
+  2.0
+  """
+  return 1e3 * statistics.median(seconds)
+
+
+def temporaries(compiled: jax.stages.Compiled) -> int:
+  """Bytes that a compiled function needs besides its arguments and results."""
+  analysis = compiled.memory_analysis()
+  return int(analysis.temp_size_in_bytes) if analysis else 0
+
+
+MATMUL_SIZE = 1024
+
+
+def matmul(dtype: Any = jnp.float32) -> Callable[[], jax.Array]:
+  """A product of two square matrices of `MATMUL_SIZE`, whose time gives the machine's matmul rate."""
+  a, b = (jax.random.normal(key, (MATMUL_SIZE, MATMUL_SIZE), dtype) for key in jax.random.split(jax.random.key(0)))
+  product = jax.jit(jnp.matmul)
+  return lambda: product(a, b)
+
+
+MATMUL_FLOP = 2 * MATMUL_SIZE**3
+
+
+def block_flop(spec: BlockSpec, conv_size: int | None = None) -> tuple[int, int]:
+  """Floating-point operations per example of a block's linear maps: (all of them, the first alone).
+
+  A multiplication and an addition count as two; norms and ReLU, which are no matter of matmuls, count nothing.
+
+  >>> block_flop(BlockSpec(tokens=64, inputs=512, hidden=512, channels=512, groups=16))
+  (39845888, 4194304)
+  """
+  token = 2 * spec.tokens * spec.inputs * (conv_size**2 if conv_size else spec.tokens) if spec.mix else 0
+  channel = 2 * spec.tokens * spec.inputs * spec.hidden
+  group = 2 * spec.tokens * spec.hidden * spec.channels // spec.groups
+  return token + channel + group, token or channel
+
+
+def gradient_flop(spec: MixerSpec, estimator: str, cut: bool, passes: int = 1) -> int:
+  """Operations per example that a rule's gradient cannot do without, whatever the program; heads not counted.
+
+  With F for all linear maps and F₁ for those whose input is not to be differentiated (the first of the network;
+  with `cut`, where no gradient crosses blocks, the first of every block):
+
+  | estimator | value | derivatives | weights' gradients | sum |
+  |---|---|---|---|---|
+  | backprop | F | F - F₁ backward | F | 3 F - F₁ |
+  | activity, K passes | F | K (F - F₁) forward | F | (2 + K) F - K F₁ |
+  | weight, K passes | F | K (F - F₁) of inputs, K F of weights, forward | 0 | (1 + 2 K) F - K F₁ |
+  | direct_feedback | F | 0 | F | 2 F |
+  """
+  conv_size = spec.style.conv_size if spec.style.mixing == 'conv' else None
+  blocks = [block_flop(run.spec, conv_size) for run in spec.runs for _ in range(run.count)]
+  whole = sum(flop for flop, _ in blocks)
+  first = sum(flop for _, flop in blocks) if cut else blocks[0][1]
+  return {'backprop': 3 * whole - first, 'activity': (2 + passes) * whole - passes * first,
+          'weight': (1 + 2 * passes) * whole - passes * first, 'direct_feedback': 2 * whole}[estimator]

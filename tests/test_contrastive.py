@@ -1,0 +1,273 @@
+"""The contrastive loss against a naive one, on one and several devices; the algorithms that learn from it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from lfg_jax import algorithms, contrastive
+from lfg_jax.contrastive import Contrast, replicated_info_nce
+from lfg_jax.losses import Cut
+from lfg_jax.mixer import Criterion, LocalMixer
+from tests import oracle
+from tests.small import relative_error, small
+
+TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-12}
+REAL_N = jnp.arange(16) < 14    # the last example pads the batch
+
+
+def naive(features, kernel, bias, real_N, contrast, cut):
+  """P·G copies of all features and of the whole comparison of the batch; in each, one patch and group moves."""
+  N, patches, G, _ = features.shape
+  stop = jax.lax.stop_gradient
+
+  def replica(patch, group):
+    own_patch = jnp.arange(patches)[:, None, None] == patch if cut.patch else True
+    own_group = jnp.arange(G)[:, None] == group if cut.group else True
+    copy = jnp.where(jnp.logical_and(own_patch, own_group), features, stop(features))
+    z = jnp.einsum('npgc,gck->nk', copy, kernel) / patches + bias
+    z = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+    candidates = stop(z) if contrast.stop_gradient else z
+    losses = []
+    for n in range(N):
+      others = [m for m in range(N) if m != n and (real_N[m] or not real_N[n])]
+      scores = candidates[np.array(others)] @ z[n] / contrast.temperature
+      losses.append(-jax.nn.log_softmax(scores)[others.index(n ^ 1)])
+    return jnp.stack(losses)
+
+  all_groups = jax.vmap(replica, (None, 0), 1)
+  all_replicas = jax.vmap(all_groups, (0, None), 1)
+  return all_replicas(jnp.arange(patches if cut.patch else 1), jnp.arange(G if cut.group else 1))
+
+
+def mesh(devices):
+  return jax.make_mesh((devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,),
+                       devices=jax.devices()[:devices])
+
+
+def case(dtype, contrast, cut):
+  """Point, direction, cotangent; no loss of the padding counts."""
+  shapes = [(16, 4, 3, 2), (3, 2, 5), (5,)]
+  keys = iter(jax.random.split(jax.random.key(3), 7))
+  point, direction = ([jax.random.normal(next(keys), s, dtype) for s in shapes] for _ in range(2))
+  shape = (16, 4 if cut.patch else 1, 3 if cut.group else 1)
+  return point, direction, jax.random.normal(next(keys), shape, dtype) * REAL_N[:, None, None]
+
+
+def derivatives(loss, point, direction, ct):
+  value, tangent = jax.jvp(loss, point, direction)
+  return value, tangent, jax.vjp(loss, *point)[1](ct)
+
+
+@functools.cache
+def expected(dtype, contrast, cut):
+  point, direction, ct = case(dtype, contrast, cut)
+  real_N = np.asarray(REAL_N)
+  return jax.jit(lambda *a: derivatives(lambda *x: naive(*x, real_N, contrast, cut), *a))(point, direction, ct)
+
+
+def fused(devices, dtype, contrast, cut):
+  point, direction, ct = case(dtype, contrast, cut)
+  contrast = contrast._replace(axis_name='data')
+
+  def local(features, kernel, bias, d_features, d_kernel, d_bias, ct, real_N):
+    loss = lambda *x: replicated_info_nce(*x, real_N, contrast, cut)
+    value, tangent, (g, *head) = derivatives(loss, (features, kernel, bias), (d_features, d_kernel, d_bias), ct)
+    return value, tangent, (g, *jax.lax.psum(head, 'data'))
+
+  rows, whole = P('data'), P()
+  run = jax.shard_map(local, mesh=mesh(devices), out_specs=(rows, rows, (rows, whole, whole)), check_vma=False,
+                      in_specs=(rows, whole, whole, rows, whole, whole, rows, rows))
+  return jax.device_get(jax.jit(run)(*point, *direction, ct, REAL_N))
+
+
+CUTS = [Cut(), Cut(False, True), Cut(True, False), Cut(False, False)]
+
+
+@pytest.mark.parametrize('cut', CUTS)
+@pytest.mark.parametrize('stop', [True, False])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.float64])
+def test_fused_loss_equals_naive_on_any_number_of_devices(dtype, stop, cut):
+  contrast = Contrast(temperature=0.5, stop_gradient=stop)
+  with jax.enable_x64(dtype == jnp.float64):
+    wanted = jax.device_get(expected(dtype, contrast, cut))
+    for devices in (1, 2, 8):
+      value, tangent, cotangent = fused(devices, dtype, contrast, cut)
+      real = np.asarray(REAL_N)
+      assert relative_error(value[real], wanted[0][real]) < TOLERANCE[dtype]
+      assert relative_error(tangent[real], wanted[1][real]) < TOLERANCE[dtype]
+      assert relative_error(list(cotangent), list(wanted[2])) < TOLERANCE[dtype]
+      assert np.isfinite(value).all() and np.isfinite(tangent).all()
+
+
+def test_displaced_replicas_are_the_naive_ones_with_frozen_copies():
+  (f, kernel, bias), (step, *_), _ = case(jnp.float32, Contrast(), Cut())
+  moved = f + 0.3 * step
+  for contrast in (Contrast(), Contrast(stop_gradient=False)):
+    got = replicated_info_nce(moved, kernel, bias, REAL_N, contrast, held_NxPxGxC=f)
+    for p, g in ((0, 0), (2, 1)):
+      copy = f.at[:, p, g].set(moved[:, p, g])
+      z, held = (jnp.einsum('npgc,gck->nk', x, kernel) / 4 + bias for x in (copy, f))
+      one = contrastive.info_nce(z, held if contrast.stop_gradient else z, REAL_N, contrast)
+      np.testing.assert_allclose(got[:, p, g], one, rtol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_number_of_replicas():
+  """64 rows, 1,024 replicas: one [64, 64] float32 array for each would be 16 MiB; the features are 1 MiB."""
+  for stop in (True, False):
+    loss = lambda f, w: replicated_info_nce(f, w, jnp.zeros(16), jnp.ones(64, bool), Contrast(stop_gradient=stop))  # noqa: B023
+    args = jax.ShapeDtypeStruct((64, 64, 16, 4), jnp.float32), jax.ShapeDtypeStruct((16, 4, 16), jnp.float32)
+    forward = jax.jit(lambda f, w: jax.jvp(loss, (f, w), (f, w)))  # noqa: B023
+    reverse = jax.jit(jax.grad(lambda f, w: loss(f, w).sum(), (0, 1)))  # noqa: B023
+    for function in (forward, reverse):
+      assert function.lower(*args).compile().memory_analysis().temp_size_in_bytes < 6 * 2**20
+
+
+# --- algorithms -----------------------------------------------------------------------------------------------
+
+
+def noisy_views(key_B, image):
+  """Two views for tests: pixels with noise."""
+  noise = jax.vmap(lambda k: jax.random.normal(k, (2, *image.shape[1:])))(key_B)
+  return (image[:, None] + 30 * noise).reshape(-1, *image.shape[1:])
+
+
+def contrastive_small(contrast=Contrast(projections=6), **fields):
+  return small(batch=4, contrast=contrast, **fields)
+
+
+def composed(s, name, **options):
+  return algorithms.compose(algorithms.REGISTRY[name], algorithms.Options(**options), s.spec, s.prepare,
+                            views=noisy_views)
+
+
+def randomised(s, name, **options):
+  """The algorithm, and its variables on random parameters."""
+  algorithm = composed(s, name, **options)
+  variables = algorithm.init(jax.random.key(3))
+  leaves, treedef = jax.tree.flatten(variables['params'])
+  keys = jax.random.split(jax.random.key(4), len(leaves))
+  noise = [0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+  return algorithm, {**variables, 'params': jax.tree.map(jnp.add, variables['params'], treedef.unflatten(noise))}
+
+
+def inputs(s, key):
+  """Tokens and criterion that the algorithm makes of the batch."""
+  _, view_key = jax.random.split(key)
+  image = noisy_views(jax.vmap(lambda i: jax.random.fold_in(view_key, i))(jnp.arange(4)), s.batch.image)
+  return s.prepare(image), Criterion(jnp.repeat(s.batch.label, 2), jnp.repeat(s.batch.weight / 2, 2))
+
+
+def objective(params, s, key, name, contrast):
+  """What a backprop rule descends, with the naive loss."""
+  x, (label, weight) = inputs(s, key)
+  cut, local, value = name == 'LG-BP', name != 'BP', 0.0
+  loss = functools.partial(naive, contrast=contrast, cut=Cut(False, False))
+  for n, p in enumerate(oracle.unstack(params)):
+    x = oracle.block(p, jax.lax.stop_gradient(x) if cut else x, 4, mix=n > 0)
+    features = oracle.layer_norm(x.reshape(*x.shape[:2], 4, -1))
+    if local:
+      losses = loss(features, p['head']['kernel'], p['head']['bias'], np.ones(8, bool))[:, 0, 0]
+      value += (losses * weight).sum()
+  if not local:
+    head = params['head']['linear']
+    kernel = head['kernel'].reshape(4, -1, head['kernel'].shape[-1])
+    value += (loss(features, kernel, head['bias'], np.ones(8, bool))[:, 0, 0] * weight).sum()
+  mean = oracle.layer_norm(jax.lax.stop_gradient(x).mean(1))
+  logits = mean @ params['readout']['linear']['kernel'] + params['readout']['linear']['bias']
+  return value - (jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], -1)[:, 0] * weight).sum()
+
+
+@pytest.mark.parametrize('stop', [True, False])
+@pytest.mark.parametrize('name', ['BP', 'L-BP', 'LG-BP'])
+def test_backprop_rules_equal_jax_grad_of_the_naive_network(name, stop):
+  contrast = Contrast(projections=6, stop_gradient=stop)
+  s, key = contrastive_small(contrast), jax.random.key(5)
+  algorithm, variables = randomised(s, name)
+  grads, aux = jax.jit(algorithm.gradient)(variables, key, s.batch)
+  value, wanted = jax.jit(jax.value_and_grad(lambda p: objective(p, s, key, name, contrast)))(variables['params'])
+  # Heads see the sum over replicas of a loss a P·G-th as large: the plain one's gradient.
+  assert relative_error(grads, wanted) < 1e-5
+  heads = 1 if name == 'BP' else 3
+  np.testing.assert_allclose(aux['loss'] + heads * aux['contrastive_loss'], value, rtol=1e-5)
+
+
+ELEVEN = ['BP', 'L-BP', 'LG-BP', 'FA', 'L-FA', 'LG-FA', 'DFA', 'FG-W', 'FG-A', 'LG-FG-W', 'LG-FG-A']
+
+
+@pytest.mark.parametrize('name', ELEVEN)
+def test_exact_parts_of_all_algorithms(name):
+  """Values, and gradients of heads and read-out, do not depend on how the rest is estimated."""
+  s, key = contrastive_small(), jax.random.key(5)
+  same_losses = {'local': 'LG-BP', 'end': 'BP'}['local' if algorithms.REGISTRY[name].local else 'end']
+  algorithm, variables = randomised(s, name)
+  exact, _ = randomised(s, same_losses)
+  grads, aux = jax.jit(algorithm.gradient)(variables, key, s.batch)
+  wanted, wanted_aux = jax.jit(exact.gradient)(variables, key, s.batch)
+  assert jax.tree.all(jax.tree.map(lambda g: bool(jnp.isfinite(g).all()), grads))
+  exact_part = lambda g: [g['readout'], g.get('head', {}), g['stem']['head'], g['blocks']['head']]
+  assert relative_error(exact_part(grads), exact_part(wanted)) < 1e-5
+  for metric in algorithm.metrics:
+    np.testing.assert_allclose(aux[metric], wanted_aux[metric], rtol=1e-5)
+  moving = [grads['stem']['channel']['kernel'], grads['blocks']['group']['kernel']]
+  assert all(jnp.abs(g).max() > 1e-6 for g in moving)
+
+
+@pytest.mark.parametrize('name', ['FA', 'L-FA', 'LG-FA'])
+def test_feedback_alignment_with_transposed_forward_matrices_is_backprop(name):
+  s, key = contrastive_small(), jax.random.key(5)
+  algorithm, variables = randomised(s, name)
+  exact, _ = randomised(s, name.replace('FA', 'BP'))
+  own = jax.tree.map(lambda f, k: k, variables['feedback'], {
+      k: v for k, v in keep_kernels(variables['params']).items()})
+  gradient = jax.jit(algorithm.gradient)
+  wanted = jax.jit(exact.gradient)(variables, key, s.batch)[0]
+  assert relative_error(gradient({**variables, 'feedback': own}, key, s.batch)[0], wanted) < 1e-5
+  assert relative_error(gradient(variables, key, s.batch)[0], wanted) > 0.1
+
+
+def keep_kernels(tree):
+  kept = {k: keep_kernels(v) if isinstance(v, dict) else v for k, v in tree.items()}
+  return {k: v for k, v in kept.items() if k == 'kernel' or (isinstance(v, dict) and v)}
+
+
+@pytest.mark.parametrize('name', ['FD-W', 'FD-A', 'LG-FD-W', 'LG-FD-A'])
+def test_finite_differences_approach_the_exact_derivative(name):
+  s, key = contrastive_small(), jax.random.key(5)
+  algorithm, variables = randomised(s, name)
+  exact, _ = randomised(s, name.replace('FD', 'FG'))
+  got, wanted = (jax.jit(a.gradient)(variables, key, s.batch)[0] for a in (algorithm, exact))
+  assert relative_error(got, wanted) < 0.05
+
+
+def test_direct_feedback_sends_the_error_of_the_projection():
+  s = contrastive_small()
+  algorithm, variables = randomised(s, 'DFA')
+  assert variables['feedback']['stem']['after_channel'].shape[0] == 6
+  x, criterion = inputs(s, jax.random.key(5))
+  model = LocalMixer(s.spec, project=True)
+  z = model.apply({'params': variables['params']}, x)[1]['head'][0]
+  _, error = contrastive.end_losses((z, z), criterion.weight_B, s.spec.style.contrast)
+  naive_loss = lambda moved: (contrastive.info_nce(moved, z, jnp.ones(8, bool), s.spec.style.contrast) / 8).sum()
+  np.testing.assert_allclose(error, jax.grad(naive_loss)(z), rtol=1e-4, atol=1e-7)
+  grads = jax.jit(algorithm.gradient)(variables, jax.random.key(5), s.batch)[0]
+  stem = variables['params']['stem']['channel']
+  layer = lambda w: oracle.layer_norm(oracle.layer_norm(x) @ w['kernel'] + w['bias'])
+  out, pull = jax.vjp(layer, stem)
+  signal = jnp.einsum('bk,kpgc->bpgc', error, variables['feedback']['stem']['after_channel']).reshape(out.shape)
+  assert relative_error(grads['stem']['channel'], pull(signal * (out > 0))[0]) < 1e-5
+
+
+def test_views_share_perturbations_or_not():
+  """With equal views, their anchors' derivatives are equal, and so are the signals of a shared perturbation."""
+  from lfg_jax.estimators import Sampling, draw_at_taps
+  from lfg_jax.taps import Tap
+  taps = {'a': Tap(jnp.zeros((8, 3, 40)), 3, 1)}
+  shared = draw_at_taps(Sampling(rows=2), jax.random.key(0), taps)['a']
+  own = draw_at_taps(Sampling(rows=1), jax.random.key(0), taps)['a']
+  assert (shared[0::2] == shared[1::2]).all()
+  assert 0.4 < (shared[0::2][:-1] == shared[2::2]).mean() < 0.6
+  assert 0.4 < (own[0::2] == own[1::2]).mean() < 0.6
