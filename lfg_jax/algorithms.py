@@ -279,7 +279,8 @@ def _end_to_end_gradient(rule: Rule, options: Options, spec: MixerSpec, estimato
   return grads, _metrics(aux, aux['local_loss'], heads, contrast) | {'batch_stats': aux.get('batch_stats', {})}
 
 
-def _metrics(aux: dict[str, Any], local_loss_B: jax.Array, heads: int, contrast: Contrast | None) -> dict[str, jax.Array]:
+def _metrics(aux: dict[str, Any], local_loss_B: jax.Array, heads: int, contrast: Contrast | None
+             ) -> dict[str, jax.Array]:
   """Sums over this device's examples; the contrastive loss is the mean over heads."""
   means = {'loss': aux['loss'].sum(), 'error': aux['error'].sum()}
   return {**means, 'contrastive_loss': local_loss_B.sum() / heads} if contrast else means
