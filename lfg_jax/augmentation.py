@@ -72,8 +72,8 @@ def random_box(key: jax.Array, height: int, width: int, min_area: float) -> jax.
 
   The first of `streams.ATTEMPTS` draws that fits; the largest central one of an allowed ratio when none does.
 
-  >>> random_box(jax.random.key(0), 10, 100, 1.0).round(2).tolist()
-  [0.0, 43.33000183105469, 10.0, 13.329999923706055]
+  >>> random_box(jax.random.key(0), 10, 100, 1.0).astype(int).tolist()
+  [0, 43, 10, 13]
   """
   area_key, ratio_key, place_key = jax.random.split(key, 3)
   area_A = jax.random.uniform(area_key, (ATTEMPTS,), minval=min_area) * height * width
