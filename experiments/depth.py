@@ -3,8 +3,8 @@
     python experiments/depth.py [--model=M/8/16] [--batch=64] [--micro_batch=0] [--algorithms=BP,LG-FG-A]
         [--blocks=2,4,8,16,32,64] [--repetitions=3] [--out=DIR]
 
-DIR gets depth.json (one row per algorithm and depth) and depth.png. Temporaries are those of the gradient, without
-parameters and gradients.
+DIR gets depth.json (one row per algorithm and depth) and depth.png. Temporaries are those of the gradient; where a
+batch is taken in parts, one copy of all gradients, the part's own, is among them, and is subtracted.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from lfg_jax import algorithms, configs, data, run_log, timing
+from lfg_jax import algorithms, configs, data, parts, run_log, timing
 from lfg_jax.sizes import mixer_spec, parse, patches
 
 Row = dict[str, Any]
@@ -61,9 +61,13 @@ def measure(name: str, blocks: int, options: argparse.Namespace) -> Row:
   begin = time.perf_counter()
   compiled = lowered.compile()
   seconds = time.perf_counter() - begin
+  weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables['params']))
+  in_parts = parts.number_of_parts(options.batch, options.micro_batch, 4 * spec.runs[0].spec.tokens
+                                   * spec.runs[0].spec.channels) > 1
   times = timing.interleaved({name: lambda: compiled(variables, keys[3], batch)}, options.repetitions)[name]
   return {'algorithm': name, 'model': options.model, 'batch': options.batch, 'micro_batch': options.micro_batch,
-          'blocks': blocks, 'temporaries_bytes': timing.temporaries(compiled), 'compile_seconds': seconds,
+          'blocks': blocks, 'parameters_bytes': weights,
+          'temporaries_bytes': timing.temporaries(compiled) - in_parts * weights, 'compile_seconds': seconds,
           'ms_gradient': timing.median_ms(times)}
 
 

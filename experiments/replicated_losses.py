@@ -1,0 +1,122 @@
+"""Figure 5: memory and time of replicated losses, naive and fused, against the numbers of groups and of patches.
+
+    python experiments/replicated_losses.py [--batch=16] [--channels=512] [--patches=64] [--groups=16]
+        [--many_groups=1,2,4,8,16,32,64] [--many_patches=1,4,16,64,256] [--limit_gib=8] [--repetitions=5] [--out=DIR]
+
+Measured is what a forward gradient asks of a loss: its values and their derivatives along one tangent. Naively every
+one of the P·G replicas has its own copy of the features, all of it but one entry behind a stop-gradient. A form whose
+arrays would not fit --limit_gib is not run. DIR gets replicated_losses.json and replicated_losses.png.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+
+from lfg_jax import configs, run_log, timing
+from lfg_jax.contrastive import Contrast, info_nce, replicated_info_nce
+from lfg_jax.losses import cross_entropy, replicated_cross_entropy
+
+Row = dict[str, Any]
+OUTPUTS = {'supervised': 10, 'contrastive': 128}
+
+
+def main(arguments: list[str]) -> None:
+  """Measures, prints and writes."""
+  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  for name, default in (('batch', 16), ('channels', 512), ('patches', 64), ('groups', 16), ('repetitions', 5)):
+    parser.add_argument(f'--{name}', type=int, default=default, help=f'default: {default}')
+  parser.add_argument('--many_groups', default='1,2,4,8,16,32,64', help='numbers, with commas')
+  parser.add_argument('--many_patches', default='1,4,16,64,256', help='numbers, with commas')
+  parser.add_argument('--limit_gib', type=float, default=8.0, help='default: 8')
+  parser.add_argument('--out', type=pathlib.Path, default='runs/replicated_losses')
+  options = parser.parse_args(arguments)
+  options.out.mkdir(parents=True, exist_ok=True)
+  sweeps = {'groups': [(options.patches, int(g)) for g in options.many_groups.split(',')],
+            'patches': [(int(p), options.groups) for p in options.many_patches.split(',')]}
+  rows = []
+  for sweep, sizes in sweeps.items():
+    for kind in OUTPUTS:
+      for patches, groups in sizes:
+        rows += measure(sweep, kind, patches, groups, options)
+        run_log.write_atomically(options.out / 'replicated_losses.json', json.dumps(rows, indent=2) + '\n')
+  draw(options.out / 'replicated_losses.png', rows)
+
+
+def measure(sweep: str, kind: str, patches: int, groups: int, options: argparse.Namespace) -> list[Row]:
+  """A row for the naive and one for the fused form; without a time where it does not fit."""
+  B, C, K = options.batch, options.channels // groups, OUTPUTS[kind]
+  keys = jax.random.split(jax.random.key(0), 4)
+  x_BxPxGxC, dx_BxPxGxC = (jax.random.normal(key, (B, patches, groups, C)) for key in keys[:2])
+  kernel_GxCxK = 0.05 * jax.random.normal(keys[2], (groups, C, K))
+  compiled = {}
+  for form in ('naive', 'fused'):
+    loss = local_losses(kind, form, jax.random.randint(keys[3], (B,), 0, K))
+    derivative = jax.jit(lambda x, dx, w, loss=loss: jax.jvp(lambda x: loss(x, w), (x,), (dx,)))
+    compiled[form] = derivative.lower(x_BxPxGxC, dx_BxPxGxC, kernel_GxCxK).compile()
+  needs = {form: timing.temporaries(run) for form, run in compiled.items()}
+  calls = {form: lambda run=run: run(x_BxPxGxC, dx_BxPxGxC, kernel_GxCxK) for form, run in compiled.items()
+           if needs[form] <= options.limit_gib * 2**30}
+  seconds = timing.interleaved(calls, options.repetitions)
+  rows = [{'sweep': sweep, 'kind': kind, 'form': form, 'batch': B, 'patches': patches, 'groups': groups,
+           'channels': options.channels, 'temporaries_bytes': needs[form],
+           'ms': timing.median_ms(seconds[form]) if form in seconds else None} for form in compiled]
+  print(*rows, sep='\n')
+  return rows
+
+
+def local_losses(kind: str, form: str, label_B: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """`(features [B, P, G, C], kernel [G, C, K]) -> losses [B, P, G]`."""
+  contrast, real_B = Contrast(), jnp.ones(label_B.shape, bool)
+
+  def fused(x_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array) -> jax.Array:
+    bias_K = jnp.zeros(kernel_GxCxK.shape[-1])
+    if kind == 'supervised':
+      return replicated_cross_entropy(x_BxPxGxC, kernel_GxCxK, bias_K, label_B)
+    return replicated_info_nce(x_BxPxGxC, kernel_GxCxK, bias_K, real_B, contrast)
+
+  def naive(x_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array) -> jax.Array:
+    z_BxPxGxK = replicated_outputs(x_BxPxGxC, kernel_GxCxK)
+    if kind == 'supervised':
+      return cross_entropy(z_BxPxGxK, jnp.broadcast_to(label_B[:, None, None], z_BxPxGxK.shape[:-1]))
+    one_replica = lambda z_BxK: info_nce(z_BxK, jax.lax.stop_gradient(z_BxK), real_B, contrast)
+    return jax.vmap(jax.vmap(one_replica, 1, 1), 2, 2)(z_BxPxGxK)
+
+  return {'fused': fused, 'naive': naive}[form]
+
+
+def replicated_outputs(x_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array) -> jax.Array:
+  """[B, P, G, K]: the head on every replica's own copy of the features."""
+  _, P, G, _ = x_BxPxGxC.shape
+  own_PxGxPxG = jnp.eye(P * G, dtype=bool).reshape(P, G, P, G)
+  one = x_BxPxGxC[:, None, None]
+  copies_BxPxGxPxGxC = jnp.where(own_PxGxPxG[None, ..., None], one, jax.lax.stop_gradient(one))
+  return jnp.einsum('bpqgc,gck->bpqk', copies_BxPxGxPxGxC.mean(3), kernel_GxCxK)
+
+
+def draw(path: pathlib.Path, rows: list[Row]) -> None:
+  """Memory above, time below; against groups on the left, patches on the right."""
+  figure = Figure(figsize=(9, 6), layout='constrained')
+  grid = figure.subplots(2, 2)
+  for column, sweep in enumerate(('groups', 'patches')):
+    for line, (key, scale, label) in enumerate((('temporaries_bytes', 2**-20, 'temporaries, MiB'), ('ms', 1, 'ms'))):
+      axes = grid[line, column]
+      for kind, colour in (('supervised', 'C0'), ('contrastive', 'C1')):
+        for form, style in (('naive', 'o--'), ('fused', 'o-')):
+          own = [row for row in rows if (row['sweep'], row['kind'], row['form']) == (sweep, kind, form) and row['ms']]
+          axes.plot([row[sweep] for row in own], [scale * row[key] for row in own], style, color=colour,
+                    label=f'{kind}, {form}')
+      axes.set(xlabel=sweep, ylabel=label, yscale='log')
+      axes.set_xscale('log', base=2)
+      axes.grid(alpha=0.3)
+  grid[0, 0].legend()
+  figure.savefig(path, dpi=120)
+
+
+if __name__ == '__main__':
+  configs.run(main)
