@@ -251,7 +251,7 @@ def keep_kernels(tree):
 
 
 @pytest.mark.usefixtures('float64')
-@pytest.mark.parametrize('name', ['FD-A', *(pytest.param(name, marks=KNOWN) for name in ('FD-W', 'LG-FD-W', 'LG-FD-A'))])
+@pytest.mark.parametrize('name', ['FD-A', *(pytest.param(n, marks=KNOWN) for n in ('FD-W', 'LG-FD-W', 'LG-FD-A'))])
 def test_finite_differences_approach_the_exact_derivative(name):
   s, key = contrastive_small(), jax.random.key(5)
   algorithm, variables = randomised(s, name)
