@@ -54,6 +54,12 @@ def gradient(s, name, key=None, **options):
   return jax.jit(compose(s, name, **options).gradient)(s.variables, key, s.batch)[0]
 
 
+def keep_kernels(tree):
+  """The part of a parameter tree that feedback matrices stand for."""
+  kept = {k: keep_kernels(v) if isinstance(v, dict) else v for k, v in tree.items()}
+  return {k: v for k, v in kept.items() if k == 'kernel' or (isinstance(v, dict) and v)}
+
+
 def relative_error(a, b, floor=0.01):
   """max over leaves of |a - b| / |b|, |b| being at least `floor` times the norm of the whole tree.
 

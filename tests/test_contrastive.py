@@ -13,7 +13,7 @@ from lfg_jax.contrastive import Contrast, replicated_info_nce
 from lfg_jax.losses import Cut
 from lfg_jax.mixer import Criterion, LocalMixer
 from tests import oracle
-from tests.small import relative_error, small
+from tests.small import keep_kernels, relative_error, small
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-12}
 REAL_N = jnp.arange(16) < 14    # the last example pads the batch
@@ -243,11 +243,6 @@ def test_feedback_alignment_with_transposed_forward_matrices_is_backprop(name):
   wanted = jax.jit(exact.gradient)(variables, key, s.batch)[0]
   assert relative_error(gradient({**variables, 'feedback': own}, key, s.batch)[0], wanted) < 1e-5
   assert relative_error(gradient(variables, key, s.batch)[0], wanted) > 0.1
-
-
-def keep_kernels(tree):
-  kept = {k: keep_kernels(v) if isinstance(v, dict) else v for k, v in tree.items()}
-  return {k: v for k, v in kept.items() if k == 'kernel' or (isinstance(v, dict) and v)}
 
 
 @pytest.mark.usefixtures('float64')

@@ -8,7 +8,7 @@ import pytest
 from lfg_jax import algorithms
 from lfg_jax.losses import Cut, replicated_cross_entropy
 from tests import oracle
-from tests.small import compose, gradient, relative_error, small
+from tests.small import compose, gradient, keep_kernels, relative_error, small
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-12}
 
@@ -123,11 +123,6 @@ def test_feedback_alignment_with_transposed_forward_matrices_is_backprop(name):
   expected = gradient(s, name.replace('FA', 'BP'))
   assert relative_error(with_feedback(own)[0], expected) < 1e-5
   assert relative_error(with_feedback(random)[0], expected) > 0.1
-
-
-def keep_kernels(tree):
-  kept = {k: keep_kernels(v) if isinstance(v, dict) else v for k, v in tree.items()}
-  return {k: v for k, v in kept.items() if k == 'kernel' or (isinstance(v, dict) and v)}
 
 
 @pytest.mark.parametrize('name', sorted(algorithms.REGISTRY))
