@@ -39,8 +39,8 @@ def small(side=2, groups=4, channels=16, blocks=3, batch=4, classes=5, dtype=jnp
     noise = [0.4 * jax.random.normal(k, leaf.shape, dtype) for k, leaf in zip(keys, leaves, strict=True)]
     return jax.tree.map(jnp.add, jax.tree.unflatten(treedef, noise), params)
 
-  params = randomised(variables['params'])
-  return Small(spec, prepare, Batch(image, label, weight), {**variables, 'params': params})
+  variables = {**variables, 'params': randomised(variables['params'])}
+  return Small(spec, prepare, Batch(image, label, weight), jax.tree.map(lambda leaf: leaf.astype(dtype), variables))
 
 
 def compose(s, name, **options):

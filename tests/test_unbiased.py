@@ -18,13 +18,16 @@ from lfg_jax import algorithms, estimators
 from tests.small import compose, gradient, small
 
 DRAWS, CHUNK = 20_480, 256
+# Joins the standard error. Where gradient and estimates are zero but for float32's last bits (a bias before a norm that
+# removes it, a head's exact gradient), the mean of the rounding errors is no bias. Real standard errors are above 1e-4.
+ROUNDING = 1e-6
 
 
 def model(**changes):
   return small(**{'channels': 8, 'groups': 2, 'blocks': 3, 'batch': 2, 'classes': 3, **changes})
 
 
-def z_scores(s, run, target):
+def z_scores(run, target):
   """[n] per leaf: (mean - target) / standard error, over DRAWS draws of `run(key) -> gradient`."""
   @jax.jit
   def moments(key, shift):
@@ -39,19 +42,16 @@ def z_scores(s, run, target):
 
   def z(pair):
     mean, square = pair[0] / DRAWS, pair[1] / DRAWS
-    error = np.sqrt(np.maximum(square - mean**2, 0) / DRAWS)
-    return np.where(error > 0, mean / np.where(error > 0, error, 1), np.where(np.abs(mean) > 1e-5, np.inf, 0)).ravel()
+    return (mean / np.sqrt(np.maximum(square - mean**2, 0) / DRAWS + ROUNDING**2)).ravel()
 
   return jax.tree.map(z, total, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def verdict(s, scores, target):
+def verdict(scores):
   """Names of leaves that look biased. Numbers without gradient and noise (z = 0 in all draws) do not count."""
   bad = []
-  for (path, z), (_, g) in zip(jax.tree_util.tree_leaves_with_path(scores),
-                               jax.tree_util.tree_leaves_with_path(target), strict=True):
-    # Rounding, not bias: a gradient of exactly zero (a bias before a norm) estimated as 1e-8.
-    z = z[np.isfinite(z) & (z != 0)] if np.abs(np.asarray(g)).max() < 1e-6 else z[z != 0]
+  for path, z in jax.tree_util.tree_leaves_with_path(scores):
+    z = z[z != 0]
     if not z.size:
       continue
     rms = np.sqrt((z**2).mean())
@@ -64,8 +64,8 @@ def judge(s, name, target_name, **options):
   algorithm = compose(s, name, **options)
   cuts = {k: v for k, v in options.items() if k in ('patch', 'group', 'every', 'overlap')}
   target = gradient(s, target_name, **cuts)
-  scores = z_scores(s, lambda key: algorithm.gradient(s.variables, key, s.batch)[0], target)
-  return verdict(s, scores, target)
+  scores = z_scores(lambda key: algorithm.gradient(s.variables, key, s.batch)[0], target)
+  return verdict(scores)
 
 
 CASES = [
@@ -106,9 +106,10 @@ def test_a_gradient_ten_percent_too_long_is_rejected(name):
   s = model()
   algorithm = compose(s, name)
   target = gradient(s, 'LG-BP')
-  scores = z_scores(s, lambda key: jax.tree.map(
+  scores = z_scores(lambda key: jax.tree.map(
       lambda g: 1.1 * g, algorithm.gradient(s.variables, key, s.batch)[0]), target)
-  assert verdict(s, scores, target)
+  # Exact gradients (heads, read-out) are trivial to reject: one that carries noise must be found.
+  assert any('head' not in line and 'readout' not in line for line in verdict(scores))
 
 
 @pytest.mark.parametrize('name', ['FD-W', 'FD-A', 'LG-FD-W', 'LG-FD-A'])
@@ -116,7 +117,6 @@ def test_finite_differences_follow_the_forward_derivative(name):
   """With the same tangents, (L(x + εv) - L(x))/ε differs from ∇L·v by O(ε), as measured in float64."""
   with jax.enable_x64(True):
     s = model(dtype=jnp.float64)
-    s = s._replace(variables=jax.tree.map(lambda leaf: leaf.astype(jnp.float64), s.variables))
     exact = gradient(s, name.replace('FD', 'FG'))
     errors = []
     for step in (1e-5, 1e-6):
