@@ -169,10 +169,6 @@ def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorit
   options = Options(**config.estimator, **config.losses, micro_batch=config.micro_batch)
   _one_of('loss', config.loss, LOSSES)
   contrast = _contrast(config.contrastive, axis_name) if config.loss == 'contrastive' else None
-  if contrast and (REGISTRY[config.algorithm].finite or config.algorithm == 'LG-FA'):
-    # Their contrastive gradients fail their tests (tests/test_contrastive.py): no wrong numbers meanwhile.
-    raise ValueError(f"algorithm {config.algorithm!r} with loss='contrastive' is not supported yet; allowed with it: "
-                     + ', '.join(n for n, rule in REGISTRY.items() if not rule.finite and n != 'LG-FA'))
   sizes = dict(config.model)
   spec = mixer_spec(sizes.pop('size'), image_shape=dataset.image_shape, classes=dataset.classes,
                     axis_name=axis_name, contrast=contrast, **sizes)
@@ -334,8 +330,8 @@ def _metrics(aux: dict[str, Any], local_loss_B: jax.Array, heads: int, contrast:
 def _greedy_gradient(rule: Rule, options: Options, spec: MixerSpec, estimator: Callable, variables: dict[str, PyTree],
                      key: jax.Array, tokens_BxPxD: jax.Array, criterion: Criterion) -> tuple[PyTree, dict]:
   """Stage after stage by their local losses, then the read-out on what comes out."""
-  del rule
   run_stages = greedy(estimator, spec, options.cut, every=options.every, overlap=options.overlap)
+  variables = variables if rule.feedback else {k: v for k, v in variables.items() if k != 'feedback'}
   x, local_loss_B, grads, stats = run_stages(variables, key, tokens_BxPxD, criterion)
   fixed = {'batch_stats': {'readout': stats['readout']}} if 'readout' in stats else {}
   readout = ReadOut(spec.style, spec.classes)

@@ -5,6 +5,7 @@ its kernel when gradients are sent to its input (feedback alignment, Lillicrap e
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 EPSILON = 1e-5
+RUNNING = 0.9   # share of the past in running statistics, each step
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -52,11 +54,30 @@ class Norm(nn.Module):
       return layer_norm(x)
     if self.kind == 'whole':
       return layer_norm(x, tuple(range(1, x.ndim)))
-    mask = jnp.broadcast_to((weight_B > 0).reshape(-1, *[1] * (x.ndim - 1)), x.shape)
-    flat = x.reshape(*x.shape[:2], -1)  # statistics per channel, whether or not channels are in groups
-    norm = nn.BatchNorm(not self.train, use_bias=False, use_scale=False, epsilon=EPSILON, momentum=0.9,
-                        axis_name=None if self.is_initializing() else self.axis_name, name='norm')
-    return norm(flat, mask=mask.reshape(flat.shape)).reshape(x.shape)
+    return self._batch_norm(x, weight_B)
+
+  def _batch_norm(self, x: jax.Array, weight_B: jax.Array) -> jax.Array:
+    """By the statistics of the global batch: sums, as devices may have different numbers of real examples, or none.
+
+    (`nn.BatchNorm` averages the devices' means, and divides 0 by 0 where a device has padding only.)
+    """
+    channels = math.prod(x.shape[2:] or x.shape[1:])    # [B, C], [B, P, C] or, in groups, [B, P, G, C]
+    flat_BxNxC = x.reshape(x.shape[0], -1, channels)
+    running = [self.variable('batch_stats', name, fill, flat_BxNxC.shape[-1:], jnp.float32)
+               for name, fill in (('mean', jnp.zeros), ('var', jnp.ones))]
+    if not self.train:
+      mean, variance = (r.value for r in running)
+    else:
+      over_devices = None if self.is_initializing() else self.axis_name
+      total = lambda a: jax.lax.psum(a, over_devices) if over_devices else a
+      real_Bx1x1 = (weight_B > 0).astype(x.dtype)[:, None, None]
+      count = total(real_Bx1x1.sum() * flat_BxNxC.shape[1])
+      mean = total((flat_BxNxC * real_Bx1x1).sum((0, 1))) / count
+      variance = total(((flat_BxNxC - mean)**2 * real_Bx1x1).sum((0, 1))) / count
+      if not self.is_initializing() and self.is_mutable_collection('batch_stats'):
+        for r, new in zip(running, (mean, variance), strict=True):
+          r.value = RUNNING * r.value + (1 - RUNNING) * jax.lax.stop_gradient(new)
+    return ((flat_BxNxC - mean) * jax.lax.rsqrt(variance + EPSILON)).reshape(x.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -25,22 +25,16 @@ def small(side=2, groups=4, channels=16, blocks=3, batch=4, classes=5, dtype=jnp
   spec = mixer_spec(f'S/{side}/{groups}', image_shape=image_shape, classes=classes, channels=channels,
                     blocks=blocks, **style)
   prepare = functools.partial(patches, side=side, mean=(0.5,), std=(0.3,))
-  k_image, k_label, k_params = jax.random.split(jax.random.key(1), 3)
-  image = jax.random.randint(k_image, (batch, *image_shape), 0, 256).astype(jnp.uint8)
-  label = jax.random.randint(k_label, (batch,), 0, classes)
+  rng = np.random.default_rng(1)
+  image = jnp.asarray(rng.integers(0, 256, (batch, *image_shape)), jnp.uint8)
+  label = jnp.asarray(rng.integers(0, classes, batch), jnp.int32)
   weight = jnp.full((batch,), 1 / batch, dtype)
   algorithm = algorithms.compose(algorithms.REGISTRY['BP'], algorithms.Options(), spec, prepare)
-  variables = jax.jit(algorithm.init)(k_params)
-
-  @jax.jit
-  def randomised(params):
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(k_params, len(leaves))
-    noise = [0.4 * jax.random.normal(k, leaf.shape, dtype) for k, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.map(jnp.add, jax.tree.unflatten(treedef, noise), params)
-
-  variables = {**variables, 'params': randomised(variables['params'])}
-  return Small(spec, prepare, Batch(image, label, weight), jax.tree.map(lambda leaf: leaf.astype(dtype), variables))
+  # By shape alone: compiling the network's own initialisation takes seconds.
+  shapes = jax.eval_shape(algorithm.init, jax.random.key(0))
+  params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), dtype), shapes['params'])
+  variables = {**jax.tree.map(lambda leaf: jnp.ones(leaf.shape, dtype), shapes), 'params': params}
+  return Small(spec, prepare, Batch(image, label, weight), variables)
 
 
 def compose(s, name, **options):

@@ -104,7 +104,6 @@ def objective_of_stages(params, s, groups, plan):
 def test_stages_of_several_blocks(options, plan):
   with jax.enable_x64(True):
     s = small(blocks=5, dtype=jnp.float64)
-    s = s._replace(variables=jax.tree.map(lambda leaf: leaf.astype(jnp.float64), s.variables))
     grads = gradient(s, 'LG-BP', **options)
     expected = jax.jit(jax.grad(lambda params: objective_of_stages(params, s, 4, plan)))(s.variables['params'])
     grads.pop('readout'), expected.pop('readout')

@@ -31,8 +31,7 @@ def updated(config, devices, learning_rate=0.1, first_step=STEPS - 2, steps=2):
 
 @pytest.mark.parametrize('counts, fields', [
     ((2, 4, 8), {'algorithm': 'LG-FG-A'}), ((8,), {'algorithm': 'FG-W'}), ((8,), {'algorithm': 'DFA'}),
-    pytest.param((8,), {'algorithm': 'LG-BP', 'model__norm': 'batch'}, marks=pytest.mark.xfail(
-        reason='known defect: NaN where a device has padding only, under batch norm')),
+    ((8,), {'algorithm': 'LG-BP', 'model__norm': 'batch'}),
 ], ids=['LG-FG-A', 'FG-W', 'DFA', 'LG-BP-batch'])
 def test_same_update_on_any_number_of_devices(counts, fields):
   config = tiny(model__size='S/2/4', model__blocks=2, **fields)

@@ -1,0 +1,151 @@
+"""LocalMixer: the sizes of the paper, and what each of its options does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lfg_jax import layers
+from lfg_jax.contrastive import Contrast
+from lfg_jax.mixer import NORMS, LocalMixer
+from lfg_jax.sizes import mixer_spec
+from tests import oracle
+from tests.small import gradient, relative_error, small
+
+MNIST, CIFAR10, IMAGENET = (28, 28, 1), (32, 32, 3), (224, 224, 3)
+
+
+def shapes(spec):
+  """The variables' shapes, without computing anything."""
+  run = spec.runs[0].spec
+  tokens = jax.ShapeDtypeStruct((1, run.tokens, run.inputs), jnp.float32)
+  return jax.eval_shape(LocalMixer(spec).init, jax.random.key(0), tokens)
+
+
+def parameters(spec):
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes(spec)['params']))
+
+
+@pytest.mark.parametrize('size, image_shape, count', [
+    ('S/1/1', MNIST, 271_892), ('M/1/16', MNIST, 429_076), ('M/8/16', CIFAR10, 918_770),
+    ('L/8/64', CIFAR10, 13_074_674)])
+def test_parameter_counts_of_the_paper(size, image_shape, count):
+  assert parameters(mixer_spec(size, image_shape=image_shape, classes=10)) == count
+
+
+def test_parameter_count_of_the_imagenet_size():
+  """Published as 17.3 M: without the read-out, and cut rather than rounded (or without the 19,968 biases)."""
+  spec = mixer_spec('L/32/64', image_shape=IMAGENET, classes=1000, contrast=Contrast())
+  assert parameters(spec) - 2049 * 1000 == 17_360_384
+
+
+def logits(s):
+  return jax.jit(LocalMixer(s.spec).apply)(s.variables, s.prepare(s.batch.image))[0]
+
+
+def test_forward_values_are_the_equations():
+  s = small(blocks=3)
+  x = s.prepare(s.batch.image)
+  for n, p in enumerate(oracle.unstack(s.variables['params'])):
+    x = oracle.block(p, x, 4, mix=n > 0)
+  linear = s.variables['params']['readout']['linear']
+  np.testing.assert_allclose(logits(s), oracle.layer_norm(x.mean(1)) @ linear['kernel'] + linear['bias'], rtol=1e-4,
+                             atol=1e-5)
+
+
+def test_convolution_mixes_neighbours_channel_by_channel():
+  s = small(side=4, blocks=2, mixing='conv', conv_size=3)
+  assert s.variables['params']['blocks']['token']['kernel'].shape == (1, 3, 3, 1, 16)
+  x = jnp.arange(2 * 16 * 3, dtype=jnp.float32).reshape(2, 16, 3)
+  kernel = jax.random.normal(jax.random.key(0), (3, 3, 1, 3))
+  grid = np.pad(np.asarray(x).reshape(2, 4, 4, 3), ((0, 0), (1, 1), (1, 1), (0, 0)))
+  expected = sum(grid[:, i:i + 4, j:j + 4] * np.asarray(kernel)[i, j, 0] for i in range(3) for j in range(3))
+  np.testing.assert_allclose(layers.depthwise(x, kernel), expected.reshape(2, 16, 3), rtol=1e-5, atol=1e-5)
+  assert relative_error(logits(s), logits(small(side=4, blocks=2))) > 0.01
+
+
+@pytest.mark.parametrize('kind', ['average', 'max'])
+def test_pooling_halves_the_grid_and_widens(kind):
+  s = small(side=4, blocks=3, pool_every=1, channel_ratio=2, group_ratio=4, pool=kind)
+  sizes = [(run.spec.tokens, run.spec.channels, run.spec.groups) for run in s.spec.runs]
+  assert sizes == [(16, 16, 4), (4, 32, 16), (1, 64, 64)]
+  run = jax.jit(lambda v, x: LocalMixer(s.spec).apply(v, x, capture_intermediates=True, mutable='intermediates'))
+  found = {name: kept['__call__'][0][0] for name, kept in run(s.variables, s.prepare(s.batch.image))[1][
+      'intermediates'].items() if name in ('stem', 'blocks')}
+  p = s.variables['params']['blocks']
+  cells = np.asarray(found['stem']).reshape(4, 2, 2, 2, 2, 16)
+  pooled = {'average': cells.mean((2, 4)), 'max': cells.max((2, 4))}[kind].reshape(4, 4, 16)
+  h = jnp.einsum('bpc,pq->bqc', oracle.layer_norm(pooled), p['token']['kernel']) + p['token']['bias']
+  h = oracle.layer_norm(jax.nn.relu(oracle.layer_norm(h))) @ p['channel']['kernel'] + p['channel']['bias']
+  h = oracle.layer_norm(jax.nn.relu(oracle.layer_norm(h)).reshape(4, 4, 16, 2))
+  z = jnp.einsum('bpgc,gcd->bpgd', h, p['group']['kernel']) + p['group']['bias']
+  # Wider than its input: no residual.
+  np.testing.assert_allclose(found['blocks'], jax.nn.relu(oracle.layer_norm(z)).reshape(4, 4, 32), rtol=1e-3, atol=1e-4)
+
+
+def test_hidden_width():
+  s = small(hidden=24)
+  kernels = {name: s.variables['params']['blocks'][name]['kernel'].shape[1:] for name in ('channel', 'group')}
+  assert kernels == {'channel': (16, 24), 'group': (4, 6, 4)}
+  assert jnp.isfinite(logits(s)).all()
+
+
+@pytest.mark.parametrize('norm', NORMS)
+def test_every_norm_can_be_left_out(norm):
+  with_all, without = small(), small(norms=tuple(n for n in NORMS if n != norm))
+  assert jnp.isfinite(logits(without)).all()
+  if norm == 'head':      # it does not touch the network itself
+    assert relative_error(gradient(without, 'LG-BP'), gradient(with_all, 'LG-BP')) > 0.01
+  else:
+    assert relative_error(logits(without), logits(with_all)) > 0.01
+
+
+def test_whole_norm_is_over_all_of_an_example():
+  x = jax.random.normal(jax.random.key(0), (3, 4, 5)) + jnp.arange(4)[:, None]
+  y = layers.Norm('whole').apply({}, x, jnp.ones(3))
+  np.testing.assert_allclose(y.mean((1, 2)), 0, atol=1e-5)
+  np.testing.assert_allclose(y.var((1, 2)), 1, atol=1e-4)
+  assert jnp.abs(y.mean(2)).max() > 0.5
+
+
+@pytest.mark.parametrize('shape', [(6, 8), (6, 5, 8), (6, 5, 2, 4)])
+def test_batch_norm_is_per_channel_over_real_examples(shape):
+  x = jax.random.normal(jax.random.key(0), shape) + jnp.arange(shape[-1])
+  weight = jnp.array([1., 1, 1, 1, 0, 0])
+  norm = layers.Norm('batch')
+  before = norm.init(jax.random.key(1), x, weight)
+  y, after = norm.apply(before, x, weight, mutable='batch_stats')
+  real = np.asarray(x[:4]).reshape(-1, 8)
+  np.testing.assert_allclose(np.asarray(y[:4]).reshape(-1, 8), (real - real.mean(0)) / np.sqrt(real.var(0) + 1e-5),
+                             rtol=1e-4, atol=1e-5)
+  stats = after['batch_stats']
+  np.testing.assert_allclose(stats['mean'], 0.1 * real.mean(0), rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(stats['var'], 0.9 + 0.1 * real.var(0), rtol=1e-4)
+  still, same = layers.Norm('batch', train=False).apply(after, x, weight, mutable='batch_stats')
+  flat = np.asarray(x).reshape(-1, 8)
+  np.testing.assert_allclose(np.asarray(still).reshape(-1, 8), (flat - stats['mean']) / np.sqrt(stats['var'] + 1e-5),
+                             rtol=1e-4, atol=1e-5)
+  jax.tree.map(np.testing.assert_array_equal, same, after)
+
+
+@pytest.mark.parametrize('kind, fan_in, scale', [
+    ('kaiming', 1600, 0.05), ('kaiming', 16, 0.1), ('lecun', 1600, 0.025), ('lecun', 16, 0.1), ('constant', 1600, 0.1)])
+def test_initial_weights(kind, fan_in, scale):
+  w = layers.initializer(kind, fan_in)(jax.random.key(0), (200, 200))
+  # 5 standard errors of a standard deviation over 40,000 normal numbers.
+  np.testing.assert_allclose(w.std(), scale, rtol=5 / np.sqrt(2 * 40_000))
+
+
+def test_read_out_heads_and_biases_start_at_zero():
+  spec = mixer_spec('S/2/4', image_shape=(4, 4, 1), classes=3, channels=16)
+  params = LocalMixer(spec).init(jax.random.key(0), jnp.zeros((1, 4, 4)))['params']
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = jax.tree_util.keystr(path)
+    assert bool((leaf == 0).all()) == ('bias' in name or 'head' in name or 'readout' in name), name
+
+
+def test_signal_straight_through_the_norm():
+  """Without the norm's derivative, estimates differ, exact gradients do not."""
+  with_it, without = small(), small(norm_derivative=False)
+  assert relative_error(gradient(without, 'LG-BP'), gradient(with_it, 'LG-BP')) < 1e-6
+  assert relative_error(gradient(without, 'LG-FG-A'), gradient(with_it, 'LG-FG-A')) > 0.01
