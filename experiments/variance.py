@@ -24,6 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+import variance_figures as figures
 from flax.traverse_util import flatten_dict
 from matplotlib.figure import Figure
 
@@ -123,37 +124,6 @@ def laws(options: argparse.Namespace) -> Iterator[Row]:
   for law in LAWS:
     for passes in (1, 2, 4, 6, 8):
       yield _linear_row('activity', law, passes, False, 16, 8, 8)
-
-
-def draw_table1(figure: Figure, rows: list[Row]) -> None:
-  """Measured over predicted, and the z-scores."""
-  left, right = figure.subplots(1, 2)
-  for index, estimator in enumerate(('weight', 'activity')):
-    for law, marker in (('normal', 'o'), ('rademacher', 'x')):
-      own = [r for r in rows if (r['estimator'], r['law']) == (estimator, law)]
-      left.loglog([r['predicted'] for r in own], [r['measured'] for r in own], marker, color=f'C{index}',
-                  label=f'{estimator}, {law}', alpha=0.6)
-  limits = [min(r['predicted'] for r in rows), max(r['predicted'] for r in rows)]
-  left.plot(limits, limits, 'k-', linewidth=0.5)
-  left.set(xlabel='predicted variance per entry', ylabel='measured')
-  left.legend()
-  z = [(r['measured'] - r['predicted']) / r['standard_error'] for r in rows]
-  right.hist(z, bins=30)
-  right.set(xlabel='(measured - predicted) / standard error', ylabel='rows',
-            title=f'largest of {len(z)}: {max(map(abs, z)):.2f}')
-
-
-def draw_laws(figure: Figure, rows: list[Row]) -> None:
-  """Variance by passes."""
-  axes = figure.subplots()
-  for index, law in enumerate(LAWS):
-    own = [r for r in rows if r['law'] == law]
-    axes.errorbar([r['passes'] for r in own], [r['measured'] for r in own], [3 * r['standard_error'] for r in own],
-                  fmt='o', color=f'C{index}', label=law, capsize=3)
-    axes.plot([r['passes'] for r in own], [r['predicted'] for r in own], color=f'C{index}', linewidth=0.8)
-  axes.set(xlabel='passes, of 8 dimensions', ylabel='variance per entry (points: measured, ± 3 s.e.; lines: predicted)',
-           ylim=(0, None))
-  axes.legend()
 
 
 # --- networks, layer by layer --------------------------------------------------------------------------------
@@ -344,65 +314,8 @@ def passes(options: argparse.Namespace) -> Iterator[Row]:
            'temporaries_bytes': run.memory_analysis().temp_size_in_bytes}
 
 
-def _layers(rows: list[Row]) -> list[str]:
-  return list(dict.fromkeys(r['layer'] for r in rows))
-
-
-def draw_mlp(figure: Figure, rows: list[Row]) -> None:
-  """Relative error by passes, a panel for every layer."""
-  panels = figure.subplots(1, len(_layers(rows)), sharey=True)
-  for axes, layer in zip(panels, _layers(rows), strict=True):
-    for index, (name, taps) in enumerate(dict.fromkeys((r['estimator'], r['taps']) for r in rows)):
-      for law, style in (('normal', ':'), ('rademacher', '--'), ('haar', '-'), ('hadamard', '-')):
-        own = [r for r in rows if (r['estimator'], r['taps'], r['law'], r['layer']) == (name, taps, law, layer)]
-        if own:
-          axes.loglog([r['passes'] for r in own], [max(r['relative_error'], 1e-6) for r in own], style, marker='.',
-                      color=f'C{index}', label=f'{name}, {taps}, {law}')
-    axes.set(title=layer, xlabel='passes')
-  panels[0].set(ylabel='squared error / |gradient|²')
-  panels[-1].legend(fontsize='x-small')
-
-
-def draw_mixer(figure: Figure, rows: list[Row]) -> None:
-  """Left: relative error of every algorithm and cut, by layer. Right: cosine against time."""
-  left, right = figure.subplots(1, 2)
-  layers = _layers(rows)
-  single = [r for r in rows if r['passes'] == 1 and r['taps'] == 'joint' and r['law'] == 'rademacher']
-  for index, (name, cut) in enumerate(dict.fromkeys((r['estimator'], r['cut']) for r in single)):
-    own = {r['layer']: r['relative_error'] for r in single if (r['estimator'], r['cut']) == (name, cut)}
-    left.semilogy([own[layer] for layer in layers], 'os'[name.endswith('W')] + '-', color=f'C{index}',
-                  label=f'{name}, {cut}')
-  left.set_xticks(range(len(layers)), layers, rotation=60, fontsize='small')
-  left.set(ylabel='squared error / |gradient|², one Rademacher pass')
-  left.legend(fontsize='x-small')
-  many = [r for r in rows if (r['estimator'], r['cut']) == ('LG-FG-A', 'all') and r['layer'] == 'blocks/group'
-          and r['law'] != 'normal']
-  for law, taps in dict.fromkeys((r['law'], r['taps']) for r in many):
-    own = sorted(((r['ms'], r['cosine'], r['passes']) for r in many if (r['law'], r['taps']) == (law, taps)),
-                 key=lambda point: point[2])
-    right.semilogx([o[0] for o in own], [o[1] for o in own], 'o-', label=f'{law}, {taps}')
-    for ms, cosine, count in own:
-      right.annotate(str(count), (ms, cosine), fontsize='x-small')
-  right.set(xlabel='ms (numbers: passes)', ylabel='cosine to the true gradient, grouped layers of blocks 1 to 3')
-  right.legend(fontsize='small')
-
-
-def draw_passes(figure: Figure, rows: list[Row]) -> None:
-  """Time relative to one pass, and memory."""
-  left, right = figure.subplots(1, 2)
-  for law, chunk in dict.fromkeys((r['law'], r['chunk']) for r in rows):
-    own = [r for r in rows if (r['law'], r['chunk']) == (law, chunk)]
-    label = f'{law}, ' + (f'chunks of {chunk}' if chunk else 'at once')
-    left.loglog([r['passes'] for r in own], [r['relative_to_one_pass'] for r in own], 'o-', label=label)
-    right.loglog([r['passes'] for r in own], [r['temporaries_bytes'] / 2**20 for r in own], 'o-', label=label)
-  left.loglog(PASSES, [(1 + 2 * K) / 3 for K in PASSES], 'k:', label='(1 + 2 K) / 3')
-  left.set(xlabel='passes', ylabel='time / time of one pass')
-  right.set(xlabel='passes', ylabel='temporaries, MiB')
-  left.legend()
-
-
-PARTS = {'table1': (table1, draw_table1), 'laws': (laws, draw_laws), 'mlp': (mlp, draw_mlp),
-         'mixer': (mixer, draw_mixer), 'passes': (passes, draw_passes)}
+PARTS = {'table1': (table1, figures.table1), 'laws': (laws, figures.laws), 'mlp': (mlp, figures.mlp),
+         'mixer': (mixer, figures.mixer), 'passes': (passes, figures.passes)}
 
 
 if __name__ == '__main__':

@@ -1,12 +1,7 @@
-"""The algorithms of the paper's tables, each a composition: an estimator × the losses it serves.
+"""The algorithms of the paper's tables, each a composition: an estimator × the objective it serves.
 
-| | losses | gradient flows between blocks |
-|---|---|---|
-| `end_to_end` | the read-out's, and with `local=True` all local ones | yes |
-| `greedy` | local ones; the read-out learns on top, detached | no |
-
-With the contrastive loss the batch has two views of every image, the local losses are contrastive, and where
-there are none, that of a projection at the end of the network. The read-out is always detached.
+Estimators are in `lfg_jax.estimators`, objectives (end to end, or stage by stage) in `lfg_jax.objectives`. With the
+contrastive loss the batch has two views of every image.
 """
 
 import dataclasses
@@ -18,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lfg_jax import augmentation, contrastive, estimators, layers, parts, passes, tangents
+from lfg_jax import augmentation, estimators, layers, parts, passes, tangents
 from lfg_jax.contrastive import VIEWS, Contrast
 from lfg_jax.data import Batch, Dataset
 from lfg_jax.estimators import FlaxLoss
-from lfg_jax.greedy import greedy, stages
-from lfg_jax.losses import Cut, cross_entropy
-from lfg_jax.mixer import TAPS, Criterion, LocalMixer, MixerSpec, ReadOut
+from lfg_jax.losses import Cut
+from lfg_jax.mixer import TAPS, Criterion, LocalMixer, MixerSpec
+from lfg_jax.objectives import end_to_end, stage_by_stage
 from lfg_jax.parts import WHOLE, Part
 from lfg_jax.passes import Sampling
 from lfg_jax.sizes import mixer_spec, parse, patches
@@ -217,14 +212,19 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
 
   def part_gradient(variables: dict[str, PyTree], key: jax.Array, part: Part, batch: Batch
                     ) -> tuple[PyTree, dict[str, Any]]:
-    one = _greedy_gradient if rule.cut else _end_to_end_gradient
     estimator = build_estimator(rule, options, spec, axis_name, variables, part)
     image, label, weight = map(jnp.asarray, batch)
     if contrast and views:
       key, view_key = jax.random.split(key)
       image = views(tangents.fold_in_all(view_key, tangents.example_ids(len(label), axis_name)), image)
       label, weight = jnp.repeat(label, VIEWS), jnp.repeat(weight / VIEWS, VIEWS)
-    return one(rule, options, spec, estimator, variables, key, prepare(image), Criterion(label, weight))
+    fixed = ('batch_stats', 'feedback') if rule.feedback else ('batch_stats',)
+    known = {name: variables[name] for name in ('params', *fixed) if name in variables}
+    if rule.cut:
+      run = stage_by_stage(spec, estimator, options.cut, every=options.every, overlap=options.overlap)
+    else:
+      run = end_to_end(spec, estimator, local=rule.local)
+    return run(known, key, prepare(image), Criterion(label, weight))
 
   def gradient(variables: dict[str, PyTree], key: jax.Array, batch: Batch) -> tuple[PyTree, dict[str, Any]]:
     batch = Batch(*map(jnp.asarray, batch))
@@ -282,71 +282,6 @@ def _group_axis(options: Options, groups_are_separate: bool, path: tuple) -> int
   if layer == 'channel' and options.credit == 'paper':
     return 1 if leaf == 'kernel' else 0
   return None
-
-
-def _summary(logits_BxK: jax.Array, criterion: Criterion) -> dict[str, jax.Array]:
-  """Weighted loss and error of the read-out, per example, and the loss's derivative by the logits."""
-  label_B, weight_B = criterion
-  one_hot_BxK = jax.nn.one_hot(label_B, logits_BxK.shape[-1], dtype=logits_BxK.dtype)
-  return {'loss': cross_entropy(logits_BxK, label_B) * weight_B,
-          'error': (logits_BxK.argmax(-1) != label_B) * weight_B,
-          'output_error': (jax.nn.softmax(logits_BxK) - one_hot_BxK) * weight_B[:, None]}
-
-
-def _end_to_end_gradient(rule: Rule, options: Options, spec: MixerSpec, estimator: Callable,
-                         variables: dict[str, PyTree], key: jax.Array, tokens_BxPxD: jax.Array,
-                         criterion: Criterion) -> tuple[PyTree, dict]:
-  """The whole network as one loss function: the read-out's loss, or with `local` detached and all local ones."""
-  del options
-  contrast = spec.style.contrast
-  project = contrast is not None and not rule.local
-  model = LocalMixer(spec, detach_readout=rule.local or contrast is not None, project=project)
-  names = ('batch_stats', 'feedback') if rule.feedback else ('batch_stats',)
-  fixed = {name: variables[name] for name in names if name in variables}
-
-  def apply(moving: PyTree, mutable: tuple, tokens: jax.Array, criterion: Criterion) -> tuple:
-    (logits, local), updates = model.apply({**fixed, **moving}, tokens, criterion if rule.local else None,
-                                           criterion.weight_B, mutable=mutable)
-    aux = _summary(logits, criterion)
-    if contrast and project:
-      end_B, aux['output_error'] = contrastive.end_losses(local.pop('head'), criterion.weight_B, contrast)
-      local['head'] = end_B[None, :, None, None]
-    stacks = [losses.reshape(-1, *losses.shape[-3:]).sum(0) for losses in jax.tree.leaves(local)]
-    aux['local_loss'] = sum((losses.mean((1, 2)) for losses in stacks), jnp.zeros(()))
-    return ((aux['loss'][:, None, None], *stacks), aux), updates
-
-  (_, aux), grads = estimator(FlaxLoss(apply))(variables['params'], key, tokens_BxPxD, criterion)
-  heads = 1 if project else sum(run.count for run in spec.runs)
-  return grads, _metrics(aux, aux['local_loss'], heads, contrast) | {'batch_stats': aux.get('batch_stats', {})}
-
-
-def _metrics(aux: dict[str, Any], local_loss_B: jax.Array, heads: int, contrast: Contrast | None
-             ) -> dict[str, jax.Array]:
-  """Sums over this device's examples; the contrastive loss is the mean over heads."""
-  means = {'loss': aux['loss'].sum(), 'error': aux['error'].sum()}
-  return {**means, 'contrastive_loss': local_loss_B.sum() / heads} if contrast else means
-
-
-def _greedy_gradient(rule: Rule, options: Options, spec: MixerSpec, estimator: Callable, variables: dict[str, PyTree],
-                     key: jax.Array, tokens_BxPxD: jax.Array, criterion: Criterion) -> tuple[PyTree, dict]:
-  """Stage after stage by their local losses, then the read-out on what comes out."""
-  run_stages = greedy(estimator, spec, options.cut, every=options.every, overlap=options.overlap)
-  variables = variables if rule.feedback else {k: v for k, v in variables.items() if k != 'feedback'}
-  x, local_loss_B, grads, stats = run_stages(variables, key, tokens_BxPxD, criterion)
-  fixed = {'batch_stats': {'readout': stats['readout']}} if 'readout' in stats else {}
-  readout = ReadOut(spec.style, spec.classes)
-
-  def objective(params: PyTree) -> tuple[jax.Array, tuple[dict, PyTree]]:
-    logits, updates = readout.apply({'params': params, **{k: v['readout'] for k, v in fixed.items()}}, x,
-                                    criterion.weight_B, mutable=('batch_stats',))
-    aux = _summary(logits, criterion)
-    return aux['loss'].sum(), (aux, updates)
-
-  grads['readout'], (aux, updates) = jax.grad(objective, has_aux=True)(variables['params']['readout'])
-  if 'batch_stats' in updates:
-    stats['readout'] = updates['batch_stats']
-  heads = len(stages(sum(run.count for run in spec.runs), options.every, options.overlap))
-  return grads, _metrics(aux, local_loss_B, heads, spec.style.contrast) | {'batch_stats': stats}
 
 
 def _tap_matrices(key: jax.Array, spec: MixerSpec, params: PyTree) -> PyTree:

@@ -12,6 +12,11 @@ from lfg_jax import configs
 SCRIPT = pathlib.Path(__file__).parent.parent / 'experiments' / 'variance.py'
 
 
+@pytest.fixture(autouse=True)
+def beside_its_modules(monkeypatch):
+  monkeypatch.syspath_prepend(SCRIPT.parent)
+
+
 def test_rows_table_and_figure(tmp_path):
   program = runpy.run_path(str(SCRIPT))
   rows, figure = program['PARTS']['laws']
