@@ -139,7 +139,7 @@ def _fused_jvp(cut: Cut, contrast: Contrast, primals: tuple, tangents: tuple) ->
   slope_NxK = _through_unit(z_NxK, S_NxM @ c_MxK)
   slope_NxGxC = jnp.einsum('gck,nk->ngc', backward, slope_NxK) / P
   d_own = sum_uncut((d_features * slope_NxGxC[:, None]).sum(-1), cut)
-  # Constant zeros are not multiplied: jaxlib 0.10.2 on CPUs can make NaN of a matrix product with them.
+  # Where only activities move, no product with the head's zero tangent.
   head_moves = not (isinstance(d_kernel, SymbolicZero) and isinstance(d_bias, SymbolicZero))
   d_z_NxK = head_outputs(features, _filled(d_kernel), _filled(d_bias)) if head_moves else jnp.zeros_like(z_NxK)
   d_loss = d_own + (d_z_NxK * slope_NxK).sum(-1)[:, None, None] if head_moves else d_own
