@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from lfg_jax import forward_grad, guided
 from lfg_jax.tangents import Passes, hadamard, normal
@@ -54,6 +55,45 @@ def test_within_is_unbiased_for_gradients_of_the_span(law):
   mean, error = squared_error(estimates(guided.within(inside, law), 1))
   assert abs(mean - law.excess(2, 1) * float((G**2).sum())) < 4 * error
   assert np.allclose(estimates(guided.within(inside, hadamard), 2)[0], G, rtol=1e-4)
+
+
+def network_and_guide(kind):
+  """Gradient of a two-layer network as a flat vector, and a direction known without backprop through it."""
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(32, 6)), rng.integers(0, 3, 32)
+  one_hot = np.eye(3)[y]
+  w = {'first': rng.normal(size=(6, 5)) / 2, 'second': rng.normal(size=(5, 3)) / 2}
+  x, one_hot, w = jax.tree.map(jnp.float32, (x, one_hot, w))
+  output = lambda w, x: jnp.tanh(x @ w['first']) @ w['second']
+  loss = lambda w, x, one_hot: -(jax.nn.log_softmax(output(w, x)) * one_hot).sum(-1).mean()
+  h = jnp.tanh(x @ w['first'])
+  error = (jax.nn.softmax(output(w, x)) - one_hot) / 32
+  back = {
+      'local gradient': w['second'].T + jnp.float32(rng.normal(size=(3, 5))),    # through a local head
+      'direct feedback': jnp.float32(rng.normal(size=(3, 5))),                   # through a fixed random matrix
+  }
+  if kind == 'momentum':
+    guide = jax.grad(loss)(jax.tree.map(lambda a: a + 0.3, w), x, one_hot)      # of a step before
+  else:
+    guide = {'first': x.T @ (error @ back[kind] * (1 - h**2)), 'second': h.T @ error}
+  flat, unravel = ravel_pytree(w)
+  of_flat = lambda v: loss(unravel(v), x, one_hot)
+  return of_flat, flat, ravel_pytree(guide)[0][None]
+
+
+@pytest.mark.parametrize('kind', ['local gradient', 'momentum', 'direct feedback'])
+def test_a_network_with_a_guide(kind):
+  """Unbiased, with the error of the part of the gradient that the guide does not see; less than without a guide."""
+  loss, w, guide = network_and_guide(kind)
+  gradient = np.asarray(jax.grad(loss)(w))
+  run = forward_grad(loss, law=guided.mixed(guide), passes=2)
+  samples = np.asarray(jax.jit(jax.vmap(lambda key: run(w, key=key)))(jax.random.split(jax.random.key(0), DRAWS)))
+  cosine = float(guide[0] @ gradient) / np.linalg.norm(guide) / np.linalg.norm(gradient)
+  assert largest_z(samples, gradient) < 4.5 < largest_z(samples, 1.1 * gradient)
+  errors = ((samples - gradient)**2).sum(1)
+  expected = normal.excess(len(w) - 1, 1) * (1 - cosine**2) * (gradient**2).sum()
+  assert abs(errors.mean() - expected) < 4 * errors.std() / DRAWS**0.5
+  assert (expected < normal.excess(len(w), 2) * (gradient**2).sum()) == (cosine**2 > 0.5)
 
 
 @pytest.mark.parametrize(('make', 'passes'), [(guided.along, 2), (guided.mixed, 4), (guided.within, 3)])
