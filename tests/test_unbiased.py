@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lfg_jax import algorithms, estimators
+from lfg_jax.contrastive import Contrast
 from tests.small import compose, gradient, relative_error, small
 
 DRAWS, CHUNK = 20_480, 256
@@ -81,6 +82,31 @@ CASES = [
 @pytest.mark.parametrize('name, target, options', CASES, ids=lambda x: str(x))
 def test_unbiased(name, target, options):
   assert judge(model(), name, target, **options) == []
+
+
+def two_views(key_B, image):
+  """The image and its negative, whatever the key: only tangents may differ from draw to draw."""
+  del key_B
+  return jnp.stack([image, 255 - image], 1).reshape(-1, *image.shape[1:])
+
+
+def judge_contrastive(name, shared_views=True, stop_gradient=True):
+  s = model(batch=3, contrast=Contrast(projections=4, shared_views=shared_views, stop_gradient=stop_gradient))
+  run, exact = (algorithms.compose(algorithms.REGISTRY[n], algorithms.Options(), s.spec, s.prepare, views=two_views)
+                for n in (name, {'FG-A': 'BP', 'FG-W': 'BP'}.get(name, 'LG-BP')))
+  target = jax.jit(exact.gradient)(s.variables, jax.random.key(0), s.batch)[0]
+  return verdict(z_scores(lambda key: run.gradient(s.variables, key, s.batch)[0], target))
+
+
+@pytest.mark.parametrize(('name', 'shared_views'), [
+    ('LG-FG-A', True), ('LG-FG-A', False), ('FG-A', True), ('LG-FG-W', True)])
+def test_contrastive_estimates_are_unbiased(name, shared_views):
+  assert judge_contrastive(name, shared_views) == []
+
+
+def test_without_the_stop_gradient_contrastive_activity_estimates_are_biased():
+  """They leave out what an activity does to the losses of other rows: the paper's figure 4."""
+  assert judge_contrastive('LG-FG-A', stop_gradient=False)
 
 
 def test_the_papers_credit_rule_is_biased_for_the_layer_before_the_groups_only():
