@@ -146,11 +146,13 @@ class Algorithm(NamedTuple):
       the batch is sharded over a mesh axis, the sum over devices of grads and of aux's 'loss' and 'error' is the
       result. aux['batch_stats'] is the same on all devices.
     predict: `(variables, image [B, H, W, C]) -> logits [B, classes]`.
+    features: `(variables, image [B, H, W, C]) -> [B, C]`, what the read-out's linear layer sees.
     metrics: the scalars in aux that are means over the global batch.
   """
   init: Callable[[jax.Array], dict[str, PyTree]]
   gradient: Callable[[dict[str, PyTree], jax.Array, Batch], tuple[PyTree, dict[str, Any]]]
   predict: Callable[[dict[str, PyTree], jax.Array], jax.Array]
+  features: Callable[[dict[str, PyTree], jax.Array], jax.Array]
   metrics: tuple[str, ...] = ('loss', 'error')
 
 
@@ -232,11 +234,17 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
         len(batch.label), options.micro_batch, 4 * max(run.spec.tokens * run.spec.channels for run in spec.runs))
     return parts.sum_over_parts(functools.partial(part_gradient, variables, key), batch, number)
 
-  def predict(variables: dict[str, PyTree], image: jax.Array) -> jax.Array:
-    model = LocalMixer(dataclasses.replace(spec, style=spec.style._replace(train=False)))
-    return model.apply({k: v for k, v in variables.items() if k != 'feedback'}, prepare(image))[0]
+  still = LocalMixer(dataclasses.replace(spec, style=spec.style._replace(train=False)))
 
-  return Algorithm(init, gradient, predict, ('loss', 'error', 'contrastive_loss') if contrast else ('loss', 'error'))
+  def predict(variables: dict[str, PyTree], image: jax.Array) -> jax.Array:
+    return still.apply({k: v for k, v in variables.items() if k != 'feedback'}, prepare(image))[0]
+
+  def features(variables: dict[str, PyTree], image: jax.Array) -> jax.Array:
+    known = {k: v for k, v in variables.items() if k != 'feedback'}
+    return still.apply(known, prepare(image), mutable='features')[1]['features']['readout']['mean'][0]
+
+  metrics = ('loss', 'error', 'contrastive_loss') if contrast else ('loss', 'error')
+  return Algorithm(init, gradient, predict, features, metrics)
 
 
 def mixes_examples(spec: MixerSpec) -> bool:

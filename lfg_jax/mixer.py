@@ -200,6 +200,7 @@ class ReadOut(nn.Module):
   def __call__(self, x_BxPxC: jax.Array, weight_B: jax.Array) -> jax.Array:
     C = x_BxPxC.shape[-1]
     h = _norm(self.style, 'readout', x_BxPxC.mean(1), weight_B)
+    self.sow('features', 'mean', h)
     return layers.Linear(layers.dense, (C, self.classes), (self.classes,), C, 'zero', name='linear')(h)
 
 

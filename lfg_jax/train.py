@@ -67,6 +67,28 @@ def prepare(config: ConfigDict) -> Job:
   return Job(config, dataset, algorithm, update.make_mesh())
 
 
+def load(workdir: pathlib.Path, data_dir: str | None = None) -> tuple[Job, TrainState]:
+  """A run's job, and its state in the newest checkpoint.
+
+  Raises:
+    UserError: the folder has no run, or no checkpoint.
+  """
+  path = workdir / 'config.json'
+  if not path.exists():
+    raise UserError(f'{workdir} is not the folder of a run: it has no config.json')
+  config = configs.base()
+  stored = {name: tuple(value) if isinstance(value, list) else value
+            for name, value in configs.flatten(json.loads(path.read_text()))}
+  config.update_from_flattened_dict({**stored, **({'data_dir': data_dir} if data_dir else {})})
+  job = prepare(config)
+  state = _build(job)[1]
+  with Checkpoints(workdir / 'checkpoints', config.keep) as checkpoints:
+    restored = checkpoints.restore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+  if restored is None:
+    raise UserError(f'{workdir} has no checkpoint yet')
+  return job, restored[0]
+
+
 def claim(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any] | None:
   """Makes `workdir` the folder of this config's run; returns the summary if the run is finished.
 

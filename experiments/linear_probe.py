@@ -1,0 +1,86 @@
+"""Linear read-out of a finished run's features, trained offline: logistic regression on what the checkpoint computes.
+
+    python experiments/linear_probe.py --workdir=DIR [--data_dir=DIR] [--l2=1e-4] [--iterations=300]
+
+Features are those the online read-out sees: the mean over tokens of the last block, normalised. The network is not
+touched. DIR gets features.npz (train_x [N, C], train_y, test_x, test_y) and linear_probe.json: errors of probe and of
+online read-out, with the standard error of a test error. It refuses a folder that is no run, or has no checkpoint.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lfg_jax import configs, data, run_log
+from lfg_jax.train import load
+
+BATCH = 500
+
+
+def main(arguments: list[str]) -> None:
+  """Exports features, fits, reports."""
+  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser.add_argument('--workdir', type=pathlib.Path, required=True, help='of a run')
+  parser.add_argument('--data_dir', help='of TFDS; default: as the run had it')
+  parser.add_argument('--l2', type=float, default=1e-4, help='weight of |W|²/2; default: 1e-4')
+  parser.add_argument('--iterations', type=int, default=300, help='of L-BFGS; default: 300')
+  options = parser.parse_args(arguments)
+  if options.l2 < 0 or options.iterations < 1:
+    raise configs.UserError(f'--l2 is {options.l2}, --iterations is {options.iterations}; allowed: 0 or more, 1 or '
+                            'more')
+  job, state = load(options.workdir, options.data_dir)
+  if not isinstance(job.dataset.train, data.Arrays):
+    raise configs.UserError(f'{job.config.dataset} is a stream; the probe keeps all features in memory, '
+                            'and is for data sets that fit')
+  variables = {'params': state.params, **state.rest}
+  features = feature_function(variables, job.algorithm.features)
+  train_x, test_x = (features(split.image_NxHxWxC) for split in (job.dataset.train, job.dataset.test))
+  train_y, test_y = (np.asarray(split.label_N) for split in (job.dataset.train, job.dataset.test))
+  np.savez(options.workdir / 'features.npz', train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y)
+  kernel, bias = fit(train_x, train_y, job.dataset.classes, options.l2, options.iterations)
+  read_out = variables['params']['readout']['linear']
+  error = lambda x, y, kernel, bias: float(np.mean((x @ kernel + bias).argmax(-1) != y))
+  test_error = error(test_x, test_y, kernel, bias)
+  report = {'step': int(state.step), 'train_error': error(train_x, train_y, kernel, bias), 'test_error': test_error,
+            'standard_error': float(np.sqrt(test_error * (1 - test_error) / len(test_y))),
+            'online_test_error': error(test_x, test_y, np.asarray(read_out['kernel']), np.asarray(read_out['bias'])),
+            'l2': options.l2, 'iterations': options.iterations}
+  run_log.write_atomically(options.workdir / 'linear_probe.json', json.dumps(report, indent=2) + '\n')
+  print('  '.join(f'{name} {value}' for name, value in report.items()))
+
+
+def feature_function(variables: dict, features: Callable) -> Callable[[jax.Array], np.ndarray]:
+  """`images [N, H, W, C] -> features [N, C]`, some images at a time."""
+  run = jax.jit(lambda image: features(variables, image))
+  return lambda images: np.concatenate([run(images[n:n + BATCH]) for n in range(0, len(images), BATCH)])
+
+
+def fit(x_NxC: np.ndarray, y_N: np.ndarray, classes: int, l2: float, iterations: int) -> tuple[np.ndarray, np.ndarray]:
+  """Logistic regression by L-BFGS on all examples: the minimum of mean cross-entropy + l2 |W|²/2."""
+  x, y = jnp.asarray(x_NxC), jnp.asarray(y_N)
+
+  def loss(params: tuple[jax.Array, jax.Array]) -> jax.Array:
+    kernel, bias = params
+    return optax.softmax_cross_entropy_with_integer_labels(x @ kernel + bias, y).mean() + l2 * (kernel**2).sum() / 2
+
+  optimizer = optax.lbfgs()
+
+  def step(carry: tuple, _: None) -> tuple[tuple, None]:
+    params, state = carry
+    value, grad = optax.value_and_grad_from_state(loss)(params, state=state)
+    updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+    return (optax.apply_updates(params, updates), state), None
+
+  start = (jnp.zeros((x.shape[1], classes)), jnp.zeros(classes))
+  kernel, bias = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), None, iterations)[0][0])(start)
+  return np.asarray(kernel), np.asarray(bias)
+
+
+if __name__ == '__main__':
+  configs.run(main)

@@ -1,0 +1,39 @@
+"""experiments/linear_probe.py: against the online read-out, and against scikit-learn on the exported features."""
+
+import json
+import runpy
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from lfg_jax import configs
+from lfg_jax.train import prepare, train
+from tests.runs import ROOT, tiny
+
+
+def probe(*arguments):
+  runpy.run_path(str(ROOT / 'experiments' / 'linear_probe.py'))['main']([str(a) for a in arguments])
+
+
+def test_probe_of_a_run(tmp_path):
+  config = tiny(model__size='S/2/4', model__channels=64, epochs=6, optimizer__readout_multiplier=1.0)
+  folder = tmp_path / 'run'
+  summary = train(prepare(config), folder)
+  probe(f'--workdir={folder}')
+  report = json.loads((folder / 'linear_probe.json').read_text())
+  features = np.load(folder / 'features.npz')
+  assert features['train_x'].shape == (1438, 64) and features['test_x'].shape == (359, 64)
+  # The features and the read-out of the checkpoint make the trainer's own number.
+  assert report['online_test_error'] == pytest.approx(summary['test_error'], abs=1e-6)
+  # Same minimum: C = 1/(N l2) is scikit-learn's form of the penalty.
+  model = LogisticRegression(C=1 / (1438 * 1e-4), max_iter=5000, tol=1e-8).fit(features['train_x'], features['train_y'])
+  error = 1 - model.score(features['test_x'], features['test_y'])
+  assert abs(report['test_error'] - error) <= 1 / 359 + 1e-9
+  assert abs(report['test_error'] - report['online_test_error']) < 3 * report['standard_error'] + 0.01
+  assert report['train_error'] < 0.03
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+  with pytest.raises(configs.UserError, match='is not the folder of a run: it has no config'):
+    probe(f'--workdir={tmp_path}')
