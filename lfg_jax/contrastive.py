@@ -141,11 +141,16 @@ def _fused_jvp(cut: Cut, contrast: Contrast, primals: tuple, tangents: tuple) ->
   d_own = sum_uncut((d_features * slope_NxGxC[:, None]).sum(-1), cut)
   # Where only activities move, no product with the head's zero tangent.
   head_moves = not (isinstance(d_kernel, SymbolicZero) and isinstance(d_bias, SymbolicZero))
-  d_z_NxK = head_outputs(features, _filled(d_kernel), _filled(d_bias)) if head_moves else jnp.zeros_like(z_NxK)
-  d_loss = d_own + (d_z_NxK * slope_NxK).sum(-1)[:, None, None] if head_moves else d_own
-  if contrast.stop_gradient:
-    return loss, d_loss
-  return loss, d_loss + _through_candidates(d_features, d_z_NxK, backward, z_NxK, S_NxM, cut, contrast)
+  d_loss = d_own
+  if not contrast.stop_gradient:
+    d_loss += _through_candidates(d_features, backward, z_NxK, S_NxM, cut, contrast)
+  if head_moves:
+    d_z_NxK = head_outputs(features, _filled(d_kernel), _filled(d_bias))
+    d_loss += (d_z_NxK * slope_NxK).sum(-1)[:, None, None]
+    if not contrast.stop_gradient:
+      dc_MxK = gather(_through_unit(z_NxK, d_z_NxK), contrast.axis_name)
+      d_loss += ((S_NxM @ dc_MxK) * unit(z_NxK)).sum(-1)[:, None, None]
+  return loss, d_loss
 
 
 _fused_loss.defjvp(_fused_jvp, symbolic_zeros=True)
@@ -155,9 +160,9 @@ def _filled(d: jax.Array | SymbolicZero) -> jax.Array:
   return jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d
 
 
-def _through_candidates(d_features: jax.Array, d_z_NxK: jax.Array, backward_GxCxK: jax.Array, z_NxK: jax.Array,
-                        S_NxM: jax.Array, cut: Cut, contrast: Contrast) -> jax.Array:
-  """a_n · Σ_m S[n,m] dc[m,p,g]; patch after patch, as dc of all replicas would be larger than the features."""
+def _through_candidates(d_features: jax.Array, backward_GxCxK: jax.Array, z_NxK: jax.Array, S_NxM: jax.Array,
+                        cut: Cut, contrast: Contrast) -> jax.Array:
+  """a_n · Σ_m S[n,m] dc[m,p,g] of moving features, patch by patch: dc of all replicas would be larger than they are."""
   P = d_features.shape[1]
   a_NxK = unit(z_NxK)
 
@@ -165,7 +170,7 @@ def _through_candidates(d_features: jax.Array, d_z_NxK: jax.Array, backward_GxCx
     moved_NxGxK = jnp.einsum('ngc,gck->ngk', d_NxGxC, backward_GxCxK) / P
     if not cut.group:
       moved_NxGxK = moved_NxGxK.sum(1, keepdims=True)
-    dc_NxGxK = _through_unit(z_NxK[:, None], moved_NxGxK + d_z_NxK[:, None])
+    dc_NxGxK = _through_unit(z_NxK[:, None], moved_NxGxK)
     seen_NxGxK = jnp.tensordot(S_NxM, gather(dc_NxGxK, contrast.axis_name), 1)
     return (seen_NxGxK * a_NxK[:, None]).sum(-1)
 
