@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
-import grain
 import jax
 import numpy as np
 from PIL import Image
@@ -83,6 +82,7 @@ class Stream:
     """
     if batch_size < 1 or batch_size % process_count:
       raise ValueError(f'batch size {batch_size} does not divide among {process_count} processes')
+    import grain  # here: a second of start-up, and warnings about jaxlib, that only streams are worth
     local = batch_size // process_count
     order = grain.MapDataset.range(self.examples)
     if self.train:

@@ -253,6 +253,7 @@ def test_finite_differences_approach_the_exact_derivative(name):
   assert errors[0] < 0.01 and errors[1] < 0.2 * errors[0]
 
 
+@pytest.mark.usefixtures('float64')
 def test_direct_feedback_sends_the_error_of_the_projection():
   s = contrastive_small()
   algorithm, variables = randomised(s, 'DFA')
