@@ -59,6 +59,7 @@ def mlp(figure: Figure, rows: list[Row]) -> None:
 
 def mixer(figure: Figure, rows: list[Row]) -> None:
   """Left: relative error of every algorithm and cut, by layer. Right: cosine against time."""
+  figure.set_size_inches(13, 6)
   left, right = figure.subplots(1, 2)
   layers = _layers(rows)
   single = [r for r in rows if r['passes'] == 1 and r['taps'] == 'joint' and r['law'] == 'rademacher']
@@ -68,7 +69,7 @@ def mixer(figure: Figure, rows: list[Row]) -> None:
                   label=f'{name}, {cut}')
   left.set_xticks(range(len(layers)), layers, rotation=60, fontsize='small')
   left.set(ylabel='squared error / |gradient|², one Rademacher pass')
-  left.legend(fontsize='x-small')
+  left.legend(fontsize='x-small', loc='upper center', bbox_to_anchor=(0.5, -0.22), ncols=3)
   many = [r for r in rows if (r['estimator'], r['cut']) == ('LG-FG-A', 'all') and r['layer'] == 'blocks/group'
           and r['law'] != 'normal']
   for law, taps in dict.fromkeys((r['law'], r['taps']) for r in many):
@@ -77,7 +78,11 @@ def mixer(figure: Figure, rows: list[Row]) -> None:
     right.semilogx([o[0] for o in own], [o[1] for o in own], 'o-', label=f'{law}, {taps}')
     for ms, cosine, count in own:
       right.annotate(str(count), (ms, cosine), fontsize='x-small')
-  right.set(xlabel='ms (numbers: passes)', ylabel='cosine to the true gradient, grouped layers of blocks 1 to 3')
+  ticks = (32, 64, 128, 256, 512, 1024)
+  right.set_xticks(ticks, map(str, ticks))
+  right.minorticks_off()
+  right.set(xlabel='ms (numbers: passes)', ylabel='cosine to the true gradient',
+            title='grouped layers of blocks 1 to 3')
   right.legend(fontsize='small')
 
 
