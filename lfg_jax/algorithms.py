@@ -236,12 +236,14 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
 
   still = LocalMixer(dataclasses.replace(spec, style=spec.style._replace(train=False)))
 
+  def evaluate(variables: dict[str, PyTree], image: jax.Array, **options: Any) -> tuple:
+    return still.apply({k: v for k, v in variables.items() if k != 'feedback'}, prepare(image), **options)
+
   def predict(variables: dict[str, PyTree], image: jax.Array) -> jax.Array:
-    return still.apply({k: v for k, v in variables.items() if k != 'feedback'}, prepare(image))[0]
+    return evaluate(variables, image)[0]
 
   def features(variables: dict[str, PyTree], image: jax.Array) -> jax.Array:
-    known = {k: v for k, v in variables.items() if k != 'feedback'}
-    return still.apply(known, prepare(image), mutable='features')[1]['features']['readout']['mean'][0]
+    return evaluate(variables, image, mutable='features')[1]['features']['readout']['mean'][0]
 
   metrics = ('loss', 'error', 'contrastive_loss') if contrast else ('loss', 'error')
   return Algorithm(init, gradient, predict, features, metrics)

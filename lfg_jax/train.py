@@ -77,8 +77,7 @@ def load(workdir: pathlib.Path, data_dir: str | None = None) -> tuple[Job, Train
   if not path.exists():
     raise UserError(f'{workdir} is not the folder of a run: it has no config.json')
   config = configs.base()
-  stored = {name: tuple(value) if isinstance(value, list) else value
-            for name, value in configs.flatten(json.loads(path.read_text()))}
+  stored = {name: tuple(value) if isinstance(value, list) else value for name, value in _stored(path).items()}
   config.update_from_flattened_dict({**stored, **({'data_dir': data_dir} if data_dir else {})})
   job = prepare(config)
   state = _build(job)[1]
@@ -109,12 +108,17 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any] | None:
   return None
 
 
-def _compare(path: pathlib.Path, config: ConfigDict) -> None:
-  """Raises UserError when the stored config is not `config`."""
+def _stored(path: pathlib.Path) -> dict[str, Any]:
+  """The fields of a run's config.json, by dotted names."""
   try:
-    there = dict(configs.flatten(json.loads(path.read_text())))
+    return dict(configs.flatten(json.loads(path.read_text())))
   except (ValueError, AttributeError) as error:
     raise UserError(f'{path} is not a config that this program wrote; name another folder') from error
+
+
+def _compare(path: pathlib.Path, config: ConfigDict) -> None:
+  """Raises UserError when the stored config is not `config`."""
+  there = _stored(path)
   here = dict(configs.flatten(json.loads(configs.to_json(config))))
   fields = sorted({*here, *there} - {*MAY_DIFFER})
   differing = [f'{field} is {there.get(field)!r} there, {here.get(field)!r} here'
