@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from lfg_jax import algorithms, configs, data, parts, run_log, timing
+from lfg_jax import algorithms, configs, data, run_log, timing
 from lfg_jax.sizes import mixer_spec, parse, patches
 
 Row = dict[str, Any]
@@ -62,8 +62,7 @@ def measure(name: str, blocks: int, options: argparse.Namespace) -> Row:
   compiled = lowered.compile()
   seconds = time.perf_counter() - begin
   weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables['params']))
-  in_parts = parts.number_of_parts(options.batch, options.micro_batch, 4 * spec.runs[0].spec.tokens
-                                   * spec.runs[0].spec.channels) > 1
+  in_parts = algorithms.number_of_parts(spec, options.batch, options.micro_batch) > 1
   times = timing.interleaved({name: lambda: compiled(variables, keys[3], batch)}, options.repetitions)[name]
   return {'algorithm': name, 'model': options.model, 'batch': options.batch, 'micro_batch': options.micro_batch,
           'blocks': blocks, 'parameters_bytes': weights,

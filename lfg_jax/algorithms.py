@@ -230,8 +230,7 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
 
   def gradient(variables: dict[str, PyTree], key: jax.Array, batch: Batch) -> tuple[PyTree, dict[str, Any]]:
     batch = Batch(*map(jnp.asarray, batch))
-    number = 1 if mixes_examples(spec) else parts.number_of_parts(
-        len(batch.label), options.micro_batch, 4 * max(run.spec.tokens * run.spec.channels for run in spec.runs))
+    number = number_of_parts(spec, len(batch.label), options.micro_batch)
     return parts.sum_over_parts(functools.partial(part_gradient, variables, key), batch, number)
 
   still = LocalMixer(dataclasses.replace(spec, style=spec.style._replace(train=False)))
@@ -252,6 +251,12 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
 def mixes_examples(spec: MixerSpec) -> bool:
   """Whether the losses of one example depend on others, so that a batch is more than its parts."""
   return spec.style.norm == 'batch' or spec.style.contrast is not None
+
+
+def number_of_parts(spec: MixerSpec, batch_size: int, micro_batch: int) -> int:
+  """In how many parts a device takes its share of the batch, of `batch_size` examples."""
+  activity_bytes = 4 * max(run.spec.tokens * run.spec.channels for run in spec.runs)
+  return 1 if mixes_examples(spec) else parts.number_of_parts(batch_size, micro_batch, activity_bytes)
 
 
 def build_estimator(rule: Rule, options: Options, spec: MixerSpec, axis_name: str | None,
