@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from lfg_jax import algorithms, configs, data, run_log, timing
+from lfg_jax import algorithms, configs, data, rules, run_log, timing
 from lfg_jax.sizes import mixer_spec, parse, patches
 
 Row = dict[str, Any]
@@ -50,7 +50,7 @@ def measure(name: str, blocks: int, options: argparse.Namespace) -> Row:
   images = data.TFDS['cifar10']
   spec = mixer_spec(options.model, image_shape=images.image_shape, classes=images.classes, blocks=blocks)
   prepare = functools.partial(patches, side=parse(options.model)[1], mean=images.mean, std=images.std)
-  algorithm = algorithms.compose(algorithms.REGISTRY[name], algorithms.Options(micro_batch=options.micro_batch), spec,
+  algorithm = algorithms.compose(rules.REGISTRY[name], rules.Options(micro_batch=options.micro_batch), spec,
                                  prepare)
   keys = jax.random.split(jax.random.key(0), 4)
   batch = data.Batch(jax.random.randint(keys[0], (options.batch, *images.image_shape), 0, 256).astype(jnp.uint8),
@@ -63,11 +63,10 @@ def measure(name: str, blocks: int, options: argparse.Namespace) -> Row:
   seconds = time.perf_counter() - begin
   weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables['params']))
   in_parts = algorithms.number_of_parts(spec, options.batch, options.micro_batch) > 1
-  times = timing.interleaved({name: lambda: compiled(variables, keys[3], batch)}, options.repetitions)[name]
   return {'algorithm': name, 'model': options.model, 'batch': options.batch, 'micro_batch': options.micro_batch,
           'blocks': blocks, 'parameters_bytes': weights,
           'temporaries_bytes': timing.temporaries(compiled) - in_parts * weights, 'compile_seconds': seconds,
-          'ms_gradient': timing.median_ms(times)}
+          'ms_gradient': timing.one_ms(lambda: compiled(variables, keys[3], batch), options.repetitions)}
 
 
 def draw(path: pathlib.Path, rows: list[Row]) -> None:

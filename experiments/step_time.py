@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from lfg_jax import algorithms, configs, data, optimizers, run_log, timing, update
+from lfg_jax import algorithms, configs, data, optimizers, rules, run_log, timing, update
 from lfg_jax.sizes import mixer_spec, parse
 
 Row = dict[str, Any]
@@ -97,7 +97,7 @@ def compile_step(name: str, model: str, batch: int, passes: int) -> Step:
     return state
 
   spec = mixer_spec(model, image_shape=images.image_shape, classes=images.classes)
-  rule = algorithms.REGISTRY[name]
+  rule = rules.REGISTRY[name]
   flop = batch * timing.gradient_flop(spec, rule.estimator, rule.cut, passes)
   return Step(lambda: gradient(state, keys[3], *inputs), next_state, timing.temporaries(gradient), flop / 1e9)
 

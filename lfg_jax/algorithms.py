@@ -1,13 +1,13 @@
-"""The algorithms of the paper's tables, each a composition: an estimator × the objective it serves.
+"""Algorithms put together from a rule, options and a model: an estimator × the objective it serves.
 
-Estimators are in `lfg_jax.estimators`, objectives (end to end, or stage by stage) in `lfg_jax.objectives`. With the
-contrastive loss the batch has two views of every image.
+Rules are in `lfg_jax.rules`, estimators in `lfg_jax.estimators`, objectives (end to end, or stage by stage) in
+`lfg_jax.objectives`. With the contrastive loss the batch has two views of every image.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,124 +17,18 @@ from lfg_jax import augmentation, estimators, layers, parts, passes, tangents
 from lfg_jax.contrastive import VIEWS, Contrast
 from lfg_jax.data import Batch, Dataset
 from lfg_jax.estimators import FlaxLoss
-from lfg_jax.losses import Cut
-from lfg_jax.mixer import TAPS, Criterion, LocalMixer, MixerSpec
+from lfg_jax.mixer import Criterion, LocalMixer, MixerSpec
 from lfg_jax.objectives import end_to_end, stage_by_stage
 from lfg_jax.parts import WHOLE, Part
 from lfg_jax.passes import Sampling
+from lfg_jax.rules import REGISTRY, Options, Rule, one_of
 from lfg_jax.sizes import mixer_spec, parse, patches
 from lfg_jax.taps import Tap
 
 PyTree = Any
 
 
-class Rule(NamedTuple):
-  """One row of the registry.
-
-  Attributes:
-    estimator: 'backprop', 'weight', 'activity' or 'direct_feedback'.
-    cut: whether gradients are stopped between blocks (greedy).
-    local: whether local losses are used.
-    feedback: whether linear layers send gradients back through fixed random matrices.
-    finite: derivatives by finite differences instead of `jax.jvp`.
-  """
-  estimator: str
-  cut: bool = False
-  local: bool = False
-  feedback: bool = False
-  finite: bool = False
-
-
-_LOCAL_GREEDY = {'cut': True, 'local': True}
-REGISTRY: dict[str, Rule] = {
-    'BP': Rule('backprop'),
-    'L-BP': Rule('backprop', local=True),
-    'LG-BP': Rule('backprop', **_LOCAL_GREEDY),
-    'FA': Rule('backprop', feedback=True),
-    'L-FA': Rule('backprop', feedback=True, local=True),
-    'LG-FA': Rule('backprop', feedback=True, **_LOCAL_GREEDY),
-    'DFA': Rule('direct_feedback'),
-    'FG-W': Rule('weight'),
-    'FG-A': Rule('activity'),
-    'LG-FG-W': Rule('weight', **_LOCAL_GREEDY),
-    'LG-FG-A': Rule('activity', **_LOCAL_GREEDY),
-    'FD-W': Rule('weight', finite=True),
-    'FD-A': Rule('activity', finite=True),
-    'LG-FD-W': Rule('weight', finite=True, **_LOCAL_GREEDY),
-    'LG-FD-A': Rule('activity', finite=True, **_LOCAL_GREEDY),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """Fields of config.estimator and config.losses.
-
-  Attributes:
-    law: name of a tangent law, of `tangents.LAWS`.
-    passes: tangents per step.
-    chunk: how many of them are in memory at once; 0: all.
-    combine: 'mean' of the passes, or 'projection' on their span; see `passes.combine`.
-    taps: activity perturbation of all taps at once ('joint') or of each by itself ('separate').
-    tap_passes: with separate taps, numbers of passes of their own for taps of these names; 0: `passes`.
-    sharing: 'paper' (weights' tangents shared by the batch, activities' not), 'shared' or 'independent'.
-    credit: weight perturbation's rule for groups. 'exact' credits a weight with all the losses it influences.
-      'paper' credits the columns of the linear layer before the grouped one with their own group only, as
-      the authors' program does; biased, because the norm after that layer carries them to every group.
-    step: ε of finite differences.
-    patch, group: whether losses are cut by patch and by group.
-    every: blocks per stage of a greedy rule.
-    overlap: greedy stages are overlapping pairs of blocks.
-    micro_batch: examples whose gradients are computed at once; 0: what suits the machine, see `parts`.
-  """
-  law: str = 'rademacher'
-  passes: int = 1
-  chunk: int = 0
-  combine: str = 'mean'
-  taps: str = 'joint'
-  tap_passes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-  sharing: str = 'paper'
-  credit: str = 'exact'
-  step: float = 1e-3
-  patch: bool = True
-  group: bool = True
-  every: int = 1
-  overlap: bool = False
-  micro_batch: int = 0
-
-  def __post_init__(self) -> None:
-    _one_of('estimator.law', self.law, tangents.LAWS)
-    _one_of('estimator.sharing', self.sharing, ('paper', 'shared', 'independent'))
-    _one_of('estimator.combine', self.combine, passes.COMBINATIONS)
-    _one_of('estimator.taps', self.taps, ('joint', 'separate'))
-    for tap in self.tap_passes:
-      _one_of('tap of estimator.tap_passes', tap, TAPS)
-    _one_of('estimator.credit', self.credit, ('exact', 'paper'))
-    for field, value, low in (('estimator.passes', self.passes, 1), ('estimator.chunk', self.chunk, 0),
-                              *((f'estimator.tap_passes.{tap}', n, 0) for tap, n in self.tap_passes.items()),
-                              ('losses.every', self.every, 1), ('micro_batch', self.micro_batch, 0)):
-      if value < low:
-        raise ValueError(f'{field} is {value!r}; allowed: {low} or more')
-    if self.step <= 0:
-      raise ValueError(f'estimator.step is {self.step!r}; allowed: more than 0')
-    if self.combine == 'projection' and (self.taps == 'joint' or self.chunk):
-      raise ValueError(f"estimator.combine='projection' needs all passes of one tap at once, not taps={self.taps!r}, "
-                       f"chunk={self.chunk}; allowed: taps='separate', chunk=0")
-    if self.taps == 'joint' and any(self.tap_passes.values()):
-      raise ValueError("estimator.tap_passes is for taps perturbed one by one; allowed: estimator.taps='separate'")
-    if self.overlap and self.every > 1:
-      raise ValueError(f'losses.overlap=True and losses.every={self.every} exclude each other; allowed: one of them')
-
-  @property
-  def cut(self) -> Cut:
-    return Cut(self.patch, self.group)
-
-
 LOSSES = ('supervised', 'contrastive')
-
-
-def _one_of(field: str, given: Any, allowed: Any) -> None:
-  if given not in allowed:
-    raise ValueError(f'{field} is {given!r}; allowed: {", ".join(map(str, allowed))}')
 
 
 class Algorithm(NamedTuple):
@@ -162,9 +56,9 @@ def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorit
   Raises:
     ValueError: one line naming the field, the value and what is allowed.
   """
-  _one_of('algorithm', config.algorithm, REGISTRY)
+  one_of('algorithm', config.algorithm, REGISTRY)
   options = Options(**config.estimator, **config.losses, micro_batch=config.micro_batch)
-  _one_of('loss', config.loss, LOSSES)
+  one_of('loss', config.loss, LOSSES)
   contrast = _contrast(config.contrastive, axis_name) if config.loss == 'contrastive' else None
   sizes = dict(config.model)
   spec = mixer_spec(sizes.pop('size'), image_shape=dataset.image_shape, classes=dataset.classes,
@@ -195,6 +89,9 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
   if options.micro_batch and mixes_examples(spec):
     raise ValueError(f'micro_batch is {options.micro_batch}, and the losses of one example depend on others; '
                      'allowed here: 0')
+  if spec.style.dtype and rule.finite:
+    raise ValueError("model.precision is 'bfloat16', whose rounding hides finite differences; allowed with them: "
+                     "'float32'")
   contrast = spec.style.contrast
   if contrast and rule.estimator == 'weight' and options.sharing == 'independent':
     raise ValueError("estimator.sharing='independent' perturbs weights per example, and loss='contrastive' compares "
@@ -255,7 +152,7 @@ def mixes_examples(spec: MixerSpec) -> bool:
 
 def number_of_parts(spec: MixerSpec, batch_size: int, micro_batch: int) -> int:
   """In how many parts a device takes its share of the batch, of `batch_size` examples."""
-  activity_bytes = 4 * max(run.spec.tokens * run.spec.channels for run in spec.runs)
+  activity_bytes = (2 if spec.style.dtype else 4) * max(run.spec.tokens * run.spec.channels for run in spec.runs)
   return 1 if mixes_examples(spec) else parts.number_of_parts(batch_size, micro_batch, activity_bytes)
 
 

@@ -42,7 +42,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
 def base() -> ConfigDict:
   """All fields.
 
-  `algorithms.Options` explains estimator and losses; `sizes.mixer_spec` and `mixer.Style` the model;
+  `rules.Options` explains estimator and losses; `sizes.mixer_spec` and `mixer.Style` the model;
   `optimizers.make` and `optimizers.schedule` the optimizer. With the contrastive loss, a batch has two views of
   each of its `batch_size` images.
   """
@@ -58,7 +58,7 @@ def base() -> ConfigDict:
           'hidden': config_dict.placeholder(int),    # None: as the size implies
           'pool_every': 0, 'channel_ratio': 2, 'group_ratio': 2, 'pool': 'average',
           'norm': 'layer', 'norm_derivative': True, 'mixing': 'linear', 'conv_size': 3, 'init': 'lecun',
-          'norms': mixer.NORMS,
+          'norms': mixer.NORMS, 'precision': 'float32',    # or 'bfloat16': `mixer.Style`
       },
       'losses': {'patch': True, 'group': True, 'every': 1, 'overlap': False},
       # `contrastive.Contrast`; min_area: of a view's crop, as a part of the image's

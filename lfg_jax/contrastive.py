@@ -232,7 +232,7 @@ class Projection(nn.Module):
     N, _, G, C = features_NxPxGxC.shape
     K = self.contrast.projections
     linear = layers.Linear(layers.dense, (G * C, K), (K,), G * C, self.init_kind, name='linear')
-    z_NxK = linear(features_NxPxGxC.mean(1).reshape(N, G * C))
+    z_NxK = linear(layers.wide(features_NxPxGxC).mean(1).reshape(N, G * C))
     return z_NxK, hold(self, 'candidates', z_NxK) if self.contrast.stop_gradient else z_NxK
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
 EPSILON = 1e-5
 RUNNING = 0.9   # share of the past in running statistics, each step
@@ -24,11 +25,16 @@ def layer_norm(x: jax.Array, axes: tuple[int, ...] = (-1,)) -> jax.Array:
   >>> [round(y, 3) for y in layer_norm(jnp.array([0., 2., 4.])).tolist()]
   [-1.225, 0.0, 1.225]
   """
-  return _normalise(x, axes)[0]
+  return _normalise(x, axes)[0].astype(x.dtype)
+
+
+def wide(x: jax.Array) -> jax.Array:
+  """x in float32, if its numbers are shorter: means of thousands of them need the digits."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _normalise(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-  centred = x - x.mean(axes, keepdims=True)
+  centred = wide(x) - wide(x).mean(axes, keepdims=True)
   scale = jax.lax.rsqrt((centred * centred).mean(axes, keepdims=True) + EPSILON)
   return centred * scale, scale
 
@@ -38,7 +44,9 @@ def _layer_norm_jvp(axes: tuple[int, ...], primals: tuple, tangents: tuple) -> t
   """The projection (1 - 1/n - y yᵀ/n) · scale: symmetric, so its transpose costs the same."""
   (x,), (dx,) = primals, tangents
   y, scale = _normalise(x, axes)
-  return y, scale * (dx - dx.mean(axes, keepdims=True) - y * (y * dx).mean(axes, keepdims=True))
+  dx = wide(dx)
+  dy = scale * (dx - dx.mean(axes, keepdims=True) - y * (y * dx).mean(axes, keepdims=True))
+  return y.astype(x.dtype), dy.astype(x.dtype)
 
 
 class Norm(nn.Module):
@@ -62,7 +70,7 @@ class Norm(nn.Module):
     (`nn.BatchNorm` averages the devices' means, and divides 0 by 0 where a device has padding only.)
     """
     channels = math.prod(x.shape[2:] or x.shape[1:])    # [B, C], [B, P, C] or, in groups, [B, P, G, C]
-    flat_BxNxC = x.reshape(x.shape[0], -1, channels)
+    flat_BxNxC = wide(x).reshape(x.shape[0], -1, channels)
     running = [self.variable('batch_stats', name, fill, flat_BxNxC.shape[-1:], jnp.float32)
                for name, fill in (('mean', jnp.zeros), ('var', jnp.ones))]
     if not self.train:
@@ -77,7 +85,7 @@ class Norm(nn.Module):
       if not self.is_initializing() and self.is_mutable_collection('batch_stats'):
         for r, new in zip(running, (mean, variance), strict=True):
           r.value = RUNNING * r.value + (1 - RUNNING) * jax.lax.stop_gradient(new)
-    return ((flat_BxNxC - mean) * jax.lax.rsqrt(variance + EPSILON)).reshape(x.shape)
+    return ((flat_BxNxC - mean) * jax.lax.rsqrt(variance + EPSILON)).astype(x.dtype).reshape(x.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -143,19 +151,23 @@ class Linear(nn.Module):
     linear: one of `dense`, `grouped`, `across_tokens`, `depthwise`.
     kernel_shape, bias_shape: bias_shape broadcasts with the output.
     fan_in: inputs per output, for the initial scale.
+    dtype: in which it computes; None: of inputs and parameters.
   """
   linear: Callable
   kernel_shape: tuple[int, ...]
   bias_shape: tuple[int, ...]
   fan_in: int
   init_kind: str = 'lecun'
+  dtype: Any = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.param('kernel', initializer(self.init_kind, self.fan_in), self.kernel_shape)
     bias = self.param('bias', nn.initializers.zeros_init(), self.bias_shape)
+    x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
     if self.has_variable('feedback', 'kernel'):
-      return with_feedback(self.linear, x, kernel, self.get_variable('feedback', 'kernel')) + bias
+      feedback: jax.Array = self.get_variable('feedback', 'kernel').astype(kernel.dtype)
+      return with_feedback(self.linear, x, kernel, feedback) + bias
     return self.linear(x, kernel) + bias
 
 

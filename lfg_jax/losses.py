@@ -52,7 +52,7 @@ def cross_entropy(logits_BxK: jax.Array, label_B: jax.Array) -> jax.Array:
 def head_outputs(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array) -> jax.Array:
   """[B, K]: the head on the mean over patches of all groups."""
   G, C, K = kernel_GxCxK.shape
-  mean_BxD = features_BxPxGxC.mean(1).reshape(-1, G * C)
+  mean_BxD = features_BxPxGxC.mean(1, dtype=kernel_GxCxK.dtype).reshape(-1, G * C)
   return mean_BxD @ kernel_GxCxK.reshape(G * C, K) + bias_K
 
 

@@ -39,6 +39,8 @@ class Style(NamedTuple):
     train: batch norm uses the batch's statistics.
     axis_name: mesh axis over which batch norm takes its statistics.
     contrast: of contrastive heads; None: heads classify.
+    precision: 'bfloat16': blocks compute in it, with parameters, statistics of norms, heads, losses and read-out in
+      float32; 'float32': all is of the parameters' type.
   """
   mixing: str = 'linear'
   conv_size: int = 3
@@ -50,6 +52,12 @@ class Style(NamedTuple):
   train: bool = True
   axis_name: str | None = None
   contrast: Contrast | None = None
+  precision: str = 'float32'
+
+  @property
+  def dtype(self) -> Any:
+    """In which blocks compute; None: the parameters'."""
+    return jnp.bfloat16 if self.precision == 'bfloat16' else None
 
 
 class BlockSpec(NamedTuple):
@@ -128,7 +136,7 @@ class LocalBlock(nn.Module):
     return axes if self.last and self.style.norm == 'layer' else 1
 
   def _linear(self, linear: Callable, kernel: tuple, bias: tuple, fan_in: int) -> Callable[[str], layers.Linear]:
-    return lambda name: layers.Linear(linear, kernel, bias, fan_in, self.style.init, name=name)
+    return lambda name: layers.Linear(linear, kernel, bias, fan_in, self.style.init, self.style.dtype, name=name)
 
   def _token_linear(self) -> Callable[[str], layers.Linear]:
     P, C, k = self.spec.tokens, self.spec.inputs, self.style.conv_size
@@ -199,7 +207,7 @@ class ReadOut(nn.Module):
   @nn.compact
   def __call__(self, x_BxPxC: jax.Array, weight_B: jax.Array) -> jax.Array:
     C = x_BxPxC.shape[-1]
-    h = _norm(self.style, 'readout', x_BxPxC.mean(1), weight_B)
+    h = _norm(self.style, 'readout', layers.wide(x_BxPxC).mean(1), weight_B)
     self.sow('features', 'mean', h)
     return layers.Linear(layers.dense, (C, self.classes), (self.classes,), C, 'zero', name='linear')(h)
 

@@ -65,7 +65,8 @@ def mixer_spec(size: str = 'M/8/16', *, image_shape: tuple[int, int, int], class
     _one_of('norms', norm, NORMS)
   full = Style(norms=tuple(norms), **style)
   for field, allowed in (('mixing', ('linear', 'conv')), ('norm', ('layer', 'whole', 'batch')),
-                         ('init', ('kaiming', 'lecun', 'constant')), ('pool', ('average', 'max'))):
+                         ('init', ('kaiming', 'lecun', 'constant')), ('pool', ('average', 'max')),
+                         ('precision', ('float32', 'bfloat16'))):
     _one_of(field, getattr(full, field), allowed)
   stem = BlockSpec(side * side, height * width * colours // side**2, hidden, channels, groups, mix=False)
   runs = [Run('stem', stem, 1)]

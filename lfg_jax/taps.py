@@ -73,7 +73,7 @@ def tap(module: nn.Module, name: str, z: jax.Array, *, active: jax.Array | None 
     z = z + module.get_variable('perturbation', name)
   if module.has_variable('signal', name):
     signal: jax.Array = module.get_variable('signal', name)
-    z = inject(z, signal if active is None else jnp.where(active, signal, 0).astype(z.dtype))
+    z = inject(z, (signal if active is None else jnp.where(active, signal, 0)).astype(z.dtype))
   return z
 
 

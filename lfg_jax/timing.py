@@ -40,6 +40,15 @@ def median_ms(seconds: Sequence[float]) -> float:
   return 1e3 * statistics.median(seconds)
 
 
+def one_ms(function: Callable[[], Any], repetitions: int = 3) -> float:
+  """Median milliseconds of one function.
+
+  >>> one_ms(lambda: jnp.ones(3)) > 0
+  True
+  """
+  return median_ms(interleaved({'': function}, repetitions)[''])
+
+
 def temporaries(compiled: jax.stages.Compiled) -> int:
   """Bytes that a compiled function needs besides its arguments and results."""
   analysis = compiled.memory_analysis()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfg_jax import algorithms
+from lfg_jax import algorithms, rules
 from lfg_jax.data import Batch
 from lfg_jax.sizes import mixer_spec, patches
 
@@ -29,7 +29,7 @@ def small(side=2, groups=4, channels=16, blocks=3, batch=4, classes=5, dtype=jnp
   image = jnp.asarray(rng.integers(0, 256, (batch, *image_shape)), jnp.uint8)
   label = jnp.asarray(rng.integers(0, classes, batch), jnp.int32)
   weight = jnp.full((batch,), 1 / batch, dtype)
-  algorithm = algorithms.compose(algorithms.REGISTRY['BP'], algorithms.Options(), spec, prepare)
+  algorithm = algorithms.compose(rules.REGISTRY['BP'], rules.Options(), spec, prepare)
   # By shape alone: compiling the network's own initialisation takes seconds.
   shapes = jax.eval_shape(algorithm.init, jax.random.key(0))
   params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), dtype), shapes['params'])
@@ -39,7 +39,7 @@ def small(side=2, groups=4, channels=16, blocks=3, batch=4, classes=5, dtype=jnp
 
 def compose(s, name, **options):
   """The algorithm `name` on the small model."""
-  return algorithms.compose(algorithms.REGISTRY[name], algorithms.Options(**options), s.spec, s.prepare)
+  return algorithms.compose(rules.REGISTRY[name], rules.Options(**options), s.spec, s.prepare)
 
 
 def gradient(s, name, key=None, **options):

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from lfg_jax import algorithms, configs, optimizers, tangents
+from lfg_jax import configs, optimizers, rules, tangents
 from tests.runs import FLAGS, ROOT, STEPS
 
-ALGORITHMS = ', '.join(algorithms.REGISTRY)
+ALGORITHMS = ', '.join(rules.REGISTRY)
 TOP = ', '.join(sorted(configs.base()))
 
 

@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 
-from lfg_jax import algorithms, configs, mixer
+from lfg_jax import configs, mixer, rules
 from tests.runs import FLAGS, ROOT, STEPS
 
 
@@ -50,7 +50,7 @@ def test_base_config_has_the_defaults_of_the_code():
   base, style = configs.base(), mixer.Style()
   estimator = base.estimator.to_dict()
   assert set(estimator.pop('tap_passes').values()) == {0}
-  assert algorithms.Options(**estimator, **base.losses) == algorithms.Options()
+  assert rules.Options(**estimator, **base.losses) == rules.Options()
   for field in ('mixing', 'conv_size', 'norm', 'norms', 'init', 'pool', 'norm_derivative'):
     assert base.model[field] == getattr(style, field)
 

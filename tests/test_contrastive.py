@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lfg_jax import algorithms, contrastive
+from lfg_jax import algorithms, contrastive, rules
 from lfg_jax.contrastive import Contrast, replicated_info_nce
 from lfg_jax.estimators import draw_at_tap
 from lfg_jax.losses import Cut
@@ -152,7 +152,7 @@ def contrastive_small(contrast=Contrast(projections=6), **fields):
 
 
 def composed(s, name, **options):
-  return algorithms.compose(algorithms.REGISTRY[name], algorithms.Options(**options), s.spec, s.prepare,
+  return algorithms.compose(rules.REGISTRY[name], rules.Options(**options), s.spec, s.prepare,
                             views=noisy_views)
 
 
@@ -214,7 +214,7 @@ ELEVEN = ['BP', 'L-BP', 'LG-BP', 'FA', 'L-FA', 'LG-FA', 'DFA', 'FG-W', 'FG-A', '
 def test_exact_parts_of_all_algorithms(name):
   """Values, and gradients of heads and read-out, do not depend on how the rest is estimated."""
   s, key = contrastive_small(), jax.random.key(5)
-  same_losses = {'local': 'LG-BP', 'end': 'BP'}['local' if algorithms.REGISTRY[name].local else 'end']
+  same_losses = {'local': 'LG-BP', 'end': 'BP'}['local' if rules.REGISTRY[name].local else 'end']
   algorithm, variables = randomised(s, name)
   exact, _ = randomised(s, same_losses)
   grads, aux = jax.jit(algorithm.gradient)(variables, key, s.batch)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lfg_jax import algorithms
+from lfg_jax import rules
 from lfg_jax.losses import Cut, replicated_cross_entropy
 from tests import oracle
 from tests.small import compose, gradient, keep_kernels, relative_error, small
@@ -124,7 +124,7 @@ def test_feedback_alignment_with_transposed_forward_matrices_is_backprop(name):
   assert relative_error(with_feedback(random)[0], expected) > 0.1
 
 
-@pytest.mark.parametrize('name', sorted(algorithms.REGISTRY))
+@pytest.mark.parametrize('name', sorted(rules.REGISTRY))
 def test_forward_values_are_those_of_backprop(name):
   s = small()
   def loss(name):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lfg_jax import algorithms, parts
+from lfg_jax import algorithms, parts, rules
 from tests.small import compose, relative_error, small
 
 
@@ -28,7 +28,7 @@ def test_a_micro_batch_must_divide_the_batch():
 def test_batch_norm_takes_the_whole_batch():
   s = small(norm='batch')
   with pytest.raises(ValueError, match='micro_batch is 1'):
-    algorithms.compose(algorithms.REGISTRY['BP'], algorithms.Options(micro_batch=1), s.spec, s.prepare)
+    algorithms.compose(rules.REGISTRY['BP'], rules.Options(micro_batch=1), s.spec, s.prepare)
 
 
 def test_automatic_size_keeps_an_activity_in_cache():

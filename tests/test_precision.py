@@ -1,0 +1,66 @@
+"""bfloat16 inside blocks, float32 around them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lfg_jax.estimators import draw_at_tap
+from lfg_jax.layers import layer_norm
+from lfg_jax.mixer import LocalMixer
+from lfg_jax.passes import Sampling
+from lfg_jax.tangents import LAWS, Passes
+from lfg_jax.taps import Tap
+from tests.small import gradient, small
+
+KEY = jax.random.key(3)
+
+
+@pytest.fixture(scope='module')
+def models():
+  make = lambda precision: small(side=4, channels=64, batch=16, precision=precision)
+  return make('float32'), make('bfloat16')
+
+
+def cosine(a, b):
+  a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64) for tree in (a, b))
+  return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+# Backprop adds up the rounding, and ReLUs that flip, of all blocks behind. Forward gradients, at the same tangents,
+# have the error of a derivative that is a sum with cancellation.
+@pytest.mark.parametrize(('name', 'least'), [('LG-BP', 0.999), ('BP', 0.98), ('LG-FG-A', 0.99), ('FG-W', 0.99)])
+def test_gradients_agree_and_are_float32(models, name, least):
+  exact, rounded = (gradient(model, name, KEY) for model in models)
+  assert {leaf.dtype for leaf in jax.tree.leaves(rounded)} == {jnp.dtype('float32')}
+  assert least < cosine(exact, rounded) < 1 - 1e-9    # and the arithmetic was another
+
+
+@pytest.mark.parametrize('norm', ['layer', 'batch'])
+def test_blocks_compute_in_bfloat16_and_losses_in_float32(norm):
+  model = small(precision='bfloat16', norm=norm)
+  tokens = model.prepare(model.batch.image)
+  apply = lambda v: LocalMixer(model.spec).apply(v, tokens, mutable=['taps', 'batch_stats'])
+  (logits, _), updates = jax.eval_shape(apply, {k: v for k, v in model.variables.items() if k != 'feedback'})
+  assert logits.dtype == jnp.float32
+  assert {leaf.dtype for leaf in jax.tree.leaves(updates['taps'])} == {jnp.dtype('bfloat16')}
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(updates.get('batch_stats', {})))
+
+
+def test_norms_are_as_exact_as_their_result():
+  x = (100 + jax.random.normal(KEY, (8, 4096))).astype(jnp.bfloat16)
+  exact = layer_norm(x.astype(jnp.float32))
+  assert jnp.abs(layer_norm(x).astype(jnp.float32) - exact).max() < 2**-8 * jnp.abs(exact).max()
+
+
+@pytest.mark.parametrize('law', ['normal', 'rademacher', 'haar'])
+def test_tangents_keep_their_tails(law):
+  """Normal numbers drawn in bfloat16 have a variance of 0.98: 6 standard errors, √(2/draws), find less."""
+  tap = Tap(jax.ShapeDtypeStruct((4096, 64), jnp.bfloat16), 2, 1)
+  u = draw_at_tap(Sampling(LAWS[law]), KEY, tap, Passes(1)).astype(jnp.float32)
+  assert abs(float((u**2).mean()) - 1) < 6 * (2 / u.size)**0.5
+
+
+def test_finite_differences_are_refused():
+  with pytest.raises(ValueError, match=r"model\.precision is 'bfloat16'.*allowed with them: 'float32'"):
+    gradient(small(precision='bfloat16'), 'LG-FD-A')
