@@ -1,6 +1,5 @@
 """Exact gradients against straightforward code."""
 
-
 import jax
 import jax.numpy as jnp
 import pytest

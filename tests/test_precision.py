@@ -53,12 +53,13 @@ def test_norms_are_as_exact_as_their_result():
   assert jnp.abs(layer_norm(x).astype(jnp.float32) - exact).max() < 2**-8 * jnp.abs(exact).max()
 
 
-@pytest.mark.parametrize('law', ['normal', 'rademacher', 'haar'])
-def test_tangents_keep_their_tails(law):
-  """Normal numbers drawn in bfloat16 have a variance of 0.98: 6 standard errors, √(2/draws), find less."""
-  tap = Tap(jax.ShapeDtypeStruct((4096, 64), jnp.bfloat16), 2, 1)
-  u = draw_at_tap(Sampling(LAWS[law]), KEY, tap, Passes(1)).astype(jnp.float32)
-  assert abs(float((u**2).mean()) - 1) < 6 * (2 / u.size)**0.5
+def test_tangents_keep_their_tails():
+  """Normal numbers drawn in bfloat16 end at 2.5 and have the mean -0.011: more than 11 standard errors, 1/√draws."""
+  tap = Tap(jax.ShapeDtypeStruct((16384, 64), jnp.bfloat16), 2, 1)
+  u = draw_at_tap(Sampling(LAWS['normal']), KEY, tap, Passes(1)).astype(jnp.float32)
+  assert abs(float(u.mean())) < 5 / u.size**0.5
+  assert abs(float((u**2).mean()) - 1) < 5 * (2 / u.size)**0.5
+  assert u.max() > 4
 
 
 def test_finite_differences_are_refused():
