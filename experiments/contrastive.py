@@ -13,12 +13,11 @@ import json
 import pathlib
 from typing import Any
 
-import jax
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from lfg_jax import configs, run_log
-from lfg_jax.train import Job, prepare, train
+from lfg_jax.train import first_images, prepare, train
 
 DEFAULT = pathlib.Path(__file__).parent.parent / 'configs' / 'cifar10_contrastive.py'
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -46,7 +45,7 @@ def main(arguments: list[str]) -> None:
   for name, fields in STUDIES[options.study].items():
     print(f'{name}:')
     folder = out / name.replace(', ', '-').replace(' ', '-')
-    train(_first(prepare(_variant(config, fields)), options.images), folder)
+    train(first_images(prepare(_variant(config, fields)), options.images), folder)
     rows[name] = run_log.read_rows(folder / 'metrics.jsonl')
     _report(out, options.study, rows, arguments)
 
@@ -55,15 +54,6 @@ def _variant(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
   variant = copy.deepcopy(config)
   variant.update_from_flattened_dict(fields)
   return variant
-
-
-def _first(job: Job, images: int | None) -> Job:
-  """The job on the first training images."""
-  if images is None:
-    return job
-  if not 0 < images <= job.dataset.train.examples:
-    raise configs.UserError(f'--images is {images}; allowed: 1 … {job.dataset.train.examples}')
-  return job._replace(dataset=job.dataset._replace(train=jax.tree.map(lambda x: x[:images], job.dataset.train)))
 
 
 def _report(out: pathlib.Path, study: str, rows: dict[str, list[run_log.Row]], arguments: list[str]) -> None:

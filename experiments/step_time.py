@@ -1,10 +1,11 @@
 """Time, memory and arithmetic of a training step, algorithm by algorithm, and how near the machine's limit that is.
 
     python experiments/step_time.py [--model=M/8/16] [--batch=64] [--algorithms=BP,LG-BP,LG-FG-A] [--passes=1]
-        [--repetitions=20] [--out=DIR]
+        [--precision=float32|tensorfloat32|bfloat16] [--repetitions=20] [--out=DIR]
 
 The floor is the time that the gradient's matmuls alone would take at the rate of a plain matmul, measured in the same
-run. DIR gets step_time.json (one row per algorithm), step_time.md and step_time.png.
+run and of the same precision; 1 / (× floor) is the utilisation of the machine. DIR gets step_time.json (one
+row per algorithm), step_time.md and step_time.png.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from lfg_jax import algorithms, configs, data, optimizers, rules, run_log, timin
 from lfg_jax.sizes import mixer_spec, parse
 
 Row = dict[str, Any]
+PRECISIONS = ('float32', 'tensorfloat32', 'bfloat16')
 DEFAULT = ('BP', 'LG-BP', 'FG-A', 'LG-FG-W', 'LG-FG-A')
 
 
@@ -39,6 +41,7 @@ def main(arguments: list[str]) -> None:
   parser.add_argument('--batch', type=int, default=64, help='examples per step; default: 64')
   parser.add_argument('--algorithms', default=','.join(DEFAULT), help='names, with commas')
   parser.add_argument('--passes', type=int, default=1, help='tangents per step; default: 1')
+  parser.add_argument('--precision', choices=PRECISIONS, default='float32', help='of matmuls; default: float32')
   parser.add_argument('--repetitions', type=int, default=20, help='default: 20')
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/step_time'),
                       help='default: runs/step_time')
@@ -46,7 +49,7 @@ def main(arguments: list[str]) -> None:
   for name in ('batch', 'passes', 'repetitions'):
     if getattr(options, name) < 1:
       raise configs.UserError(f'--{name} is {getattr(options, name)}; allowed: 1 or more')
-  rows = measure(options.model, options.batch, options.algorithms.split(','), options.passes, options.repetitions)
+  rows = measure(options)
   options.out.mkdir(parents=True, exist_ok=True)
   run_log.write_atomically(options.out / 'step_time.json', json.dumps(rows, indent=2) + '\n')
   run_log.write_atomically(options.out / 'step_time.md', table(rows))
@@ -54,18 +57,23 @@ def main(arguments: list[str]) -> None:
   print(table(rows))
 
 
-def measure(model: str, batch: int, names: list[str], passes: int, repetitions: int) -> list[Row]:
+def measure(options: argparse.Namespace) -> list[Row]:
   """One row per algorithm; backprop, which the others are compared with, is always timed."""
+  names, batch = options.algorithms.split(','), options.batch
+  jax.config.update('jax_default_matmul_precision', options.precision)
   try:
-    steps = {name: compile_step(name, model, batch, passes) for name in dict.fromkeys(('BP', *names))}
+    steps = {name: compile_step(name, options) for name in dict.fromkeys(('BP', *names))}
   except ValueError as error:
     raise configs.UserError(str(error)) from error
-  functions = {'matmul': timing.matmul()}
+  product, product_flop = timing.matmul(jnp.bfloat16 if options.precision == 'bfloat16' else jnp.float32)
+  functions = {'matmul': product}
   for name, step in steps.items():
     functions |= {f'{name} gradient': step.gradient, f'{name} update': step.update}
-  ms = {name: timing.median_ms(seconds) for name, seconds in timing.interleaved(functions, repetitions).items()}
-  rate = timing.MATMUL_FLOP / 1e6 / ms['matmul']    # GFLOP/s
-  return [{'algorithm': name, 'model': model, 'batch': batch, 'passes': passes, 'matmul_gflop_per_s': rate,
+  ms = {name: timing.median_ms(seconds) for name, seconds in timing.interleaved(functions, options.repetitions).items()}
+  rate = product_flop / 1e6 / ms['matmul']    # GFLOP/s
+  return [{'algorithm': name, 'model': options.model, 'batch': batch, 'passes': options.passes,
+           'precision': options.precision, 'matmul_gflop_per_s': rate,
+           'examples_per_s': 1e3 * batch / ms[f'{name} update'],
            'ms_gradient': ms[f'{name} gradient'], 'ms_update': ms[f'{name} update'],
            'temporaries_bytes': steps[name].temporaries, 'gflop': steps[name].gflop,
            'gflop_per_s': 1e3 * steps[name].gflop / ms[f'{name} gradient'],
@@ -73,10 +81,12 @@ def measure(model: str, batch: int, names: list[str], passes: int, repetitions: 
            'ratio_to_floor': ms[f'{name} gradient'] / (1e3 * steps[name].gflop / rate)} for name in names]
 
 
-def compile_step(name: str, model: str, batch: int, passes: int) -> Step:
+def compile_step(name: str, options: argparse.Namespace) -> Step:
   """An algorithm on random images: CIFAR-10's size, or MNIST's when the whole image is one patch."""
   config = configs.base()
+  model, batch, passes = options.model, options.batch, options.passes
   config.algorithm, config.model.size, config.estimator.passes = name, model, passes
+  config.model.precision = 'bfloat16' if options.precision == 'bfloat16' else 'float32'
   images = data.TFDS['mnist' if parse(model)[1] == 1 else 'cifar10']
   keys = jax.random.split(jax.random.key(0), 4)
   split = data.Arrays(jax.random.randint(keys[0], (batch, *images.image_shape), 0, 256).astype(jnp.uint8),
@@ -93,7 +103,7 @@ def compile_step(name: str, model: str, batch: int, passes: int) -> Step:
 
   def next_state() -> update.TrainState:
     nonlocal state
-    state = step(state, keys[3], *inputs)
+    state = step(state, keys[3], 1, *inputs)
     return state
 
   spec = mixer_spec(model, image_shape=images.image_shape, classes=images.classes)
@@ -105,12 +115,12 @@ def compile_step(name: str, model: str, batch: int, passes: int) -> Step:
 def table(rows: list[Row]) -> str:
   """In markdown."""
   first = rows[0]
-  lines = [f'{first["model"]}, batch {first["batch"]}, {first["passes"]} passes, {jax.devices()[0].device_kind}; '
-           f'a plain matmul: {first["matmul_gflop_per_s"]:.0f} GFLOP/s', '',
-           '| algorithm | gradient, ms | update, ms | temporaries, MiB | GFLOP | GFLOP/s | × BP | × floor |',
-           '|---|---|---|---|---|---|---|---|']
+  lines = [f'{first["model"]}, batch {first["batch"]}, {first["passes"]} passes, {first["precision"]}, '
+           f'{jax.devices()[0].device_kind}; a plain matmul: {first["matmul_gflop_per_s"]:.0f} GFLOP/s', '',
+           '| algorithm | gradient, ms | update, ms | examples/s | temporaries, MiB | GFLOP | GFLOP/s '
+           '| × BP | × floor |', '|---|---|---|---|---|---|---|---|---|']
   lines += [f'| {r["algorithm"]} | {r["ms_gradient"]:.0f} | {r["ms_update"]:.0f} '
-            f'| {r["temporaries_bytes"] / 2**20:.0f} '
+            f'| {r["examples_per_s"]:.0f} | {r["temporaries_bytes"] / 2**20:.0f} '
             f'| {r["gflop"]:.1f} | {r["gflop_per_s"]:.0f} | {r["ratio_to_bp"]:.2f} | {r["ratio_to_floor"]:.2f} |'
             for r in rows]
   return '\n'.join(lines) + '\n'

@@ -76,6 +76,7 @@ def base() -> ConfigDict:
       'epochs': 10,
       'batch_size': 128,             # of all devices together
       'micro_batch': 0,              # examples computed at once on a device; 0: what suits the machine
+      'steps_per_dispatch': 1,       # that the device does by itself; signals and progress wait for them
       'seed': 0,
       'eval_every': 1,               # epochs
       'checkpoint_every': 1,         # epochs
@@ -86,7 +87,7 @@ def base() -> ConfigDict:
 
 # field: (test, what is allowed)
 _RANGES: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(('epochs', 'batch_size', 'eval_every', 'checkpoint_every', 'keep'),
+    **dict.fromkeys(('epochs', 'batch_size', 'steps_per_dispatch', 'eval_every', 'checkpoint_every', 'keep'),
                     (lambda v: v >= 1, '1 or more')),
     **dict.fromkeys(('seed', 'optimizer.weight_decay', 'optimizer.warmup_epochs',
                      'optimizer.readout_multiplier', 'optimizer.head_multiplier'),

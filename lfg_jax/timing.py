@@ -55,17 +55,12 @@ def temporaries(compiled: jax.stages.Compiled) -> int:
   return int(analysis.temp_size_in_bytes) if analysis else 0
 
 
-MATMUL_SIZE = 1024
-
-
-def matmul(dtype: Any = jnp.float32) -> Callable[[], jax.Array]:
-  """A product of two square matrices of `MATMUL_SIZE`, whose time gives the machine's matmul rate."""
-  a, b = (jax.random.normal(key, (MATMUL_SIZE, MATMUL_SIZE), dtype) for key in jax.random.split(jax.random.key(0)))
+def matmul(dtype: Any = jnp.float32) -> tuple[Callable[[], jax.Array], int]:
+  """A product of two square matrices, large enough to show the machine's matmul rate, and its operations."""
+  size = 1024 if jax.default_backend() == 'cpu' else 8192
+  a, b = (jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0)))
   product = jax.jit(jnp.matmul)
-  return lambda: product(a, b)
-
-
-MATMUL_FLOP = 2 * MATMUL_SIZE**3
+  return lambda: product(a, b), 2 * size**3
 
 
 def block_flop(spec: BlockSpec, conv_size: int | None = None) -> tuple[int, int]:

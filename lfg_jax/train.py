@@ -67,6 +67,20 @@ def prepare(config: ConfigDict) -> Job:
   return Job(config, dataset, algorithm, update.make_mesh())
 
 
+def first_images(job: Job, images: int | None) -> Job:
+  """The job on the first so many training images (None: all), for short runs.
+
+  Raises:
+    UserError: there are not so many.
+  """
+  if images is None:
+    return job
+  split = job.dataset.train
+  if not isinstance(split, data.Arrays) or not 0 < images <= split.examples:
+    raise UserError(f'--images is {images}; allowed: 1 … {split.examples}, of a data set that fits memory')
+  return job._replace(dataset=job.dataset._replace(train=jax.tree.map(lambda x: x[:images], split)))
+
+
 def load(workdir: pathlib.Path, data_dir: str | None = None) -> tuple[Job, TrainState]:
   """A run's job, and its state in the newest checkpoint.
 
@@ -187,11 +201,11 @@ class _Functions(NamedTuple):
 
   Attributes:
     feed: the training data.
-    step: `(state, inputs of the feed) -> state`.
+    steps: `(state, how many, inputs of the feed) -> state`.
     test_error: `state -> float`.
   """
   feed: Feed
-  step: Callable[[TrainState, tuple], TrainState]
+  steps: Callable[[TrainState, int, tuple], TrainState]
   test_error: Callable[[TrainState], float]
 
 
@@ -199,12 +213,12 @@ def _build(job: Job) -> tuple[_Functions, TrainState]:
   """Jitted functions of a run, and its state before the first step."""
   config, dataset, algorithm, mesh = job
   init_key, order_key, noise_key = jax.random.split(jax.random.key(config.seed), 3)
-  feed = update.make_feed(dataset.train, mesh, config.batch_size, order_key)
+  feed = update.make_feed(dataset.train, mesh, config.batch_size, order_key, at_once=config.steps_per_dispatch)
   rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs, config.batch_size)
   optimizer = optimizers.make(config.optimizer, rate)
   step = update.make_update(algorithm, optimizer, mesh, feed)
   test_error = update.make_error(algorithm, mesh, update.make_feed(dataset.test, mesh, config.batch_size))
-  functions = _Functions(feed, lambda state, inputs: step(state, noise_key, *inputs), test_error)
+  functions = _Functions(feed, lambda state, count, inputs: step(state, noise_key, count, *inputs), test_error)
   return functions, update.init_state(algorithm, optimizer, init_key, mesh)
 
 
@@ -235,26 +249,28 @@ def _epoch(functions: _Functions, state: TrainState, epoch: int, batch_size: int
            signals: Signals) -> tuple[TrainState, float | None]:
   """Steps to the end of an epoch, to a signal, or to what is not finite.
 
-  Also returns the speed in examples per second. The first step, which may include compilation, is not part of
-  it; None when there is no other.
+  Also returns the speed in examples per second. What is dispatched first, which may include compilation, is not part
+  of it; None when there is no more.
   """
   steps = functions.feed.steps
   step = first = int(state.step) % steps
-  begin = shown = time.monotonic()
-  for step, inputs in functions.feed.epoch(epoch, first):
-    state = functions.step(state, inputs)
+  begin, shown, untimed = time.monotonic(), time.monotonic(), 0
+  for count, inputs in functions.feed.epoch(epoch, first):
+    state = functions.steps(state, count, inputs)
     if step == first:
       jax.block_until_ready(state)
-      begin = time.monotonic()
+      begin, untimed = time.monotonic(), count
+    step += count
     if time.monotonic() - shown > REFRESH_SECONDS:
       if int(state.bad_step) >= 0:
         break
       log.progress(int(state.step), epoch=epoch + 1, **_means(state))
       shown = time.monotonic()
-    if signals.ask_to_stop(epoch * steps + step + 1):
+    if signals.ask_to_stop(epoch * steps + step):
       break
   log.progress(int(state.step), epoch=epoch + 1, **_means(state))
-  return state, (step - first) * batch_size / (time.monotonic() - begin) if step > first else None
+  timed = step - first - untimed
+  return state, timed * batch_size / (time.monotonic() - begin) if timed else None
 
 
 def _means(state: TrainState) -> dict[str, float]:

@@ -67,20 +67,23 @@ class Feed(NamedTuple):
     steps: batches in an epoch.
     fetch: `(*local inputs, step within the epoch) -> local batch`, called inside shard_map.
     specs: how the inputs are sharded.
-    epoch: `(epoch, first step) -> iterator of (step, inputs)`.
+    epoch: `(epoch, first step) -> iterator of (steps, inputs)`: the inputs of the next so many steps.
+    at_once: most steps that the device is sent off to do by itself.
     is_stream: inputs are one batch; otherwise the whole epoch, the same for all steps.
   """
   steps: int
   fetch: Callable[..., Batch]
   specs: tuple[P, ...]
   epoch: Callable[[int, int], Iterator[tuple[int, tuple]]]
+  at_once: int
   is_stream: bool
 
 
-def make_feed(split: Arrays | Stream, mesh: Mesh, batch_size: int, key: jax.Array | None = None) -> Feed:
+def make_feed(split: Arrays | Stream, mesh: Mesh, batch_size: int, key: jax.Array | None = None, *, at_once: int = 1
+              ) -> Feed:
   """The data of a split, in an order that `key` and the epoch decide; without a key in its own order.
 
-  (A stream has a seed of its own.)
+  A stream has a seed of its own, and comes one step at a time, whatever `at_once`.
   """
   steps = -(-split.examples // batch_size)
   if isinstance(split, Stream):
@@ -97,12 +100,12 @@ def make_feed(split: Arrays | Stream, mesh: Mesh, batch_size: int, key: jax.Arra
 
   def epochs(epoch: int, first_step: int) -> Iterator[tuple[int, tuple]]:
     inputs = (arrays, order(epoch))
-    return ((step, inputs) for step in range(first_step, steps))
+    return ((min(at_once, steps - step), inputs) for step in range(first_step, steps, at_once))
 
   def fetch(arrays: Arrays, order_SxB: jax.Array, step: jax.Array) -> Batch:
     return take(arrays, order_SxB[step])
 
-  return Feed(steps, fetch, specs, epochs, is_stream=False)
+  return Feed(steps, fetch, specs, epochs, at_once, is_stream=False)
 
 
 def _stream_feed(stream: Stream, mesh: Mesh, batch_size: int, steps: int) -> Feed:
@@ -110,9 +113,9 @@ def _stream_feed(stream: Stream, mesh: Mesh, batch_size: int, steps: int) -> Fee
 
   def epochs(epoch: int, first_step: int) -> Iterator[tuple[int, tuple]]:
     batches = stream.epoch(epoch, first_step, batch_size, jax.process_index(), jax.process_count())
-    return ((step, (jax.tree.map(to_devices, batch),)) for step, batch in enumerate(batches, first_step))
+    return ((1, (jax.tree.map(to_devices, batch),)) for batch in batches)
 
-  return Feed(steps, lambda batch, step: batch, (P(AXIS),), epochs, is_stream=True)
+  return Feed(steps, lambda batch, step: batch, (P(AXIS),), epochs, at_once=1, is_stream=True)
 
 
 def make_gradient(algorithm: Algorithm, mesh: Mesh, feed: Feed) -> Callable[..., tuple[PyTree, dict[str, Any]]]:
@@ -137,10 +140,10 @@ def make_gradient(algorithm: Algorithm, mesh: Mesh, feed: Feed) -> Callable[...,
 
 def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Mesh, feed: Feed
                 ) -> Callable[..., TrainState]:
-  """`update(state, key, *inputs) -> state`, which takes over the memory of its first argument."""
+  """`update(state, key, steps, *inputs) -> state` after so many steps; takes over the memory of its first argument."""
   gradient = make_gradient(algorithm, mesh, feed)
 
-  def update(state: TrainState, key: jax.Array, *inputs: Any) -> TrainState:
+  def one_step(state: TrainState, key: jax.Array, *inputs: Any) -> TrainState:
     grads, aux = gradient(state, key, *inputs)
     stats, examples = aux.pop('batch_stats'), aux.pop('examples')
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -152,6 +155,11 @@ def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, m
         {**state.rest, 'batch_stats': stats} if 'batch_stats' in state.rest else state.rest, opt_state,
         {name: jnp.where(is_first, 0, state.sums[name]) + mean for name, mean in means.items()},
         jnp.where((state.bad_step < 0) & ~is_finite, state.step + 1, state.bad_step))
+
+  def update(state: TrainState, key: jax.Array, steps: jax.Array, *inputs: Any) -> TrainState:
+    if feed.at_once == 1:
+      return one_step(state, key, *inputs)
+    return jax.lax.fori_loop(0, steps, lambda _, state: one_step(state, key, *inputs), state)
 
   return jax.jit(update, donate_argnums=0, out_shardings=NamedSharding(mesh, P()))
 

@@ -15,17 +15,17 @@ def mesh(devices):
                        devices=jax.devices()[:devices])
 
 
-def updated(config, devices, learning_rate=0.1, first_step=STEPS - 2, steps=2):
-  """Parameters after the last two steps of an epoch, of which the second has padding."""
+def updated(config, devices, learning_rate=0.1, first_step=STEPS - 2, steps=2, at_once=1):
+  """The state after the last two steps of an epoch, of which the second has padding."""
   dataset = data.load('digits')
   algorithm = algorithms.make(config, dataset, update.AXIS)
   optimizer = optax.sgd(learning_rate)
-  feed = update.make_feed(dataset.train, mesh(devices), 64, jax.random.key(1))
+  feed = update.make_feed(dataset.train, mesh(devices), 64, jax.random.key(1), at_once=at_once)
   step = update.make_update(algorithm, optimizer, mesh(devices), feed)
   before = update.init_state(algorithm, optimizer, jax.random.key(0), mesh(devices))
   after = before._replace(step=jnp.full((), first_step, jnp.int32))
-  for _, inputs in list(feed.epoch(0, first_step))[:steps]:
-    after = step(after, jax.random.key(2), *inputs)
+  for count, inputs in list(feed.epoch(0, first_step))[:steps]:
+    after = step(after, jax.random.key(2), count, *inputs)
   return jax.device_get(after)
 
 
@@ -39,6 +39,14 @@ def test_same_update_on_any_number_of_devices(counts, fields):
   for devices in counts:
     several = updated(config, devices)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), several, one)
+
+
+def test_same_steps_however_many_are_dispatched_at_once():
+  config = tiny(model__size='S/2/4', model__blocks=2, algorithm='LG-FG-A')
+  one = updated(config, 1, first_step=STEPS - 5, steps=5)
+  several = updated(config, 1, first_step=STEPS - 5, steps=2, at_once=3)    # 3 and 2
+  assert several.step == STEPS
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), several, one)
 
 
 def test_update_is_the_gradient_of_the_whole_batch():

@@ -1,0 +1,76 @@
+"""How near training comes to the speed of its bare update: what input, logging and dispatch cost.
+
+    python experiments/throughput.py [--images=1280] [--epochs=3] [--out=DIR]
+        [--config=configs/NAME.py] [--config.field=value …]
+
+The update alone is timed before and after training on the first --images images. DIR gets throughput.json.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+
+import jax
+
+from lfg_jax import configs, optimizers, run_log, update
+from lfg_jax.train import Job, first_images, prepare, train
+
+DEFAULT = pathlib.Path(__file__).parent.parent / 'configs' / 'cifar10.py'
+
+
+def main(arguments: list[str]) -> None:
+  """Measures, prints and writes."""
+  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                          allow_abbrev=False)
+  parser.add_argument('--images', type=int, default=1280, help='of an epoch; default: 1280')
+  parser.add_argument('--epochs', type=int, default=3, help='default: 3')
+  parser.add_argument('--config', default=str(DEFAULT), help='default: configs/cifar10.py')
+  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/throughput'))
+  options, config = configs.parse(parser, arguments)
+  config.epochs = config.eval_every = options.epochs
+  job = first_images(prepare(config), options.images)
+  bare = Bare(job)
+  before = bare.examples_per_second()
+  with tempfile.TemporaryDirectory() as folder:
+    train(job, pathlib.Path(folder))
+    speeds = [row['examples_per_second'] for row in run_log.read_rows(pathlib.Path(folder, 'metrics.jsonl'))]
+  after = bare.examples_per_second()
+  result = {'command': ['python', 'experiments/throughput.py', *arguments], 'algorithm': config.algorithm,
+            'model': config.model.size, 'batch_size': config.batch_size, 'train': speeds, 'bare': [before, after],
+            'ratio': statistics.median(speeds) / statistics.mean([before, after])}
+  options.out.mkdir(parents=True, exist_ok=True)
+  run_log.write_atomically(options.out / 'throughput.json', json.dumps(result, indent=1) + '\n')
+  print(json.dumps(result))
+
+
+class Bare:
+  """The compiled update of a job, on its first batches."""
+
+  def __init__(self, job: Job) -> None:
+    config = job.config
+    self.batch_size = config.batch_size
+    feed = update.make_feed(job.dataset.train, job.mesh, config.batch_size, jax.random.key(0))
+    self.steps = feed.steps
+    optimizer = optimizers.make(config.optimizer, optimizers.schedule(config.optimizer, feed.steps, config.epochs))
+    _, self.inputs = next(feed.epoch(0, 0))
+    self.state = update.init_state(job.algorithm, optimizer, jax.random.key(1), job.mesh)
+    self.update = update.make_update(job.algorithm, optimizer, job.mesh, feed)
+    self._run(1)
+
+  def _run(self, steps: int) -> None:
+    for _ in range(steps):
+      self.state = self.update(self.state, jax.random.key(2), 1, *self.inputs)
+    jax.block_until_ready(self.state)
+
+  def examples_per_second(self) -> float:
+    """Over as many steps as an epoch has."""
+    begin = time.perf_counter()
+    self._run(self.steps)
+    return self.steps * self.batch_size / (time.perf_counter() - begin)
+
+
+if __name__ == '__main__':
+  configs.run(main)
