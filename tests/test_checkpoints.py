@@ -96,29 +96,30 @@ def test_sigterm_saves_first(whole, tmp_path, cache):
 
 
 def interrupt_at(monkeypatch, step):
-  """Ctrl-C during the given step."""
+  """Ctrl-C during the given step, or those that are dispatched with it."""
   def ask_to_stop(self, now):
-    if now == step:
+    if now >= step:
       signal.raise_signal(signal.SIGINT)
     return bool(self.received)
 
   monkeypatch.setattr(train.Signals, 'ask_to_stop', ask_to_stop)
 
 
-@pytest.mark.parametrize('fields', [{}, {'algorithm': 'FA', 'model__norm': 'batch'}],
-                         ids=['LG-FG-A', 'FA-batch'])
-def test_interrupted_within_an_epoch(fields, tmp_path, monkeypatch):
-  _interrupted_within_an_epoch(train.prepare(tiny(**fields)), tmp_path, monkeypatch)
+@pytest.mark.parametrize('saved, fields', [
+    (32, {'steps_per_dispatch': 9}), (30, {'steps_per_dispatch': 1, 'algorithm': 'FA', 'model__norm': 'batch'}),
+], ids=['LG-FG-A', 'FA-batch'])
+def test_interrupted_within_an_epoch(saved, fields, tmp_path, monkeypatch):
+  _interrupted_within_an_epoch(train.prepare(tiny(**fields)), saved, tmp_path, monkeypatch)
 
 
 def test_interrupted_within_an_epoch_of_a_stream(tmp_path, monkeypatch):
   monkeypatch.setattr(data, 'load', lambda *_, **__: streamed(load('digits')))
-  _interrupted_within_an_epoch(train.prepare(tiny()), tmp_path, monkeypatch)
+  _interrupted_within_an_epoch(train.prepare(tiny()), 30, tmp_path, monkeypatch)
 
 
-def _interrupted_within_an_epoch(job, tmp_path, monkeypatch):
+def _interrupted_within_an_epoch(job, saved, tmp_path, monkeypatch):
   train.train(job, tmp_path / 'whole')
-  with monkeypatch.context() as patch, pytest.raises(train.Interrupted, match='SIGINT: saved step 30'):
+  with monkeypatch.context() as patch, pytest.raises(train.Interrupted, match=f'SIGINT: saved step {saved}'):
     interrupt_at(patch, 30)
     train.train(job, tmp_path / 'run')
   assert len(rows(tmp_path / 'run')) == 1

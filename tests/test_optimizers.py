@@ -87,3 +87,11 @@ def test_schedule_reaches_the_optimizer():
     u, state = optimizer.update(GRADS, state, PARAMS)
     rates.append(-u['stem']['group']['bias'][0])
   close(rates, [0.1, 0.075, 0.05, 0.025])
+
+
+@pytest.mark.parametrize('scaled, factor', [(True, 8.0), (False, 1.0)])
+def test_rates_grow_with_the_batch_if_asked(scaled, factor):
+  """Those of LARS in the contrastive configs: 0.1 × batch / 256, with a warm-up to the scaled rate."""
+  fields = config(name='lars', schedule='cosine', warmup_epochs=1.0, scale_with_batch=scaled)
+  rate = optimizers.schedule(fields, steps_per_epoch=10, epochs=3, batch_size=2048)
+  close([rate(0), rate(5), rate(10), rate(20), rate(30)], factor * np.array([0.0, 0.05, 0.1, 0.05, 0.0]))
