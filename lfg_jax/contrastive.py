@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from lfg_jax import layers
-from lfg_jax.losses import Cut, head_outputs, replicate, sum_uncut
+from lfg_jax.losses import Cut, head_outputs, own_slopes, replicate
 from lfg_jax.taps import hold
 
 VIEWS = 2
@@ -138,7 +138,7 @@ def _fused_jvp(cut: Cut, contrast: Contrast, primals: tuple, tangents: tuple) ->
   S_NxM = (jax.nn.softmax(logits_NxM) - positive_NxM.astype(z_NxK.dtype)) / contrast.temperature
   slope_NxK = _through_unit(z_NxK, S_NxM @ c_MxK)
   slope_NxGxC = jnp.einsum('gck,nk->ngc', backward, slope_NxK) / P
-  d_own = sum_uncut((d_features * slope_NxGxC[:, None]).sum(-1), cut)
+  d_own = own_slopes(d_features, slope_NxGxC, cut)
   # Where only activities move, no product with the head's zero tangent.
   head_moves = not (isinstance(d_kernel, SymbolicZero) and isinstance(d_bias, SymbolicZero))
   d_loss = d_own

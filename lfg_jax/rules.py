@@ -56,7 +56,7 @@ class Options:
   Attributes:
     law: name of a tangent law, of `tangents.LAWS`.
     passes: tangents per step.
-    chunk: how many of them are in memory at once; 0: all.
+    chunk: how many of them are in memory at once; 0: all, which takes more memory and, on CPUs, more time.
     combine: 'mean' of the passes, or 'projection' on their span; see `passes.combine`.
     taps: activity perturbation of all taps at once ('joint') or of each by itself ('separate').
     tap_passes: with separate taps, numbers of passes of their own for taps of these names; 0: `passes`.
@@ -72,7 +72,7 @@ class Options:
   """
   law: str = 'rademacher'
   passes: int = 1
-  chunk: int = 0
+  chunk: int = 8
   combine: str = 'mean'
   taps: str = 'joint'
   tap_passes: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -100,9 +100,9 @@ class Options:
         raise ValueError(f'{field} is {value!r}; allowed: {low} or more')
     if self.step <= 0:
       raise ValueError(f'estimator.step is {self.step!r}; allowed: more than 0')
-    if self.combine == 'projection' and (self.taps == 'joint' or self.chunk):
+    if self.combine == 'projection' and (self.taps == 'joint' or 0 < self.chunk < self.passes):
       raise ValueError(f"estimator.combine='projection' needs all passes of one tap at once, not taps={self.taps!r}, "
-                       f"chunk={self.chunk}; allowed: taps='separate', chunk=0")
+                       f"chunk={self.chunk}; allowed: taps='separate', and chunk=0 or {self.passes} or more")
     if self.taps == 'joint' and any(self.tap_passes.values()):
       raise ValueError("estimator.tap_passes is for taps perturbed one by one; allowed: estimator.taps='separate'")
     if self.overlap and self.every > 1:
