@@ -72,7 +72,7 @@ class Options:
   """
   law: str = 'rademacher'
   passes: int = 1
-  chunk: int = 8
+  chunk: int = 4
   combine: str = 'mean'
   taps: str = 'joint'
   tap_passes: Mapping[str, int] = dataclasses.field(default_factory=dict)
