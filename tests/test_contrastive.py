@@ -157,11 +157,15 @@ def composed(s, name, **options):
 
 
 def randomised(s, name, **options):
-  """The algorithm, and its variables on random parameters."""
+  """The algorithm, and its variables: random, with the same parameters for all rules that have the same."""
   algorithm = composed(s, name, **options)
   # By shape alone: compiling the network's own initialisation takes seconds.
-  shapes, rng = jax.eval_shape(algorithm.init, jax.random.key(0)), np.random.default_rng(3)
-  return algorithm, jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape)), shapes)
+  shapes = jax.eval_shape(algorithm.init, jax.random.key(0))
+
+  def random(tree):
+    rng = np.random.default_rng(3)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape)), tree)
+  return algorithm, {collection: random(tree) for collection, tree in shapes.items()}
 
 
 def inputs(s, key):
