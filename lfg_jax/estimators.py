@@ -161,7 +161,8 @@ def activity_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(), d
     tap_passes: with `separate`, numbers of passes for taps of these names; others have `sampling.passes`.
       `variance.allocate` finds good ones.
   """
-  sampling.check()
+  for passes in (sampling.passes, *(tap_passes or {}).values()):
+    sampling._replace(passes=passes).check()
   if sampling.combine == 'projection' and not separate:
     raise ValueError("combine='projection' takes the taps one by one; allowed: taps 'separate'")
 

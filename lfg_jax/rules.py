@@ -100,9 +100,10 @@ class Options:
         raise ValueError(f'{field} is {value!r}; allowed: {low} or more')
     if self.step <= 0:
       raise ValueError(f'estimator.step is {self.step!r}; allowed: more than 0')
-    if self.combine == 'projection' and (self.taps == 'joint' or 0 < self.chunk < self.passes):
+    most = max(self.passes, *self.tap_passes.values(), 0)
+    if self.combine == 'projection' and (self.taps == 'joint' or 0 < self.chunk < most):
       raise ValueError(f"estimator.combine='projection' needs all passes of one tap at once, not taps={self.taps!r}, "
-                       f"chunk={self.chunk}; allowed: taps='separate', and chunk=0 or {self.passes} or more")
+                       f"chunk={self.chunk}; allowed: taps='separate', and chunk=0 or {most} or more")
     if self.taps == 'joint' and any(self.tap_passes.values()):
       raise ValueError("estimator.tap_passes is for taps perturbed one by one; allowed: estimator.taps='separate'")
     if self.overlap and self.every > 1:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lfg_jax import algorithms, rules, tangents
+from lfg_jax.estimators import activity_perturbation
 from lfg_jax.passes import Sampling
 from lfg_jax.tangents import LAWS, Passes
 from tests.small import relative_error
@@ -105,6 +106,8 @@ def test_projection_is_shorter_by_k_over_d_and_exact_when_the_span_is_all():
 
 @pytest.mark.parametrize(('options', 'message'), [
     ({'combine': 'projection'}, "taps='separate'"),
+    ({'combine': 'projection', 'taps': 'separate', 'passes': 8}, 'chunk=0 or 8 or more'),
+    ({'combine': 'projection', 'taps': 'separate', 'tap_passes': {'after_group': 8}}, 'chunk=0 or 8 or more'),
     ({'tap_passes': {'after_group': 3}}, "estimator.taps='separate'"),
     ({'taps': 'separate', 'tap_passes': {'last': 3}}, "tap_passes is 'last'; allowed: after_token, after_channel"),
     ({'combine': 'sum'}, "estimator.combine is 'sum'; allowed: mean, projection"),
@@ -117,4 +120,7 @@ def test_options_that_make_no_sense(options, message):
 def test_sampling_refuses_projection_in_chunks():
   with pytest.raises(ValueError, match='needs all 4 tangents at once'):
     Sampling(tangents.normal, passes=4, chunk=2, combine='projection').check()
+  with pytest.raises(ValueError, match='needs all 4 tangents at once'):
+    activity_perturbation(lambda *_: None, sampling=Sampling(chunk=2, combine='projection'), separate=True,
+                          tap_passes={'tap': 4})
   assert Sampling(passes=6, chunk=4).at_once == 3
