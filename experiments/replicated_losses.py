@@ -59,10 +59,10 @@ def measure(sweep: str, kind: str, form: str, sizes: list[tuple[int, int]], opti
     if needs[size] <= options.limit_gib * 2**30:
       calls[size] = functools.partial(run, *arguments)
   repetitions = {'naive': options.repetitions, 'fused': 50 * options.repetitions}[form]
-  seconds = timing.interleaved({str(size): call for size, call in calls.items()}, repetitions)
+  seconds = timing.interleaved(calls, repetitions)
   rows = [{'sweep': sweep, 'kind': kind, 'form': form, 'batch': options.batch, 'patches': size[0], 'groups': size[1],
            'channels': options.channels, 'temporaries_bytes': needs[size],
-           'ms': timing.median_ms(seconds[str(size)]) if size in calls else None} for size in sizes]
+           'ms': timing.median_ms(seconds[size]) if size in calls else None} for size in sizes]
   print(*rows, sep='\n', flush=True)
   return rows
 

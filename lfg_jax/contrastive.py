@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from lfg_jax import layers
-from lfg_jax.losses import Cut, head_outputs, own_slopes, replicate
+from lfg_jax.losses import Cut, head_outputs, own_slopes, replicate, sum_uncut
 from lfg_jax.taps import hold
 
 VIEWS = 2
@@ -208,8 +208,7 @@ def _displaced_loss(features: jax.Array, held: jax.Array, kernel_GxCxK: jax.Arra
                     real_N: jax.Array, cut: Cut, contrast: Contrast) -> jax.Array:
   """Replicas at a point where each sees its own features displaced and all others held; one after the other."""
   step_NxPxGxK = jnp.einsum('npgc,gck->npgk', features - held, kernel_GxCxK) / features.shape[1]
-  axes = tuple(axis for axis, own in ((1, cut.patch), (2, cut.group)) if not own)
-  step_NxPxGxK = step_NxPxGxK.sum(axes, keepdims=True)
+  step_NxPxGxK = sum_uncut(step_NxPxGxK, cut)
   z_NxK = head_outputs(held, kernel_GxCxK, bias_K)
 
   def one_replica(step_NxK: jax.Array) -> jax.Array:

@@ -67,10 +67,10 @@ def own_slopes(d_BxPxGxC: jax.Array, slope_BxGxC: jax.Array, cut: Cut) -> jax.Ar
   return sum_uncut((in_parts(d_BxPxGxC) * in_parts(slope_BxGxC)[:, None]).sum(-1).sum(-1), cut)
 
 
-def sum_uncut(x_BxPxG: jax.Array, cut: Cut) -> jax.Array:
-  """Summed, to size 1, over axes that are not cut."""
+def sum_uncut(x: jax.Array, cut: Cut) -> jax.Array:
+  """x [B, P, G, ...], summed, to size 1, over those of the axes P and G that are not cut."""
   axes = tuple(axis for axis, own in ((1, cut.patch), (2, cut.group)) if not own)
-  return x_BxPxG.sum(axes, keepdims=True) if axes else x_BxPxG
+  return x.sum(axes, keepdims=True) if axes else x
 
 
 def replicate(loss_B: jax.Array, P: int, G: int, cut: Cut) -> jax.Array:
@@ -138,6 +138,5 @@ def _displaced_loss(features_BxPxGxC: jax.Array, held_BxPxGxC: jax.Array, kernel
   """Replicas at a point where each sees its own features displaced and all others held; O(B·P·G·K) memory."""
   P = features_BxPxGxC.shape[1]
   step_BxPxGxK = jnp.einsum('bpgc,gck->bpgk', features_BxPxGxC - held_BxPxGxC, kernel_GxCxK) / P
-  axes = tuple(axis for axis, own in ((1, cut.patch), (2, cut.group)) if not own)
-  logits = head_outputs(held_BxPxGxC, kernel_GxCxK, bias_K)[:, None, None] + step_BxPxGxK.sum(axes, keepdims=True)
+  logits = head_outputs(held_BxPxGxC, kernel_GxCxK, bias_K)[:, None, None] + sum_uncut(step_BxPxGxK, cut)
   return cross_entropy(logits, jnp.broadcast_to(label_B[:, None, None], logits.shape[:-1]))

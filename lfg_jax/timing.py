@@ -6,22 +6,24 @@ repetition, and the machine's own rate is measured between: ratios then hold whe
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from lfg_jax.mixer import BlockSpec, MixerSpec
 
+Name = TypeVar('Name', bound=Hashable)
 
-def interleaved(functions: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
+
+def interleaved(functions: Mapping[Name, Callable[[], Any]], repetitions: int) -> dict[Name, list[float]]:
   """Seconds of each repetition of each function, all functions in turn; one call before is not counted.
 
   >>> sorted(interleaved({'a': lambda: jnp.ones(3), 'b': lambda: jnp.zeros(3)}, 2))
   ['a', 'b']
   """
-  seconds: dict[str, list[float]] = {name: [] for name in functions}
+  seconds: dict[Name, list[float]] = {name: [] for name in functions}
   for repetition in range(-1, repetitions):
     for name, function in functions.items():
       begin = time.perf_counter()

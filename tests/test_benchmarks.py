@@ -1,14 +1,14 @@
 """The benchmarks run and write their rows. (Times are looked at where they are run, not here.)"""
 
 import json
-import pathlib
 import runpy
 
 import pytest
 
 from lfg_jax import configs
+from tests.runs import ROOT
 
-EXPERIMENTS = pathlib.Path(__file__).parent.parent / 'experiments'
+EXPERIMENTS = ROOT / 'experiments'
 
 
 @pytest.mark.parametrize(('name', 'arguments', 'rows', 'field'), [
@@ -19,8 +19,7 @@ EXPERIMENTS = pathlib.Path(__file__).parent.parent / 'experiments'
     ('replicated_losses', ['--batch=2', '--channels=8', '--patches=2', '--many_groups=1,2', '--many_patches=2',
                            '--groups=2', '--repetitions=1'], 12, 'ms'),
 ])
-def test_rows_and_figure(name, arguments, rows, field, tmp_path, monkeypatch):
-  monkeypatch.syspath_prepend(EXPERIMENTS)
+def test_rows_and_figure(name, arguments, rows, field, tmp_path):
   runpy.run_path(str(EXPERIMENTS / f'{name}.py'))['main']([*arguments, f'--out={tmp_path}'])
   written = json.loads((tmp_path / f'{name}.json').read_text())
   assert len(written) == rows and all(row[field] > 0 for row in written)
@@ -29,7 +28,7 @@ def test_rows_and_figure(name, arguments, rows, field, tmp_path, monkeypatch):
 
 def test_throughput(tmp_path):
   main = runpy.run_path(str(EXPERIMENTS / 'throughput.py'))['main']
-  arguments = [f'--config={EXPERIMENTS.parent}/configs/digits.py', '--config.model.size=S/1/2', '--epochs=2']
+  arguments = [f'--config={ROOT}/configs/digits.py', '--config.model.size=S/1/2', '--epochs=2']
   main([f'--out={tmp_path}', '--images=320', *arguments])
   written = json.loads((tmp_path / 'throughput.json').read_text())
   assert len(written['train']) == 2 and written['ratio'] > 0
