@@ -1,24 +1,27 @@
 """Linear read-out of a finished run's features, trained offline: logistic regression on what the checkpoint computes.
 
-    python experiments/linear_probe.py --workdir=DIR [--data_dir=DIR] [--l2=1e-4] [--iterations=300]
+    python experiments/linear_probe.py --workdir=DIR [--data_dir=DIR] [--images=N] [--pairs=N] [--l2=1e-4]
+        [--iterations=300]
 
 Features are those the online read-out sees: the mean over tokens of the last block, normalised. The network is not
-touched. DIR gets features.npz (train_x [N, C], train_y, test_x, test_y) and linear_probe.json: errors of probe and of
-online read-out, with the standard error of a test error. It refuses a folder that is no run, or has no checkpoint.
+touched. A contrastive run's read-out learns from pairs of augmented views, and so does the probe with --pairs: that
+many of every image. DIR gets features.npz (train_x [N, C], train_y, test_x, test_y) and linear_probe.json: errors of
+probe and of online read-out, with the standard error of a test error. It refuses a folder that is no run, or has no
+checkpoint.
 """
 
 import argparse
+import functools
 import json
 import pathlib
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lfg_jax import configs, data, run_log
-from lfg_jax.train import load
+from lfg_jax import augmentation, configs, contrastive, data, run_log
+from lfg_jax.train import Job, first_images, load
 
 BATCH = 500
 
@@ -28,20 +31,26 @@ def main(arguments: list[str]) -> None:
   parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
   parser.add_argument('--workdir', type=pathlib.Path, required=True, help='of a run')
   parser.add_argument('--data_dir', help='of TFDS; default: as the run had it')
+  parser.add_argument('--images', type=int, help='train on the first so many; default: all')
+  parser.add_argument('--pairs', type=int, default=0, help='of views, of every training image; default: 0, the image')
   parser.add_argument('--l2', type=float, default=1e-4, help='weight of |W|²/2; default: 1e-4')
   parser.add_argument('--iterations', type=int, default=300, help='of L-BFGS; default: 300')
   options = parser.parse_args(arguments)
-  if options.l2 < 0 or options.iterations < 1:
-    raise configs.UserError(f'--l2 is {options.l2}, --iterations is {options.iterations}; allowed: 0 or more, 1 or '
-                            'more')
+  for name, allowed in (('pairs', 0), ('l2', 0), ('iterations', 1)):
+    if getattr(options, name) < allowed:
+      raise configs.UserError(f'--{name} is {getattr(options, name)}; allowed: {allowed} or more')
   job, state = load(options.workdir, options.data_dir)
+  if options.pairs and job.config.loss != 'contrastive':
+    raise configs.UserError(f'--pairs is {options.pairs}, and {options.workdir} has a {job.config.loss} run, which has '
+                            'no views; allowed: 0')
   if not isinstance(job.dataset.train, data.Arrays):
     raise configs.UserError(f'{job.config.dataset} is a stream; the probe keeps all features in memory, '
                             'and is for data sets that fit')
+  job = first_images(job, options.images)
   variables = {'params': state.params, **state.rest}
-  features = feature_function(variables, job.algorithm.features)
-  train_x, test_x = (features(split.image_NxHxWxC) for split in (job.dataset.train, job.dataset.test))
-  train_y, test_y = (np.asarray(split.label_N) for split in (job.dataset.train, job.dataset.test))
+  train_x, train_y = (view_features(job, variables, options.pairs) if options.pairs else
+                      features(job, variables, job.dataset.train))
+  test_x, test_y = features(job, variables, job.dataset.test)
   np.savez(options.workdir / 'features.npz', train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y)
   kernel, bias = fit(train_x, train_y, job.dataset.classes, options.l2, options.iterations)
   read_out = variables['params']['readout']['linear']
@@ -50,15 +59,29 @@ def main(arguments: list[str]) -> None:
   report = {'step': int(state.step), 'train_error': error(train_x, train_y, kernel, bias), 'test_error': test_error,
             'standard_error': float(np.sqrt(test_error * (1 - test_error) / len(test_y))),
             'online_test_error': error(test_x, test_y, np.asarray(read_out['kernel']), np.asarray(read_out['bias'])),
-            'l2': options.l2, 'iterations': options.iterations}
+            'images': job.dataset.train.examples, 'pairs': options.pairs, 'l2': options.l2,
+            'iterations': options.iterations}
   run_log.write_atomically(options.workdir / 'linear_probe.json', json.dumps(report, indent=2) + '\n')
   print('  '.join(f'{name} {value}' for name, value in report.items()))
 
 
-def feature_function(variables: dict, features: Callable) -> Callable[[jax.Array], np.ndarray]:
-  """`images [N, H, W, C] -> features [N, C]`, some images at a time."""
-  run = jax.jit(lambda image: features(variables, image))
-  return lambda images: np.concatenate([run(images[n:n + BATCH]) for n in range(0, len(images), BATCH)])
+def features(job: Job, variables: dict, split: data.Arrays) -> tuple[np.ndarray, np.ndarray]:
+  """Of the images of a split, some at a time: [N, C], and labels [N]."""
+  image_NxHxWxC, label_N = split
+  run = jax.jit(lambda image: job.algorithm.features(variables, image))
+  return np.concatenate([run(image_NxHxWxC[n:n + BATCH]) for n in range(0, len(label_N), BATCH)]), np.asarray(label_N)
+
+
+def view_features(job: Job, variables: dict, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+  """Of augmented views of the training images: [N · pairs · 2, C], and labels."""
+  image_NxHxWxC, label_N = job.dataset.train
+  # Training has taken the first three.
+  key = jax.random.split(jax.random.key(job.config.seed), 4)[3]
+  key_RxN = jax.random.split(key, (pairs, len(label_N)))
+  views = functools.partial(augmentation.views, min_area=job.config.contrastive.min_area)
+  run = jax.jit(lambda keys, image: job.algorithm.features(variables, views(keys, image)))
+  x = [run(key_N[n:n + BATCH], image_NxHxWxC[n:n + BATCH]) for key_N in key_RxN for n in range(0, len(label_N), BATCH)]
+  return np.concatenate(x), np.tile(np.repeat(label_N, contrastive.VIEWS), pairs)
 
 
 def fit(x_NxC: np.ndarray, y_N: np.ndarray, classes: int, l2: float, iterations: int) -> tuple[np.ndarray, np.ndarray]:

@@ -34,6 +34,29 @@ def test_probe_of_a_run(tmp_path):
   assert report['train_error'] < 0.03
 
 
+def test_probe_of_a_contrastive_run_on_what_its_read_out_saw(tmp_path):
+  config = tiny(loss='contrastive', model__size='S/2/4', model__channels=64, epochs=8,
+                optimizer__readout_multiplier=1.0, contrastive__min_area=0.5)
+  folder = tmp_path / 'run'
+  train(prepare(config), folder)
+  probe(f'--workdir={folder}', '--pairs=4')
+  report = json.loads((folder / 'linear_probe.json').read_text())
+  features = np.load(folder / 'features.npz')
+  assert features['train_x'].shape == (4 * 2 * 1438, 64) and features['test_x'].shape == (359, 64)
+  assert len(np.unique(features['train_x'], axis=0)) == 4 * 2 * 1438
+  # Three standard errors. With the views' labels in another order, the probe has errors of 0.9.
+  assert abs(report['test_error'] - report['online_test_error']) < 3 * report['standard_error']
+  assert report['train_error'] < 0.7
+
+
+def test_pairs_are_refused_where_there_are_no_views(tmp_path):
+  train(prepare(tiny(epochs=1)), tmp_path / 'run')
+  with pytest.raises(configs.UserError, match=r'--pairs is 2, and .* has a supervised run, which has no views'):
+    probe(f'--workdir={tmp_path / "run"}', '--pairs=2')
+  with pytest.raises(configs.UserError, match='--pairs is -1; allowed: 0 or more'):
+    probe(f'--workdir={tmp_path / "run"}', '--pairs=-1')
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
   with pytest.raises(configs.UserError, match='is not the folder of a run: it has no config'):
     probe(f'--workdir={tmp_path}')
