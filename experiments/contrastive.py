@@ -70,7 +70,8 @@ def _report(out: pathlib.Path, study: str, rows: dict[str, list[run_log.Row]], a
       axes.plot(*zip(*known, strict=True), label=name)
     axes.set(xlabel='epoch', ylabel=label)
     axes.grid(alpha=0.3)
-  axes.legend()
+  figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=len(rows),
+                fontsize='small')
   figure.savefig(out / f'{study}.png', dpi=120)
 
 

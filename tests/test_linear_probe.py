@@ -36,7 +36,7 @@ def test_probe_of_a_run(tmp_path):
 
 def test_probe_of_a_contrastive_run_on_what_its_read_out_saw(tmp_path):
   config = tiny(loss='contrastive', model__size='S/2/4', model__channels=64, epochs=8,
-                optimizer__readout_multiplier=1.0, contrastive__min_area=0.5)
+                optimizer__readout_multiplier=10.0)
   folder = tmp_path / 'run'
   train(prepare(config), folder)
   probe(f'--workdir={folder}', '--pairs=4')
