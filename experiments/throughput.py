@@ -32,6 +32,11 @@ def main(arguments: list[str]) -> None:
   options, config = configs.parse(parser, arguments)
   config.epochs = config.eval_every = options.epochs
   job = first_images(prepare(config), options.images)
+  steps = -(-job.dataset.train.examples // config.batch_size)
+  if steps <= config.steps_per_dispatch:
+    raise configs.UserError(f'--images is {options.images}: an epoch of {steps} steps, the first '
+                            f'{config.steps_per_dispatch} of which are not timed; allowed: more steps than '
+                            'config.steps_per_dispatch')
   bare = Bare(job)
   before = bare.examples_per_second()
   with tempfile.TemporaryDirectory() as folder:

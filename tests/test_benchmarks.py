@@ -34,3 +34,5 @@ def test_throughput(tmp_path):
   assert len(written['train']) == 2 and written['ratio'] > 0
   with pytest.raises(configs.UserError, match='--images is 9999; allowed: 1 … 1438'):
     main([f'--out={tmp_path}', '--images=9999', *arguments])
+  with pytest.raises(configs.UserError, match='an epoch of 9 steps, the first 9 of which are not timed'):
+    main([f'--out={tmp_path}', '--images=288', *arguments])
