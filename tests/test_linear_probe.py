@@ -16,10 +16,16 @@ def probe(*arguments):
   runpy.run_path(str(ROOT / 'experiments' / 'linear_probe.py'))['main']([str(a) for a in arguments])
 
 
-def test_probe_of_a_run(tmp_path):
+@pytest.fixture(scope='module')
+def supervised(tmp_path_factory):
+  """Folder and summary of a run."""
   config = tiny(model__size='S/2/4', model__channels=64, epochs=6, optimizer__readout_multiplier=1.0)
-  folder = tmp_path / 'run'
-  summary = train(prepare(config), folder)
+  folder = tmp_path_factory.mktemp('supervised') / 'run'
+  return folder, train(prepare(config), folder)
+
+
+def test_probe_of_a_run(supervised):
+  folder, summary = supervised
   probe(f'--workdir={folder}')
   report = json.loads((folder / 'linear_probe.json').read_text())
   features = np.load(folder / 'features.npz')
@@ -32,6 +38,13 @@ def test_probe_of_a_run(tmp_path):
   assert abs(report['test_error'] - error) <= 1 / 359 + 1e-9
   assert abs(report['test_error'] - report['online_test_error']) < 3 * report['standard_error'] + 0.01
   assert report['train_error'] < 0.03
+
+
+def test_pairs_are_refused_where_there_are_no_views(supervised):
+  with pytest.raises(configs.UserError, match=r'--pairs is 2, and .* has a supervised run, which has no views'):
+    probe(f'--workdir={supervised[0]}', '--pairs=2')
+  with pytest.raises(configs.UserError, match='--pairs is -1; allowed: 0 or more'):
+    probe(f'--workdir={supervised[0]}', '--pairs=-1')
 
 
 def test_probe_of_a_contrastive_run_on_what_its_read_out_saw(tmp_path):
@@ -47,14 +60,6 @@ def test_probe_of_a_contrastive_run_on_what_its_read_out_saw(tmp_path):
   # Three standard errors. With the views' labels in another order, the probe has errors of 0.9.
   assert abs(report['test_error'] - report['online_test_error']) < 3 * report['standard_error']
   assert report['train_error'] < 0.7
-
-
-def test_pairs_are_refused_where_there_are_no_views(tmp_path):
-  train(prepare(tiny(epochs=1)), tmp_path / 'run')
-  with pytest.raises(configs.UserError, match=r'--pairs is 2, and .* has a supervised run, which has no views'):
-    probe(f'--workdir={tmp_path / "run"}', '--pairs=2')
-  with pytest.raises(configs.UserError, match='--pairs is -1; allowed: 0 or more'):
-    probe(f'--workdir={tmp_path / "run"}', '--pairs=-1')
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
