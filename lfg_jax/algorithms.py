@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from lfg_jax import augmentation, estimators, layers, parts, passes, tangents
+from lfg_jax import augmentation, estimators, guesses, layers, parts, passes, tangents
 from lfg_jax.contrastive import VIEWS, Contrast
 from lfg_jax.data import Batch, Dataset
 from lfg_jax.estimators import FlaxLoss
@@ -29,16 +30,20 @@ PyTree = Any
 
 
 LOSSES = ('supervised', 'contrastive')
+LAST_TAP = ('last', 'after_group')    # of the block under a stage's losses, see `greedy.block_names`
+# The layer through which a tap's guess comes.
+_GUESS_LAYERS = {'after_channel': 'group', 'after_token': 'channel'}
 
 
 class Algorithm(NamedTuple):
   """What training needs of a rule and a model; pure functions.
 
   Attributes:
-    init: `key -> variables` ('params', and where used 'batch_stats', 'feedback').
+    init: `key -> variables` ('params', and where used 'batch_stats', 'feedback', 'guess', 'guess_optimizer').
     gradient: `(variables, key, batch) -> (grads, aux)`. The batch's weights sum to 1 over the global batch; when
       the batch is sharded over a mesh axis, the sum over devices of grads and of aux's 'loss' and 'error' is the
-      result. aux['batch_stats'] is the same on all devices.
+      result, and of aux['guess_gradient']. aux['batch_stats'] is the same on all devices.
+    advance: `(variables, aux) -> variables`, those of them, without 'params', after a step.
     predict: `(variables, image [B, H, W, C]) -> logits [B, classes]`.
     features: `(variables, image [B, H, W, C]) -> [B, C]`, what the read-out's linear layer sees.
     metrics: the scalars in aux that are means over the global batch.
@@ -47,6 +52,7 @@ class Algorithm(NamedTuple):
   gradient: Callable[[dict[str, PyTree], jax.Array, Batch], tuple[PyTree, dict[str, Any]]]
   predict: Callable[[dict[str, PyTree], jax.Array], jax.Array]
   features: Callable[[dict[str, PyTree], jax.Array], jax.Array]
+  advance: Callable[[dict[str, PyTree], dict[str, Any]], dict[str, PyTree]]
   metrics: tuple[str, ...] = ('loss', 'error')
 
 
@@ -96,8 +102,10 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
   if contrast and rule.estimator == 'weight' and options.sharing == 'independent':
     raise ValueError("estimator.sharing='independent' perturbs weights per example, and loss='contrastive' compares "
                      "examples; allowed with it: 'paper', 'shared'")
+  options = options.of(rule)
   stem = spec.runs[0].spec
   project = contrast is not None and not rule.local
+  guess_optimizer = optax.adam(options.guess_rate)
 
   def init(key: jax.Array) -> dict[str, PyTree]:
     model_key, feedback_key = jax.random.split(key)
@@ -107,7 +115,17 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
       kept['feedback'] = layers.like_kernels(feedback_key, kept['params'])
     if rule.estimator == 'direct_feedback':
       kept['feedback'] = _tap_matrices(feedback_key, spec, kept['params'])
+    if options.guessed_taps:
+      kept['guess'] = _guess_weights(kept['params'], options)
+      kept['guess_optimizer'] = guess_optimizer.init(kept['guess'])
     return kept
+
+  def advance(variables: dict[str, PyTree], aux: dict[str, Any]) -> dict[str, PyTree]:
+    new = {name: aux[name] for name in ('batch_stats',) if name in variables}
+    if 'guess' in variables:
+      updates, new['guess_optimizer'] = guess_optimizer.update(aux['guess_gradient'], variables['guess_optimizer'])
+      new['guess'] = optax.apply_updates(variables['guess'], updates)
+    return {**variables, **new}
 
   def part_gradient(variables: dict[str, PyTree], key: jax.Array, part: Part, batch: Batch
                     ) -> tuple[PyTree, dict[str, Any]]:
@@ -117,7 +135,7 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
       key, view_key = jax.random.split(key)
       image = views(tangents.fold_in_all(view_key, tangents.example_ids(len(label), axis_name)), image)
       label, weight = jnp.repeat(label, VIEWS), jnp.repeat(weight / VIEWS, VIEWS)
-    fixed = ('batch_stats', 'feedback') if rule.feedback else ('batch_stats',)
+    fixed = ('batch_stats', 'feedback', 'guess') if rule.feedback else ('batch_stats', 'guess')
     known = {name: variables[name] for name in ('params', *fixed) if name in variables}
     if rule.cut:
       run = stage_by_stage(spec, estimator, options.cut, every=options.every, overlap=options.overlap)
@@ -133,7 +151,8 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
   still = LocalMixer(dataclasses.replace(spec, style=spec.style._replace(train=False)))
 
   def evaluate(variables: dict[str, PyTree], image: jax.Array, **options: Any) -> tuple:
-    return still.apply({k: v for k, v in variables.items() if k != 'feedback'}, prepare(image), **options)
+    seen = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
+    return still.apply(seen, prepare(image), **options)
 
   def predict(variables: dict[str, PyTree], image: jax.Array) -> jax.Array:
     return evaluate(variables, image)[0]
@@ -142,7 +161,7 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
     return evaluate(variables, image, mutable='features')[1]['features']['readout']['mean'][0]
 
   metrics = ('loss', 'error', 'contrastive_loss') if contrast else ('loss', 'error')
-  return Algorithm(init, gradient, predict, features, metrics)
+  return Algorithm(init, gradient, predict, features, advance, metrics)
 
 
 def mixes_examples(spec: MixerSpec) -> bool:
@@ -171,9 +190,12 @@ def build_estimator(rule: Rule, options: Options, spec: MixerSpec, axis_name: st
     return functools.partial(estimators.weight_perturbation, sampling=sampling, derivative=derivative,
                              is_exact=_under_a_loss, group_axis=group_axis)
   if rule.estimator == 'activity':
+    is_exact = lambda path: options.last_tap == 'exact' and path[-2:] == LAST_TAP
+    is_guessed = lambda path: path[-1] in options.guessed_taps or is_exact(path)
+    guess = guesses.of_taps(guesses.feedback, is_guessed) if options.guessed_taps else None
     return functools.partial(estimators.activity_perturbation, sampling=sampling, derivative=derivative,
-                             separate=options.taps == 'separate',
-                             tap_passes={tap: n for tap, n in options.tap_passes.items() if n})
+                             separate=options.taps == 'separate', is_perturbed=lambda path: not is_exact(path),
+                             tap_passes={tap: n for tap, n in options.tap_passes.items() if n}, guess=guess)
   if rule.estimator == 'direct_feedback':
     return functools.partial(estimators.direct_feedback, matrices=variables['feedback'])
   return estimators.backprop
@@ -194,6 +216,14 @@ def _group_axis(options: Options, groups_are_separate: bool, path: tuple) -> int
   if layer == 'channel' and options.credit == 'paper':
     return 1 if leaf == 'kernel' else 0
   return None
+
+
+def _guess_weights(params: PyTree, options: Options) -> PyTree:
+  """Zeros, the guess of nothing, for the kernels of the layers through which guesses come."""
+  layers_of = lambda block: [_GUESS_LAYERS[tap] for tap in options.guessed_taps
+                             if tap != 'after_token' or 'token' in block]
+  return {name: {layer: {'kernel': jnp.zeros_like(block[layer]['kernel'])} for layer in layers_of(block)}
+          for name, block in params.items() if 'group' in block}
 
 
 def _tap_matrices(key: jax.Array, spec: MixerSpec, params: PyTree) -> PyTree:

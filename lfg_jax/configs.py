@@ -64,7 +64,8 @@ def base() -> ConfigDict:
       # `contrastive.Contrast`; min_area: of a view's crop, as a part of the image's
       'contrastive': {'temperature': 0.5, 'stop_gradient': True, 'shared_views': True, 'min_area': 0.08},
       'estimator': {
-          'law': 'rademacher', 'passes': 1, 'chunk': 4, 'combine': 'mean', 'taps': 'joint',
+          'law': 'hadamard', 'passes': 1, 'chunk': 4, 'combine': 'mean',
+          'taps': 'auto', 'last_tap': 'auto', 'guess': 'auto', 'guess_rate': 3e-3,    # auto: as the algorithm has it
           'tap_passes': dict.fromkeys(mixer.TAPS, 0),    # 0: passes
           'sharing': 'paper', 'credit': 'exact', 'step': 1e-3,
       },

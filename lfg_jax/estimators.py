@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lfg_jax import tangents
+from lfg_jax.guesses import Guess, Known, Path, regression
 from lfg_jax.passes import Sampling, combine, jvp_derivative, sum_over_chunks
 from lfg_jax.tangents import Passes
 from lfg_jax.taps import Tap
@@ -33,6 +34,10 @@ GradFn = Callable[..., tuple[tuple[Losses, Any], PyTree]]
 class LossFn(Protocol):
   """A differentiable loss; `record` evaluates it for what the module sows in one collection."""
 
+  @property
+  def guess_weights(self) -> PyTree:
+    """What a guess of the taps' gradients has learned so far; {} for others."""
+
   def __call__(self, params: PyTree, collections: Mapping[str, PyTree], *args: Any) -> tuple[Losses, Any]: ...
 
   def record(self, collection: str, params: PyTree, *args: Any) -> PyTree: ...
@@ -42,8 +47,12 @@ class FlaxLoss(NamedTuple):
   """`apply(variables, mutable, *args) -> ((losses, aux), updated variables)` as a `LossFn`.
 
   `mutable` names the collections the module may write; the updates, without those of `record`, join `aux`.
+
+  Attributes:
+    guess_weights: of a learned guess; see `guesses`.
   """
   apply: Callable[..., tuple[tuple[Losses, dict], dict]]
+  guess_weights: PyTree = {}    # noqa: RUF012    (never changed)
 
   def __call__(self, params: PyTree, collections: Mapping[str, PyTree], *args: Any) -> tuple[Losses, dict]:
     (losses, aux), updates = self.apply({'params': params, **collections}, ('batch_stats',), *args)
@@ -142,7 +151,9 @@ def _credit_weight(dL_K: Losses, v: jax.Array, axis: int | None) -> jax.Array:
 
 
 def activity_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(), derivative: Callable = jvp_derivative,
-                          separate: bool = False, tap_passes: Mapping[str, int] | None = None) -> GradFn:
+                          separate: bool = False, tap_passes: Mapping[str, int] | None = None,
+                          is_perturbed: Callable[[Path], bool] = lambda path: True, guess: Guess | None = None
+                          ) -> GradFn:
   """g_a(w_ij) = x_i (∇z·u) u_j (equation 4 of the paper): tangents at the taps.
 
   The loss's derivative along u, times u, is each tapped activity's signal; layers before the tap are then
@@ -154,50 +165,93 @@ def activity_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(), d
   derivative of what lies behind every tap, instead of one of what lies behind the first; behind the last tap of a
   block lies no matrix product.
 
+  *Which taps.* A tap that is not perturbed is transparent: the reverse sweep's own cotangent passes through it. That
+  is exact, and reverse mode then reaches as far as to the perturbed taps before it. Behind the last tap of a block with
+  a local loss lie a norm, a ReLU and the head, of which the last is learnt from its exact gradient in the paper too.
+
+  *Guesses* of what the derivatives will say take noise out, and add no bias: see `guesses`.
+
   Args:
     sampling: of every tap; `combine='projection'` takes taps one by one.
     derivative: `jvp_derivative` or `finite_difference(ε)`.
     separate: whether each tap is perturbed by itself. (The taps of scanned layers are one tap.)
     tap_passes: with `separate`, numbers of passes for taps of these names; others have `sampling.passes`.
       `variance.allocate` finds good ones.
+    is_perturbed: of a tap's path; the others let the exact signal pass.
+    guess: with `separate`, guesses of taps' gradients. What it learns from is in aux as 'guess_gradient'.
   """
   for passes in (sampling.passes, *(tap_passes or {}).values()):
     sampling._replace(passes=passes).check()
   if sampling.combine == 'projection' and not separate:
     raise ValueError("combine='projection' takes the taps one by one; allowed: taps 'separate'")
+  if guess and not separate:
+    raise ValueError("a guess is of one tap's derivative, not of the sum over taps; allowed: taps 'separate'")
 
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, Any], PyTree]:
     taps = flatten_dict(jax.eval_shape(lambda p: loss_fn.record('taps', p, *args), params))
     keys = dict(zip(taps, jax.random.split(key, max(len(taps), 1)), strict=False))
+    guessed, pull = _guess(guess, loss_fn, params, taps, args)    # before any tangent is drawn, and without the key
     evaluate = lambda u, extra: loss_fn(params, {'perturbation': unflatten_dict(u), **extra}, *args)[0]
     held = lambda: loss_fn.record('held', params, *args)
-    signal = {}
-    for paths in [[path] for path in taps] if separate else [list(taps)]:
+    perturbed = [path for path in taps if is_perturbed(path)]
+    residual = {}
+    for paths in [[path] for path in perturbed] if separate else [perturbed]:
       own = sampling._replace(passes=(tap_passes or {}).get(paths[0][-1], sampling.passes)) if separate else sampling
-      signal.update(_signals(evaluate, held, derivative, own, {path: taps[path] for path in paths}, keys))
-    return reverse_with_signals(loss_fn, params, unflatten_dict(signal), *args)
+      own_taps = {path: taps[path] for path in paths}
+      residual.update(_signals(evaluate, held, derivative, own, own_taps, keys, guessed))
+    signal = {path: r + guessed[path] if path in guessed else r for path, r in residual.items()}
+    (losses, aux), grads = reverse_with_signals(loss_fn, params, unflatten_dict(signal), *args)
+    if guess:
+      known_residual = {path: r for path, r in residual.items() if path in guessed}
+      aux = {**aux, 'guess_gradient': regression(pull, guessed, known_residual, taps)}
+    return (losses, aux), grads
   return run
 
 
-def _signals(evaluate: Callable, held: Callable, derivative: Callable, sampling: Sampling, taps: dict[tuple, Tap],
-             keys: dict[tuple, jax.Array]) -> dict[tuple, jax.Array]:
-  """Signals of taps that are perturbed together."""
+def _guess(guess: Guess | None, loss_fn: LossFn, params: PyTree, taps: dict[Path, Tap], args: tuple
+           ) -> tuple[dict[Path, jax.Array], Callable]:
+  """The guess's signals, and their transposed derivative by its weights."""
+  if guess is None:
+    return {}, lambda _: ({},)
+  values = flatten_dict(loss_fn.record('taps', params, *args))
+  guessed, pull = jax.vjp(lambda weights: dict(guess(weights, Known(loss_fn, params, values, args))),
+                          loss_fn.guess_weights)
+  for path, h in guessed.items():
+    if path not in taps or h.shape != taps[path].value.shape:
+      raise ValueError(f'the guess has {h.shape} for the tap {path}; allowed: '
+                       f'{ {path: tap.value.shape for path, tap in taps.items()} }')
+  return guessed, pull
+
+
+def _signals(evaluate: Callable, held: Callable, derivative: Callable, sampling: Sampling, taps: dict[Path, Tap],
+             keys: dict[Path, jax.Array], guessed: Mapping[Path, jax.Array]) -> dict[Path, jax.Array]:
+  """Estimates, for taps that are perturbed together, of their gradients less what was guessed."""
   draw = lambda passes: {path: draw_at_tap(sampling, keys[path], tap, passes) for path, tap in taps.items()}
   rest = {path: jnp.zeros(u.shape[1:], u.dtype) for path, u in jax.eval_shape(lambda: draw(Passes(1))).items()}
   along = derivative(evaluate, held, rest, sampling.at_once < sampling.passes)
 
-  def part(passes: Passes) -> dict[tuple, jax.Array]:
+  def part(passes: Passes) -> dict[Path, jax.Array]:
     u_K = draw(passes)
     dL_K = jax.vmap(along)(u_K)
 
-    def signal(tap: Tap, u_K: jax.Array) -> jax.Array:
+    def signal(path: Path, tap: Tap, u_K: jax.Array) -> jax.Array:
       slope_K = jax.vmap(lambda dL: credit(tap, dL, sampling.axis_name))(dL_K)
       slope_K = slope_K.reshape(slope_K.shape[0], *[1] * (u_K.ndim - slope_K.ndim), *slope_K.shape[1:])
+      if path in guessed:
+        slope_K = slope_K - _guessed_slope(tap, guessed[path], u_K, sampling.axis_name)
       return combine(sampling.combine, slope_K, u_K, sampling.passes, tap.ndim - max(tap.local_axes, 1))
-    return {path: signal(tap, u_K[path]) for path, tap in taps.items()}
+    return {path: signal(path, tap, u_K[path]) for path, tap in taps.items()}
 
   total = sum_over_chunks(part, sampling)
   return {path: jnp.broadcast_to(total[path], tap.value.shape) for path, tap in taps.items()}
+
+
+def _guessed_slope(tap: Tap, guessed: jax.Array, u_K: jax.Array, axis_name: str | None) -> jax.Array:
+  """h·u of each tangent, [K, *1, B, ...]: over all that the tap's credit sums over."""
+  scanned = guessed.ndim - tap.ndim
+  axes = (*range(1, 1 + scanned), *range(1 + scanned + tap.local_axes, u_K.ndim))
+  dot_K = (guessed.astype(jnp.float32) * u_K).sum(axes, keepdims=True)
+  return jax.lax.psum(dot_K, axis_name) if tap.local_axes == 0 and axis_name else dot_K
 
 
 def direct_feedback(loss_fn: LossFn, *, matrices: PyTree) -> GradFn:

@@ -124,9 +124,9 @@ def greedy(estimator: Callable[[FlaxLoss], GradFn], spec: MixerSpec, cut: Cut, *
   """Gradients of all blocks, stage by stage.
 
   Returns:
-    `(variables, key, tokens, criterion) -> (x, losses_B, grads, batch_stats)`: the last block's output
-    [B, P, C], the sum over stages of the mean local loss (weighted, per example), gradients of all stacks, and
-    batch norm's updated statistics.
+    `(variables, key, tokens, criterion) -> (x, losses_B, grads, updates)`: the last block's output [B, P, C], the sum
+    over stages of the mean local loss (weighted, per example), gradients of all stacks, and further trees of the
+    variables' structure: 'batch_stats', batch norm's updated statistics, and 'guess_gradient', of what guesses learn.
   """
   plan = _grouped(spec, stages(sum(run.count for run in spec.runs), every, overlap))
   homes = [(run, i) for run in spec.runs for i in range(run.count)]
@@ -134,6 +134,7 @@ def greedy(estimator: Callable[[FlaxLoss], GradFn], spec: MixerSpec, cut: Cut, *
   def run_stages(variables: dict[str, PyTree], key: jax.Array, x: jax.Array, criterion: Criterion
                  ) -> tuple[jax.Array, jax.Array, PyTree, PyTree]:
     grads: dict[str, PyTree] = {}
+    guess_grads: dict[str, PyTree] = {}
     stats = dict(variables.get('batch_stats', {}))
     fixed = {name: variables[name] for name in ('feedback', 'batch_stats') if variables.get(name)}
     loss_B, out = jnp.zeros(x.shape[0]), x
@@ -143,16 +144,20 @@ def greedy(estimator: Callable[[FlaxLoss], GradFn], spec: MixerSpec, cut: Cut, *
       gather = lambda tree: {name: m.take(tree[m.run.name]) for name, m in zip(names, members, strict=True)}  # noqa: B023
       module = StageModule(tuple(m.run.spec for m in members), spec.style, spec.head_outputs, cut)
       keys = jax.random.split(jax.random.fold_in(key, number), len(group.blocks))
-      inputs = (keys, gather(variables['params']), {name: gather(tree) for name, tree in fixed.items()})
+      guess = {name: m.take(variables['guess'][m.run.name]) for name, m in zip(names, members, strict=True)
+               if m.run.name in variables.get('guess', {})}
+      inputs = (keys, gather(variables['params']), {name: gather(tree) for name, tree in fixed.items()}, guess)
       body = _stage_body(estimator, module, criterion, group.advance)
-      (x, out), (losses_SxB, part, new_stats) = _scan(body, x, inputs, len(group.blocks))
+      (x, out), (losses_SxB, part, new_stats, guess_part) = _scan(body, x, inputs, len(group.blocks))
       loss_B = loss_B + losses_SxB.sum(0)
       for name, member in zip(names, members, strict=True):
         grads[member.run.name] = member.add_to(grads.get(member.run.name), part[name])
+        if name in guess_part:
+          guess_grads[member.run.name] = member.add_to(guess_grads.get(member.run.name), guess_part[name])
       if 'last' in new_stats:
         old = stats[members[-1].run.name]
         stats[members[-1].run.name] = members[-1].put_in(old, new_stats['last'])
-    return out, loss_B, grads, stats
+    return out, loss_B, grads, {'batch_stats': stats, 'guess_gradient': guess_grads}
   return run_stages
 
 
@@ -161,15 +166,16 @@ def _stage_body(estimator: Callable[[FlaxLoss], GradFn], module: StageModule, cr
   """One stage, for `jax.lax.scan`. Carries the next stage's input and the last block's output."""
   def body(carry: tuple[jax.Array, jax.Array], inputs: tuple) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     x, _ = carry
-    key, params, fixed = inputs
+    key, params, fixed, guess_weights = inputs
 
     def apply(variables: PyTree, mutable: tuple, x: jax.Array, criterion: Criterion) -> tuple:
       (losses, outputs), updates = module.apply({**fixed, **variables}, x, criterion, mutable=mutable)
       return (losses, {'outputs': outputs}), updates
 
-    (losses, aux), grads = estimator(FlaxLoss(apply))(params, key, x, criterion)
+    (losses, aux), grads = estimator(FlaxLoss(apply, guess_weights))(params, key, x, criterion)
     outputs = (x, *aux['outputs'])
-    return (outputs[advance], outputs[-1]), (losses.mean((1, 2)), grads, aux.get('batch_stats', {}))
+    return (outputs[advance], outputs[-1]), (losses.mean((1, 2)), grads, aux.get('batch_stats', {}),
+                                             aux.get('guess_gradient', {}))
   return body
 
 

@@ -103,7 +103,8 @@ def _feedback_forward(linear: Callable, x: jax.Array, kernel: jax.Array, feedbac
 def _feedback_backward(linear: Callable, residuals: tuple, ct: jax.Array) -> tuple[jax.Array, ...]:
   x, kernel, feedback = residuals
   (d_kernel,) = jax.vjp(lambda k: linear(x, k), kernel)[1](ct)
-  (d_x,) = jax.vjp(lambda x: linear(x, feedback), x)[1](ct)
+  # Behind the stop-gradient: feedback that is learned, is learned layer by layer.
+  (d_x,) = jax.vjp(lambda x: linear(x, feedback), x)[1](jax.lax.stop_gradient(ct))
   return d_x, d_kernel, jnp.zeros_like(feedback)
 
 

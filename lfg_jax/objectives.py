@@ -8,8 +8,8 @@
 With the contrastive loss, the local losses are contrastive, and where there are none, that of a projection at the
 end of the network. The read-out is always detached.
 
-Both return `run(variables, key, tokens [B, P, D], criterion) -> (grads, aux)`; aux has 'batch_stats', and the sums
-over this device's examples of 'loss', 'error' and, where there is one, 'contrastive_loss'.
+Both return `run(variables, key, tokens [B, P, D], criterion) -> (grads, aux)`; aux has 'batch_stats', stage by stage
+'guess_gradient' (see `greedy`), and the sums over this device's examples of 'loss', 'error' and, where there is one, 'contrastive_loss'.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,8 @@ def stage_by_stage(spec: MixerSpec, estimator: Estimator, cut: Cut, *, every: in
 
   def run(variables: dict[str, PyTree], key: jax.Array, tokens_BxPxD: jax.Array, criterion: Criterion
           ) -> tuple[PyTree, dict]:
-    x, local_loss_B, grads, stats = run_stages(variables, key, tokens_BxPxD, criterion)
+    x, local_loss_B, grads, updates_of_stages = run_stages(variables, key, tokens_BxPxD, criterion)
+    stats = updates_of_stages['batch_stats']
     fixed = {'batch_stats': stats['readout']} if 'readout' in stats else {}
 
     def objective(params: PyTree) -> tuple[jax.Array, tuple[dict, PyTree]]:
@@ -76,7 +77,7 @@ def stage_by_stage(spec: MixerSpec, estimator: Estimator, cut: Cut, *, every: in
     grads['readout'], (aux, updates) = jax.grad(objective, has_aux=True)(variables['params']['readout'])
     if 'batch_stats' in updates:
       stats['readout'] = updates['batch_stats']
-    return grads, _metrics(aux, local_loss_B, heads, spec.style.contrast) | {'batch_stats': stats}
+    return grads, _metrics(aux, local_loss_B, heads, spec.style.contrast) | updates_of_stages
   return run
 
 

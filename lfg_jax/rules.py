@@ -21,12 +21,16 @@ class Rule(NamedTuple):
     local: whether local losses are used.
     feedback: whether linear layers send gradients back through fixed random matrices.
     finite: derivatives by finite differences instead of `jax.jvp`.
+    quiet: activity perturbation with less noise at the same cost: what `Options` leaves to the rule is taps that are
+      perturbed one by one, the last under a local loss not at all, and learned guesses. Otherwise it is as in the
+      paper: all taps in one pass.
   """
   estimator: str
   cut: bool = False
   local: bool = False
   feedback: bool = False
   finite: bool = False
+  quiet: bool = False
 
 
 _LOCAL_GREEDY = {'cut': True, 'local': True}
@@ -41,12 +45,16 @@ REGISTRY: dict[str, Rule] = {
     'FG-W': Rule('weight'),
     'FG-A': Rule('activity'),
     'LG-FG-W': Rule('weight', **_LOCAL_GREEDY),
-    'LG-FG-A': Rule('activity', **_LOCAL_GREEDY),
+    'LG-FG-A': Rule('activity', quiet=True, **_LOCAL_GREEDY),
+    'LG-FG-A-paper': Rule('activity', **_LOCAL_GREEDY),
     'FD-W': Rule('weight', finite=True),
     'FD-A': Rule('activity', finite=True),
     'LG-FD-W': Rule('weight', finite=True, **_LOCAL_GREEDY),
     'LG-FD-A': Rule('activity', finite=True, **_LOCAL_GREEDY),
 }
+
+
+GUESSES = {'none': (), 'after_channel': ('after_channel',), 'all': ('after_channel', 'after_token')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +66,13 @@ class Options:
     passes: tangents per step.
     chunk: how many of them are in memory at once; 0: all, which takes more memory and, on CPUs, more time.
     combine: 'mean' of the passes, or 'projection' on their span; see `passes.combine`.
-    taps: activity perturbation of all taps at once ('joint') or of each by itself ('separate').
+    taps: activity perturbation of all taps at once ('joint') or of each by itself ('separate'). 'auto', here and below:
+      what the rule says.
+    last_tap: of a block under a local loss: 'perturbed', or 'exact', which lets the exact signal through. Between it and
+      the loss are a norm, a ReLU and the head, and no other linear map.
+    guess: which taps have a learned guess (see `guesses`): 'none', 'after_channel' (through the grouped layer), or
+      'all', the tap of token mixing too (through the layer between).
+    guess_rate: learning rate (Adam's) of what guesses go through.
     tap_passes: with separate taps, numbers of passes of their own for taps of these names; 0: `passes`.
     sharing: 'paper' (weights' tangents shared by the batch, activities' not), 'shared' or 'independent'.
     credit: weight perturbation's rule for groups. 'exact' credits a weight with all the losses it influences.
@@ -70,11 +84,14 @@ class Options:
     overlap: greedy stages are overlapping pairs of blocks.
     micro_batch: examples whose gradients are computed at once; 0: what suits the machine, see `parts`.
   """
-  law: str = 'rademacher'
+  law: str = 'hadamard'
   passes: int = 1
   chunk: int = 4
   combine: str = 'mean'
-  taps: str = 'joint'
+  taps: str = 'auto'
+  last_tap: str = 'auto'
+  guess: str = 'auto'
+  guess_rate: float = 3e-3
   tap_passes: Mapping[str, int] = dataclasses.field(default_factory=dict)
   sharing: str = 'paper'
   credit: str = 'exact'
@@ -89,7 +106,9 @@ class Options:
     one_of('estimator.law', self.law, tangents.LAWS)
     one_of('estimator.sharing', self.sharing, ('paper', 'shared', 'independent'))
     one_of('estimator.combine', self.combine, passes.COMBINATIONS)
-    one_of('estimator.taps', self.taps, ('joint', 'separate'))
+    one_of('estimator.taps', self.taps, ('auto', 'joint', 'separate'))
+    one_of('estimator.last_tap', self.last_tap, ('auto', 'perturbed', 'exact'))
+    one_of('estimator.guess', self.guess, ('auto', *GUESSES))
     for tap in self.tap_passes:
       one_of('tap of estimator.tap_passes', tap, TAPS)
     one_of('estimator.credit', self.credit, ('exact', 'paper'))
@@ -98,20 +117,53 @@ class Options:
                               ('losses.every', self.every, 1), ('micro_batch', self.micro_batch, 0)):
       if value < low:
         raise ValueError(f'{field} is {value!r}; allowed: {low} or more')
-    if self.step <= 0:
-      raise ValueError(f'estimator.step is {self.step!r}; allowed: more than 0')
-    most = max(self.passes, *self.tap_passes.values(), 0)
-    if self.combine == 'projection' and (self.taps == 'joint' or 0 < self.chunk < most):
-      raise ValueError(f"estimator.combine='projection' needs all passes of one tap at once, not taps={self.taps!r}, "
-                       f"chunk={self.chunk}; allowed: taps='separate', and chunk=0 or {most} or more")
-    if self.taps == 'joint' and any(self.tap_passes.values()):
-      raise ValueError("estimator.tap_passes is for taps perturbed one by one; allowed: estimator.taps='separate'")
+    for field, number in (('step', self.step), ('guess_rate', self.guess_rate)):
+      if number <= 0:
+        raise ValueError(f'estimator.{field} is {number!r}; allowed: more than 0')
     if self.overlap and self.every > 1:
       raise ValueError(f'losses.overlap=True and losses.every={self.every} exclude each other; allowed: one of them')
 
   @property
   def cut(self) -> Cut:
     return Cut(self.patch, self.group)
+
+  @property
+  def guessed_taps(self) -> tuple[str, ...]:
+    """Names of the taps that have a guess."""
+    return GUESSES[self.guess]
+
+  def of(self, rule: Rule) -> 'Options':
+    """With the rule's own choice for what is 'auto'.
+
+    Raises:
+      ValueError: fields that contradict each other, or that the rule has no use for.
+
+    >>> Options().of(REGISTRY['LG-FG-A']).taps, Options().of(REGISTRY['LG-FG-A-paper']).taps
+    ('separate', 'joint')
+    """
+    one_block = rule.cut and self.every == 1 and not self.overlap
+    quiet = rule.quiet and self.taps != 'joint'
+    choice = {'taps': 'separate' if quiet else 'joint', 'last_tap': 'exact' if rule.quiet else 'perturbed',
+              'guess': 'after_channel' if quiet and one_block else 'none'}
+    options = dataclasses.replace(self, **{field: value for field, value in choice.items()
+                                           if getattr(self, field) == 'auto'})
+    options._check_activity(rule, one_block)
+    return options
+
+  def _check_activity(self, rule: Rule, one_block: bool) -> None:
+    if self.last_tap == 'exact' and not (rule.estimator == 'activity' and rule.cut):
+      raise ValueError("estimator.last_tap='exact' is for activity perturbation with losses per block; allowed: "
+                       "'auto', 'perturbed'")
+    if self.guess != 'none' and not (rule.estimator == 'activity' and one_block and self.taps == 'separate'):
+      raise ValueError(f"estimator.guess={self.guess!r} is for activities of single blocks with losses of their own, "
+                       "perturbed one by one; allowed: 'auto', 'none', or LG-FG-A with taps='separate', losses.every=1, "
+                       'no losses.overlap')
+    most = max(self.passes, *self.tap_passes.values(), 0)
+    if self.combine == 'projection' and (self.taps == 'joint' or 0 < self.chunk < most):
+      raise ValueError(f"estimator.combine='projection' needs all passes of one tap at once, not taps={self.taps!r}, "
+                       f"chunk={self.chunk}; allowed: taps='separate', and chunk=0 or {most} or more")
+    if self.taps == 'joint' and any(self.tap_passes.values()):
+      raise ValueError("estimator.tap_passes is for taps perturbed one by one; allowed: estimator.taps='separate'")
 
 
 def one_of(field: str, given: Any, allowed: Any) -> None:

@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
   Attributes:
     step: updates done.
     params: what the optimizer moves.
-    rest: the model's other variables ('batch_stats', 'feedback').
+    rest: the algorithm's other variables ('batch_stats', 'feedback', 'guess', 'guess_optimizer').
     opt_state: the optimizer's.
     sums: the algorithm's metrics and 'examples' since the epoch began, so that a run which resumes within an epoch
       reports the same means.
@@ -145,14 +145,14 @@ def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, m
 
   def one_step(state: TrainState, key: jax.Array, *inputs: Any) -> TrainState:
     grads, aux = gradient(state, key, *inputs)
-    stats, examples = aux.pop('batch_stats'), aux.pop('examples')
+    examples = aux.pop('examples')
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     is_finite = jnp.isfinite(aux['loss']) & jnp.isfinite(optax.tree.norm(updates))
     means = {**{name: aux[name] * examples for name in algorithm.metrics}, 'examples': examples}
     is_first = state.step % feed.steps == 0
     return TrainState(
         state.step + 1, optax.apply_updates(state.params, updates),
-        {**state.rest, 'batch_stats': stats} if 'batch_stats' in state.rest else state.rest, opt_state,
+        algorithm.advance(state.rest, aux), opt_state,
         {name: jnp.where(is_first, 0, state.sums[name]) + mean for name, mean in means.items()},
         jnp.where((state.bad_step < 0) & ~is_finite, state.step + 1, state.bad_step))
 

@@ -1,0 +1,112 @@
+"""Guesses of a tap's gradient: control variates that take noise out of a forward gradient and leave no bias.
+
+Let g be the gradient at a tap, and h a guess of it that is known before the tangent u is drawn. Then
+
+    h + ((g - h)·u) u        has the mean  h + (g - h) = g,  whatever h is,
+
+because E[u uᵀ] = 1 and h does not depend on u. What is left to chance is a forward gradient of g - h: the squared
+error is `law.excess(d, K)` · |g - h|² in place of `excess(d, K)` · |g|², and K passes share one guess. The derivative
+along u, which the estimator has anyway, is g·u; only h·u is new. A perfect guess makes one pass exact, no guess
+(h = 0) is the plain forward gradient, and a bad one (|g - h| > |g|) costs variance, never bias.
+
+The condition that matters is independence. An estimator calls a guess before it draws tangents and gives it no key;
+a guess that finds the tangents by other means is biased, which `tests/test_guesses.py` shows.
+
+**A learned guess.** `feedback` sends the exact signal that arrives at the tap behind (at the last tap of a block, where
+only a norm and the local head lie between it and the loss) one layer back, as feedback alignment does: through a
+matrix F in place of the layer's transposed kernel, with norms and ReLU differentiated exactly. F is learned by
+regression on the forward gradient itself. With the residual r = ((g - h)·u) u, which has the mean g - h,
+
+    ∂/∂F  ½ Σ_b |g_b - h_b(F)|² / |s_b|²   is, on average,   - Σ_b r_b · ∂h_b/∂F / |s_b|²,
+
+so that no kernel is ever read or transposed. (s_b, an example's exact signal, makes all examples equal: signals
+shrink by orders of magnitude as an example is learnt.) h is linear in F and equals g at F = Wᵀ. There r is zero, and
+with it the noise of the regression: what keeps F from Wᵀ is only that W moves. Nøkland's and Bacho & Chu's (FDFA, arXiv
+2212.07282) feedback is used as the signal, and biased; here it is quiet *and* unbiased.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+
+from lfg_jax.taps import Tap
+
+PyTree = Any
+Path = tuple[str, ...]
+_LEAST = 1e-30    # squared signals below are of padding, or of a head that is still zero
+
+
+class Known(NamedTuple):
+  """What is known before tangents are drawn.
+
+  Attributes:
+    loss_fn: an `estimators.LossFn`.
+    params: its parameters.
+    taps: every tap, with its value at the unperturbed point.
+    args: the further arguments of loss_fn.
+  """
+  loss_fn: Any
+  params: PyTree
+  taps: dict[Path, Tap]
+  args: tuple[Any, ...]
+
+
+# `(weights, known) -> {tap: h}`, h of the tap's shape. Taps that are missing have no guess. `weights` is what the
+# guess learns by regression, or {}.
+Guess = Callable[[PyTree, Known], Mapping[Path, jax.Array]]
+
+
+def feedback(weights: PyTree, known: Known) -> dict[Path, jax.Array]:
+  """What feedback alignment sends to every tap: the cotangent there, through `weights` in place of kernels.
+
+  A layer without feedback weights would use its kernel, so a tap counts as guessed only if all layers between it and
+  the loss have some; see `of_taps`.
+
+  Args:
+    weights: the collection `feedback` of the model: for a layer its matrix, under the name 'kernel'.
+  """
+  def objective(shift: dict[Path, jax.Array]) -> jax.Array:
+    losses, _ = known.loss_fn(known.params, {'perturbation': unflatten_dict(shift), 'feedback': weights}, *known.args)
+    return sum((leaf.sum() for leaf in jax.tree.leaves(losses)), jnp.float32(0))
+  return jax.grad(objective)({path: jnp.zeros_like(tap.value) for path, tap in known.taps.items()})
+
+
+def of_taps(guess: Guess, is_guessed: Callable[[Path], bool]) -> Guess:
+  """`guess`, of some taps only.
+
+  >>> everything = lambda weights, known: {('a',): jnp.zeros(2), ('b',): jnp.ones(2)}
+  >>> list(of_taps(everything, lambda path: path[-1] == 'b')({}, None))
+  [('b',)]
+  """
+  return lambda weights, known: {path: h for path, h in guess(weights, known).items() if is_guessed(path)}
+
+
+def regression(pull: Callable[[dict[Path, jax.Array]], tuple[PyTree]], guessed: Mapping[Path, jax.Array],
+               residual: Mapping[Path, jax.Array], taps: Mapping[Path, Tap]) -> PyTree:
+  """Gradient by the guess's weights of ½ Σ_b |g_b - h_b|² / |s_b|², on average over tangents.
+
+  The sum is over examples: its scale is that of their number, which Adam does not see.
+
+  Args:
+    pull: the transposed derivative of the guess by its weights, from `jax.vjp`.
+    guessed: h. What it has for taps that are not perturbed, their exact signal, is s; if there is none, s is all of h.
+    residual: for the perturbed taps that have a guess, ((g - h)·u) u.
+  """
+  exact = {path: h for path, h in guessed.items() if path not in residual} or guessed
+  size_B = sum(_over_all_but_examples(jnp.square(h.astype(jnp.float32)), taps[path]) for path, h in exact.items())
+  weight_B = jnp.where(size_B > _LEAST, 1 / jnp.maximum(size_B, _LEAST), 0)
+
+  def cotangent(path: Path, h: jax.Array) -> jax.Array:
+    if path not in residual:
+      return jnp.zeros_like(h)
+    return (-residual[path] * weight_B.reshape(-1, *[1] * (taps[path].ndim - 1))).astype(h.dtype)
+  (gradient,) = pull({path: cotangent(path, h) for path, h in guessed.items()})
+  return gradient
+
+
+def _over_all_but_examples(x: jax.Array, tap: Tap) -> jax.Array:
+  examples = x.ndim - tap.ndim
+  return x.sum(tuple(axis for axis in range(x.ndim) if axis != examples))
