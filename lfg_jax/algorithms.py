@@ -190,12 +190,15 @@ def build_estimator(rule: Rule, options: Options, spec: MixerSpec, axis_name: st
     return functools.partial(estimators.weight_perturbation, sampling=sampling, derivative=derivative,
                              is_exact=_under_a_loss, group_axis=group_axis)
   if rule.estimator == 'activity':
-    is_exact = lambda path: options.last_tap == 'exact' and path[-2:] == LAST_TAP
-    is_guessed = lambda path: path[-1] in options.guessed_taps or is_exact(path)
-    guess = guesses.of_taps(guesses.feedback, is_guessed) if options.guessed_taps else None
-    return functools.partial(estimators.activity_perturbation, sampling=sampling, derivative=derivative,
-                             separate=options.taps == 'separate', is_perturbed=lambda path: not is_exact(path),
-                             tap_passes={tap: n for tap, n in options.tap_passes.items() if n}, guess=guess)
+    guess = guesses.of_taps(guesses.feedback, lambda path: path[-1] in options.guessed_taps)
+    activity = functools.partial(estimators.activity_perturbation, sampling=sampling, derivative=derivative,
+                                 separate=options.taps == 'separate',
+                                 tap_passes={tap: n for tap, n in options.tap_passes.items() if n},
+                                 guess=guess if options.guessed_taps else None)
+    if options.last_tap == 'perturbed':
+      return activity
+    before = functools.partial(activity, is_perturbed=lambda path: path[-2:] != LAST_TAP)
+    return functools.partial(estimators.exact_behind_boundary, estimator=before)
   if rule.estimator == 'direct_feedback':
     return functools.partial(estimators.direct_feedback, matrices=variables['feedback'])
   return estimators.backprop

@@ -13,6 +13,7 @@ A `loss_fn(params, collections, *args) -> (losses, aux)` evaluates a model whose
 
 import functools
 import math
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -38,9 +39,13 @@ class LossFn(Protocol):
   def guess_weights(self) -> PyTree:
     """What a guess of the taps' gradients has learned so far; {} for others."""
 
+  @property
+  def size_B(self) -> jax.Array | None:
+    """By which a learned guess divides the examples' squared errors; None: 1."""
+
   def __call__(self, params: PyTree, collections: Mapping[str, PyTree], *args: Any) -> tuple[Losses, Any]: ...
 
-  def record(self, collection: str, params: PyTree, *args: Any) -> PyTree: ...
+  def record(self, collection: str, params: PyTree, *args: Any, given: Mapping[str, PyTree] = ...) -> PyTree: ...
 
 
 class FlaxLoss(NamedTuple):
@@ -53,13 +58,15 @@ class FlaxLoss(NamedTuple):
   """
   apply: Callable[..., tuple[tuple[Losses, dict], dict]]
   guess_weights: PyTree = {}    # noqa: RUF012    (never changed)
+  size_B: jax.Array | None = None
 
   def __call__(self, params: PyTree, collections: Mapping[str, PyTree], *args: Any) -> tuple[Losses, dict]:
     (losses, aux), updates = self.apply({'params': params, **collections}, ('batch_stats',), *args)
     return losses, {**aux, **updates}
 
-  def record(self, collection: str, params: PyTree, *args: Any) -> PyTree:
-    _, updates = self.apply({'params': params}, ('batch_stats', collection), *args)
+  def record(self, collection: str, params: PyTree, *args: Any,
+             given: Mapping[str, PyTree] = types.MappingProxyType({})) -> PyTree:
+    _, updates = self.apply({'params': params, **given}, ('batch_stats', collection), *args)
     return updates.get(collection, {})
 
 
@@ -203,7 +210,7 @@ def activity_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(), d
     (losses, aux), grads = reverse_with_signals(loss_fn, params, unflatten_dict(signal), *args)
     if guess:
       known_residual = {path: r for path, r in residual.items() if path in guessed}
-      aux = {**aux, 'guess_gradient': regression(pull, guessed, known_residual, taps)}
+      aux = {**aux, 'guess_gradient': regression(pull, guessed, known_residual, taps, loss_fn.size_B)}
     return (losses, aux), grads
   return run
 
@@ -252,6 +259,64 @@ def _guessed_slope(tap: Tap, guessed: jax.Array, u_K: jax.Array, axis_name: str 
   axes = (*range(1, 1 + scanned), *range(1 + scanned + tap.local_axes, u_K.ndim))
   dot_K = (guessed.astype(jnp.float32) * u_K).sum(axes, keepdims=True)
   return jax.lax.psum(dot_K, axis_name) if tap.local_axes == 0 and axis_name else dot_K
+
+
+class _UpToBoundary(NamedTuple):
+  """The losses s·y, with y what arrives at the boundary and s fixed: their derivatives are those of the true losses.
+
+  Attributes:
+    signal: s, a tree of the collection 'boundary'.
+    shape: of the true losses, [B, P, G]; an axis of size 1 is one that y's parts are summed over.
+  """
+  loss_fn: LossFn
+  signal: PyTree
+  shape: tuple[int, ...]
+
+  @property
+  def guess_weights(self) -> PyTree:
+    return self.loss_fn.guess_weights
+
+  @property
+  def size_B(self) -> jax.Array:
+    """|s|² of every example."""
+    return sum(jnp.square(_float32(s)).sum(tuple(range(1, s.ndim))) for s in jax.tree.leaves(self.signal))
+
+  def __call__(self, params: PyTree, collections: Mapping[str, PyTree], *args: Any) -> tuple[jax.Array, dict]:
+    taps = self.loss_fn.record('boundary', params, *args, given=collections)
+
+    def one(tap: Tap, s: jax.Array) -> jax.Array:
+      dot = (_float32(s) * _float32(tap.value)).sum(tuple(range(tap.local_axes, tap.ndim)))
+      uncut = tuple(axis for axis, size in enumerate(self.shape) if size == 1)
+      return dot.sum(uncut, keepdims=True) if uncut else dot
+    return sum(jax.tree.leaves(jax.tree.map(one, taps, self.signal, is_leaf=_is_tap))), {}
+
+  def record(self, collection: str, params: PyTree, *args: Any, given: Mapping[str, PyTree] = types.MappingProxyType({})
+             ) -> PyTree:
+    return self.loss_fn.record(collection, params, *args, given=given)
+
+
+def exact_behind_boundary(loss_fn: LossFn, *, estimator: Callable[[LossFn], GradFn]) -> GradFn:
+  """Another estimator up to the boundary that the model marks (`taps.boundary`), the exact gradient behind it.
+
+  Reverse mode goes from the losses to the boundary, and gives the exact signal s = ∂L/∂y there. As everything
+  before influences the losses through y alone, the derivative of the losses along any tangent is s·dy: the
+  estimator's forward derivatives end at the boundary too, which saves what lies behind.
+  """
+  def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, Any], PyTree]:
+    def objective(params: PyTree, shift: PyTree) -> tuple[jax.Array, tuple[Losses, Any]]:
+      losses, aux = loss_fn(params, {'boundary_shift': shift}, *args)
+      return total(losses), (losses, aux)
+
+    taps = jax.eval_shape(lambda p: loss_fn.record('boundary', p, *args), params)
+    zeros = jax.tree.map(lambda tap: jnp.zeros(tap.value.shape, tap.value.dtype), taps, is_leaf=_is_tap)
+    (_, (losses, aux)), (behind, signal) = jax.value_and_grad(objective, (0, 1), has_aux=True)(params, zeros)
+    (_, own_aux), before = estimator(_UpToBoundary(loss_fn, signal, losses.shape))(params, key, *args)
+    return (losses, {**aux, **own_aux}), jax.tree.map(jnp.add, behind, before)
+  return run
+
+
+def _float32(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def direct_feedback(loss_fn: LossFn, *, matrices: PyTree) -> GradFn:

@@ -85,28 +85,21 @@ def of_taps(guess: Guess, is_guessed: Callable[[Path], bool]) -> Guess:
 
 
 def regression(pull: Callable[[dict[Path, jax.Array]], tuple[PyTree]], guessed: Mapping[Path, jax.Array],
-               residual: Mapping[Path, jax.Array], taps: Mapping[Path, Tap]) -> PyTree:
+               residual: Mapping[Path, jax.Array], taps: Mapping[Path, Tap], size_B: jax.Array | None) -> PyTree:
   """Gradient by the guess's weights of ½ Σ_b |g_b - h_b|² / |s_b|², on average over tangents.
 
   The sum is over examples: its scale is that of their number, which Adam does not see.
 
   Args:
     pull: the transposed derivative of the guess by its weights, from `jax.vjp`.
-    guessed: h. What it has for taps that are not perturbed, their exact signal, is s; if there is none, s is all of h.
-    residual: for the perturbed taps that have a guess, ((g - h)·u) u.
+    guessed: h.
+    residual: for the same taps, ((g - h)·u) u.
+    size_B: |s_b|²; None: 1.
   """
-  exact = {path: h for path, h in guessed.items() if path not in residual} or guessed
-  size_B = sum(_over_all_but_examples(jnp.square(h.astype(jnp.float32)), taps[path]) for path, h in exact.items())
-  weight_B = jnp.where(size_B > _LEAST, 1 / jnp.maximum(size_B, _LEAST), 0)
-
   def cotangent(path: Path, h: jax.Array) -> jax.Array:
-    if path not in residual:
-      return jnp.zeros_like(h)
-    return (-residual[path] * weight_B.reshape(-1, *[1] * (taps[path].ndim - 1))).astype(h.dtype)
+    if size_B is None:
+      return -residual[path].astype(h.dtype)
+    weight_B = jnp.where(size_B > _LEAST, 1 / jnp.maximum(size_B, _LEAST), 0)
+    return -(residual[path] * weight_B.reshape(-1, *[1] * (taps[path].ndim - 1))).astype(h.dtype)
   (gradient,) = pull({path: cotangent(path, h) for path, h in guessed.items()})
   return gradient
-
-
-def _over_all_but_examples(x: jax.Array, tap: Tap) -> jax.Array:
-  examples = x.ndim - tap.ndim
-  return x.sum(tuple(axis for axis in range(x.ndim) if axis != examples))

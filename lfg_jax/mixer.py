@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from lfg_jax import layers
 from lfg_jax.contrastive import Contrast, Projection, replicated_info_nce
 from lfg_jax.losses import Cut, replicated_cross_entropy, scale_gradient
-from lfg_jax.taps import hold, tap
+from lfg_jax.taps import boundary, hold, tap
 
 NORMS = ('token_in', 'token_out', 'channel_in', 'channel_out', 'group_in', 'group_out', 'head', 'readout')
 TAPS = ('after_token', 'after_channel', 'after_group')
@@ -147,6 +147,8 @@ class LocalBlock(nn.Module):
   def _unit(self, name: str, linear: Callable[[str], layers.Linear], x: jax.Array, weight_B: jax.Array) -> jax.Array:
     """Norm → linear → norm. In the reverse sweep the second norm can be passed straight through."""
     y = linear(name)(_norm(self.style, f'{name}_in', x, weight_B))
+    if name == 'group' and self.last:
+      y = boundary(self, 'last_linear', y, local_axes=3)
     z = _norm(self.style, f'{name}_out', y, weight_B)
     if not self.style.norm_derivative and self.has_variable('signal', f'after_{name}'):
       return y + jax.lax.stop_gradient(z - y)

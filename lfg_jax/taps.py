@@ -77,6 +77,20 @@ def tap(module: nn.Module, name: str, z: jax.Array, *, active: jax.Array | None 
   return z
 
 
+def boundary(module: nn.Module, name: str, y: jax.Array, local_axes: int) -> jax.Array:
+  """Marks the activity `y` `[B, ...]` through which all that comes before influences the losses; see `exact_behind`.
+
+  It shares `local_axes` leading axes with the losses. A module given the collection `boundary_shift` takes
+  y + shift behind a stop-gradient: what comes before the boundary then gets no gradient.
+  """
+  if module.is_initializing():
+    return y
+  module.sow('boundary', name, Tap(y, y.ndim, local_axes), init_fn=lambda: None, reduce_fn=lambda _, new: new)
+  if module.has_variable('boundary_shift', name):
+    return jax.lax.stop_gradient(y) + module.get_variable('boundary_shift', name)
+  return y
+
+
 def hold(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
   """x behind a stop-gradient, which finite differences can see.
 
