@@ -52,6 +52,7 @@ def base() -> ConfigDict:
       'dataset': 'digits',
       'data_dir': config_dict.placeholder(str),      # None: $TFDS_DATA_DIR or ~/tensorflow_datasets
       'image_size': config_dict.placeholder(int),    # None: the data set's own
+      'images': config_dict.placeholder(int),        # to train on, the first so many; None: all
       'model': {
           'size': 'M/8/16',                          # size / patches per side / groups
           'blocks': config_dict.placeholder(int), 'channels': config_dict.placeholder(int),
@@ -172,19 +173,27 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argpar
     UserError: an unknown option, file or field, or a value of another type.
   """
   options, rest = parser.parse_known_args(arguments)
-  config = load(options.config)
-  for argument in rest:
+  return options, override(load(options.config), rest)
+
+
+def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
+  """The config with the changes of a command line, `--config.field=value …`.
+
+  Raises:
+    UserError: an unknown option or field, or a value of another type.
+  """
+  for argument in arguments:
     if match := re.match(r'--?(?:no)?config\.([^=]*)', argument):
       _check_field(config, match[1])
   values = flags.FlagValues()
   try:
-    config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=['', *rest])
-    _, *unused = values(['', *rest])
+    config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=['', *arguments])
+    _, *unused = values(['', *arguments])
   except (flags.Error, TypeError, ValueError) as error:
     raise UserError(' '.join(str(error).split())) from error
   if unused:
     raise UserError(f'unexpected argument {unused[0]!r}')
-  return options, values.config
+  return values.config
 
 
 def _check_field(config: ConfigDict, dotted: str) -> None:

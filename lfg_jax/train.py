@@ -43,8 +43,12 @@ class Interrupted(UserError):
     self.exit_code = 128 + number    # as shells report a signal
 
 
-def prepare(config: ConfigDict) -> Job:
+def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
   """Finds all mistakes in a config, and loads its data.
+
+  Args:
+    config: of a run.
+    dataset: what another config with the same data has loaded; None: loads it.
 
   Raises:
     UserError: one line about the first mistake.
@@ -59,12 +63,12 @@ def prepare(config: ConfigDict) -> Job:
     if config.micro_batch and config.batch_size // jax.device_count() % config.micro_batch:
       raise ValueError(f'micro_batch is {config.micro_batch}; allowed: divisors of '
                        f'{config.batch_size // jax.device_count()}, the examples per device')
-    dataset = data.load(config.dataset, data_dir=config.data_dir, image_size=config.image_size,
-                        seed=config.seed, whole_images=config.loss == 'contrastive')
+    dataset = dataset or data.load(config.dataset, data_dir=config.data_dir, image_size=config.image_size,
+                                   seed=config.seed, whole_images=config.loss == 'contrastive')
     algorithm = algorithms.make(config, dataset, update.AXIS)
   except (ValueError, FileNotFoundError) as error:
     raise UserError(str(error)) from error
-  return Job(config, dataset, algorithm, update.make_mesh())
+  return first_images(Job(config, dataset, algorithm, update.make_mesh()), config.images)
 
 
 def first_images(job: Job, images: int | None) -> Job:
@@ -77,7 +81,7 @@ def first_images(job: Job, images: int | None) -> Job:
     return job
   split = job.dataset.train
   if not isinstance(split, data.Arrays) or not 0 < images <= split.examples:
-    raise UserError(f'--images is {images}; allowed: 1 … {split.examples}, of a data set that fits memory')
+    raise UserError(f'images is {images}; allowed: 1 … {split.examples}, of a data set that fits memory')
   return job._replace(dataset=job.dataset._replace(train=jax.tree.map(lambda x: x[:images], split)))
 
 

@@ -47,6 +47,7 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
     ('--config.batch_size=30', 'batch_size is 30; allowed: multiples of 8, the number of devices'),
     ('--config.epochs=many', "flag --config.epochs=many: invalid literal for int() with base 10: 'many'"),
     ('--config.image_size=9', 'image_size=9 is not for digits, whose images are 8x8'),
+    ('--config.images=1439', 'images is 1439; allowed: 1 … 1438, of a data set that fits memory'),
     ('--config.epoch=3', f'unknown config field epoch; allowed: {TOP}'),
     ('--config.estimator.laws=normal',
      'unknown config field estimator.laws; allowed: chunk, combine, credit, law, passes, '
