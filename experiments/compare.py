@@ -38,10 +38,11 @@ def main(arguments: list[str]) -> None:
   for name in algorithms:    # all mistakes before any long work
     prepare(variants[name, seeds[0]])
   _claim(out)
+  origin = run_log.provenance(['experiments/compare.py', *arguments])
   for (name, seed), variant in variants.items():
     print(f'{name}, seed {seed}:')
     train(prepare(variant), out / f'{name}-seed{seed}')
-    report(out, [key for key in variants if (out / '{}-seed{}'.format(*key) / 'summary.json').exists()])
+    report(out, [key for key in variants if (out / '{}-seed{}'.format(*key) / 'summary.json').exists()], origin)
   print((out / 'comparison.md').read_text())
 
 
@@ -65,18 +66,24 @@ def _claim(out: pathlib.Path) -> None:
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise configs.UserError(f'{out} exists and is not the folder of a comparison; name another with --out')
   out.mkdir(parents=True, exist_ok=True)
-  run_log.write_atomically(out / RESULT, '[]\n')
+  run_log.write_atomically(out / RESULT, '{}\n')
 
 
-def report(out: pathlib.Path, runs: list[tuple[str, int]]) -> None:
-  """Writes comparison.json, comparison.md and curves.png of finished runs (algorithm, seed) in `out`."""
+def report(out: pathlib.Path, runs: list[tuple[str, int]], origin: dict[str, str | None]) -> None:
+  """Writes comparison.json, comparison.md and curves.png of finished runs (algorithm, seed) in `out`.
+
+  Args:
+    out: the folder of the comparison.
+    runs: that are finished.
+    origin: `run_log.provenance` of the command.
+  """
   folders: dict[str, list[pathlib.Path]] = {}
   for name, seed in runs:
     folders.setdefault(name, []).append(out / f'{name}-seed{seed}')
   summaries = {name: [json.loads((folder / 'summary.json').read_text()) for folder in own]
                for name, own in folders.items()}
   results = [summarize(name, own) for name, own in summaries.items()]
-  run_log.write_atomically(out / RESULT, json.dumps(results, indent=2) + '\n')
+  run_log.write_atomically(out / RESULT, json.dumps({**origin, 'rows': results}, indent=2) + '\n')
   run_log.write_atomically(out / 'comparison.md', table(results))
   plots.curves(out / 'curves.png', {name: [run_log.read_rows(folder / 'metrics.jsonl') for folder in own]
                                     for name, own in folders.items()})

@@ -36,12 +36,13 @@ def main(arguments: list[str]) -> None:
   parser.add_argument('--out', type=pathlib.Path, default='runs/depth', help='default: runs/depth')
   options = parser.parse_args(arguments)
   options.out.mkdir(parents=True, exist_ok=True)
+  origin = run_log.provenance(['experiments/depth.py', *arguments])
   rows: list[Row] = []
   for blocks in map(int, options.blocks.split(',')):
     for name in options.algorithms.split(','):
       rows.append(measure(name, blocks, options))
       print(rows[-1])
-      run_log.write_atomically(options.out / 'depth.json', json.dumps(rows, indent=2) + '\n')
+      run_log.write_atomically(options.out / 'depth.json', json.dumps({**origin, 'rows': rows}, indent=2) + '\n')
   draw(options.out / 'depth.png', rows)
 
 

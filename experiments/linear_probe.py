@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
             'standard_error': float(np.sqrt(test_error * (1 - test_error) / len(test_y))),
             'online_test_error': error(test_x, test_y, np.asarray(read_out['kernel']), np.asarray(read_out['bias'])),
             'images': job.dataset.train.examples, 'pairs': options.pairs, 'l2': options.l2,
-            'iterations': options.iterations}
+            'iterations': options.iterations, **run_log.provenance(['experiments/linear_probe.py', *arguments])}
   run_log.write_atomically(options.workdir / 'linear_probe.json', json.dumps(report, indent=2) + '\n')
   print('  '.join(f'{name} {value}' for name, value in report.items()))
 

@@ -41,12 +41,14 @@ def main(arguments: list[str]) -> None:
   options.out.mkdir(parents=True, exist_ok=True)
   sweeps = {'groups': [(options.patches, int(g)) for g in options.many_groups.split(',')],
             'patches': [(int(p), options.groups) for p in options.many_patches.split(',')]}
+  origin = run_log.provenance(['experiments/replicated_losses.py', *arguments])
   rows = []
   for sweep, sizes in sweeps.items():
     for kind in OUTPUTS:
       for form in ('naive', 'fused'):
         rows += measure(sweep, kind, form, sizes, options)
-        run_log.write_atomically(options.out / 'replicated_losses.json', json.dumps(rows, indent=2) + '\n')
+        content = json.dumps({**origin, 'rows': rows}, indent=2) + '\n'
+        run_log.write_atomically(options.out / 'replicated_losses.json', content)
   draw(options.out / 'replicated_losses.png', rows)
 
 

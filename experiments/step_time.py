@@ -49,11 +49,12 @@ def main(arguments: list[str]) -> None:
   for name in ('batch', 'passes', 'repetitions'):
     if getattr(options, name) < 1:
       raise configs.UserError(f'--{name} is {getattr(options, name)}; allowed: 1 or more')
+  origin = run_log.provenance(['experiments/step_time.py', *arguments])
   # What is not in bfloat16 in a model that is may be computed as the machine likes.
   with jax.default_matmul_precision(None if options.precision == 'bfloat16' else options.precision):
     rows = measure(options)
   options.out.mkdir(parents=True, exist_ok=True)
-  run_log.write_atomically(options.out / 'step_time.json', json.dumps(rows, indent=2) + '\n')
+  run_log.write_atomically(options.out / 'step_time.json', json.dumps({**origin, 'rows': rows}, indent=2) + '\n')
   run_log.write_atomically(options.out / 'step_time.md', table(rows))
   draw(options.out / 'step_time.png', rows)
   print(table(rows))

@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     train(job, pathlib.Path(folder))
     speeds = [row['examples_per_second'] for row in run_log.read_rows(pathlib.Path(folder, 'metrics.jsonl'))]
   after = bare.examples_per_second()
-  result = {'command': ['python', 'experiments/throughput.py', *arguments], 'algorithm': config.algorithm,
+  result = {**run_log.provenance(['experiments/throughput.py', *arguments]), 'algorithm': config.algorithm,
             'model': config.model.size, 'batch_size': config.batch_size, 'train': speeds, 'bare': [before, after],
             'ratio': statistics.median(speeds) / statistics.mean([before, after])}
   options.out.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@
 | mixer | M/8/16 on CIFAR-10 (JPEG quality 75, see prepare_data.py), layer by layer: algorithms, cuts, laws, passes |
 | passes | the time and memory of K passes, all at once and in chunks, on M/8/16 |
 
-DIR gets for every part PART.json, a list of rows, and PART.png; and table.md. A row of table1 or laws that is not
+DIR gets for every part PART.json, with its rows, and PART.png; and table.md. A row of table1 or laws that is not
 within three standard errors of theory is measured again, with other and four times as many draws (`measured_again`).
 """
 
@@ -45,12 +45,13 @@ def main(arguments: list[str]) -> None:
     if part not in PARTS:
       raise configs.UserError(f'--parts has {part!r}; allowed: {", ".join(PARTS)}')
   options.out.mkdir(parents=True, exist_ok=True)
+  origin = run_log.provenance(['experiments/variance.py', *arguments])
   for part in options.parts.split(','):
     rows = []
     for row in PARTS[part][0](options):
       rows.append(row)
       print({name: _short(value) for name, value in row.items()}, flush=True)
-      run_log.write_atomically(options.out / f'{part}.json', '[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n')
+      run_log.write_atomically(options.out / f'{part}.json', _as_json(origin, rows))
     figure = Figure(figsize=(9, 5), layout='constrained')
     PARTS[part][1](figure, rows)
     figure.savefig(options.out / f'{part}.png', dpi=100)
@@ -61,11 +62,17 @@ def _short(value: Any) -> Any:
   return float(f'{value:.4g}') if isinstance(value, float) else value
 
 
+def _as_json(origin: dict[str, str | None], rows: list[Row]) -> str:
+  """One line for every row."""
+  return f'{json.dumps(origin)[:-1]}, "rows": [\n' + ',\n'.join(map(json.dumps, rows)) + '\n]}\n'
+
+
 def _write_table(out: pathlib.Path) -> None:
   """All parts there are, in markdown."""
   text = ''
   for path in sorted(out.glob('*.json')):
-    rows = json.loads(path.read_text())
+    content = json.loads(path.read_text())
+    rows = content['rows'] if isinstance(content, dict) else content    # older files have only rows
     names = list(rows[0])
     text += f'\n## {path.stem}\n\n| {" | ".join(names)} |\n|{"---|" * len(names)}\n'
     text += ''.join(f'| {" | ".join(str(_short(row[name])) for name in names)} |\n' for row in rows)

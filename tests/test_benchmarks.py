@@ -21,8 +21,9 @@ EXPERIMENTS = ROOT / 'experiments'
 ])
 def test_rows_and_figure(name, arguments, rows, field, tmp_path):
   runpy.run_path(str(EXPERIMENTS / f'{name}.py'))['main']([*arguments, f'--out={tmp_path}'])
-  written = json.loads((tmp_path / f'{name}.json').read_text())
-  assert len(written) == rows and all(row[field] > 0 for row in written)
+  content = json.loads((tmp_path / f'{name}.json').read_text())
+  assert content['command'].startswith(f'python experiments/{name}.py ') and content['device'] == 'cpu'
+  assert len(content['rows']) == rows and all(row[field] > 0 for row in content['rows'])
   assert (tmp_path / f'{name}.png').stat().st_size > 1000
 
 
@@ -32,7 +33,7 @@ def test_throughput(tmp_path):
   main([f'--out={tmp_path}', '--images=320', *arguments])
   written = json.loads((tmp_path / 'throughput.json').read_text())
   assert len(written['train']) == 2 and written['ratio'] > 0
-  with pytest.raises(configs.UserError, match='--images is 9999; allowed: 1 … 1438'):
+  with pytest.raises(configs.UserError, match=r'^images is 9999; allowed: 1 … 1438'):
     main([f'--out={tmp_path}', '--images=9999', *arguments])
   with pytest.raises(configs.UserError, match='an epoch of 9 steps, the first 9 of which are not timed'):
     main([f'--out={tmp_path}', '--images=288', *arguments])

@@ -29,7 +29,9 @@ def test_comparison_goes_on(tmp_path, capsys):
   assert capsys.readouterr().out.count('has this run finished') == 1
   summaries = {name: [summary(out / f'{name}-seed{seed}') for seed in (0, 1)] for name in ('BP', 'LG-BP')}
   assert summaries['BP'][0]['train_error'] != summaries['BP'][1]['train_error']
-  results = json.loads((out / 'comparison.json').read_text())
+  content = json.loads((out / 'comparison.json').read_text())
+  assert content['command'].startswith('python experiments/compare.py --algorithms=BP,LG-BP --seeds=0,1 ')
+  results = content['rows']
   assert [result['algorithm'] for result in results] == ['BP', 'LG-BP']
   for result in results:
     own = summaries[result['algorithm']]

@@ -22,7 +22,9 @@ def test_rows_table_and_figure(tmp_path):
   rows, figure = program['PARTS']['laws']
   program['PARTS']['laws'] = (lambda options: itertools.islice(rows(options), 2), figure)
   program['main']([f'--out={tmp_path}', '--parts=laws'])
-  first, second = json.loads((tmp_path / 'laws.json').read_text())
+  content = json.loads((tmp_path / 'laws.json').read_text())
+  assert content['command'] == f'python experiments/variance.py --out={tmp_path} --parts=laws'
+  first, second = content['rows']
   assert (first['law'], first['passes'], second['passes']) == ('normal', 1, 2)
   assert abs(first['measured'] - first['predicted']) < 4 * first['standard_error']
   assert (tmp_path / 'laws.png').stat().st_size > 1000
