@@ -98,7 +98,7 @@ def load(workdir: pathlib.Path, data_dir: str | None = None) -> tuple[Job, Train
   stored = {name: tuple(value) if isinstance(value, list) else value for name, value in _stored(path).items()}
   config.update_from_flattened_dict({**stored, **({'data_dir': data_dir} if data_dir else {})})
   job = prepare(config)
-  state = _build(job)[1]
+  state = build(job)[1]
   with Checkpoints(workdir / 'checkpoints', config.keep) as checkpoints:
     restored = checkpoints.restore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
   if restored is None:
@@ -186,7 +186,7 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
   if finished := claim(workdir, job.config):
     print(f'{workdir} has this run finished')
     return finished
-  functions, state = _build(job)
+  functions, state = build(job)
   active = jax.process_index() == 0
   with Checkpoints(workdir / 'checkpoints', job.config.keep) as checkpoints:
     restored = checkpoints.restore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
@@ -200,7 +200,7 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
   return _finish(job, workdir, state, log.rows, time.monotonic() - begin)
 
 
-class _Functions(NamedTuple):
+class Functions(NamedTuple):
   """What a run does again and again.
 
   Attributes:
@@ -213,7 +213,7 @@ class _Functions(NamedTuple):
   test_error: Callable[[TrainState], float]
 
 
-def _build(job: Job) -> tuple[_Functions, TrainState]:
+def build(job: Job) -> tuple[Functions, TrainState]:
   """Jitted functions of a run, and its state before the first step."""
   config, dataset, algorithm, mesh = job
   init_key, order_key, noise_key = jax.random.split(jax.random.key(config.seed), 3)
@@ -222,11 +222,11 @@ def _build(job: Job) -> tuple[_Functions, TrainState]:
   optimizer = optimizers.make(config.optimizer, rate)
   step = update.make_update(algorithm, optimizer, mesh, feed)
   test_error = update.make_error(algorithm, mesh, update.make_feed(dataset.test, mesh, config.batch_size))
-  functions = _Functions(feed, lambda state, count, inputs: step(state, noise_key, count, *inputs), test_error)
+  functions = Functions(feed, lambda state, count, inputs: step(state, noise_key, count, *inputs), test_error)
   return functions, update.init_state(algorithm, optimizer, init_key, mesh)
 
 
-def _epochs(config: ConfigDict, functions: _Functions, state: TrainState, checkpoints: Checkpoints,
+def _epochs(config: ConfigDict, functions: Functions, state: TrainState, checkpoints: Checkpoints,
             log: RunLog, signals: Signals, begin: float) -> TrainState:
   """The epochs that are left."""
   steps = functions.feed.steps
@@ -249,7 +249,7 @@ def _epochs(config: ConfigDict, functions: _Functions, state: TrainState, checkp
   return state
 
 
-def _epoch(functions: _Functions, state: TrainState, epoch: int, batch_size: int, log: RunLog,
+def _epoch(functions: Functions, state: TrainState, epoch: int, batch_size: int, log: RunLog,
            signals: Signals) -> tuple[TrainState, float | None]:
   """Steps to the end of an epoch, to a signal, or to what is not finite.
 
