@@ -112,7 +112,8 @@ def plan(study: Study, run: Run, seed: int, out: pathlib.Path, options: argparse
   """The run's config: the study's file, the run's fields, the options, and last the command line's fields."""
   path = f'configs/{study.config}.py'
   original, config = (configs.load(str(ROOT / path)) for _ in range(2))
-  epochs, images = options.epochs or run.epochs, options.images or study.images
+  epochs = run.epochs if options.epochs is None else options.epochs
+  images = study.images if options.images is None else options.images
   config.update_from_flattened_dict({**run.fields, 'epochs': epochs, 'images': images, 'seed': seed,
                                      'eval_every': max(1, epochs // 20)})
   if options.data_dir:

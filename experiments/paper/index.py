@@ -1,0 +1,209 @@
+"""Writes experiments/results/README.md: where the number of every table and figure is, and how it was made.
+
+    python experiments/paper/index.py [--results=DIR]
+
+It reads all JSON files of the results: reports of reproduce.py, which have a 'study'; other files with a 'command';
+and older ones, which OLD_RUNS and OLD_FILES know.
+"""
+
+import argparse
+import fnmatch
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import report
+from studies import PROGRAMS, STUDIES, published
+
+from lfg_jax import configs, run_log
+
+RESULTS = pathlib.Path(__file__).parents[1] / 'results'
+BEFORE = 'before commit tracking'
+MACHINE = '2 CPU cores'
+REPRODUCE = 'python experiments/paper/reproduce.py'
+INTRODUCTION = '''# Results
+
+Written by `python experiments/paper/index.py` from the files of this folder.
+
+Errors in %, test / training, after the last epoch; ± standard error over seeds. Training error: mean
+over the last epoch, while it was learnt. Contrastive: errors of the linear read-out.
+**CIFAR-10's pixels had been through JPEG (quality 75)** in every number here.
+The paper: Ren, Kornblith, Liao, Hinton 2023, arXiv 2210.03310.
+
+*LG-FG-A-paper* is the paper's LG-FG-A: all activities of a block perturbed at once.
+*LG-FG-A (ours)* is another, quieter estimator of the same gradient. Files from before commit tracking
+call the first one LG-FG-A; the commands here have the names of today.
+'''
+
+
+class OldRun(NamedTuple):
+  """A run that was stored without its origin.
+
+  Attributes:
+    study: it belongs to.
+    label: by today's names of the rules.
+    paper: the paper's name of the rule; None: the paper has no number.
+    path: of its file.
+    key: of its rows there.
+    command: None: the file has it.
+    images: that it was trained on.
+    note: about its epochs.
+  """
+  study: str
+  label: str
+  paper: str | None
+  path: str
+  key: str = ''
+  command: str | None = None
+  images: int | None = None
+  note: str = ''
+
+
+_CONTRASTIVE = f'{REPRODUCE} cifar10-contrastive-M-8-16 --epochs=5 --images=20000 --config.batch_size=64 --rules='
+_NAMES = {'LG-FG-A': 'LG-FG-A-paper'}
+OLD_RUNS = (
+    *(OldRun(f'mnist-{size}', label, rule, f'mnist_{size.replace("-", "_")}_{name}.json')
+      for size in ('S-1-1', 'M-1-16')
+      for label, rule, name in (('BP', 'BP', 'BP'), ('BP, plain SGD', 'BP', 'BP_sgd'),
+                                ('LG-FG-A-paper', 'LG-FG-A', 'LG-FG-A'))),
+    OldRun('cifar10-M-8-16', 'LG-FG-A-paper', 'LG-FG-A', 'cifar10_M_8_16_LG-FG-A.json',
+           note=' (of a schedule of 10)'),
+    *(OldRun('cifar10-contrastive-M-8-16', _NAMES.get(name, name), None if name == 'untrained' else name,
+             'cifar10_contrastive/algorithms.json', name, _CONTRASTIVE + _NAMES.get(name, name), 20_000)
+      for name in ('BP', 'LG-BP', 'FG-A', 'LG-FG-A', 'untrained')),
+    *(OldRun('figure4', f'{_NAMES.get(rule, rule)}, {stop} stop-gradient', None,
+             'cifar10_contrastive/stop_gradient.json', f'{rule}, {stop} stop-gradient',
+             f'{REPRODUCE} figure4 --rules={_NAMES.get(rule, rule)}', 6_400)
+      for rule in ('LG-BP', 'LG-FG-A') for stop in ('with', 'without')),
+)
+_PROBE = 'python experiments/linear_probe.py --workdir=RUN'
+_LAWS = 'python experiments/compare.py --algorithms=LG-FG-A-paper --seeds=0,1,2,3,4 '
+
+
+def _passes(law: str) -> tuple[tuple[str, str], ...]:
+  """Ends of file names, and fields."""
+  one = f'--config.estimator.law={law}'
+  return ('_1', one), ('8', f'{one} --config.estimator.passes=8 --config.estimator.taps=separate')
+
+
+# Pattern of a path: command.
+OLD_FILES = {
+    'variance/table1.json': f'{REPRODUCE} table1',
+    'replicated_losses/*.json': f'{REPRODUCE} figure5',
+    **{f'variance/{part}.json': f'python experiments/variance.py --parts={part}'
+       for part in ('laws', 'mlp', 'mixer', 'passes')},
+    'cifar10_contrastive/linear_probe_M_4_16.json': f'{_PROBE} --pairs=2',
+    'cifar10_contrastive/linear_probe_*.json': f'{_PROBE} --images=20000 --pairs=4',
+    'depth/depth.json': 'python experiments/depth.py',
+    'digits/comparison.json': 'python experiments/compare.py --algorithms=BP,LG-BP,FG-W,FG-A,LG-FG-A-paper',
+    **{f'laws/digits_{law}{passes}.json': _LAWS + fields
+       for law in ('normal', 'rademacher', 'hadamard') for passes, fields in _passes(law)},
+    **{f'laws/mnist_{law}{passes.strip("_1")}.json':
+       f'{_LAWS}--config=configs/mnist.py --config.model.size=S/1/1 --config.epochs=5 {fields}'
+       for law in ('normal', 'rademacher', 'hadamard') for passes, fields in _passes(law)},
+    'step_time/step_time.json':
+      'python experiments/step_time.py --algorithms=BP,LG-BP,FG-A,LG-FG-W,LG-FG-A-paper',
+    'throughput/throughput.json':
+      'python experiments/throughput.py --config.batch_size=64 --config.algorithm=LG-FG-A-paper',
+}
+FIGURES = {'table1': 'Table 1: variances of forward gradients', 'figure5': 'Figure 5: cost of replicated losses',
+           **{name: study.title for name, study in STUDIES.items()}}
+
+
+def main(arguments: list[str]) -> None:
+  """Writes the index."""
+  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--results', type=pathlib.Path, default=RESULTS, help='default: experiments/results')
+  results = parser.parse_args(arguments).results
+  run_log.write_atomically(results / 'README.md', index(results))
+  print(results / 'README.md')
+
+
+def index(results: pathlib.Path) -> str:
+  """All of the README."""
+  files = {path.relative_to(results).as_posix(): json.loads(path.read_text()) for path in results.rglob('*.json')}
+  files = dict(sorted(files.items()))
+  text = INTRODUCTION
+  for study, title in FIGURES.items():
+    body = measurements(files, study) if study in PROGRAMS else runs(files, study)
+    text += f'\n## {title}\n\n{body or f"Not run yet: `{REPRODUCE} {study}`."}\n'
+  return f'{text}\n## Other measurements\n\n{measurements(files, None)}\n'
+
+
+def in_table(head: str, rows: list[list[str]]) -> str:
+  """In markdown; nothing without rows."""
+  lines = [f'| {head} |', '|---' * (head.count('|') + 1) + '|', *(f'| {" | ".join(row)} |' for row in rows)]
+  return '\n'.join(lines) if rows else ''
+
+
+def runs(files: dict[str, Any], study: str) -> str:
+  """New and old runs of a study."""
+  rows = [*new_rows(files, study), *old_rows(files, study)]
+  return in_table('run | here | paper | epochs | images | seeds | device | commit | file | command', rows)
+
+
+def new_rows(files: dict[str, Any], study: str) -> Iterator[list[str]]:
+  """Of reports."""
+  for path, content in files.items():
+    if isinstance(content, dict) and content.get('study') == study:
+      for row in content['rows']:
+        label, here, paper, _, *rest = report.cells(row)
+        yield [label, here, paper, *rest, link(path), f'`{row["origins"][0]["command"]}`']
+
+
+def old_rows(files: dict[str, Any], study: str) -> Iterator[list[str]]:
+  """Of OLD_RUNS."""
+  for run in OLD_RUNS:
+    if run.study == study and run.path in files:
+      content = files[run.path]
+      rows = content['runs'][run.key] if run.key else content['rows']
+      last = [row for row in rows if row['test_error'] is not None][-1]
+      paper = '{:.2f} / {:.2f}'.format(*published(study, run.paper)) if run.paper else '–'
+      yield [run.label, f'{100 * last["test_error"]:.2f} / {100 * last["train_error"]:.2f}', paper,
+             f'{last["epoch"]}{run.note}', str(run.images or 'all'), '0', MACHINE, BEFORE, link(run.path),
+             f'`{run.command or named_today(content["command"], run.label)}`']
+
+
+def named_today(command: str, label: str) -> str:
+  """A stored command of the paper's LG-FG-A, which was the default then."""
+  return f'{command} --config.algorithm={label}' if label == 'LG-FG-A-paper' else command
+
+
+def measurements(files: dict[str, Any], study: str | None) -> str:
+  """Files that are no runs: those of one of PROGRAMS, or those of no study."""
+  rows = []
+  for path, content in files.items():
+    if path in {run.path for run in OLD_RUNS} or (isinstance(content, dict) and 'study' in content):
+      continue
+    if isinstance(content, dict) and 'commit' in content:
+      origin = [str(content[key]) for key in ('device', 'commit', 'command')]
+    else:
+      origin = [MACHINE, BEFORE, old_command(path)]
+    if study == belongs_to(origin[2], path):
+      rows.append([link(path), *origin[:2], f'`{origin[2]}`'])
+  return in_table('file | device | commit | command', rows)
+
+
+def belongs_to(command: str, path: str) -> str | None:
+  """Which of PROGRAMS has made a file."""
+  if path.endswith('table1.json'):
+    return 'table1'
+  return 'figure5' if 'replicated_losses' in command or command.endswith('figure5') else None
+
+
+def old_command(path: str) -> str:
+  """Of a file that does not say it."""
+  for pattern, command in OLD_FILES.items():
+    if fnmatch.fnmatch(path, pattern):
+      return command
+  return 'unknown'
+
+
+def link(path: str) -> str:
+  """To a file of the results."""
+  return f'[{path}]({path})'
+
+
+if __name__ == '__main__':
+  configs.run(main)
