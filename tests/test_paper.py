@@ -1,4 +1,4 @@
-"""experiments/paper: the paper's numbers, what a study does when it is started again, its table, and the index."""
+"""experiments/paper: the paper's numbers, a study that is started again, its table, the index."""
 
 import contextlib
 import io
@@ -15,23 +15,29 @@ from lfg_jax import configs, rules
 from tests.runs import ROOT
 
 PAPER = ROOT / 'experiments' / 'paper'
-sys.path.insert(0, str(PAPER))    # as when one of its programs is started
+sys.path.insert(0, str(PAPER))  # as when one of its programs is started
 import index  # noqa: E402
 import report  # noqa: E402
 import reproduce  # noqa: E402
 import studies  # noqa: E402
 
-FIELDS = ['--config.dataset=digits', '--config.model.size=S/1/2', '--config.model.channels=16',
-          '--config.batch_size=64']
+FIELDS = [
+  '--config.dataset=digits',
+  '--config.model.size=S/1/2',
+  '--config.model.channels=16',
+  '--config.batch_size=64',
+]
 
 
 def start(out, *arguments):
-  reproduce.main(['cifar10-M-8-16', f'--out={out}', '--epochs=1', '--images=256', *FIELDS, *arguments])
+  reproduce.main(
+    ['cifar10-M-8-16', f'--out={out}', '--epochs=1', '--images=256', *FIELDS, *arguments]
+  )
 
 
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
-  """A folder with the two kinds of LG-FG-A; the paper's with two seeds, of which the second came last."""
+  """A folder with the two kinds of LG-FG-A; the second seed of the paper's came last."""
   out = tmp_path_factory.mktemp('paper') / 'out'
   start(out, '--rules=LG-FG-A-paper')
   start(out, '--rules=LG-FG-A')
@@ -48,13 +54,18 @@ def rows_of(out):
   return json.loads((out / 'cifar10-M-8-16.json').read_text())['rows']
 
 
-@pytest.mark.parametrize(('column', 'rule', 'errors'), [
-    ('mnist-S-1-1', 'BP', (2.66, 0.00)), ('mnist-M-1-16', 'LG-FG-W', (5.66, 4.59)),
-    ('cifar10-M-8-16', 'LG-FG-A', (30.68, 19.39)), ('imagenet-L-32-64', 'LG-BP', (54.37, 39.66)),
+@pytest.mark.parametrize(
+  ('column', 'rule', 'errors'),
+  [
+    ('mnist-S-1-1', 'BP', (2.66, 0.00)),
+    ('mnist-M-1-16', 'LG-FG-W', (5.66, 4.59)),
+    ('cifar10-M-8-16', 'LG-FG-A', (30.68, 19.39)),
+    ('imagenet-L-32-64', 'LG-BP', (54.37, 39.66)),
     ('cifar10-contrastive-M-8-16', 'DFA', (46.09, 42.76)),
     ('cifar10-contrastive-L-8-64', 'FA', (67.93, 65.32)),
     ('imagenet-contrastive-L-32-64', 'LG-FG-A', (73.24, 66.89)),
-])
+  ],
+)
 def test_numbers_of_the_paper(column, rule, errors):
   assert studies.published(column, rule) == errors
   runs = {run.rule: run for run in studies.STUDIES[column].runs}
@@ -70,34 +81,46 @@ def test_runs_of_a_study(name):
     assert ('(ours)' in run.label) == (run.fields['algorithm'] == 'LG-FG-A')
   if name in studies.COLUMNS:
     assert [run.rule for run in runs if run.rule != 'untrained'] == [
-        *list(studies.PAPER)[:-1], 'LG-FG-A-paper', 'LG-FG-A']
+      *list(studies.PAPER)[:-1],
+      'LG-FG-A-paper',
+      'LG-FG-A',
+    ]
 
 
 @pytest.mark.parametrize('name', studies.STUDIES)
 def test_printed_commands_are_the_runs(name, capsys):
   reproduce.main([name, '--dry_run', '--seeds=3', '--data_dir=D', '--config.estimator.passes=2'])
   lines = capsys.readouterr().out.splitlines()
-  options, rest = reproduce.parse([name, '--seeds=3', '--data_dir=D', '--config.estimator.passes=2'])
-  assert len(lines) == 2 * len(studies.STUDIES[name].runs)
+  options, rest = reproduce.parse(
+    [name, '--seeds=3', '--data_dir=D', '--config.estimator.passes=2']
+  )
+  selected = reproduce.selected(studies.STUDIES[name], options)
+  assert len(selected) == (8 if name == 'figure7' else len(studies.STUDIES[name].runs))
   parser = configs.Parser()
   parser.add_argument('--config')
   parser.add_argument('--workdir')
-  for run, line in zip(studies.STUDIES[name].runs, lines[1::2], strict=True):
+  for run, line in zip(selected, lines[1::2], strict=True):
     planned = reproduce.plan(studies.STUDIES[name], run, 3, ROOT, options, rest)
     _, program, *arguments = shlex.split(line)
     arguments[0] = arguments[0].replace('=', f'={ROOT}/', 1)
     _, config = configs.parse(parser, arguments)
-    assert program == 'experiments/train.py' and configs.to_json(config) == configs.to_json(planned.config)
+    assert program == 'experiments/train.py' and configs.to_json(config) == configs.to_json(
+      planned.config
+    )
     assert config.seed == 3 and config.data_dir == 'D' and config.estimator.passes == 2
     assert dict(configs.flatten(config)) | run.fields == dict(configs.flatten(config))
 
 
 def test_a_study_goes_on_and_adds_runs(study):
   assert [(row['label'], row['seeds']) for row in rows_of(study)] == [
-      ('LG-FG-A-paper', [0, 1]), ('LG-FG-A (ours)', [0])]
+    ('LG-FG-A-paper', [0, 1]),
+    ('LG-FG-A (ours)', [0]),
+  ]
   assert {path.relative_to(study).as_posix() for path in study.glob('*/*')} == {
-      'LG-FG-A-paper/1-epochs-256-images-seed0', 'LG-FG-A-paper/1-epochs-256-images-seed1',
-      'LG-FG-A-ours/1-epochs-256-images-seed0'}
+    'LG-FG-A-paper/1-epochs-256-images-seed0',
+    'LG-FG-A-paper/1-epochs-256-images-seed1',
+    'LG-FG-A-ours/1-epochs-256-images-seed0',
+  }
   assert (study / 'cifar10-M-8-16.png').read_bytes().startswith(b'\x89PNG')
 
 
@@ -114,21 +137,30 @@ def test_both_kinds_of_lg_fg_a_are_told_apart(study):
     assert {summary['algorithm'] for summary in own} == {row['algorithm']}
     errors = [summary['test_error'] for summary in own]
     assert row['test_error'] == pytest.approx(sum(errors) / len(errors))
-    assert row['test_error_se'] == (pytest.approx(abs(errors[0] - errors[1]) / 2) if len(errors) > 1 else None)
+    assert row['test_error_se'] == (
+      pytest.approx(abs(errors[0] - errors[1]) / 2) if len(errors) > 1 else None
+    )
     assert all({'command', 'commit', 'jax', 'device'} == {*origin} for origin in row['origins'])
     assert '--config.images=256' in row['origins'][0]['command']
 
 
-@pytest.mark.parametrize(('arguments', 'message'), [
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
     (['table9'], "argument STUDY: invalid choice: 'table9'"),
     (['figure6', '--rules=XX'], "--rules has 'XX'; allowed: LG-FG-A-paper, LG-FG-A$"),
+    (['figure7', '--groups=3'], '--groups has 3; allowed: 1, 2, 4, 8, 16, 32, 64$'),
     (['figure6', '--seeds=a'], "argument --seeds: invalid numbers value: 'a'"),
     (['figure6', '--config.epoch=3'], 'unknown config field epoch; allowed: '),
     (['figure6', '--epoch=3'], "Unknown command line flag 'epoch'"),
     (['cifar10-M-8-16', '--epochs=0'], 'epochs is 0; allowed: 1 or more'),
     (['cifar10-M-8-16', '--images=9999', *FIELDS], 'images is 9999; allowed: 1 … 1438'),
-    (['cifar10-M-8-16', '--data_dir=/nowhere'], 'dataset cifar10 is not in /nowhere; prepare it with'),
-])
+    (
+      ['cifar10-M-8-16', '--data_dir=/nowhere'],
+      'dataset cifar10 is not in /nowhere; prepare it with',
+    ),
+  ],
+)
 def test_mistakes(arguments, message, tmp_path):
   with pytest.raises(configs.UserError, match=message) as error:
     reproduce.main([*arguments, f'--out={tmp_path / "out"}'])
@@ -156,8 +188,22 @@ def test_index_is_of_the_files_that_are_there(study, tmp_path):
     assert f'({path.relative_to(index.RESULTS).as_posix()})' in text
   (tmp_path / 'new.json').write_text((study / 'cifar10-M-8-16.json').read_text())
   (line,) = re.findall(r'\| LG-FG-A \(ours\) \|.*', index.index(tmp_path))
-  assert "of the paper's LG-FG-A: another estimator" in line and '--config.algorithm=LG-FG-A' not in line
-  assert '`python experiments/train.py --config=configs/cifar10.py' in line
+  assert "of the paper's LG-FG-A: another estimator" in line
+  assert '--config.algorithm=LG-FG-A ' in line and '`python experiments/train.py ' in line
+
+
+@pytest.mark.parametrize(('name', 'program'), [
+    ('table1', 'variance.py --parts=table1'), ('figure5', 'replicated_losses.py')])
+def test_programs_get_their_arguments(name, program, tmp_path, capsys):
+  reproduce.main([name, f'--out={tmp_path}', '--groups=2', '--dry_run'])
+  command = f'python experiments/{program} --out={tmp_path} --groups=2\n'
+  assert capsys.readouterr().out == command
+
+
+def test_mistakes_of_programs(tmp_path, capfd):
+  with pytest.raises(configs.UserError, match=r'replicated_losses\.py ended with exit code 2$'):
+    reproduce.main(['figure5', f'--out={tmp_path}', '--epochs=3'])
+  assert capfd.readouterr().err == 'replicated_losses.py: unrecognized arguments: --epochs=3\n'
 
 
 def test_gpu_script_parses():

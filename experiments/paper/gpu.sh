@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# What to measure in ten minutes on one GPU, offline; the most telling first, each step written when it ends.
+# What to measure in ten minutes on one GPU, offline. The most telling comes first, and each step
+# writes its results when it ends.
 #
 #     DATA_DIR=DIR [OUT=runs/gpu] [PYTHON=python] [EPOCHS=30] bash experiments/paper/gpu.sh
-#     SMALL=1 bash experiments/paper/gpu.sh     # tries the script: digits and tiny models, a minute or two on a CPU
+#     SMALL=1 bash experiments/paper/gpu.sh     # tries the script: digits, tiny models, two minutes
 #
-# DATA_DIR has cifar10 as TFDS prepares it. A step that hangs is ended at its limit, and the next one begins.
-# Run again with the same OUT, training goes on where it stopped.
+# DATA_DIR has cifar10 as TFDS prepares it. A step that hangs is ended at its limit, and the next one
+# begins. Run again with the same OUT, training goes on where it stopped.
 set -u
 cd "$(dirname "$0")/../.." || exit
 out=${OUT:-runs/gpu} python=${PYTHON:-python} epochs=${EPOCHS:-30}
@@ -28,18 +29,20 @@ step() {    # NAME LIMIT COMMAND…
   timeout --signal=TERM --kill-after=10 "$limit" "$python" "$@" > "$out/$name.log" 2>&1
   code=$?
   [ "$code" = 0 ] || failed=1
-  printf '%s: exit code %s, %s s: python %s\n' "$name" "$code" $((SECONDS - begin)) "$*" | tee -a "$out/steps.log"
+  printf '%s: exit code %s, %s s: python %s\n' "$name" "$code" $((SECONDS - begin)) "$*" |
+    tee -a "$out/steps.log"
   tail -n 25 "$out/$name.log"
 }
 
 speed() {    # PRECISION LIMIT
-  step "step_time_$1" "$2" experiments/step_time.py --model="$model" --batch="$batch" --precision="$1" \
-    --algorithms=BP,LG-FG-A-paper,LG-FG-A --repetitions="$repetitions" --out="$out/step_time_$1"
+  step "step_time_$1" "$2" experiments/step_time.py --model="$model" --batch="$batch" \
+    --precision="$1" --algorithms=BP,LG-FG-A-paper,LG-FG-A --repetitions="$repetitions" \
+    --out="$out/step_time_$1"
 }
 
 errors() {    # RULE LIMIT
-  step "cifar10_$1" "$2" experiments/paper/reproduce.py cifar10-M-8-16 --rules="$1" "${training[@]}" \
-    --out="$out/cifar10-M-8-16"
+  step "cifar10_$1" "$2" experiments/paper/reproduce.py cifar10-M-8-16 --rules="$1" \
+    "${training[@]}" --out="$out/cifar10-M-8-16"
 }
 
 speed bfloat16 110

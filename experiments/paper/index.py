@@ -1,9 +1,9 @@
-"""Writes experiments/results/README.md: where the number of every table and figure is, and how it was made.
+"""Writes experiments/results/README.md: where the number of every table and figure comes from.
 
     python experiments/paper/index.py [--results=DIR]
 
-It reads all JSON files of the results: reports of reproduce.py, which have a 'study'; other files with a 'command';
-and older ones, which OLD_RUNS and OLD_FILES know.
+It reads all JSON files of the results: reports of reproduce.py, which have a 'study'; other files
+with a 'commit'; and older ones, which OLD_RUNS and OLD_FILES know.
 """
 
 import argparse
@@ -22,19 +22,18 @@ RESULTS = pathlib.Path(__file__).parents[1] / 'results'
 BEFORE = 'before commit tracking'
 MACHINE = '2 CPU cores'
 REPRODUCE = 'python experiments/paper/reproduce.py'
-INTRODUCTION = '''# Results
+INTRODUCTION = f"""# Results
 
 Written by `python experiments/paper/index.py` from the files of this folder.
 
-Errors in %, test / training, after the last epoch; ± standard error over seeds. Training error: mean
-over the last epoch, while it was learnt. Contrastive: errors of the linear read-out.
+{report.EXPLANATION}
 **CIFAR-10's pixels had been through JPEG (quality 75)** in every number here.
 The paper: Ren, Kornblith, Liao, Hinton 2023, arXiv 2210.03310.
 
 *LG-FG-A-paper* is the paper's LG-FG-A: all activities of a block perturbed at once.
-*LG-FG-A (ours)* is another, quieter estimator of the same gradient. Files from before commit tracking
-call the first one LG-FG-A; the commands here have the names of today.
-'''
+*LG-FG-A (ours)* is another, quieter estimator of the same gradient.
+Files from before commit tracking call the first one LG-FG-A; the commands here have today's names.
+"""
 
 
 class OldRun(NamedTuple):
@@ -50,6 +49,7 @@ class OldRun(NamedTuple):
     images: that it was trained on.
     note: about its epochs.
   """
+
   study: str
   label: str
   paper: str | None
@@ -60,22 +60,53 @@ class OldRun(NamedTuple):
   note: str = ''
 
 
-_CONTRASTIVE = f'{REPRODUCE} cifar10-contrastive-M-8-16 --epochs=5 --images=20000 --config.batch_size=64 --rules='
+_CONTRASTIVE = (
+  f'{REPRODUCE} cifar10-contrastive-M-8-16 --epochs=5 --images=20000 '
+  '--config.batch_size=64 --rules='
+)
 _NAMES = {'LG-FG-A': 'LG-FG-A-paper'}
 OLD_RUNS = (
-    *(OldRun(f'mnist-{size}', label, rule, f'mnist_{size.replace("-", "_")}_{name}.json')
-      for size in ('S-1-1', 'M-1-16')
-      for label, rule, name in (('BP', 'BP', 'BP'), ('BP, plain SGD', 'BP', 'BP_sgd'),
-                                ('LG-FG-A-paper', 'LG-FG-A', 'LG-FG-A'))),
-    OldRun('cifar10-M-8-16', 'LG-FG-A-paper', 'LG-FG-A', 'cifar10_M_8_16_LG-FG-A.json',
-           note=' (of a schedule of 10)'),
-    *(OldRun('cifar10-contrastive-M-8-16', _NAMES.get(name, name), None if name == 'untrained' else name,
-             'cifar10_contrastive/algorithms.json', name, _CONTRASTIVE + _NAMES.get(name, name), 20_000)
-      for name in ('BP', 'LG-BP', 'FG-A', 'LG-FG-A', 'untrained')),
-    *(OldRun('figure4', f'{_NAMES.get(rule, rule)}, {stop} stop-gradient', None,
-             'cifar10_contrastive/stop_gradient.json', f'{rule}, {stop} stop-gradient',
-             f'{REPRODUCE} figure4 --rules={_NAMES.get(rule, rule)}', 6_400)
-      for rule in ('LG-BP', 'LG-FG-A') for stop in ('with', 'without')),
+  *(
+    OldRun(f'mnist-{size}', label, rule, f'mnist_{size.replace("-", "_")}_{name}.json')
+    for size in ('S-1-1', 'M-1-16')
+    for label, rule, name in (
+      ('BP', 'BP', 'BP'),
+      ('BP, plain SGD', 'BP', 'BP_sgd'),
+      ('LG-FG-A-paper', 'LG-FG-A', 'LG-FG-A'),
+    )
+  ),
+  OldRun(
+    'cifar10-M-8-16',
+    'LG-FG-A-paper',
+    'LG-FG-A',
+    'cifar10_M_8_16_LG-FG-A.json',
+    note=' (of a schedule of 10)',
+  ),
+  *(
+    OldRun(
+      'cifar10-contrastive-M-8-16',
+      _NAMES.get(name, name),
+      None if name == 'untrained' else name,
+      'cifar10_contrastive/algorithms.json',
+      name,
+      _CONTRASTIVE + _NAMES.get(name, name),
+      20_000,
+    )
+    for name in ('BP', 'LG-BP', 'FG-A', 'LG-FG-A', 'untrained')
+  ),
+  *(
+    OldRun(
+      'figure4',
+      f'{_NAMES.get(rule, rule)}, {stop} stop-gradient',
+      None,
+      'cifar10_contrastive/stop_gradient.json',
+      f'{rule}, {stop} stop-gradient',
+      f'{REPRODUCE} figure4 --rules={_NAMES.get(rule, rule)}',
+      6_400,
+    )
+    for rule in ('LG-BP', 'LG-FG-A')
+    for stop in ('with', 'without')
+  ),
 )
 _PROBE = 'python experiments/linear_probe.py --workdir=RUN'
 _LAWS = 'python experiments/compare.py --algorithms=LG-FG-A-paper --seeds=0,1,2,3,4 '
@@ -89,32 +120,46 @@ def _passes(law: str) -> tuple[tuple[str, str], ...]:
 
 # Pattern of a path: command.
 OLD_FILES = {
-    'variance/table1.json': f'{REPRODUCE} table1',
-    'replicated_losses/*.json': f'{REPRODUCE} figure5',
-    **{f'variance/{part}.json': f'python experiments/variance.py --parts={part}'
-       for part in ('laws', 'mlp', 'mixer', 'passes')},
-    'cifar10_contrastive/linear_probe_M_4_16.json': f'{_PROBE} --pairs=2',
-    'cifar10_contrastive/linear_probe_*.json': f'{_PROBE} --images=20000 --pairs=4',
-    'depth/depth.json': 'python experiments/depth.py',
-    'digits/comparison.json': 'python experiments/compare.py --algorithms=BP,LG-BP,FG-W,FG-A,LG-FG-A-paper',
-    **{f'laws/digits_{law}{passes}.json': _LAWS + fields
-       for law in ('normal', 'rademacher', 'hadamard') for passes, fields in _passes(law)},
-    **{f'laws/mnist_{law}{passes.strip("_1")}.json':
-       f'{_LAWS}--config=configs/mnist.py --config.model.size=S/1/1 --config.epochs=5 {fields}'
-       for law in ('normal', 'rademacher', 'hadamard') for passes, fields in _passes(law)},
-    'step_time/step_time.json':
-      'python experiments/step_time.py --algorithms=BP,LG-BP,FG-A,LG-FG-W,LG-FG-A-paper',
-    'throughput/throughput.json':
-      'python experiments/throughput.py --config.batch_size=64 --config.algorithm=LG-FG-A-paper',
+  'variance/table1.json': f'{REPRODUCE} table1',
+  'replicated_losses/*.json': f'{REPRODUCE} figure5',
+  **{
+    f'variance/{part}.json': f'python experiments/variance.py --parts={part}'
+    for part in ('laws', 'mlp', 'mixer', 'passes')
+  },
+  'cifar10_contrastive/linear_probe_M_4_16.json': f'{_PROBE} --pairs=2',
+  'cifar10_contrastive/linear_probe_*.json': f'{_PROBE} --images=20000 --pairs=4',
+  'depth/depth.json': 'python experiments/depth.py',
+  'digits/comparison.json':
+    'python experiments/compare.py --algorithms=BP,LG-BP,FG-W,FG-A,LG-FG-A-paper',
+  **{
+    f'laws/digits_{law}{passes}.json': _LAWS + fields
+    for law in ('normal', 'rademacher', 'hadamard')
+    for passes, fields in _passes(law)
+  },
+  **{
+    f'laws/mnist_{law}{passes.strip("_1")}.json':
+      f'{_LAWS}--config=configs/mnist.py --config.model.size=S/1/1 --config.epochs=5 {fields}'
+    for law in ('normal', 'rademacher', 'hadamard')
+    for passes, fields in _passes(law)
+  },
+  'step_time/step_time.json':
+    'python experiments/step_time.py --algorithms=BP,LG-BP,FG-A,LG-FG-W,LG-FG-A-paper',
+  'throughput/throughput.json':
+    'python experiments/throughput.py --config.batch_size=64 --config.algorithm=LG-FG-A-paper',
 }
-FIGURES = {'table1': 'Table 1: variances of forward gradients', 'figure5': 'Figure 5: cost of replicated losses',
-           **{name: study.title for name, study in STUDIES.items()}}
+FIGURES = {
+  'table1': 'Table 1: variances of forward gradients',
+  'figure5': 'Figure 5: cost of replicated losses',
+  **{name: study.title for name, study in STUDIES.items()},
+}
 
 
 def main(arguments: list[str]) -> None:
   """Writes the index."""
   parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--results', type=pathlib.Path, default=RESULTS, help='default: experiments/results')
+  parser.add_argument(
+    '--results', type=pathlib.Path, default=RESULTS, help='default: experiments/results'
+  )
   results = parser.parse_args(arguments).results
   run_log.write_atomically(results / 'README.md', index(results))
   print(results / 'README.md')
@@ -122,7 +167,10 @@ def main(arguments: list[str]) -> None:
 
 def index(results: pathlib.Path) -> str:
   """All of the README."""
-  files = {path.relative_to(results).as_posix(): json.loads(path.read_text()) for path in results.rglob('*.json')}
+  files = {
+    path.relative_to(results).as_posix(): json.loads(path.read_text())
+    for path in results.rglob('*.json')
+  }
   files = dict(sorted(files.items()))
   text = INTRODUCTION
   for study, title in FIGURES.items():
@@ -133,14 +181,20 @@ def index(results: pathlib.Path) -> str:
 
 def in_table(head: str, rows: list[list[str]]) -> str:
   """In markdown; nothing without rows."""
-  lines = [f'| {head} |', '|---' * (head.count('|') + 1) + '|', *(f'| {" | ".join(row)} |' for row in rows)]
+  lines = [
+    f'| {head} |',
+    '|---' * (head.count('|') + 1) + '|',
+    *(f'| {" | ".join(row)} |' for row in rows),
+  ]
   return '\n'.join(lines) if rows else ''
 
 
 def runs(files: dict[str, Any], study: str) -> str:
   """New and old runs of a study."""
   rows = [*new_rows(files, study), *old_rows(files, study)]
-  return in_table('run | here | paper | epochs | images | seeds | device | commit | file | command', rows)
+  return in_table(
+    'run | here | paper | epochs | images | seeds | device | commit | file | command', rows
+  )
 
 
 def new_rows(files: dict[str, Any], study: str) -> Iterator[list[str]]:
@@ -160,9 +214,18 @@ def old_rows(files: dict[str, Any], study: str) -> Iterator[list[str]]:
       rows = content['runs'][run.key] if run.key else content['rows']
       last = [row for row in rows if row['test_error'] is not None][-1]
       paper = '{:.2f} / {:.2f}'.format(*published(study, run.paper)) if run.paper else '–'
-      yield [run.label, f'{100 * last["test_error"]:.2f} / {100 * last["train_error"]:.2f}', paper,
-             f'{last["epoch"]}{run.note}', str(run.images or 'all'), '0', MACHINE, BEFORE, link(run.path),
-             f'`{run.command or named_today(content["command"], run.label)}`']
+      yield [
+        run.label,
+        f'{100 * last["test_error"]:.2f} / {100 * last["train_error"]:.2f}',
+        paper,
+        f'{last["epoch"]}{run.note}',
+        str(run.images or 'all'),
+        '0',
+        MACHINE,
+        BEFORE,
+        link(run.path),
+        f'`{run.command or named_today(content["command"], run.label)}`',
+      ]
 
 
 def named_today(command: str, label: str) -> str:

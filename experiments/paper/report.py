@@ -1,4 +1,4 @@
-"""The report of a study: STUDY.json, STUDY.md and STUDY.png, from the folders of its finished runs."""
+"""The report of a study, from the folders of its finished runs: STUDY.json, .md and .png."""
 
 import itertools
 import json
@@ -15,16 +15,20 @@ from studies import Run, Study
 from lfg_jax import run_log
 
 Row = dict[str, Any]
-ORIGIN = 'provenance.json'    # in a run's folder
+ORIGIN = 'provenance.json'  # in a run's folder
 JPEG = 'CIFAR-10 in experiments/results: the pixels had been through JPEG (quality 75).'
 EXPLANATION = '''Errors in %, test / training, after the last epoch; ± standard error over seeds.
-Training error: mean over the last epoch, while it was learnt. Contrastive: errors of the linear read-out.'''
+Training error: mean over the last epoch, while it was learnt.
+Contrastive: errors of the linear read-out.'''
 # Of Okabe and Ito: colour-blind people tell them apart. Yellow is left out: it is faint on white.
 COLOURS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 STYLES = ('-', '--', ':')
-FLOOR = 0.01    # %: a logarithmic axis has no zero
-PANELS = {'test_error': ('test error, %', 100), 'train_error': ('training error, %', 100),
-          'train_contrastive_loss': ('contrastive loss, nats, mean over heads', 1)}
+FLOOR = 0.01  # %: a logarithmic axis has no zero
+PANELS = {
+  'test_error': ('test error, %', 100),
+  'train_error': ('training error, %', 100),
+  'train_contrastive_loss': ('contrastive loss, nats, mean over heads', 1),
+}
 
 
 def folder(run: Run) -> str:
@@ -61,17 +65,27 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 def summarize(run: Run, folders: list[pathlib.Path]) -> Row:
   """Means over seeds; the standard error of the test error is None for a single seed."""
   config = _read(folders[0] / 'config.json')
-  summaries, origins = ([_read(path / name) for path in folders] for name in ('summary.json', ORIGIN))
+  summaries, origins = (
+    [_read(path / name) for path in folders] for name in ('summary.json', ORIGIN)
+  )
   test = [summary['test_error'] for summary in summaries]
-  return {'label': run.label, 'rule': run.rule, 'algorithm': config['algorithm'],
-          **{key: summaries[0][key] for key in ('model', 'dataset')}, 'epochs': config['epochs'],
-          'images': config['images'], 'seeds': [_read(path / 'config.json')['seed'] for path in folders],
-          'test_error': statistics.mean(test),
-          'test_error_se': statistics.stdev(test) / len(test)**0.5 if len(test) > 1 else None,
-          'train_error': statistics.mean(summary['train_error'] for summary in summaries),
-          'seconds': statistics.mean(summary['seconds'] for summary in summaries),
-          'paper': run.paper, 'paper_note': run.note, 'origins': origins,
-          'curves': [run_log.read_rows(path / 'metrics.jsonl') for path in folders]}
+  return {
+    'label': run.label,
+    'rule': run.rule,
+    'algorithm': config['algorithm'],
+    **{key: summaries[0][key] for key in ('model', 'dataset')},
+    'epochs': config['epochs'],
+    'images': config['images'],
+    'seeds': [_read(path / 'config.json')['seed'] for path in folders],
+    'test_error': statistics.mean(test),
+    'test_error_se': statistics.stdev(test) / len(test) ** 0.5 if len(test) > 1 else None,
+    'train_error': statistics.mean(summary['train_error'] for summary in summaries),
+    'seconds': statistics.mean(summary['seconds'] for summary in summaries),
+    'paper': run.paper,
+    'paper_note': run.note,
+    'origins': origins,
+    'curves': [run_log.read_rows(path / 'metrics.jsonl') for path in folders],
+  }
 
 
 def table(title: str, rows: list[Row]) -> str:
@@ -79,16 +93,27 @@ def table(title: str, rows: list[Row]) -> str:
   lines = [f'# {title}', '', EXPLANATION, '']
   if any(row['dataset'] == 'cifar10' for row in rows):
     lines += [JPEG, '']
-  lines += ['| run | here | paper | data, model | epochs | images | seeds | device | commit |',
-            '|---|---|---|---|---|---|---|---|---|']
+  lines += [
+    '| run | here | paper | data, model | epochs | images | seeds | device | commit |',
+    '|---|---|---|---|---|---|---|---|---|',
+  ]
   return '\n'.join([*lines, *(f'| {" | ".join(cells(row))} |' for row in rows)]) + '\n'
 
 
 def cells(row: Row) -> list[str]:
   """A row of the table."""
   together = lambda key: ', '.join(dict.fromkeys(str(origin[key]) for origin in row['origins']))
-  return [row['label'], errors(row), published(row), f'{row["dataset"]}, {row["model"]}', str(row['epochs']),
-          str(row['images'] or 'all'), ', '.join(map(str, row['seeds'])), together('device'), together('commit')]
+  return [
+    row['label'],
+    errors(row),
+    published(row),
+    f'{row["dataset"]}, {row["model"]}',
+    str(row['epochs']),
+    str(row['images'] or 'all'),
+    ', '.join(map(str, row['seeds'])),
+    together('device'),
+    together('commit'),
+  ]
 
 
 def errors(row: Row) -> str:
@@ -124,8 +149,11 @@ def panel(axes: Axes, rows: list[Row], key: str, scale: float) -> None:
   if logarithmic := scale == 100 and max(values) > 4 * max(min(values), FLOOR):
     lines = [(epochs, [max(value, FLOOR) for value in own]) for epochs, own in lines]
     axes.set_yscale('log')
-    axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=StrMethodFormatter('{x:g}'),
-                   minor_locator=NullLocator())
+    axes.yaxis.set(
+      major_locator=LogLocator(subs=(1, 2, 5)),
+      major_formatter=StrMethodFormatter('{x:g}'),
+      minor_locator=NullLocator(),
+    )
   if logarithmic and min(values) < FLOOR:
     axes.set_title(f'{FLOOR} stands for {FLOOR} % and less', fontsize='small')
   for index, (epochs, own) in enumerate(lines):
@@ -138,9 +166,13 @@ def panel(axes: Axes, rows: list[Row], key: str, scale: float) -> None:
   name_lines(axes, names(rows), [own[-1] for _, own in lines])
 
 
-def mean_curve(curves: list[list[run_log.Row]], key: str, scale: float) -> tuple[list[int], list[float]]:
+def mean_curve(
+  curves: list[list[run_log.Row]], key: str, scale: float
+) -> tuple[list[int], list[float]]:
   """Epochs, and means over seeds where all of them have a value."""
-  known = [{row['epoch']: scale * row[key] for row in rows if row[key] is not None} for rows in curves]
+  known = [
+    {row['epoch']: scale * row[key] for row in rows if row[key] is not None} for rows in curves
+  ]
   epochs = sorted(set.intersection(*map(set, known)))
   return epochs, [statistics.mean(own[epoch] for own in known) for epoch in epochs]
 
@@ -148,22 +180,40 @@ def mean_curve(curves: list[list[run_log.Row]], key: str, scale: float) -> tuple
 def names(rows: list[Row]) -> list[str]:
   """Labels, which tell more where a run is there with several numbers of epochs or images."""
   labels = [row['label'] for row in rows]
-  return [label if labels.count(label) == 1 else f'{label}, {row["epochs"]} epochs, {row["images"] or "all"} images'
-          for label, row in zip(labels, rows, strict=True)]
+  return [
+    label
+    if labels.count(label) == 1
+    else f'{label}, {row["epochs"]} epochs, {row["images"] or "all"} images'
+    for label, row in zip(labels, rows, strict=True)
+  ]
 
 
 def name_lines(axes: Axes, labels: list[str], ends: list[float]) -> None:
   """Writes the names beside the axes, in the order of the lines' ends, none over another."""
-  axes.autoscale_view()    # the limits, which are else not known before the figure is drawn
+  axes.autoscale_view()  # the limits, which are else not known before the figure is drawn
   to_axes = axes.transData + axes.transAxes.inverted()
   heights = [float(to_axes.transform((0, end))[1]) for end in ends]
   gap = 0.19 / axes.figure.get_size_inches()[1]
   for index, place in enumerate(spread(heights, gap)):
     colour = COLOURS[index % len(COLOURS)]
-    axes.annotate(labels[index], (1, heights[index]), (1.04, place), xycoords='axes fraction', va='center',
-                  fontsize=8, color=colour, annotation_clip=False,
-                  arrowprops={'arrowstyle': '-', 'color': colour, 'linewidth': 0.6, 'relpos': (0, 0.5),
-                              'shrinkA': 1, 'shrinkB': 0})
+    axes.annotate(
+      labels[index],
+      (1, heights[index]),
+      (1.04, place),
+      xycoords='axes fraction',
+      va='center',
+      fontsize=8,
+      color=colour,
+      annotation_clip=False,
+      arrowprops={
+        'arrowstyle': '-',
+        'color': colour,
+        'linewidth': 0.6,
+        'relpos': (0, 0.5),
+        'shrinkA': 1,
+        'shrinkB': 0,
+      },
+    )
 
 
 def spread(heights: list[float], gap: float) -> list[float]:

@@ -2,32 +2,35 @@
 
 Ren, Kornblith, Liao, Hinton: Scaling Forward Gradient With Local Losses, arXiv 2210.03310.
 
-The paper's LG-FG-A perturbs all activities of a block at once. Here that rule's name is LG-FG-A-paper. The rule
-LG-FG-A is a quieter estimator of the same gradient, which the paper does not have.
+The paper's LG-FG-A perturbs all activities of a block at once. Here that rule's name is
+LG-FG-A-paper. The rule LG-FG-A is a quieter estimator of the same gradient; the paper does not have
+it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 # Test / training error in %, in the order of COLUMNS.
 PAPER = {
-    'BP': '2.66/0.00 2.41/0.00 33.62/0.00 36.82/14.69 24.11/21.08 17.53/13.35 55.66/49.79',
-    'L-BP': '2.38/0.00 2.16/0.00 30.75/0.00 42.38/22.80 24.69/21.80 19.13/13.60 59.11/52.50',
-    'LG-BP': '2.43/0.00 2.81/0.00 33.84/0.05 54.37/39.66 29.63/25.60 23.62/16.80 68.36/62.53',
-    'FA': '2.82/0.00 2.90/0.00 39.94/28.44 94.55/94.13 45.87/44.06 67.93/65.32 82.86/80.21',
-    'L-FA': '3.21/0.00 2.90/0.00 39.74/28.98 87.20/85.69 37.73/36.13 31.05/26.97 83.18/79.80',
-    'LG-FA': '3.11/0.00 2.50/0.00 39.73/32.32 85.45/82.83 36.72/34.06 30.49/25.56 82.57/79.53',
-    'DFA': '3.31/0.00 3.17/0.00 38.80/33.69 91.17/90.28 46.09/42.76 39.26/37.17 93.51/92.51',
-    'FG-W': '9.25/8.93 8.56/8.64 55.95/54.28 97.71/97.58 53.37/51.56 50.45/45.64 91.94/89.69',
-    'FG-A': '3.24/1.53 3.76/1.75 59.72/41.29 98.83/98.80 54.59/52.96 56.63/56.09 97.83/97.79',
-    'LG-FG-W': '9.25/8.93 5.66/4.59 52.70/51.71 97.39/97.29 52.66/50.23 52.27/48.67 91.36/88.81',
-    'LG-FG-A': '3.24/1.53 2.55/0.00 30.68/19.39 58.37/44.86 32.88/29.73 26.81/23.90 73.24/66.89',
+  'BP': '2.66/0.00 2.41/0.00 33.62/0.00 36.82/14.69 24.11/21.08 17.53/13.35 55.66/49.79',
+  'L-BP': '2.38/0.00 2.16/0.00 30.75/0.00 42.38/22.80 24.69/21.80 19.13/13.60 59.11/52.50',
+  'LG-BP': '2.43/0.00 2.81/0.00 33.84/0.05 54.37/39.66 29.63/25.60 23.62/16.80 68.36/62.53',
+  'FA': '2.82/0.00 2.90/0.00 39.94/28.44 94.55/94.13 45.87/44.06 67.93/65.32 82.86/80.21',
+  'L-FA': '3.21/0.00 2.90/0.00 39.74/28.98 87.20/85.69 37.73/36.13 31.05/26.97 83.18/79.80',
+  'LG-FA': '3.11/0.00 2.50/0.00 39.73/32.32 85.45/82.83 36.72/34.06 30.49/25.56 82.57/79.53',
+  'DFA': '3.31/0.00 3.17/0.00 38.80/33.69 91.17/90.28 46.09/42.76 39.26/37.17 93.51/92.51',
+  'FG-W': '9.25/8.93 8.56/8.64 55.95/54.28 97.71/97.58 53.37/51.56 50.45/45.64 91.94/89.69',
+  'FG-A': '3.24/1.53 3.76/1.75 59.72/41.29 98.83/98.80 54.59/52.96 56.63/56.09 97.83/97.79',
+  'LG-FG-W': '9.25/8.93 5.66/4.59 52.70/51.71 97.39/97.29 52.66/50.23 52.27/48.67 91.36/88.81',
+  'LG-FG-A': '3.24/1.53 2.55/0.00 30.68/19.39 58.37/44.86 32.88/29.73 26.81/23.90 73.24/66.89',
 }
 BACKPROP, FEEDBACK = ('BP', 'L-BP', 'LG-BP'), ('FA', 'L-FA', 'LG-FA', 'DFA')
 LABELS = {'LG-FG-A': 'LG-FG-A (ours)'}
-NOTES = {'LG-FG-A-paper': "of the paper's LG-FG-A: this estimator",
-         'LG-FG-A': "of the paper's LG-FG-A: another estimator"}
+NOTES = {
+  'LG-FG-A-paper': "of the paper's LG-FG-A: this estimator",
+  'LG-FG-A': "of the paper's LG-FG-A: another estimator",
+}
 
 
 class Run(NamedTuple):
@@ -41,6 +44,7 @@ class Run(NamedTuple):
     paper: its test and training error in %; None: it has none.
     note: what the paper's errors are of, where that is not plain.
   """
+
   rule: str
   label: str
   fields: dict[str, Any]
@@ -59,6 +63,7 @@ class Study(NamedTuple):
     images: the default number of training images; None: all.
     loss: what the figure's second panel shows: 'train_error', or 'train_contrastive_loss'.
   """
+
   title: str
   config: str
   runs: tuple[Run, ...]
@@ -75,6 +80,7 @@ class Column(NamedTuple):
     epochs: of backprop, of feedback alignment, and of forward gradients, which learn more slowly.
     fields: of all its runs.
   """
+
   title: str
   config: str
   epochs: tuple[int, int, int]
@@ -82,15 +88,19 @@ class Column(NamedTuple):
 
 
 COLUMNS = {
-    'mnist-S-1-1': Column('MNIST, S/1/1', 'mnist', (30, 60, 240), {'model.size': 'S/1/1'}),
-    'mnist-M-1-16': Column('MNIST, M/1/16', 'mnist', (30, 60, 100)),
-    'cifar10-M-8-16': Column('CIFAR-10, M/8/16', 'cifar10', (50, 50, 100)),
-    'imagenet-L-32-64': Column('ImageNet, L/32/64', 'imagenet', (120, 120, 120)),
-    'cifar10-contrastive-M-8-16': Column('CIFAR-10, contrastive, M/8/16', 'cifar10_contrastive', (400, 400, 400)),
-    'cifar10-contrastive-L-8-64': Column('CIFAR-10, contrastive, L/8/64', 'cifar10_contrastive_large',
-                                         (400, 400, 400)),
-    'imagenet-contrastive-L-32-64': Column('ImageNet, contrastive, L/32/64', 'imagenet_contrastive',
-                                           (800, 800, 800)),
+  'mnist-S-1-1': Column('MNIST, S/1/1', 'mnist', (30, 60, 240), {'model.size': 'S/1/1'}),
+  'mnist-M-1-16': Column('MNIST, M/1/16', 'mnist', (30, 60, 100)),
+  'cifar10-M-8-16': Column('CIFAR-10, M/8/16', 'cifar10', (50, 50, 100)),
+  'imagenet-L-32-64': Column('ImageNet, L/32/64', 'imagenet', (120, 120, 120)),
+  'cifar10-contrastive-M-8-16': Column(
+    'CIFAR-10, contrastive, M/8/16', 'cifar10_contrastive', (400, 400, 400)
+  ),
+  'cifar10-contrastive-L-8-64': Column(
+    'CIFAR-10, contrastive, L/8/64', 'cifar10_contrastive_large', (400, 400, 400)
+  ),
+  'imagenet-contrastive-L-32-64': Column(
+    'ImageNet, contrastive, L/32/64', 'imagenet_contrastive', (800, 800, 800)
+  ),
 }
 
 
@@ -110,45 +120,81 @@ def _column(name: str) -> Study:
   def run(rule: str) -> Run:
     kind = 0 if rule in BACKPROP else 1 if rule in FEEDBACK else 2
     paper = published(name, rule.removesuffix('-paper'))
-    return Run(rule, LABELS.get(rule, rule), {'algorithm': rule, **fields}, epochs[kind], paper, NOTES.get(rule, ''))
+    return Run(rule, LABELS.get(rule, rule), {'algorithm': rule, **fields}, epochs[kind], paper,
+               NOTES.get(rule, ''))
 
   runs = [run(rule) for rule in (*list(PAPER)[:-1], 'LG-FG-A-paper', 'LG-FG-A')]
   if 'contrastive' not in name:
     return Study(f'Tables 2 to 4: {title}', config, tuple(runs))
   # Only the read-out learns: the rest moves a millionth as fast.
-  still = {'algorithm': 'LG-BP', 'optimizer.learning_rate': 1e-9, 'optimizer.readout_multiplier': 1e6, **fields}
+  still = {
+    'algorithm': 'LG-BP',
+    'optimizer.learning_rate': 1e-9,
+    'optimizer.readout_multiplier': 1e6,
+    **fields,
+  }
   runs.append(Run('untrained', 'untrained', still, epochs[0]))
   return Study(f'Tables 2 to 4: {title}', config, tuple(runs), loss='train_contrastive_loss')
 
 
 def _figure4() -> Study:
   fields = {'model.size': 'M/8/1', 'model.channels': 256, 'batch_size': 64}
-  runs = [Run(rule, f'{LABELS.get(rule, rule)}, {"with" if stop else "without"} stop-gradient',
-              {'algorithm': rule, 'contrastive.stop_gradient': stop, **fields}, 12)
-          for rule in ('LG-BP', 'LG-FG-A-paper', 'LG-FG-A') for stop in (True, False)]
-  return Study('Figure 4: the stop-gradient of the contrastive loss, CIFAR-10, M/8/1', 'cifar10_contrastive',
-               tuple(runs), 6_400, 'train_contrastive_loss')
+  runs = [
+    Run(rule, f'{LABELS.get(rule, rule)}, {"with" if stop else "without"} stop-gradient',
+        {'algorithm': rule, 'contrastive.stop_gradient': stop, **fields}, 12)
+    for rule in ('LG-BP', 'LG-FG-A-paper', 'LG-FG-A')
+    for stop in (True, False)
+  ]
+  return Study(
+    'Figure 4: the stop-gradient of the contrastive loss, CIFAR-10, M/8/1',
+    'cifar10_contrastive',
+    tuple(runs),
+    6_400,
+    'train_contrastive_loss',
+  )
 
 
 def _figure6() -> Study:
-  cuts = {'block': (False, False), 'block+patch': (True, False), 'block+group': (False, True), 'all': (True, True)}
-  runs = [Run(rule, f'{LABELS.get(rule, rule)}, {cut}',
-              {'algorithm': rule, 'losses.patch': patch, 'losses.group': group}, 5)
-          for rule in ('LG-FG-A-paper', 'LG-FG-A') for cut, (patch, group) in cuts.items()]
-  return Study('Figure 6: which cuts the local losses have, CIFAR-10, M/8/16', 'cifar10', tuple(runs), 10_000)
+  cuts = {
+    'block': (False, False),
+    'block+patch': (True, False),
+    'block+group': (False, True),
+    'all': (True, True),
+  }
+  runs = [
+    Run(rule, f'{LABELS.get(rule, rule)}, {cut}',
+        {'algorithm': rule, 'losses.patch': patch, 'losses.group': group}, 5)
+    for rule in ('LG-FG-A-paper', 'LG-FG-A')
+    for cut, (patch, group) in cuts.items()
+  ]
+  return Study(
+    'Figure 6: which cuts the local losses have, CIFAR-10, M/8/16', 'cifar10', tuple(runs), 10_000
+  )
 
 
-GROUPS = (1, 4, 16, 64)
+GROUPS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def figure7(groups: Iterable[int] = GROUPS) -> Study:
-  """Runs with these numbers of channel groups."""
-  runs = [Run(rule, f'{LABELS.get(rule, rule)}, G = {number}', {'algorithm': rule, 'model.size': f'M/8/{number}'}, 5)
-          for rule in ('LG-FG-A-paper', 'LG-FG-A') for number in groups]
-  return Study('Figure 7: numbers of channel groups, CIFAR-10, M/8/G', 'cifar10', tuple(runs), 10_000)
+def _figure7() -> Study:
+  runs = [
+    Run(rule, f'{LABELS.get(rule, rule)}, G = {number}',
+        {'algorithm': rule, 'model.size': f'M/8/{number}'}, 5)
+    for rule in ('LG-FG-A-paper', 'LG-FG-A')
+    for number in GROUPS
+  ]
+  return Study(
+    'Figure 7: numbers of channel groups, CIFAR-10, M/8/G', 'cifar10', tuple(runs), 10_000
+  )
 
 
-STUDIES = {**{name: _column(name) for name in COLUMNS}, 'figure4': _figure4(), 'figure6': _figure6(),
-           'figure7': figure7()}
+STUDIES = {
+  **{name: _column(name) for name in COLUMNS},
+  'figure4': _figure4(),
+  'figure6': _figure6(),
+  'figure7': _figure7(),
+}
 # Table 1 and figure 5 are measurements, not runs: other programs make them.
-PROGRAMS = {'table1': ['experiments/variance.py', '--parts=table1'], 'figure5': ['experiments/replicated_losses.py']}
+PROGRAMS = {
+  'table1': ['experiments/variance.py', '--parts=table1'],
+  'figure5': ['experiments/replicated_losses.py'],
+}
