@@ -1,0 +1,64 @@
+"""The figure of frontier.py."""
+
+import pathlib
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+Row = dict[str, Any]
+# Okabe and Ito's colours, which differ for colour-blind eyes too.
+COLOURS = ('#000000', '#E69F00', '#56B4E9', '#009E73', '#D55E00', '#CC79A7')
+STYLES = {'hadamard': '-', 'rademacher': '--'}  # a law with one pass only is a cross
+EXACT = 1e-9  # errors below are rounding
+
+
+def draw(path: pathlib.Path, rows: list[Row]) -> None:
+  """Error against time on log axes: a row of panels for every point, a panel for every layer."""
+  points, layers = (list(dict.fromkeys(row[key] for row in rows)) for key in ('point', 'layer'))
+  figure = Figure(figsize=(3.2 * len(layers) + 2.5, 3.4 * len(points)), layout='constrained')
+  panels = figure.subplots(len(points), len(layers), squeeze=False)
+  names = list(dict.fromkeys(row['variant'] for row in rows))
+  handles: dict[str, Any] = {}
+  for point, row_of_panels in zip(points, panels, strict=True):
+    for layer, axes in zip(layers, row_of_panels, strict=True):
+      own = [row for row in rows if (row['point'], row['layer']) == (point, layer)]
+      handles |= _panel(axes, own, names)
+      axes.set(title=f'{layer}, {point}')
+  for row_of_panels in panels:
+    row_of_panels[0].set_ylabel('squared error / |gradient|²')
+  figure.legend(handles.values(), handles.keys(), loc='outside right upper', fontsize='small')
+  figure.savefig(path, dpi=120)
+
+
+def _panel(axes: Any, rows: list[Row], names: list[str]) -> dict[str, Any]:
+  """Lines through the numbers of passes; returns what the legend must explain."""
+  handles, exact = {}, []
+  axes.set(xscale='log', yscale='log')
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_formatter('{x:g}')
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
+  for colour, name in zip(COLOURS, names, strict=False):
+    for law in dict.fromkeys(row['law'] for row in rows if row['variant'] == name):
+      every = [row for row in rows if (row['variant'], row['law']) == (name, law)]
+      own = sorted(
+        (row['ms'], row['relative_error']) for row in every if row['relative_error'] > EXACT
+      )
+      if not own:
+        exact.append(name)
+        continue
+      allocated = name.endswith('allocated')
+      marker = 'D' if allocated else 'o' if law in STYLES else 'x'
+      (handles[f'{name}, {law}'],) = axes.plot(
+        *zip(*own, strict=True),
+        color=colour,
+        marker=marker,
+        markersize=4,
+        linewidth=1.2,
+        linestyle='none' if allocated else STYLES.get(law, 'none'),
+      )
+  axes.grid(which='major', alpha=0.3)
+  axes.tick_params(which='both', labelsize='x-small')
+  note = '\nexact, so not drawn:\n' + '\n'.join(dict.fromkeys(exact)) if exact else ''
+  axes.set_xlabel('ms per step' + note, fontsize='small')
+  return handles

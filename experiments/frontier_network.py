@@ -1,0 +1,290 @@
+"""One model and one batch, on which frontier.py compares variants of LG-FG-A.
+
+`Bench` has the variants' errors, what theory says of them, and programs to be timed.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from lfg_jax import algorithms, guesses, variance
+from lfg_jax.data import Batch, Dataset
+from lfg_jax.estimators import FlaxLoss, GradFn, backprop
+from lfg_jax.greedy import greedy
+from lfg_jax.mixer import TAPS, Criterion, Run
+from lfg_jax.rules import REGISTRY, Options
+from lfg_jax.sizes import mixer_spec, parse, patches
+from lfg_jax.tangents import LAWS
+
+PyTree = Any
+Variables = dict[str, PyTree]
+RULE = 'LG-FG-A'
+VARIANTS: dict[str, dict[str, str]] = {
+  'joint': {'taps': 'joint', 'last_tap': 'perturbed', 'guess': 'none'},
+  'separate': {'taps': 'separate', 'last_tap': 'perturbed', 'guess': 'none'},
+  'exact last': {'taps': 'separate', 'last_tap': 'exact', 'guess': 'none'},
+  'guess after_channel': {'taps': 'separate', 'last_tap': 'exact', 'guess': 'after_channel'},
+  'guess all': {'taps': 'separate', 'last_tap': 'exact', 'guess': 'all'},
+}
+LAYERS = ('token', 'channel', 'group')  # each has the tap of its name behind it
+ROUNDING = 1e-6  # of float32, in errors relative to a squared gradient
+
+
+class Variant(NamedTuple):
+  """A way of estimating; `tap_passes` are (tap, passes) of taps with passes of their own."""
+
+  name: str
+  law: str
+  passes: int
+  tap_passes: tuple[tuple[str, int], ...] = ()
+
+  @property
+  def fields(self) -> dict[str, Any]:
+    """Of config.estimator."""
+    return {**VARIANTS[self.name], 'law': self.law, 'passes': self.passes}
+
+  def options(self, config: ConfigDict) -> Options:
+    """With the config's fields where the variant has none."""
+    fields = {**config.estimator, **config.losses, **self.fields}
+    return Options(**{**fields, 'tap_passes': dict(self.tap_passes)}).of(REGISTRY[RULE])
+
+  def passes_at(self, layer: str) -> int:
+    return dict(self.tap_passes).get(f'after_{layer}', self.passes)
+
+
+class Bench:
+  """A model, and the last `batch` training images."""
+
+  def __init__(self, config: ConfigDict, dataset: Dataset, batch: int) -> None:
+    self.config, self.dataset = config.copy_and_resolve_references(), dataset
+    self.config.estimator.tap_passes.update(dict.fromkeys(TAPS, 0))    # a variant has its own
+    sizes = dict(config.model)
+    size = sizes.pop('size')
+    self.spec = mixer_spec(size, image_shape=dataset.image_shape, classes=dataset.classes, **sizes)
+    self.batch = batch_at(dataset, dataset.train.examples - batch, batch)
+    self.tokens = patches(self.batch.image, parse(size)[1], dataset.mean, dataset.std)
+
+  @property
+  def has_tokens(self) -> bool:
+    return any(run.spec.mix for run in self.spec.runs)
+
+  def algorithm(self, name: str, **fields: Any) -> algorithms.Algorithm:
+    """The algorithm of a name with changed fields of config.estimator."""
+    config = self.config.copy_and_resolve_references()
+    config.algorithm = name
+    config.estimator.update(fields)
+    return algorithms.make(config, self.dataset)
+
+  def step(self, name: str, params: PyTree, **fields: Any) -> Callable[[], Any]:
+    """The compiled gradient of an algorithm, with what its guesses learn; a call to be timed."""
+    algorithm = self.algorithm(name, **fields)
+    shapes = jax.eval_shape(algorithm.init, jax.random.key(0))
+    rest = {
+      part: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+      for part, tree in shapes.items()
+      if part != 'params'
+    }
+
+    def run(params: PyTree, rest: Variables, key: jax.Array, batch: Batch) -> tuple:
+      grads, aux = algorithm.gradient({'params': params, **rest}, key, batch)
+      return grads, algorithm.advance(rest, aux)
+
+    arguments = (params, rest, jax.random.key(0), self.batch)
+    program = jax.jit(run).lower(*arguments).compile()
+    return lambda: program(*arguments)
+
+  def exact(self, variables: Variables) -> PyTree:
+    """LG-BP's gradient and what `predict` must know of the taps, by runs of blocks: `_exact`."""
+
+    @jax.jit
+    def run(variables: Variables) -> PyTree:
+      learned = {name: variables[name] for name in ('params', 'guess') if name in variables}
+      return greedy(_exact, self.spec, Options().cut)(
+        learned, jax.random.key(0), self.tokens, self._criterion
+      )[2]
+
+    return run(variables)
+
+  def errors(self, variant: Variant) -> Callable[[Variables, PyTree, jax.Array], PyTree]:
+    """`(variables, exact, keys [N]) -> {layer: {what: [N]}}`: errors of a draw for every key."""
+    options = variant.options(self.config)
+    estimator = algorithms.build_estimator(REGISTRY[RULE], options, self.spec, None, {})
+    stages = greedy(_recording(estimator), self.spec, options.cut)
+
+    def one(variables: Variables, exact: PyTree, key: jax.Array) -> PyTree:
+      drawn = stages(variables, key, self.tokens, self._criterion)[2]
+      return {
+        f'{run.name}/{layer}': _errors(run, layer, drawn[run.name], exact[run.name])
+        for run, layer in self._layers()
+      }
+
+    def all_draws(variables: Variables, exact: PyTree, keys: jax.Array) -> PyTree:
+      return jax.lax.map(lambda key: one(variables, exact, key), keys)
+
+    compiled = jax.jit(all_draws)
+    return lambda variables, exact, keys: compiled(self._used(variables, options), exact, keys)
+
+  def predict(self, variant: Variant, exact: PyTree) -> dict[str, float]:
+    """Squared error of the signal at every layer's tap, relative to |signal|², mean over blocks."""
+    options, law, joint = variant.options(self.config), LAWS[variant.law], variant.name == 'joint'
+    predicted = {}
+    for run, layer in self._layers():
+      taps, tap = exact[run.name]['taps'], f'after_{layer}'
+      if options.last_tap == 'exact' and layer == 'group':
+        predicted[f'{run.name}/{layer}'] = 0.0
+        continue
+      d, K = dims(run)[layer], variant.passes_at(layer)
+      noise = taps[tap]['residual' if tap in options.guessed_taps else 'own']
+      others = sum(norms['by_group'] for name, norms in taps.items() if name != tap)
+      error = variance.predicted_taps(law, [K, K], [d, d], [noise, others], joint=joint)[0]
+      predicted[f'{run.name}/{layer}'] = float(jnp.mean(error / taps[tap]['own']))
+    return predicted
+
+  def can(self, variant: str, variables: Variables) -> bool:
+    """Whether `variables` have the guesses of a variant."""
+    try:
+      self._used(variables, Variant(variant, 'hadamard', 1).options(self.config))
+    except KeyError:
+      return False
+    return True
+
+  @property
+  def _criterion(self) -> Criterion:
+    return Criterion(self.batch.label, self.batch.weight)
+
+  def _layers(self) -> list[tuple[Run, str]]:
+    return [
+      (run, layer) for run in self.spec.runs for layer in LAYERS if layer != 'token' or run.spec.mix
+    ]
+
+  def _used(self, variables: Variables, options: Options) -> Variables:
+    """Those variables that the variant's estimator looks at."""
+    used = {'params': variables['params']}
+    if options.guessed_taps:
+      like = jax.eval_shape(
+        self.algorithm(RULE, guess=options.guess, taps='separate').init, jax.random.key(0)
+      )
+      guess = flatten_dict(variables.get('guess', {}))
+      used['guess'] = unflatten_dict({path: guess[path] for path in flatten_dict(like['guess'])})
+    return used
+
+
+def batch_at(dataset: Dataset, first: int, size: int) -> Batch:
+  """Training images from number `first` on, beginning again after the last."""
+  index = np.arange(first, first + size) % dataset.train.examples
+  image, label = (jnp.asarray(np.asarray(array)[index]) for array in dataset.train)
+  return Batch(image, label, jnp.full(size, 1 / size))
+
+
+def dims(run: Run) -> dict[str, int]:
+  """Perturbed dimensions of every tap that influence one loss."""
+  spec = run.spec
+  return {
+    'token': spec.inputs,
+    'channel': spec.hidden // spec.groups,
+    'group': spec.channels // spec.groups,
+  }
+
+
+def warm_up(bench: Bench, steps: int, size: int = 64) -> Variables:
+  """Variables after some steps of LG-BP, beside which guesses learn. (Heads start at zero.)"""
+  teacher = bench.algorithm('LG-BP', taps='auto', last_tap='auto', guess='auto')
+  learner = bench.algorithm(RULE, **VARIANTS['guess all'])
+  optimizer = optax.adam(1e-3)
+
+  @jax.jit
+  def step(params: PyTree, rest: Variables, state: Any, key: jax.Array, batch: Batch) -> tuple:
+    aux = learner.gradient({'params': params, **rest}, key, batch)[1]
+    updates, state = optimizer.update(teacher.gradient({'params': params}, key, batch)[0], state)
+    return optax.apply_updates(params, updates), learner.advance(rest, aux), state
+
+  rest = jax.jit(learner.init)(jax.random.key(0))
+  params = rest.pop('params')
+  state = optimizer.init(params)
+  for n in range(steps):
+    params, rest, state = step(
+      params, rest, state, jax.random.key(n), batch_at(bench.dataset, size * n, size)
+    )
+  return {'params': params, **rest}
+
+
+def _exact(loss: FlaxLoss) -> GradFn:
+  """For a stage: 'gradient' and the taps' 'signal', both exact, and 'taps', squared norms.
+
+  For every tap these are |g|² ('own'), |g - h|² ('residual', h of the learned guess), and the sum
+  over groups of what |g|² is for the losses of that group alone ('by_group'), which disturbs the
+  other taps when all are perturbed jointly.
+  """
+
+  def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple, PyTree]:
+    out, grads = backprop(loss)(params, key, *args)
+    taps = flatten_dict(loss.record('taps', params, *args))
+    known = guesses.Known(loss, params, taps, args)
+    signal, guess = guesses.feedback({}, known), guesses.feedback(loss.guess_weights, known)
+    zeros = {path: jnp.zeros_like(tap.value) for path, tap in taps.items()}
+
+    def of_group(group: jax.Array) -> PyTree:
+      losses = lambda shift: loss(params, {'perturbation': unflatten_dict(shift)}, *args)[0]
+      return jax.tree.map(_square, jax.grad(lambda shift: losses(shift)[..., group].sum())(zeros))
+
+    by_group = jax.vmap(of_group)(jnp.arange(out[0].shape[-1]))
+    norms = {
+      path[-1]: {
+        'own': _square(g),
+        'residual': _square(g - guess[path]),
+        'by_group': by_group[path].sum(),
+      }
+      for path, g in signal.items()
+    }
+    signal = {path[-1]: g for path, g in signal.items()}
+    return out, {'last': {'gradient': grads['last'], 'signal': signal, 'taps': norms}}
+
+  return run
+
+
+def _recording(estimator: Callable[[FlaxLoss], GradFn]) -> Callable[[FlaxLoss], GradFn]:
+  """An estimator that returns, for a stage, 'gradient' and the perturbed taps' 'signal'."""
+
+  def of_loss(loss: FlaxLoss) -> GradFn:
+    sent: list[PyTree] = []
+
+    def apply(variables: Variables, mutable: tuple, *args: Any) -> tuple:
+      if 'signal' in variables:
+        sent.append(variables['signal'])
+      return loss.apply(variables, mutable, *args)
+
+    estimate = estimator(loss._replace(apply=apply))
+
+    def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple, PyTree]:
+      out, grads = estimate(params, key, *args)
+      return out, {'last': {'gradient': grads['last'], 'signal': sent[-1].get('last', {})}}
+
+    return run
+
+  return of_loss
+
+
+def _errors(run: Run, layer: str, drawn: PyTree, exact: PyTree) -> dict[str, jax.Array]:
+  """Of one draw, as means over blocks: relative squared errors of kernel and signal, cosine."""
+  flat = lambda leaf: leaf.reshape(leaf.shape[0] if run.spec.stacked else 1, -1)
+  dot = lambda a, b: (flat(a) * flat(b)).sum(1)
+  grad, truth = drawn['gradient'][layer]['kernel'], exact['gradient'][layer]['kernel']
+  tap = f'after_{layer}'
+  signal, true_signal = drawn['signal'].get(tap, exact['signal'][tap]), exact['signal'][tap]
+  relative = lambda a, b: (dot(a - b, a - b) / dot(b, b)).mean()
+  cosine = dot(grad, truth) / jnp.sqrt(dot(grad, grad) * dot(truth, truth))
+  return {
+    'relative_error': relative(grad, truth),
+    'cosine': cosine.mean(),
+    'signal_error': relative(signal, true_signal),
+  }
+
+
+def _square(x: jax.Array) -> jax.Array:
+  return jnp.square(x).sum()

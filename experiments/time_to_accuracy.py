@@ -1,0 +1,212 @@
+"""Seconds of training until the test error has fallen to given thresholds, by algorithm.
+
+    python experiments/time_to_accuracy.py --config=configs/mnist.py
+        [--algorithms=BP,LG-BP,LG-FG-A-paper,LG-FG-A] [--thresholds=4,3,2.5] [--seeds=0,1,2]
+        [--rates='BP=1e-3|3e-4,LG-FG-A=1e-3'] [--interval=100] [--max_epochs=20] [--out=DIR]
+        [--config.field=value …]
+
+The runs of a seed take turns, --interval steps each, so that other work on the machine slows all
+of them. Compilation and evaluation are not counted. Learning rates are constant, as else a run's
+time would depend on its planned length: the config's rate, or those of --rates, of which the best
+counts: the first at the strictest threshold that any of them reaches. A run ends at its last
+threshold, or after --max_epochs. Thresholds, in %, have defaults for MNIST and CIFAR-10. DIR gets
+time_to_accuracy.json, .md and .png. Run again, it keeps the runs that were finished.
+"""
+
+import argparse
+import copy
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import time_to_accuracy_report as report
+from ml_collections import ConfigDict
+
+from lfg_jax import configs, run_log, train
+
+DEFAULT = pathlib.Path(__file__).parent.parent / 'configs' / 'mnist.py'
+ALGORITHMS = ('BP', 'LG-BP', 'LG-FG-A-paper', 'LG-FG-A')
+THRESHOLDS = {'mnist': '4,3,2.5', 'cifar10': '55,50,45,40'}
+RESULT = 'time_to_accuracy.json'
+
+Curve = dict[str, Any]
+
+
+def main(arguments: list[str]) -> None:
+  """Trains, measures and writes."""
+  options, config = _parse(arguments)
+  names = options.algorithms.split(',')
+  rates = _rates(options.rates, names, config.optimizer.learning_rate)
+  cases = [(name, rate) for name in names for rate in rates[name]]
+  dataset = None
+  for name in names:  # all mistakes before any long work
+    dataset = train.prepare(_variant(config, name, rates[name][0], 0), dataset).dataset
+  origin = {**run_log.provenance(['experiments/time_to_accuracy.py', *arguments]),
+            'settings': _settings(config, options)}
+  curves = _kept(options.out, origin['settings'])
+  for seed in options.seeds:
+    done = [_case(curve) for curve in curves]
+    runs = [Training(train.prepare(_variant(config, *case, seed), dataset), options)
+            for case in cases if (*case, seed) not in done]
+    while any(not run.curve['finished'] for run in runs):
+      for run in runs:
+        if not run.curve['finished']:
+          run.advance()
+          _write(options.out, origin, [*curves, *(run.curve for run in runs)], options.thresholds)
+    curves += [run.curve for run in runs]
+  rows = report.rows(curves, options.thresholds)
+  text = report.table(rows, options.thresholds, origin)
+  run_log.write_atomically(options.out / 'time_to_accuracy.md', text)
+  report.draw(options.out / 'time_to_accuracy.png', curves, rows, options.thresholds)
+  print(text)
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
+  raw = argparse.RawDescriptionHelpFormatter
+  parser = configs.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+  parser.add_argument('--config', default=str(DEFAULT), help='default: configs/mnist.py')
+  parser.add_argument('--algorithms', default=','.join(ALGORITHMS), help='names, with commas')
+  parser.add_argument('--thresholds', help='test errors in %%, with commas, falling')
+  parser.add_argument('--seeds', default='0,1,2', help='numbers, with commas; default: 0,1,2')
+  parser.add_argument('--rates', default='', help="of algorithms: 'BP=1e-3|3e-4,LG-BP=1e-3'")
+  parser.add_argument(
+    '--interval', type=int, default=100, help='steps between evaluations; default: 100'
+  )
+  parser.add_argument('--max_epochs', type=int, default=20, help='default: 20')
+  parser.add_argument('--out', type=pathlib.Path, help='default: runs/time_to_accuracy/DATASET')
+  options, config = configs.parse(parser, arguments)
+  for name in ('interval', 'max_epochs'):
+    if getattr(options, name) < 1:
+      raise configs.UserError(f'--{name} is {getattr(options, name)}; allowed: 1 or more')
+  thresholds = options.thresholds or THRESHOLDS.get(config.dataset)
+  if not thresholds:
+    raise configs.UserError(f'{config.dataset} has no default thresholds; give --thresholds, in %')
+  options.thresholds = _numbers('thresholds', thresholds, float)
+  if options.thresholds != sorted(options.thresholds, reverse=True):
+    raise configs.UserError(f'--thresholds is {thresholds!r}; allowed: falling numbers')
+  options.seeds = _numbers('seeds', options.seeds, int)
+  options.out = options.out or pathlib.Path('runs', 'time_to_accuracy', config.dataset)
+  config.optimizer.schedule, config.epochs = 'constant', options.max_epochs
+  return options, config
+
+
+def _numbers(name: str, text: str, kind: type) -> list[Any]:
+  try:
+    return [kind(part) for part in text.split(',')]
+  except ValueError as error:
+    raise configs.UserError(
+      f'--{name} is {text!r}; allowed: numbers with commas between them'
+    ) from error
+
+
+def _rates(text: str, names: list[str], default: float) -> dict[str, list[float]]:
+  """Learning rates to be tried, by algorithm."""
+  rates = {name: [default] for name in names}
+  for part in text.split(',') if text else ():
+    name, _, values = part.partition('=')
+    if name not in rates:
+      raise configs.UserError(f'--rates has {name!r}; allowed: {", ".join(names)}')
+    try:
+      rates[name] = [float(value) for value in values.split('|')]
+    except ValueError as error:
+      raise configs.UserError(f'--rates has {part!r}; allowed: ALGORITHM=RATE|RATE…') from error
+  return rates
+
+
+def _variant(config: ConfigDict, algorithm: str, rate: float, seed: int) -> ConfigDict:
+  variant = copy.deepcopy(config)
+  variant.algorithm, variant.optimizer.learning_rate, variant.seed = algorithm, rate, seed
+  return variant
+
+
+def _settings(config: ConfigDict, options: argparse.Namespace) -> dict[str, Any]:
+  """What runs in one folder have in common."""
+  fields = json.loads(configs.to_json(_variant(config, '', 0.0, 0)))
+  del fields['data_dir']
+  return {'config': fields, 'thresholds': options.thresholds, 'interval': options.interval}
+
+
+def _case(curve: Curve) -> tuple[str, float, int]:
+  return curve['algorithm'], curve['rate'], curve['seed']
+
+
+def _kept(out: pathlib.Path, settings: dict[str, Any]) -> list[Curve]:
+  """Curves of finished runs in the folder of results, which is made if it is not there."""
+  path = out / RESULT
+  if not path.exists():
+    out.mkdir(parents=True, exist_ok=True)
+    return []
+  content = json.loads(path.read_text())
+  if content['settings'] != settings:
+    raise configs.UserError(
+      f'{path} was measured with other settings; name another folder with --out'
+    )
+  return [curve for curve in content['curves'] if curve['finished']]
+
+
+def _write(
+  out: pathlib.Path, origin: dict[str, Any], curves: list[Curve], thresholds: list[float]
+) -> None:
+  finished = [curve for curve in curves if curve['finished']]
+  result = {**origin, 'rows': report.rows(finished, thresholds), 'curves': curves}
+  run_log.write_atomically(out / RESULT, json.dumps(result, indent=1) + '\n')
+
+
+class Training:
+  """One run, compiled, that is advanced by intervals.
+
+  Attributes:
+    curve: test errors, with the steps and the seconds of training before each; 'finished' once
+      no more will come.
+  """
+
+  def __init__(self, job: train.Job, options: argparse.Namespace) -> None:
+    self.interval, self.strictest = options.interval, options.thresholds[-1] / 100
+    self.functions, self.state = train.build(job)
+    self.total = options.max_epochs * self.functions.feed.steps
+    _, inputs = next(self.functions.feed.epoch(0, 0))
+    # The first step compiles. It takes over its argument's memory, which is a copy for that.
+    jax.block_until_ready(self.functions.steps(jax.tree.map(jnp.copy, self.state), 1, inputs))
+    self.curve = {
+      'algorithm': job.config.algorithm,
+      'rate': job.config.optimizer.learning_rate,
+      'seed': job.config.seed,
+      'steps': [0],
+      'seconds': [0.0],
+      'test_error': [self.functions.test_error(self.state)],
+      'finished': False,
+    }
+
+  def advance(self) -> None:
+    """Trains for an interval, which is timed, and evaluates."""
+    step = self.curve['steps'][-1]
+    end = min(step + self.interval, self.total)
+    begin = time.perf_counter()
+    while step < end:
+      epoch, first = divmod(step, self.functions.feed.steps)
+      for count, inputs in self.functions.feed.epoch(epoch, first):
+        count = min(count, end - step)
+        self.state = self.functions.steps(self.state, count, inputs)
+        step += count
+        if step == end:
+          break
+    jax.block_until_ready(self.state)
+    seconds = time.perf_counter() - begin
+    error, is_finite = self.functions.test_error(self.state), int(self.state.bad_step) < 0
+    self.curve['steps'].append(step)
+    self.curve['seconds'].append(self.curve['seconds'][-1] + seconds)
+    self.curve['test_error'].append(error if is_finite else 1.0)
+    self.curve['finished'] = step == self.total or error <= self.strictest or not is_finite
+    name, rate, seed = _case(self.curve)
+    print(
+      f'{name}, rate {rate:g}, seed {seed}: step {step}, {self.curve["seconds"][-1]:.1f} s, '
+      f'test error {error:.4f}',
+      flush=True,
+    )
+
+
+if __name__ == '__main__':
+  configs.run(main)

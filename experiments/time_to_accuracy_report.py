@@ -1,0 +1,128 @@
+"""Rows, table and figure of time_to_accuracy.py, from its curves."""
+
+import math
+import pathlib
+import statistics
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+Row = dict[str, Any]
+Curve = dict[str, Any]
+# Okabe and Ito's colours, which differ for colour-blind eyes too.
+COLOURS = ('#000000', '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00')
+
+
+def rows(curves: list[Curve], thresholds: list[float]) -> list[Row]:
+  """One for every algorithm, rate and threshold: medians over seeds, ratios to BP's best rate.
+
+  A median is None where half of the seeds or more do not get there. 'best' marks the rows of an
+  algorithm's best rate.
+  """
+  groups: dict[tuple[str, float], list[Curve]] = {}
+  for curve in curves:
+    groups.setdefault((curve['algorithm'], curve['rate']), []).append(curve)
+  found = [_row(case, own, threshold) for case, own in groups.items() for threshold in thresholds]
+  best = {name: _best([row for row in found if row['algorithm'] == name]) for name, _ in groups}
+  bp = {row['threshold']: row['seconds'] for row in found
+        if row['algorithm'] == 'BP' and row['rate'] == best['BP']}
+  for row in found:
+    reference = bp.get(row['threshold'])
+    row['ratio_to_bp'] = row['seconds'] / reference if row['seconds'] and reference else None
+    row['best'] = row['rate'] == best[row['algorithm']]
+  return found
+
+
+def _row(case: tuple[str, float], curves: list[Curve], threshold: float) -> Row:
+  seconds, steps = (
+    [_first(curve, key, threshold) for curve in curves] for key in ('seconds', 'steps')
+  )
+  return {
+    'algorithm': case[0],
+    'rate': case[1],
+    'threshold': threshold,
+    'seeds': len(curves),
+    'seconds': _median(seconds),
+    'steps': _median(steps),
+    'seconds_of_seeds': seconds,
+  }
+
+
+def _first(curve: Curve, key: str, threshold: float) -> float | None:
+  """What `key` has at the first evaluation whose error is no more than the threshold."""
+  values = zip(curve[key], curve['test_error'], strict=True)
+  return next((value for value, error in values if 100 * error <= threshold), None)
+
+
+def _median(values: list[float | None]) -> float | None:
+  median = statistics.median(math.inf if value is None else value for value in values)
+  return median if math.isfinite(median) else None
+
+
+def _best(own: list[Row]) -> float:
+  """The rate that is first at the strictest threshold that any rate reaches."""
+  reached = [row for row in own if row['seconds'] is not None]
+  first = min(reached, key=lambda row: (row['threshold'], row['seconds']), default=own[0])
+  return first['rate']
+
+
+def table(found: list[Row], thresholds: list[float], origin: dict[str, Any]) -> str:
+  """In markdown: seconds, (times BP), steps."""
+  config = origin['settings']['config']
+  settings = (
+    f'{config["model"]["size"]} on {config["dataset"]}, batch {config["batch_size"]}, '
+    f'{config["optimizer"]["name"]} with constant rates; {origin["device"]}, '
+    f'jax {origin["jax"]}, commit {origin["commit"]}.'
+  )
+  columns = ''.join(f' {threshold:g} % |' for threshold in thresholds)
+  lines = [
+    f'{settings} Seconds of training until the test error is … % or less, evaluated every '
+    f'{origin["settings"]["interval"]} steps: medians over seeds (× BP; steps). –: half of '
+    'them or more do not reach it. *: best rate of its algorithm.',
+    '',
+    f'| algorithm | rate | seeds |{columns}',
+    f'|{"---|" * (3 + len(thresholds))}',
+  ]
+  for name, rate in dict.fromkeys((row['algorithm'], row['rate']) for row in found):
+    own = [row for row in found if (row['algorithm'], row['rate']) == (name, rate)]
+    cells = ' | '.join(_cell(row) for row in own)
+    lines.append(
+      f'| {name} | {rate:g}{"*" if own[0]["best"] else ""} | {own[0]["seeds"]} | {cells} |'
+    )
+  return '\n'.join(lines) + '\n'
+
+
+def _cell(row: Row) -> str:
+  if row['seconds'] is None:
+    return '–'
+  ratio = '' if row['ratio_to_bp'] is None else f'{row["ratio_to_bp"]:.2f} ×; '
+  return f'{row["seconds"]:.3g} ({ratio}{row["steps"]:g})'
+
+
+def draw(
+  path: pathlib.Path, curves: list[Curve], found: list[Row], thresholds: list[float]
+) -> None:
+  """Test error against seconds of training, every seed, at each algorithm's best rate."""
+  figure = Figure(figsize=(9, 5), layout='constrained')
+  axes = figure.subplots()
+  for threshold in thresholds:
+    axes.axhline(threshold, color='0.6', linewidth=0.6)
+  best = dict.fromkeys((row['algorithm'], row['rate']) for row in found if row['best'])
+  for colour, (name, rate) in zip(COLOURS, best, strict=False):
+    own = [curve for curve in curves if (curve['algorithm'], curve['rate']) == (name, rate)]
+    for number, curve in enumerate(own):
+      axes.loglog(
+        curve['seconds'][1:],
+        [max(100 * error, 1e-2) for error in curve['test_error'][1:]],
+        color=colour,
+        linewidth=1.2,
+        label=f'{name}, rate {rate:g}' if number == 0 else None,
+      )
+  axes.set(xlabel='seconds of training, without evaluation', ylabel='test error, %')
+  axes.set_yticks([*thresholds, 10, 20, 90], minor=False)
+  axes.yaxis.set_major_formatter(ScalarFormatter())
+  axes.minorticks_off()
+  axes.grid(axis='x', alpha=0.3)
+  axes.legend(loc='center left', bbox_to_anchor=(1.01, 0.5))
+  figure.savefig(path, dpi=120)

@@ -1,0 +1,147 @@
+"""experiments/frontier.py and time_to_accuracy.py: what they write of small models."""
+
+import importlib
+import json
+import runpy
+
+import jax
+import numpy as np
+import pytest
+
+from lfg_jax import configs, data
+from tests.runs import FLAGS, ROOT
+
+EXPERIMENTS = ROOT / 'experiments'
+
+
+@pytest.fixture(autouse=True)
+def beside_its_modules(monkeypatch):
+  monkeypatch.syspath_prepend(EXPERIMENTS)
+
+
+def run(name, *arguments):
+  runpy.run_path(str(EXPERIMENTS / f'{name}.py'))['main']([*arguments])
+
+
+FRONTIER = ['--dataset=digits', '--model=S/1/4', '--batch=4', '--warm_up=10', '--repetitions=1']
+LAYERS = ['stem/channel', 'stem/group']
+
+
+def frontier(out, *arguments):
+  """Rows by variant, passes and layer, of the last point; and the whole content."""
+  run('frontier', *FRONTIER, '--laws=hadamard', *arguments, f'--out={out}')
+  content = json.loads((out / 'frontier.json').read_text())
+  return {(row['variant'], row['passes'], row['layer']): row for row in content['rows']}, content
+
+
+def test_errors_fall_with_passes(tmp_path):
+  rows, content = frontier(tmp_path, '--epochs=0', '--variants=joint', '--passes=1,4', '--draws=16')
+  assert len(rows) == len(content['rows']) == 2 * len(LAYERS)
+  assert content['command'].startswith('python experiments/frontier.py --dataset=digits')
+  for layer in LAYERS:
+    one, four = rows['joint', 1, layer], rows['joint', 4, layer]
+    assert four['relative_error'] < 0.5 * one['relative_error']
+    assert four['cosine'] > one['cosine']
+  assert (tmp_path / 'frontier.png').stat().st_size > 1000
+  assert '| joint | hadamard | 4 |' in (tmp_path / 'frontier.md').read_text()
+
+
+def test_trained_network(tmp_path):
+  rows, content = frontier(tmp_path, '--epochs=1', '--variants=exact last', '--passes=1',
+                           '--draws=2')
+  assert [row['point'] for row in content['rows']] == ['start', 'start', 'trained', 'trained']
+  assert rows['exact last', 1, 'stem/group']['relative_error'] < 1e-9
+  row = rows['exact last', 1, 'stem/channel']
+  assert row['relative_error'] > 1 and row['ms'] > 0 and row['ratio_to_bp'] > 0
+  assert (tmp_path / 'trained' / 'summary.json').exists()
+
+
+def test_errors_of_signals_are_as_theory_says():
+  network = importlib.import_module('frontier_network')
+  config = configs.base()
+  config.model.size = 'S/2/4'
+  bench = network.Bench(config, data.load('digits'), 4)
+  variables = network.warm_up(bench, 10)
+  exact = bench.exact(variables)
+  for name, law, passes in (('joint', 'hadamard', 4), ('guess all', 'rademacher', 2)):
+    variant = network.Variant(name, law, passes)
+    drawn = bench.errors(variant)(variables, exact, jax.random.split(jax.random.key(1), 16))
+    predicted = bench.predict(variant, exact)
+    assert list(predicted) == [*LAYERS, 'blocks/token', 'blocks/channel', 'blocks/group']
+    for layer, theory in predicted.items():
+      errors = np.asarray(drawn[layer]['signal_error'])
+      assert abs(errors.mean() - theory) <= 4 * errors.std(ddof=1) / 4 + 1e-6
+      is_exact = name != 'joint' and layer.endswith('group')
+      assert (theory == 0) == (np.mean(drawn[layer]['relative_error']) < 1e-9) == is_exact
+
+
+def test_more_passes_go_where_they_are_cheap():
+  rows = importlib.import_module('frontier_rows')
+  network = importlib.import_module('frontier_network')
+  bench = network.Bench(configs.base(), data.load('digits'), 4)
+  errors = [{'layer': f'blocks/{layer}', 'passes': 2, 'relative_error': 1.0}
+            for layer in ('token', 'channel')]
+  variant = rows._allocate(bench, errors, {'token': 8.0, 'channel': 1.0}, 8)
+  passes = dict(variant.tap_passes)
+  assert passes['after_channel'] > 8 > passes['after_token']
+  assert 8 * passes['after_token'] + passes['after_channel'] <= 9 * 8
+  assert passes['after_channel'] % 4 == 0    # whole chunks
+
+
+@pytest.mark.parametrize(('argument', 'message'), [
+    ('--variants=quiet', "--variants has 'quiet'; allowed: joint, separate"),
+    ('--laws=uniform', "--laws has 'uniform'; allowed: normal"),
+    ('--passes=0', '--passes has 0; allowed: 1 or more'),
+    ('--model=S', "model.size is 'S'"),
+])
+def test_frontier_refuses(argument, message, tmp_path):
+  with pytest.raises(configs.UserError) as error:
+    run('frontier', *FRONTIER, argument, f'--out={tmp_path}')
+  assert message in str(error.value) and not any(tmp_path.iterdir())
+
+
+ACCURACY = [f'--config={ROOT}/configs/digits.py', *FLAGS, '--interval=20', '--max_epochs=3']
+
+
+def test_time_to_accuracy(tmp_path, capsys):
+  arguments = [*ACCURACY, '--algorithms=BP,LG-FG-A', '--rates=BP=1e-5|1e-2', '--thresholds=60,0',
+               f'--out={tmp_path}']
+  run('time_to_accuracy', *arguments, '--seeds=0')
+  content = json.loads((tmp_path / 'time_to_accuracy.json').read_text())
+  rows = {(row['algorithm'], row['rate'], row['threshold']): row for row in content['rows']}
+  assert not rows['BP', 1e-5, 60]['best'] and rows['BP', 1e-2, 60]['best']
+  fast, forward = rows['BP', 1e-2, 60], rows['LG-FG-A', 2e-3, 60]
+  assert fast['seconds'] > 0 and fast['ratio_to_bp'] == 1
+  assert forward['ratio_to_bp'] == pytest.approx(forward['seconds'] / fast['seconds'])
+  assert rows['BP', 1e-2, 0]['seconds'] is None and rows['BP', 1e-2, 0]['ratio_to_bp'] is None
+  for curve in content['curves']:
+    assert curve['steps'] == [0, 20, 40, 60, 69] and curve['seconds'] == sorted(curve['seconds'])
+    assert curve['test_error'][0] > 0.8
+  assert (tmp_path / 'time_to_accuracy.png').stat().st_size > 1000
+  capsys.readouterr()
+  run('time_to_accuracy', *arguments, '--seeds=0')
+  assert 'step 20' not in capsys.readouterr().out    # all runs were finished
+  assert json.loads((tmp_path / 'time_to_accuracy.json').read_text())['curves'] == content['curves']
+  with pytest.raises(configs.UserError, match='was measured with other settings'):
+    run('time_to_accuracy', *arguments, '--seeds=0', '--interval=10')
+
+
+def test_a_run_ends_at_its_last_threshold(tmp_path):
+  run('time_to_accuracy', *ACCURACY, '--algorithms=BP', '--thresholds=60', '--seeds=0',
+      f'--out={tmp_path}')
+  (curve,) = json.loads((tmp_path / 'time_to_accuracy.json').read_text())['curves']
+  assert curve['finished'] and curve['test_error'][-1] <= 0.6 < min(curve['test_error'][:-1])
+  assert curve['steps'][-1] < 69
+
+
+@pytest.mark.parametrize(('argument', 'message'), [
+    ('--thresholds=1,2', "--thresholds is '1,2'; allowed: falling numbers"),
+    ('--rates=LG-BP=1', "--rates has 'LG-BP'; allowed: BP"),
+    ('--seeds=a', "--seeds is 'a'; allowed: numbers"),
+    ('--interval=0', '--interval is 0; allowed: 1 or more'),
+])
+def test_time_to_accuracy_refuses(argument, message, tmp_path):
+  with pytest.raises(configs.UserError) as error:
+    run('time_to_accuracy', *ACCURACY, '--algorithms=BP', '--thresholds=60', argument,
+        f'--out={tmp_path}')
+  assert message in str(error.value)
