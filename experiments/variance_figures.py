@@ -70,7 +70,7 @@ def mixer(figure: Figure, rows: list[Row]) -> None:
   left.set_xticks(range(len(layers)), layers, rotation=60, fontsize='small')
   left.set(ylabel='squared error / |gradient|², one Rademacher pass')
   left.legend(fontsize='x-small', loc='upper center', bbox_to_anchor=(0.5, -0.22), ncols=3)
-  many = [r for r in rows if (r['estimator'], r['cut']) == ('LG-FG-A', 'all') and r['layer'] == 'blocks/group'
+  many = [r for r in rows if (r['estimator'], r['cut']) == ('LG-FG-A-paper', 'all') and r['layer'] == 'blocks/group'
           and r['law'] != 'normal']
   for law, taps in dict.fromkeys((r['law'], r['taps']) for r in many):
     own = sorted(((r['ms'], r['cosine'], r['passes']) for r in many if (r['law'], r['taps']) == (law, taps)),
