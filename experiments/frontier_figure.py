@@ -4,7 +4,7 @@ import pathlib
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 Row = dict[str, Any]
 # Okabe and Ito's colours, which differ for colour-blind eyes too.
@@ -36,8 +36,9 @@ def _panel(axes: Any, rows: list[Row], names: list[str]) -> dict[str, Any]:
   handles, exact = {}, []
   axes.set(xscale='log', yscale='log')
   for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter('{x:g}')
-    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
+    axis.set_minor_formatter(NullFormatter())
   for colour, name in zip(COLOURS, names, strict=False):
     for law in dict.fromkeys(row['law'] for row in rows if row['variant'] == name):
       every = [row for row in rows if (row['variant'], row['law']) == (name, law)]

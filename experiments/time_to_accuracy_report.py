@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator
 
 Row = dict[str, Any]
 Curve = dict[str, Any]
@@ -100,9 +100,8 @@ def _cell(row: Row) -> str:
   return f'{row["seconds"]:.3g} ({ratio}{row["steps"]:g})'
 
 
-def draw(
-  path: pathlib.Path, curves: list[Curve], found: list[Row], thresholds: list[float]
-) -> None:
+def draw(path: pathlib.Path, curves: list[Curve], found: list[Row], thresholds: list[float]
+         ) -> None:
   """Test error against seconds of training, every seed, at each algorithm's best rate."""
   figure = Figure(figsize=(9, 5), layout='constrained')
   axes = figure.subplots()
@@ -112,16 +111,17 @@ def draw(
   for colour, (name, rate) in zip(COLOURS, best, strict=False):
     own = [curve for curve in curves if (curve['algorithm'], curve['rate']) == (name, rate)]
     for number, curve in enumerate(own):
-      axes.loglog(
-        curve['seconds'][1:],
-        [max(100 * error, 1e-2) for error in curve['test_error'][1:]],
-        color=colour,
-        linewidth=1.2,
-        label=f'{name}, rate {rate:g}' if number == 0 else None,
-      )
+      errors = [max(100 * error, 1e-2) for error in curve['test_error'][1:]]
+      label = f'{name}, rate {rate:g}' if number == 0 else None
+      axes.loglog(curve['seconds'][1:], errors, '.-', color=colour, markersize=3, linewidth=1,
+                  label=label)
   axes.set(xlabel='seconds of training, without evaluation', ylabel='test error, %')
-  axes.set_yticks([*thresholds, 10, 20, 90], minor=False)
-  axes.yaxis.set_major_formatter(ScalarFormatter())
+  others = [tick for tick in (10, 20, 50, 90)
+            if all(abs(math.log(tick / t)) > 0.2 for t in thresholds if t > 0)]
+  axes.set_yticks([*(t for t in thresholds if t > 0), *others])
+  axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_formatter('{x:g}')
   axes.minorticks_off()
   axes.grid(axis='x', alpha=0.3)
   axes.legend(loc='center left', bbox_to_anchor=(1.01, 0.5))
