@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lfg_jax import tangents
-from lfg_jax.guesses import Guess, Known, Path, regression
+from lfg_jax.guesses import Guess, Known, Path, corrected, regression
 from lfg_jax.passes import Sampling, combine, jvp_derivative, sum_over_chunks
 from lfg_jax.tangents import Passes
 from lfg_jax.taps import Tap
@@ -206,7 +206,7 @@ def activity_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(), d
       own = sampling._replace(passes=(tap_passes or {}).get(paths[0][-1], sampling.passes)) if separate else sampling
       own_taps = {path: taps[path] for path in paths}
       residual.update(_signals(evaluate, held, derivative, own, own_taps, keys, guessed))
-    signal = {path: r + guessed[path] if path in guessed else r for path, r in residual.items()}
+    signal = {path: corrected(guessed[path], r) if path in guessed else r for path, r in residual.items()}
     (losses, aux), grads = reverse_with_signals(loss_fn, params, unflatten_dict(signal), *args)
     if guess:
       known_residual = {path: r for path, r in residual.items() if path in guessed}
