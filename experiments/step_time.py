@@ -109,8 +109,7 @@ def compile_step(name: str, options: argparse.Namespace) -> Step:
     return state
 
   spec = mixer_spec(model, image_shape=images.image_shape, classes=images.classes)
-  rule = rules.REGISTRY[name]
-  flop = batch * timing.gradient_flop(spec, rule.estimator, rule.cut, passes)
+  flop = batch * timing.gradient_flop(spec, rules.REGISTRY[name], rules.Options(passes=passes))
   return Step(lambda: gradient(state, keys[3], *inputs), next_state, timing.temporaries(gradient), flop / 1e9)
 
 

@@ -151,7 +151,7 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
   still = LocalMixer(dataclasses.replace(spec, style=spec.style._replace(train=False)))
 
   def evaluate(variables: dict[str, PyTree], image: jax.Array, **options: Any) -> tuple:
-    seen = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
+    seen: dict[str, PyTree] = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
     return still.apply(seen, prepare(image), **options)
 
   def predict(variables: dict[str, PyTree], image: jax.Array) -> jax.Array:

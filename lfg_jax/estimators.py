@@ -279,7 +279,7 @@ class _UpToBoundary(NamedTuple):
   @property
   def size_B(self) -> jax.Array:
     """|s|² of every example."""
-    return sum(jnp.square(_float32(s)).sum(tuple(range(1, s.ndim))) for s in jax.tree.leaves(self.signal))
+    return _sum([jnp.square(_float32(s)).sum(tuple(range(1, s.ndim))) for s in jax.tree.leaves(self.signal)])
 
   def __call__(self, params: PyTree, collections: Mapping[str, PyTree], *args: Any) -> tuple[jax.Array, dict]:
     taps = self.loss_fn.record('boundary', params, *args, given=collections)
@@ -288,7 +288,7 @@ class _UpToBoundary(NamedTuple):
       dot = (_float32(s) * _float32(tap.value)).sum(tuple(range(tap.local_axes, tap.ndim)))
       uncut = tuple(axis for axis, size in enumerate(self.shape) if size == 1)
       return dot.sum(uncut, keepdims=True) if uncut else dot
-    return sum(jax.tree.leaves(jax.tree.map(one, taps, self.signal, is_leaf=_is_tap))), {}
+    return _sum(jax.tree.leaves(jax.tree.map(one, taps, self.signal, is_leaf=_is_tap))), {}
 
   def record(self, collection: str, params: PyTree, *args: Any, given: Mapping[str, PyTree] = types.MappingProxyType({})
              ) -> PyTree:
@@ -313,6 +313,10 @@ def exact_behind_boundary(loss_fn: LossFn, *, estimator: Callable[[LossFn], Grad
     (_, own_aux), before = estimator(_UpToBoundary(loss_fn, signal, losses.shape))(params, key, *args)
     return (losses, {**aux, **own_aux}), jax.tree.map(jnp.add, behind, before)
   return run
+
+
+def _sum(arrays: list[jax.Array]) -> jax.Array:
+  return functools.reduce(jnp.add, arrays)
 
 
 def _float32(x: jax.Array) -> jax.Array:

@@ -1,28 +1,32 @@
-"""Guesses of a tap's gradient: control variates that take noise out of a forward gradient and leave no bias.
+"""Guesses of a tap's gradient: they take noise out of a forward gradient and add no bias.
 
 Let g be the gradient at a tap, and h a guess of it that is known before the tangent u is drawn. Then
 
     h + ((g - h)·u) u        has the mean  h + (g - h) = g,  whatever h is,
 
-because E[u uᵀ] = 1 and h does not depend on u. What is left to chance is a forward gradient of g - h: the squared
-error is `law.excess(d, K)` · |g - h|² in place of `excess(d, K)` · |g|², and K passes share one guess. The derivative
-along u, which the estimator has anyway, is g·u; only h·u is new. A perfect guess makes one pass exact, no guess
-(h = 0) is the plain forward gradient, and a bad one (|g - h| > |g|) costs variance, never bias.
+because E[u uᵀ] = I and h does not depend on u (h is a control variate). What is left to chance is a
+forward gradient of g - h: the squared error is `law.excess(d, K)` · |g - h|² in place of
+`excess(d, K)` · |g|², and K passes share one guess. The derivative g·u is measured anyway; only h·u
+is new. A perfect guess makes one pass exact. No guess, h = 0, is the plain forward gradient. A bad
+guess, |g - h| > |g|, costs variance, never bias.
 
-The condition that matters is independence. An estimator calls a guess before it draws tangents and gives it no key;
-a guess that finds the tangents by other means is biased, which `tests/test_guesses.py` shows.
+The guess must not depend on the tangent. An estimator calls it before it draws tangents and gives it
+no key. A guess that finds the tangents by other means is biased, which `tests/test_guesses.py` shows.
 
-**A learned guess.** `feedback` sends the exact signal that arrives at the tap behind (at the last tap of a block, where
-only a norm and the local head lie between it and the loss) one layer back, as feedback alignment does: through a
-matrix F in place of the layer's transposed kernel, with norms and ReLU differentiated exactly. F is learned by
-regression on the forward gradient itself. With the residual r = ((g - h)·u) u, which has the mean g - h,
+**A learned guess.** `feedback` carries the exact signal s of the block's end one layer back, as
+feedback alignment does: through a matrix F in place of the layer's transposed kernel, with norms and
+ReLU differentiated exactly. F is learned by regression on the forward gradient itself. The residual
+r = ((g - h)·u) u has the mean g - h, so that on average
 
-    ∂/∂F  ½ Σ_b |g_b - h_b(F)|² / |s_b|²   is, on average,   - Σ_b r_b · ∂h_b/∂F / |s_b|²,
+    ∂/∂F  ½ Σ_b |g_b - h_b(F)|² / |s_b|²   =   - Σ_b r_b · ∂h_b/∂F / |s_b|².
 
-so that no kernel is ever read or transposed. (s_b, an example's exact signal, makes all examples equal: signals
-shrink by orders of magnitude as an example is learnt.) h is linear in F and equals g at F = Wᵀ. There r is zero, and
-with it the noise of the regression: what keeps F from Wᵀ is only that W moves. Nøkland's and Bacho & Chu's (FDFA, arXiv
-2212.07282) feedback is used as the signal, and biased; here it is quiet *and* unbiased.
+No kernel is read or transposed for it. (Dividing by |s_b|² makes all examples count alike: signals
+shrink by orders of magnitude as an example is learned.) h is linear in F and equals g at F = Wᵀ.
+There r vanishes, and with it the noise of the regression; what keeps F from Wᵀ is that W moves.
+
+Related: feedback alignment (Lillicrap et al. 2016) uses fixed matrices as the signal, FDFA (Bacho and
+Chu 2022, arXiv 2212.07282) learns them from forward gradients; both signals are biased. Weight mirrors
+(Akrout et al. 2019) learn Wᵀ from noise. As a guess, feedback of any quality gives an unbiased estimate.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +40,7 @@ from lfg_jax.taps import Tap
 
 PyTree = Any
 Path = tuple[str, ...]
-_LEAST = 1e-30    # squared signals below are of padding, or of a head that is still zero
+_LEAST = 1e-30    # smaller squared signals are of padding, or of a head that is still zero
 
 
 class Known(NamedTuple):
@@ -54,22 +58,30 @@ class Known(NamedTuple):
   args: tuple[Any, ...]
 
 
-# `(weights, known) -> {tap: h}`, h of the tap's shape. Taps that are missing have no guess. `weights` is what the
-# guess learns by regression, or {}.
+# `(weights, known) -> {tap: h}`, h of the tap's shape; a tap that is missing has no guess. `weights` is
+# what the guess has learned by regression, or {}.
 Guess = Callable[[PyTree, Known], Mapping[Path, jax.Array]]
 
 
 def feedback(weights: PyTree, known: Known) -> dict[Path, jax.Array]:
-  """What feedback alignment sends to every tap: the cotangent there, through `weights` in place of kernels.
+  """What feedback alignment sends to every tap: the cotangent, through `weights` in place of kernels.
 
-  A layer without feedback weights would use its kernel, so a tap counts as guessed only if all layers between it and
-  the loss have some; see `of_taps`.
+  A layer without feedback weights uses its kernel, so a tap is guessed honestly only if all layers
+  between it and the loss have some; `of_taps` chooses taps.
 
   Args:
-    weights: the collection `feedback` of the model: for a layer its matrix, under the name 'kernel'.
+    weights: the collection `feedback` of the model: a layer's matrix has the name 'kernel'.
+
+  Raises:
+    ValueError: there are no weights, so that the signal would be the exact one.
   """
+  if not weights:
+    raise ValueError("the guess has no feedback weights; allowed: variables with 'guess', as the "
+                     "algorithm's init makes them")
+
   def objective(shift: dict[Path, jax.Array]) -> jax.Array:
-    losses, _ = known.loss_fn(known.params, {'perturbation': unflatten_dict(shift), 'feedback': weights}, *known.args)
+    collections = {'perturbation': unflatten_dict(shift), 'feedback': weights}
+    losses, _ = known.loss_fn(known.params, collections, *known.args)
     return sum((leaf.sum() for leaf in jax.tree.leaves(losses)), jnp.float32(0))
   return jax.grad(objective)({path: jnp.zeros_like(tap.value) for path, tap in known.taps.items()})
 
@@ -81,15 +93,17 @@ def of_taps(guess: Guess, is_guessed: Callable[[Path], bool]) -> Guess:
   >>> list(of_taps(everything, lambda path: path[-1] == 'b')({}, None))
   [('b',)]
   """
-  return lambda weights, known: {path: h for path, h in guess(weights, known).items() if is_guessed(path)}
+  def some(weights: PyTree, known: Known) -> dict[Path, jax.Array]:
+    return {path: h for path, h in guess(weights, known).items() if is_guessed(path)}
+  return some
 
 
 def corrected(guessed: jax.Array, residual: jax.Array) -> jax.Array:
   """h + ((g - h)·u) u.
 
-  On CPUs in a loop of two halves, so that it is written out: otherwise XLA repeats all that leads to h and u in each
-  of the four fused loops that read the sum, which costs a fifth of a training step. (It drops optimization barriers
-  before it fuses.)
+  On CPUs the sum is a loop of two halves, so that it is written out. Otherwise XLA, which drops
+  optimization barriers before it fuses, repeats all that leads to h and u in each of the four loops
+  that read the sum: a fifth of a training step.
   """
   if guessed.size % 2 or jax.default_backend() != 'cpu':
     return guessed + residual
@@ -97,22 +111,24 @@ def corrected(guessed: jax.Array, residual: jax.Array) -> jax.Array:
   return jax.lax.map(lambda pair: pair[0] + pair[1], halves).reshape(guessed.shape)
 
 
-def regression(pull: Callable[[dict[Path, jax.Array]], tuple[PyTree]], guessed: Mapping[Path, jax.Array],
-               residual: Mapping[Path, jax.Array], taps: Mapping[Path, Tap], size_B: jax.Array | None) -> PyTree:
+def regression(pull: Callable[[dict[Path, jax.Array]], tuple[PyTree]],
+               guessed: Mapping[Path, jax.Array], residual: Mapping[Path, jax.Array],
+               taps: Mapping[Path, Tap], size_B: jax.Array | None) -> PyTree:
   """Gradient by the guess's weights of ½ Σ_b |g_b - h_b|² / |s_b|², on average over tangents.
 
-  The sum is over examples: its scale is that of their number, which Adam does not see.
+  It is a sum over examples, so its scale depends on their number; Adam does not see it.
 
   Args:
     pull: the transposed derivative of the guess by its weights, from `jax.vjp`.
     guessed: h.
-    residual: for the same taps, ((g - h)·u) u.
+    residual: ((g - h)·u) u, for the same taps.
     size_B: |s_b|²; None: 1.
   """
   def cotangent(path: Path, h: jax.Array) -> jax.Array:
     if size_B is None:
       return -residual[path].astype(h.dtype)
     weight_B = jnp.where(size_B > _LEAST, 1 / jnp.maximum(size_B, _LEAST), 0)
-    return -(residual[path] * weight_B.reshape(-1, *[1] * (taps[path].ndim - 1))).astype(h.dtype)
+    weight = weight_B.reshape(-1, *[1] * (taps[path].ndim - 1))
+    return -(residual[path] * weight).astype(h.dtype)
   (gradient,) = pull({path: cotangent(path, h) for path, h in guessed.items()})
   return gradient

@@ -112,7 +112,10 @@ with_feedback.defvjp(_feedback_forward, _feedback_backward)
 
 
 def dense(x: jax.Array, kernel_CxD: jax.Array) -> jax.Array:
-  """[..., C] → [..., D], as one product of matrices: with several leading axes XLA copies before the kernel's gradient."""
+  """[..., C] → [..., D], as one product of two matrices.
+
+  With several leading axes XLA would copy its arguments before the product of the kernel's gradient.
+  """
   return (x.reshape(-1, x.shape[-1]) @ kernel_CxD).reshape(*x.shape[:-1], -1)
 
 

@@ -21,6 +21,7 @@ backprop. What must hold is that a tap is credited with all the losses that it c
 * Losses of one's own for parts of an example: call `tap` in the module, with `local_axes`.
 """
 
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lfg_jax import estimators
+from lfg_jax.guesses import Path
 from lfg_jax.passes import Sampling
 from lfg_jax.taps import Tap, tap
 
@@ -38,7 +40,8 @@ Layers = type | tuple[type, ...] | Callable[[nn.Module], bool]
 
 
 def value_and_activity_grad(model: nn.Module, losses: Callable[..., PyTree], layers: Layers = (), *,
-                            sampling: Sampling = Sampling(), separate: bool = False) -> Callable:
+                            sampling: Sampling = Sampling(), separate: bool = False,
+                            guess: Callable[..., Mapping[Path, jax.Array]] | None = None) -> Callable:
   """The mean loss and the estimate of its gradient with respect to the parameters.
 
   Args:
@@ -49,6 +52,10 @@ def value_and_activity_grad(model: nn.Module, losses: Callable[..., PyTree], lay
       `tap`s in the model itself.
     sampling: law and number of tangents, shared or per example; see `passes.Sampling`.
     separate: whether each tap is perturbed by itself; see `estimators.activity_perturbation`.
+    guess: with `separate`, `(activities, inputs, *targets) -> {tap: h}`: guesses of the objective's gradient at some
+      taps, from the activities {tap: value} of the unperturbed evaluation. A tap is the path of its layer and
+      'tap0_0', or 'tapN_I' for output I of the layer's call N. Whatever it guesses, the estimate is unbiased, and
+      its error that of a forward gradient of g - h; see `guesses`.
 
   Returns:
     `(variables, key, inputs, *targets, rngs=None, **kwargs) -> ((value, aux), grads)`. aux holds 'output' and the
@@ -69,14 +76,20 @@ def value_and_activity_grad(model: nn.Module, losses: Callable[..., PyTree], lay
     rest = {name: tree for name, tree in variables.items() if name != 'params'}
     call = lambda variables, mutable, inputs: model.apply(variables, inputs, rngs=rngs, mutable=mutable, **kwargs)
     loss_fn = _ModelLoss(call, losses, layers, rest)
-    estimator = estimators.activity_perturbation(loss_fn, sampling=sampling, separate=separate)
+    of_known = (lambda _, known: guess({path: tap.value for path, tap in known.taps.items()}, *known.args)
+                ) if guess else None
+    estimator = estimators.activity_perturbation(loss_fn, sampling=sampling, separate=separate, guess=of_known)
     (values, aux), grads = estimator(variables['params'], key, inputs, *targets)
+    aux.pop('guess_gradient', None)
     return (estimators.total(values), aux), grads
   return run
 
 
 class _ModelLoss:
   """A module's losses as an `estimators.LossFn`, with taps at the outputs of marked layers."""
+
+  guess_weights: PyTree = {}    # noqa: RUF012    (never changed)
+  size_B = None
 
   def __init__(self, call: Callable, losses: Callable, layers: Layers, rest: Mapping[str, PyTree]) -> None:
     self._call, self._losses, self._layers, self._rest = call, losses, layers, rest
@@ -87,8 +100,10 @@ class _ModelLoss:
     values = self._losses(output, *targets)
     return jax.tree.map(lambda v: v / _batch(values), values), {'output': output, **updates}
 
-  def record(self, collection: str, params: PyTree, inputs: PyTree, *targets: PyTree) -> PyTree:
-    output, updates, marker = self._evaluate(params, {}, (collection,), inputs)
+  def record(self, collection: str, params: PyTree, *args: PyTree,
+             given: Mapping[str, PyTree] = types.MappingProxyType({})) -> PyTree:
+    inputs, *targets = args
+    output, updates, marker = self._evaluate(params, given, (collection,), inputs)
     recorded = updates.get(collection, {})
     if collection != 'taps':
       return recorded

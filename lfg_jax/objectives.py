@@ -9,7 +9,8 @@ With the contrastive loss, the local losses are contrastive, and where there are
 end of the network. The read-out is always detached.
 
 Both return `run(variables, key, tokens [B, P, D], criterion) -> (grads, aux)`; aux has 'batch_stats', stage by stage
-'guess_gradient' (see `greedy`), and the sums over this device's examples of 'loss', 'error' and, where there is one, 'contrastive_loss'.
+also 'guess_gradient' (see `greedy`), and the sums over this device's examples of
+'loss', 'error' and, where there is one, 'contrastive_loss'.
 """
 
 from collections.abc import Callable

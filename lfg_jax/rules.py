@@ -68,8 +68,8 @@ class Options:
     combine: 'mean' of the passes, or 'projection' on their span; see `passes.combine`.
     taps: activity perturbation of all taps at once ('joint') or of each by itself ('separate'). 'auto', here and below:
       what the rule says.
-    last_tap: of a block under a local loss: 'perturbed', or 'exact', which lets the exact signal through. Between it and
-      the loss are a norm, a ReLU and the head, and no other linear map.
+    last_tap: of a block under a local loss: 'perturbed', or 'exact', which lets the exact signal through. Between it
+      and the loss are a norm, a ReLU and the head, and no other linear map.
     guess: which taps have a learned guess (see `guesses`): 'none', 'after_channel' (through the grouped layer), or
       'all', the tap of token mixing too (through the layer between).
     guess_rate: learning rate (Adam's) of what guesses go through.
@@ -143,10 +143,11 @@ class Options:
     """
     one_block = rule.cut and self.every == 1 and not self.overlap
     quiet = rule.quiet and self.taps != 'joint'
-    choice = {'taps': 'separate' if quiet else 'joint', 'last_tap': 'exact' if rule.quiet else 'perturbed',
-              'guess': 'after_channel' if quiet and one_block else 'none'}
-    options = dataclasses.replace(self, **{field: value for field, value in choice.items()
-                                           if getattr(self, field) == 'auto'})
+    choice: dict[str, Any] = {'taps': 'separate' if quiet else 'joint',
+                              'last_tap': 'exact' if rule.quiet else 'perturbed',
+                              'guess': 'after_channel' if quiet and one_block else 'none'}
+    open_fields = {field: value for field, value in choice.items() if getattr(self, field) == 'auto'}
+    options = dataclasses.replace(self, **open_fields)
     options._check_activity(rule, one_block)
     return options
 
@@ -156,8 +157,8 @@ class Options:
                        "'auto', 'perturbed'")
     if self.guess != 'none' and not (rule.estimator == 'activity' and one_block and self.taps == 'separate'):
       raise ValueError(f"estimator.guess={self.guess!r} is for activities of single blocks with losses of their own, "
-                       "perturbed one by one; allowed: 'auto', 'none', or LG-FG-A with taps='separate', losses.every=1, "
-                       'no losses.overlap')
+                       "perturbed one by one; allowed: 'auto', 'none', or LG-FG-A with taps='separate', "
+                       'losses.every=1, no losses.overlap')
     most = max(self.passes, *self.tap_passes.values(), 0)
     if self.combine == 'projection' and (self.taps == 'joint' or 0 < self.chunk < most):
       raise ValueError(f"estimator.combine='projection' needs all passes of one tap at once, not taps={self.taps!r}, "

@@ -16,6 +16,9 @@ e |g|². *Weights, shared:* g is the batch's mean ḡ = (1/N) Σ g_n, with E|ḡ
 that of ḡ, p q V/N, plus e E|ḡ|². *Weights, independent:* the mean of N independent estimates, each with variance
 p q V + e E|g_n|² = p q (V + e (V + S)). *Activities:* g_n = x_n δ_nᵀ, and the estimate x_n (δ_n·u) uᵀ applies u, of
 d = q dimensions, to every row of g_n; shared by the batch, to every row of ḡ. Sum over the p rows. ∎
+
+A guess h of g (see `guesses`) that leaves the share r = E|g - h|² / E|g|² of it multiplies e by r: the tangents are
+applied to g - h, and h adds nothing. In `predicted_taps`, `norms` are then |g_i - h_i|².
 """
 
 import heapq
@@ -33,8 +36,8 @@ PyTree = Any
 ESTIMATORS = ('weight', 'activity')
 
 
-def predicted(estimator: str, law: Law, passes: int, *, shared: bool, batch: int, p: int, q: int, V: float, S: float
-              ) -> float:
+def predicted(estimator: str, law: Law, passes: int, *, shared: bool, batch: int, p: int, q: int, V: float, S: float,
+              left: float = 1.0) -> float:
   """Variance per entry of the estimated gradient of a linear layer; see the module's table.
 
   Args:
@@ -42,6 +45,7 @@ def predicted(estimator: str, law: Law, passes: int, *, shared: bool, batch: int
     p, q: fan-in and fan-out.
     V: mean variance over examples of an entry of the per-example gradient.
     S: mean squared entry of the true gradient.
+    left: share of the squared gradient that a guess leaves; 1: no guess.
 
   Raises:
     ValueError: an unknown estimator.
@@ -52,7 +56,7 @@ def predicted(estimator: str, law: Law, passes: int, *, shared: bool, batch: int
   """
   if estimator not in ESTIMATORS:
     raise ValueError(f'estimator is {estimator!r}; allowed: {", ".join(ESTIMATORS)}')
-  e = law.excess(p * q if estimator == 'weight' else q, passes)
+  e = left * law.excess(p * q if estimator == 'weight' else q, passes)
   return (1 + e) * V / batch + e * S / (1 if shared else batch)
 
 

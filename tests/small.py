@@ -20,7 +20,7 @@ class Small(NamedTuple):
 
 
 def small(side=2, groups=4, channels=16, blocks=3, batch=4, classes=5, dtype=jnp.float32, **style):
-  """Random parameters everywhere (heads and read-out start at zero, which would hide errors)."""
+  """Random parameters everywhere (heads and read-out start at zero, which would hide errors); and random guesses."""
   image_shape = (2 * side, 2 * side, 1)
   spec = mixer_spec(f'S/{side}/{groups}', image_shape=image_shape, classes=classes, channels=channels,
                     blocks=blocks, **style)
@@ -33,7 +33,11 @@ def small(side=2, groups=4, channels=16, blocks=3, batch=4, classes=5, dtype=jnp
   # By shape alone: compiling the network's own initialisation takes seconds.
   shapes = jax.eval_shape(algorithm.init, jax.random.key(0))
   params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), dtype), shapes['params'])
-  variables = {**jax.tree.map(lambda leaf: jnp.ones(leaf.shape, dtype), shapes), 'params': params}
+  guess = {name: {layer: {'kernel': jnp.asarray(0.4 * rng.normal(size=block[layer]['kernel'].shape), dtype)}
+                  for layer in ('channel', 'group') if layer == 'group' or 'token' in block}
+           for name, block in params.items() if 'group' in block}
+  ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, dtype), shapes)
+  variables = {**ones, 'params': params, 'guess': guess}
   return Small(spec, prepare, Batch(image, label, weight), variables)
 
 

@@ -50,8 +50,8 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
     ('--config.images=1439', 'images is 1439; allowed: 1 … 1438, of a data set that fits memory'),
     ('--config.epoch=3', f'unknown config field epoch; allowed: {TOP}'),
     ('--config.estimator.laws=normal',
-     'unknown config field estimator.laws; allowed: chunk, combine, credit, law, passes, '
-     'sharing, step, tap_passes, taps'),
+     'unknown config field estimator.laws; allowed: chunk, combine, credit, guess, '
+     'guess_rate, last_tap, law, passes, sharing, step, tap_passes, taps'),
     ('--config.trainer.x=1', f'unknown config field trainer; allowed: {TOP}'),
     ('--config=configs/none.py', 'config file configs/none.py not found'),
     ('--confg=configs/mnist.py', "Unknown command line flag 'confg'. Did you mean: config ?"),

@@ -1,0 +1,229 @@
+"""Guesses of taps' gradients: no bias whatever they say, the error that theory has, and what is learned of them."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lfg_jax import Sampling, algorithms, estimators, guesses, rules, tangents, value_and_activity_grad, variance
+from lfg_jax.tangents import Passes
+from tests.small import compose, gradient, relative_error, small
+from tests.test_unbiased import model, verdict, z_scores
+
+SIGMAS = 4.5
+
+
+def with_guess(s, weights):
+  return {**s.variables, 'guess': weights}
+
+
+def kernels(s):
+  """Feedback weights with which a guess is the gradient itself."""
+  return jax.tree.map(lambda _, kernel: kernel, s.variables['guess'],
+                      {name: {layer: {'kernel': s.variables['params'][name][layer]['kernel']} for layer in block}
+                       for name, block in s.variables['guess'].items()})
+
+
+def zeros(s):
+  return jax.tree.map(jnp.zeros_like, s.variables['guess'])
+
+
+WEIGHTS = {'nothing': zeros, 'random': lambda s: s.variables['guess'],
+           'the opposite': lambda s: jax.tree.map(lambda w: -2 * w, kernels(s))}
+
+
+@pytest.mark.parametrize('options', [{'guess': 'after_channel'}, {'guess': 'all'},
+                                     {'guess': 'all', 'sharing': 'shared', 'law': 'normal', 'passes': 2}],
+                         ids=['one tap', 'all taps', 'shared normal'])
+@pytest.mark.parametrize('weights', WEIGHTS)
+def test_unbiased_whatever_the_guess(weights, options):
+  s = model()
+  algorithm = compose(s, 'LG-FG-A', **options)
+  variables = with_guess(s, WEIGHTS[weights](s))
+  scores = z_scores(lambda key: algorithm.gradient(variables, key, s.batch)[0], gradient(s, 'LG-BP'))
+  assert verdict(scores) == []
+
+
+@pytest.mark.parametrize('style', [{}, {'norm': 'batch'}, {'norm': 'whole'}, {'mixing': 'conv'}, {'hidden': 32},
+                                   {'norms': ('channel_out',)}], ids=str)
+def test_exact_with_the_kernels_for_feedback_and_behind_the_boundary_with_any(style):
+  """One pass. The grouped layer's gradient is exact in any case; with the right guesses all are."""
+  s = small(groups=2, **style)
+  exact = gradient(s, 'LG-BP')
+  estimate = jax.jit(compose(s, 'LG-FG-A', guess='all').gradient)
+  right, _ = estimate(with_guess(s, kernels(s)), jax.random.key(0), s.batch)
+  assert relative_error(right, exact) < 2e-5
+  wrong, _ = estimate(s.variables, jax.random.key(0), s.batch)
+  assert relative_error(wrong, exact) > 0.1
+  for name in ('stem', 'blocks'):
+    for layer in ('group', 'head'):
+      assert relative_error(wrong[name][layer], exact[name][layer]) < 2e-5
+    assert relative_error(wrong[name]['channel'], exact[name]['channel']) > 0.1
+
+
+def test_no_kernel_is_read_backwards():
+  """With feedback weights of zero a guess is zero: the estimate is that without one, draw by draw."""
+  s = model()
+  without = gradient(s, 'LG-FG-A', guess='none')
+  estimate = jax.jit(compose(s, 'LG-FG-A', guess='all').gradient)
+  assert relative_error(estimate(with_guess(s, zeros(s)), jax.random.key(0), s.batch)[0], without) < 1e-5
+  assert relative_error(estimate(s.variables, jax.random.key(0), s.batch)[0], without) > 0.1
+  with pytest.raises(ValueError, match="no feedback weights; allowed: variables with 'guess'"):
+    compose(s, 'LG-FG-A').gradient({'params': s.variables['params']}, jax.random.key(0), s.batch)
+
+
+def test_the_regression_follows_the_gradient_of_what_is_left():
+  """On average over tangents; as many orthogonal ones as dimensions have that average."""
+  s = model()
+  exact = compose(s, 'LG-FG-A', guess='all', law='hadamard', passes=4, tap_passes={'after_token': 8})
+  one = compose(s, 'LG-FG-A', guess='all')
+  target = jax.jit(exact.gradient)(s.variables, jax.random.key(0), s.batch)[1]['guess_gradient']
+  scores = lambda target: z_scores(lambda key: one.gradient(s.variables, key, s.batch)[1]['guess_gradient'], target)
+  assert verdict(scores(target)) == []
+  assert verdict(scores(jax.tree.map(lambda leaf: 1.1 * leaf, target))) != []
+  # Where nothing is left there is nothing to learn.
+  right = jax.jit(one.gradient)(with_guess(s, kernels(s)), jax.random.key(0), s.batch)[1]['guess_gradient']
+  assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(right)) < 1e-4 * max(
+      jnp.abs(leaf).max() for leaf in jax.tree.leaves(target))
+
+
+def test_guesses_are_learned():
+  """From nothing, with the network held fixed: the noise falls to a hundredth and less of what it was."""
+  s = small(groups=2, channels=16, batch=16)
+  algorithm = compose(s, 'LG-FG-A', guess='all', guess_rate=1e-2)
+  exact = gradient(s, 'LG-BP')
+  shapes = jax.eval_shape(algorithm.init, jax.random.key(0))
+  state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+                       {name: shapes[name] for name in ('guess', 'guess_optimizer')})
+
+  @jax.jit
+  def run(state):
+    def step(state, key):
+      grads, aux = algorithm.gradient({**s.variables, **state}, key, s.batch)
+      error = {name: sum(((a - b)**2).sum() for a, b in zip(jax.tree.leaves(grads['blocks'][name]), jax.tree.leaves(
+          exact['blocks'][name]), strict=True)) for name in ('token', 'channel')}
+      return algorithm.advance(state, aux), error
+    return jax.lax.scan(step, state, jax.random.split(jax.random.key(1), 2000))[1]
+
+  for name, errors in run(state).items():
+    assert errors[-100:].mean() < 0.01 * errors[:3].mean(), name
+
+
+class MLP(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3, name='second')(nn.tanh(nn.Dense(8, name='first')(x)))
+
+
+X, Y = jax.random.normal(jax.random.key(5), (4, 6)), jax.random.normal(jax.random.key(6), (4, 3))
+VARIABLES = MLP().init(jax.random.key(0), X)
+FIRST = ('first', 'tap0_0')
+
+
+def losses(out, y):
+  return ((out - y)**2).sum(-1)
+
+
+def signal(params, z):
+  """The objective's gradient at the first layer's output z."""
+  rest = lambda z: losses(nn.tanh(z) @ params['second']['kernel'] + params['second']['bias'], Y).sum() / len(Y)
+  return jax.grad(rest)(z)
+
+
+def estimates(guess, draws=20_000, **options):
+  run = value_and_activity_grad(MLP(), losses, nn.Dense, separate=True, guess=guess, **options)
+  keys = jax.random.split(jax.random.key(3), draws)
+  return jax.jit(jax.vmap(lambda key: run(VARIABLES, key, X, Y)[1]['first']))(keys)
+
+
+def test_a_users_guess_leaves_the_error_that_theory_has():
+  """Of the signal, which the gradient of the first layer's bias sums over the examples."""
+  params = VARIABLES['params']
+  z = X @ params['first']['kernel'] + params['first']['bias']
+  g = signal(params, z)
+  near = lambda activities, x, y: {FIRST: 0.8 * signal(params, activities[FIRST])}
+  for guess, h in ((None, 0 * g), (near, 0.8 * g)):
+    for law, passes in ((tangents.normal, 1), (tangents.hadamard, 2)):
+      samples = estimates(guess, sampling=Sampling(law, passes))['bias']
+      errors = ((samples - g.sum(0))**2).sum(-1)
+      expected = law.excess(8, passes) * ((g - h)**2).sum()
+      assert abs(errors.mean() - expected) < 4 * errors.std() / len(errors)**0.5
+      assert expected == pytest.approx(variance.predicted_taps(law, [passes], [8], [float(((g - h)**2).sum())],
+                                                               joint=False)[0])
+
+
+def bias_z(samples, target):
+  return float((jnp.abs(samples.mean(0) - target) / (samples.std(0) / len(samples)**0.5)).max())
+
+
+def test_a_guess_that_sees_the_tangent_is_biased_and_the_test_sees_it():
+  """It steals the key that the estimator splits over the taps, in the order of their names."""
+  params = VARIABLES['params']
+  target = signal(params, X @ params['first']['kernel'] + params['first']['bias']).sum(0)
+  a = jnp.cos(jnp.arange(8.0))
+  fixed = lambda activities, x, y: {FIRST: jnp.broadcast_to(a, (4, 8))}
+  assert bias_z(estimates(fixed)['bias'], target) < SIGMAS
+
+  def one(key):
+    def guess(activities, x, y):
+      keys = dict(zip(activities, jax.random.split(key, len(activities)), strict=True))
+      tap = estimators.Tap(activities[FIRST], 2, 1)
+      u = estimators.draw_at_tap(Sampling(), keys[FIRST], tap, Passes(1))[0]
+      return {FIRST: (u @ a)[:, None] * u}
+    run = value_and_activity_grad(MLP(), losses, nn.Dense, separate=True, guess=guess)
+    return run(VARIABLES, key, X, Y)[1]['first']['bias']
+
+  samples = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(3), 20_000))
+  assert bias_z(samples, target) > SIGMAS
+  # What theory says that it is biased by: a - d a, for each of the four examples.
+  assert bias_z(samples, target + 4 * (a - 8 * a)) < SIGMAS
+
+
+def test_predicted_variance_with_a_guess():
+  """Table 1 with the share of the squared gradient that the guess leaves."""
+  known = functools.partial(variance.predicted, 'activity', tangents.rademacher, 1, shared=False, batch=4, p=3, q=5,
+                            V=2.0, S=1.0)
+  assert known(left=0.0) == 2.0 / 4
+  assert known(left=0.5) == pytest.approx((known() + known(left=0.0)) / 2)
+
+
+@pytest.mark.parametrize(('name', 'options', 'message'), [
+    ('LG-FG-A', {'guess': 'after_group'}, "estimator.guess is 'after_group'; allowed: auto, none, after_channel, all"),
+    ('LG-FG-A', {'guess': 'all', 'every': 2}, "estimator.guess='all' is for activities of single blocks"),
+    ('LG-FG-A-paper', {'guess': 'all'}, "estimator.guess='all' is for activities of single blocks"),
+    ('FG-A', {'last_tap': 'exact'}, "last_tap='exact' is for activity perturbation with losses per block"),
+    ('LG-BP', {'guess': 'all'}, "estimator.guess='all' is for"),
+    ('LG-FG-A', {'last_tap': 'guessed'}, "last_tap is 'guessed'; allowed: auto, perturbed, exact"),
+    ('LG-FG-A', {'guess_rate': 0.0}, 'estimator.guess_rate is 0.0; allowed: more than 0')])
+def test_what_is_refused(name, options, message):
+  with pytest.raises(ValueError, match=message):
+    compose(model(), name, **options)
+
+
+def test_guesses_of_a_wrong_shape_or_together_are_refused():
+  run = value_and_activity_grad(MLP(), losses, nn.Dense, separate=True, guess=lambda *_: {('first', 'z'): X})
+  with pytest.raises(ValueError, match=r"the guess has \(4, 6\) for the tap \('first', 'z'\); allowed: "):
+    run(VARIABLES, jax.random.key(0), X, Y)
+  with pytest.raises(ValueError, match="one tap's derivative, not of the sum over taps"):
+    value_and_activity_grad(MLP(), losses, nn.Dense, guess=lambda *_: {})(VARIABLES, jax.random.key(0), X, Y)
+
+
+def test_what_the_names_stand_for():
+  """The paper's estimator and ours, by one switch; what a user sets is kept."""
+  ours, paper = (rules.Options().of(rules.REGISTRY[name]) for name in ('LG-FG-A', 'LG-FG-A-paper'))
+  assert (ours.taps, ours.last_tap, ours.guess) == ('separate', 'exact', 'after_channel')
+  assert (paper.taps, paper.last_tap, paper.guess) == ('joint', 'perturbed', 'none')
+  assert rules.Options(taps='joint').of(rules.REGISTRY['LG-FG-A']).guess == 'none'
+  s = model()
+  joint = {'taps': 'joint', 'last_tap': 'perturbed', 'guess': 'none', 'law': 'rademacher'}
+  assert relative_error(gradient(s, 'LG-FG-A', **joint), gradient(s, 'LG-FG-A-paper')) < 1e-6
+  shapes = jax.eval_shape(algorithms.compose(rules.REGISTRY['LG-FG-A-paper'], rules.Options(), s.spec, s.prepare).init,
+                          jax.random.key(0))
+  assert 'guess' not in shapes
+
+
+def test_a_guess_of_some_taps():
+  known = guesses.of_taps(lambda weights, known: {('a', 'x'): 1, ('a', 'y'): 2}, lambda path: path[-1] == 'y')
+  assert known({}, None) == {('a', 'y'): 2}
