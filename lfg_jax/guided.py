@@ -12,8 +12,8 @@ A guide spans a space of M dimensions, with the projection P. Let g be the gradi
 with g² = |g|² and cos the cosine of the angle between g and the guide's span. All compose with `forward_grad`; a guide
 for a tree of parameters is made flat by `jax.flatten_util.ravel_pytree`. Guides may be traced: a law can be made
 inside a jitted step, of the optimizer's state. A guide must not depend on the tangents' key. A guide says in which
-direction the gradient lies, and costs passes. A guess gives its length too, and costs none: at the best length it leaves
-(1 - cos²) · g².
+direction the gradient lies, and costs passes. A guess gives its length too, and costs none: at the best length it
+leaves (1 - cos²) · g².
 
 *Proofs.* Let Q be an orthonormal basis of the span, P = Q Qᵀ. `along`: the K = M passes are √M q_m, so that the
 mean of (g·u) u is Σ (g·q_m) q_m = P g, and g·P g = |P g|² ≥ 0 (Fournier et al. 2023, arXiv 2306.06968, with guides
