@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 EPSILON = 1e-5
+LEARNING_STRIDE = 5    # of the patches that feedback is learned from; no divisor of a row's length
 RUNNING = 0.9   # share of the past in running statistics, each step
 
 
@@ -103,12 +104,38 @@ def _feedback_forward(linear: Callable, x: jax.Array, kernel: jax.Array, feedbac
 def _feedback_backward(linear: Callable, residuals: tuple, ct: jax.Array) -> tuple[jax.Array, ...]:
   x, kernel, feedback = residuals
   (d_kernel,) = jax.vjp(lambda k: linear(x, k), kernel)[1](ct)
-  # Behind the stop-gradient: feedback that is learned, is learned layer by layer.
-  (d_x,) = jax.vjp(lambda x: linear(x, feedback), x)[1](jax.lax.stop_gradient(ct))
+  d_x = _carried_back(linear, feedback, ct, x)
   return d_x, d_kernel, jnp.zeros_like(feedback)
 
 
 with_feedback.defvjp(_feedback_forward, _feedback_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _carried_back(linear: Callable, feedback: jax.Array, ct: jax.Array, x: jax.Array) -> jax.Array:
+  """The cotangent of the layer's input, of x's shape.
+
+  Its own derivative, from which feedback is learned (see `guesses`), is the matrix's alone: layers
+  learn one by one. It is taken from some of the patches: their sum over a batch has terms enough.
+  """
+  (d_x,) = jax.vjp(lambda x: linear(x, feedback), x)[1](ct)
+  return d_x
+
+
+def _learn_forward(linear: Callable, feedback: jax.Array, ct: jax.Array, x: jax.Array
+                   ) -> tuple[jax.Array, tuple]:
+  return _carried_back(linear, feedback, ct, x), (feedback, ct, x)
+
+
+def _learn_backward(linear: Callable, residuals: tuple, moved: jax.Array) -> tuple[jax.Array, ...]:
+  """moved · (Fᵀ ct) = (F moved) · ct: the gradient by F is a kernel's, for the input `moved`."""
+  feedback, ct, x = residuals
+  moved, some_ct = moved[:, ::LEARNING_STRIDE], ct[:, ::LEARNING_STRIDE]
+  (d_feedback,) = jax.vjp(lambda f: linear(moved, f), feedback)[1](some_ct)
+  return d_feedback, jnp.zeros_like(ct), jnp.zeros_like(x)
+
+
+_carried_back.defvjp(_learn_forward, _learn_backward)
 
 
 def dense(x: jax.Array, kernel_CxD: jax.Array) -> jax.Array:
