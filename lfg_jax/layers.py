@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 EPSILON = 1e-5
-LEARNING_STRIDE = 5    # of the patches that feedback is learned from; no divisor of a row's length
+LEARNING_STRIDE = 5    # between patches that feedback is learned from; no divisor of a row's length
 RUNNING = 0.9   # share of the past in running statistics, each step
 
 
@@ -116,7 +116,8 @@ def _carried_back(linear: Callable, feedback: jax.Array, ct: jax.Array, x: jax.A
   """The cotangent of the layer's input, of x's shape.
 
   Its own derivative, from which feedback is learned (see `guesses`), is the matrix's alone: layers
-  learn one by one. It is taken from some of the patches: their sum over a batch has terms enough.
+  learn one by one. Where there are many patches it is taken from some: their sum over a batch has
+  terms enough.
   """
   (d_x,) = jax.vjp(lambda x: linear(x, feedback), x)[1](ct)
   return d_x
@@ -130,7 +131,8 @@ def _learn_forward(linear: Callable, feedback: jax.Array, ct: jax.Array, x: jax.
 def _learn_backward(linear: Callable, residuals: tuple, moved: jax.Array) -> tuple[jax.Array, ...]:
   """moved · (Fᵀ ct) = (F moved) · ct: the gradient by F is a kernel's, for the input `moved`."""
   feedback, ct, x = residuals
-  moved, some_ct = moved[:, ::LEARNING_STRIDE], ct[:, ::LEARNING_STRIDE]
+  stride = LEARNING_STRIDE if moved.shape[1] > LEARNING_STRIDE**2 else 1
+  moved, some_ct = moved[:, ::stride], ct[:, ::stride]
   (d_feedback,) = jax.vjp(lambda f: linear(moved, f), feedback)[1](some_ct)
   return d_feedback, jnp.zeros_like(ct), jnp.zeros_like(x)
 
