@@ -6,7 +6,6 @@
 Columns: images. First row: the image; then pairs of rows: view 1, view 2.
 """
 
-import argparse
 import pathlib
 
 import jax
@@ -14,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from lfg_jax import augmentation, configs, data
+from lfg_jax import augmentation, command_line, configs, data
 
 
 def main(arguments: list[str]) -> None:
   """Draws the sheet."""
-  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('--dataset', default='cifar10', help='default: cifar10')
   parser.add_argument('--data_dir', help='of TFDS')
   parser.add_argument('--images', type=int, default=8, help='default: 8')
@@ -55,4 +54,4 @@ def sheet(image_RxNxHxWxC: np.ndarray) -> Figure:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

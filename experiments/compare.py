@@ -7,7 +7,6 @@ DIR gets a folder for every run, comparison.md, comparison.json and curves.png. 
 arguments, it goes on where it stopped; with more algorithms or seeds, it adds them.
 """
 
-import argparse
 import copy
 import json
 import pathlib
@@ -16,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lfg_jax import configs, plots, run_log
+from lfg_jax import command_line, configs, plots, run_log
 from lfg_jax.train import prepare, train
 
 DEFAULT = pathlib.Path(__file__).parent.parent / 'configs' / 'digits.py'
@@ -25,13 +24,12 @@ RESULT = 'comparison.json'
 
 def main(arguments: list[str]) -> None:
   """Trains and compares."""
-  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                          allow_abbrev=False)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('--algorithms', required=True, help='names, with commas')
   parser.add_argument('--seeds', default='0', help='numbers, with commas; default: 0')
   parser.add_argument('--config', default=str(DEFAULT), help='default: configs/digits.py')
   parser.add_argument('--out', type=pathlib.Path, help='default: runs/NAME-comparison')
-  options, config = configs.parse(parser, arguments)
+  options, config = command_line.parse(parser, arguments)
   algorithms, seeds = options.algorithms.split(','), _seeds(options.seeds)
   out = options.out or pathlib.Path('runs', pathlib.Path(options.config).stem + '-comparison')
   variants = {(name, seed): _variant(config, name, seed) for seed in seeds for name in algorithms}
@@ -113,4 +111,4 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from lfg_jax import algorithms, configs, data, rules, run_log, timing
+from lfg_jax import algorithms, command_line, data, rules, run_log, timing
 from lfg_jax.sizes import mixer_spec, parse, patches
 
 Row = dict[str, Any]
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes."""
-  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('--model', default='M/8/16', help='SIZE/PATCHES/GROUPS; default: M/8/16')
   parser.add_argument('--batch', type=int, default=64, help='examples per step; default: 64')
   parser.add_argument('--micro_batch', type=int, default=0, help='examples at once; 0: what suits the machine')
@@ -87,4 +87,4 @@ def draw(path: pathlib.Path, rows: list[Row]) -> None:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

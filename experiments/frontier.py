@@ -26,7 +26,7 @@ from frontier_network import VARIANTS, Bench
 from frontier_rows import LAW, SINGLE, WITHIN
 from ml_collections import ConfigDict
 
-from lfg_jax import configs, run_log, train
+from lfg_jax import command_line, configs, run_log, train
 from lfg_jax.tangents import LAWS
 
 Row = dict[str, Any]
@@ -52,8 +52,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-  raw = argparse.RawDescriptionHelpFormatter
-  parser = configs.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('--dataset', default='cifar10', help='default: cifar10')
   parser.add_argument('--data_dir', help='of TFDS')
   parser.add_argument('--model', default='M/8/16', help='SIZE/PATCHES/GROUPS; default: M/8/16')
@@ -153,4 +152,4 @@ def _passes(passes: int | dict[str, int]) -> str:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from lfg_jax import configs, run_log, timing
+from lfg_jax import command_line, run_log, timing
 from lfg_jax.contrastive import Contrast, info_nce, replicated_info_nce
 from lfg_jax.losses import cross_entropy, replicated_cross_entropy
 
@@ -30,7 +30,7 @@ OUTPUTS = {'supervised': 10, 'contrastive': 128}
 
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes."""
-  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser = command_line.Parser(description=__doc__)
   for name, default in (('batch', 16), ('channels', 512), ('patches', 64), ('groups', 16), ('repetitions', 5)):
     parser.add_argument(f'--{name}', type=int, default=default, help=f'default: {default}')
   parser.add_argument('--many_groups', default='1,2,4,8,16,32,64', help='numbers, with commas')
@@ -130,4 +130,4 @@ def draw(path: pathlib.Path, rows: list[Row]) -> None:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from lfg_jax import algorithms, configs, data, optimizers, rules, run_log, timing, update
+from lfg_jax import algorithms, command_line, configs, data, optimizers, rules, run_log, timing, update
 from lfg_jax.sizes import mixer_spec, parse
 
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes."""
-  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('--model', default='M/8/16', help='SIZE/PATCHES/GROUPS; default: M/8/16')
   parser.add_argument('--batch', type=int, default=64, help='examples per step; default: 64')
   parser.add_argument('--algorithms', default=','.join(DEFAULT), help='names, with commas')
@@ -147,4 +147,4 @@ def draw(path: pathlib.Path, rows: list[Row]) -> None:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

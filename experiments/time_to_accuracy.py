@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import time_to_accuracy_report as report
 from ml_collections import ConfigDict
 
-from lfg_jax import configs, run_log, train
+from lfg_jax import command_line, configs, run_log, train
 
 DEFAULT = pathlib.Path(__file__).parent.parent / 'configs' / 'mnist.py'
 ALGORITHMS = ('BP', 'LG-BP', 'LG-FG-A-paper', 'LG-FG-A')
@@ -65,8 +65,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
-  raw = argparse.RawDescriptionHelpFormatter
-  parser = configs.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('--config', default=str(DEFAULT), help='default: configs/mnist.py')
   parser.add_argument('--algorithms', default=','.join(ALGORITHMS), help='names, with commas')
   parser.add_argument('--thresholds', help='test errors in %%, with commas, falling')
@@ -77,7 +76,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
   )
   parser.add_argument('--max_epochs', type=int, default=20, help='default: 20')
   parser.add_argument('--out', type=pathlib.Path, help='default: runs/time_to_accuracy/DATASET')
-  options, config = configs.parse(parser, arguments)
+  options, config = command_line.parse(parser, arguments)
   for name in ('interval', 'max_epochs'):
     if getattr(options, name) < 1:
       raise configs.UserError(f'--{name} is {getattr(options, name)}; allowed: 1 or more')
@@ -209,4 +208,4 @@ class Training:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

@@ -26,7 +26,7 @@ import variance_figures as figures
 import variance_networks as networks
 from matplotlib.figure import Figure
 
-from lfg_jax import configs, linear_layer, run_log, timing, variance
+from lfg_jax import command_line, configs, linear_layer, run_log, timing, variance
 from lfg_jax.passes import Sampling
 from lfg_jax.tangents import LAWS
 
@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 def main(arguments: list[str]) -> None:
   """Runs the parts."""
-  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('--out', type=pathlib.Path, required=True)
   parser.add_argument('--parts', default=','.join(PARTS), help=f'default: {",".join(PARTS)}')
   parser.add_argument('--data_dir', help='of TFDS')
@@ -127,4 +127,4 @@ PARTS = {'table1': (table1, figures.table1), 'laws': (laws, figures.laws), 'mlp'
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)
