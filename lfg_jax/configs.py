@@ -1,7 +1,8 @@
 """The config: its fields with their defaults, how it is read, and what it may contain.
 
 A file in `configs/` has a function `get_config()` that changes fields of `base()`; the command line changes
-further ones (`--config.optimizer.learning_rate=0.1`, see `command_line`). `validate` finds what is wrong before any long work.
+further ones (`--config.optimizer.learning_rate=0.1`, see `command_line`). `validate` finds what is wrong before any
+long work.
 """
 
 import contextlib
@@ -50,6 +51,7 @@ def base() -> ConfigDict:
       'data_dir': config_dict.placeholder(str),      # None: $TFDS_DATA_DIR or ~/tensorflow_datasets
       'image_size': config_dict.placeholder(int),    # None: the data set's own
       'images': config_dict.placeholder(int),        # to train on, the first so many; None: all
+      'init_from': config_dict.placeholder(str),     # folder of a run whose parameters are the first; None: random ones
       'model': {
           'size': 'M/8/16',                          # size / patches per side / groups
           'blocks': config_dict.placeholder(int), 'channels': config_dict.placeholder(int),
@@ -74,7 +76,7 @@ def base() -> ConfigDict:
       },
       'epochs': 10,
       'batch_size': 128,             # of all devices together
-      'micro_batch': 0,              # examples computed at once on a device; 0: what suits the machine
+      'micro_batch': 0,              # most examples computed at once on a device; 0: what suits the machine
       'steps_per_dispatch': 1,       # that the device does by itself; signals and progress wait for them
       'seed': 0,
       'eval_every': 1,               # epochs

@@ -9,6 +9,7 @@ import optax
 PyTree = Any
 OPTIMIZERS = ('sgd', 'adam', 'adamw', 'lars')
 SCHEDULES = ('constant', 'linear', 'staircase', 'cosine')
+ENDLESS = ('constant', 'staircase')    # do not depend on how many epochs there are
 
 
 def schedule(config: Any, steps_per_epoch: int, epochs: int, batch_size: int = 256) -> optax.Schedule:
