@@ -29,11 +29,11 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def as_user_errors() -> Iterator[None]:
-  """What functions of the library raise about their arguments, or about files, as `UserError`s."""
+def as_user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
+  """Exceptions of these kinds, by default those about arguments and files, as `UserError`s."""
   try:
     yield
-  except (ValueError, OSError) as error:
+  except kinds as error:
     raise UserError(' '.join(str(error).split())) from error
 
 

@@ -22,6 +22,7 @@ from lfg_jax import workdir as folders
 from lfg_jax.checkpoints import Checkpoints
 from lfg_jax.configs import UserError
 from lfg_jax.run_log import RunLog
+from lfg_jax.streams import BadExample
 from lfg_jax.update import Feed, TrainState
 
 REFRESH_SECONDS = 1.0    # between looks at the running state, which wait for the device
@@ -131,13 +132,14 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
   """Trains, or goes on with, the run in `workdir`; returns its summary.
 
   Raises:
-    UserError: the folder is not this run's, or is in use; the loss became infinite or NaN; a disk is full.
+    UserError: the folder is not this run's, or is in use; the loss became infinite or NaN; a disk is full; an example
+      cannot be decoded.
     Interrupted: by a signal.
   """
   begin = time.monotonic()
   if job.config.init_from and not (workdir / 'config.json').exists():
     start.check(pathlib.Path(job.config.init_from), job.algorithm)    # before there is a folder
-  with folders.file_errors(workdir), folders.claim(workdir, job.config) as finished:
+  with configs.as_user_errors((BadExample,)), folders.file_errors(workdir), folders.claim(workdir, job.config) as finished:
     if finished:
       print(f'{workdir} has this run finished')
       return finished
