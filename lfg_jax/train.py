@@ -139,7 +139,8 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
   begin = time.monotonic()
   if job.config.init_from and not (workdir / 'config.json').exists():
     start.check(pathlib.Path(job.config.init_from), job.algorithm)    # before there is a folder
-  with configs.as_user_errors((BadExample,)), folders.file_errors(workdir), folders.claim(workdir, job.config) as finished:
+  with (configs.as_user_errors((BadExample,)), folders.file_errors(workdir),
+        folders.claim(workdir, job.config) as finished):
     if finished:
       print(f'{workdir} has this run finished')
       return finished
