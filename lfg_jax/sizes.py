@@ -110,5 +110,6 @@ def patches(image_BxHxWxC: jax.Array, side: int, mean: tuple[float, ...], std: t
   >>> patches(jnp.zeros((2, 8, 8, 1), jnp.uint8), 4, (0.5,), (0.5,))[0, 0].tolist()
   [-1.0, -1.0, -1.0, -1.0]
   """
-  x = (image_BxHxWxC.astype(jnp.result_type(float)) / 255 - jnp.array(mean)) / jnp.array(std)
+  mean_1x1x1xC, std_1x1x1xC = (jnp.array(numbers)[None, None, None] for numbers in (mean, std))
+  x = (image_BxHxWxC.astype(jnp.result_type(float)) / 255 - mean_1x1x1xC) / std_1x1x1xC
   return einops.rearrange(x, 'b (p h) (q w) c -> b (p q) (h w c)', p=side, q=side)

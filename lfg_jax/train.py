@@ -137,14 +137,14 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
     Interrupted: by a signal.
   """
   begin = time.monotonic()
-  if job.config.init_from and not (workdir / 'config.json').exists():
-    start.check(pathlib.Path(job.config.init_from), job.algorithm)    # before there is a folder
-  with (configs.as_user_errors((BadExample,)), folders.file_errors(workdir),
-        folders.claim(workdir, job.config) as finished):
-    if finished:
-      print(f'{workdir} has this run finished')
-      return finished
-    return _train(job, workdir, begin)
+  with configs.as_user_errors((BadExample,)), folders.file_errors(workdir):
+    if job.config.init_from and not (workdir / 'config.json').exists():
+      start.check(pathlib.Path(job.config.init_from), job.algorithm)    # before there is a folder
+    with folders.claim(workdir, job.config) as finished:
+      if finished:
+        print(f'{workdir} has this run finished')
+        return finished
+      return _train(job, workdir, begin)
 
 
 def _train(job: Job, workdir: pathlib.Path, begin: float) -> dict[str, Any]:
