@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
   parser.add_argument('--config', default=str(DEFAULT), help='default: configs/digits.py')
   parser.add_argument('--out', type=pathlib.Path, help='default: runs/NAME-comparison')
   options, config = command_line.parse(parser, arguments)
-  algorithms, seeds = options.algorithms.split(','), _seeds(options.seeds)
+  algorithms, seeds = options.algorithms.split(','), command_line.numbers('seeds', options.seeds, 0)
   out = options.out or pathlib.Path('runs', pathlib.Path(options.config).stem + '-comparison')
   variants = {(name, seed): _variant(config, name, seed) for seed in seeds for name in algorithms}
   for name in algorithms:    # all mistakes before any long work
@@ -42,13 +42,6 @@ def main(arguments: list[str]) -> None:
     train(prepare(variant), out / f'{name}-seed{seed}')
     report(out, [key for key in variants if (out / '{}-seed{}'.format(*key) / 'summary.json').exists()], origin)
   print((out / 'comparison.md').read_text())
-
-
-def _seeds(text: str) -> list[int]:
-  try:
-    return [int(seed) for seed in text.split(',')]
-  except ValueError as error:
-    raise configs.UserError(f'--seeds is {text!r}; allowed: numbers with commas between them') from error
 
 
 def _variant(config: ConfigDict, algorithm: str, seed: int) -> ConfigDict:

@@ -35,9 +35,7 @@ def main(arguments: list[str]) -> None:
   parser.add_argument('--l2', type=float, default=1e-4, help='weight of |W|²/2; default: 1e-4')
   parser.add_argument('--iterations', type=int, default=300, help='of L-BFGS; default: 300')
   options = parser.parse_args(arguments)
-  for name, allowed in (('pairs', 0), ('l2', 0), ('iterations', 1)):
-    if getattr(options, name) < allowed:
-      raise configs.UserError(f'--{name} is {getattr(options, name)}; allowed: {allowed} or more')
+  command_line.at_least(options, pairs=0, l2=0, iterations=1)
   job, state = load(options.workdir, options.data_dir)
   if options.pairs and job.config.loss != 'contrastive':
     raise configs.UserError(f'--pairs is {options.pairs}, and {options.workdir} has a {job.config.loss} run, which has '

@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> None:
   parser.add_argument('--config', default=str(DEFAULT), help='default: configs/cifar10.py')
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/throughput'))
   options, config = command_line.parse(parser, arguments)
+  command_line.at_least(options, images=1, epochs=1)
   config.epochs = config.eval_every = options.epochs
   job = first_images(prepare(config), options.images)
   steps = -(-job.dataset.train.examples // config.batch_size)

@@ -77,28 +77,17 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
   parser.add_argument('--max_epochs', type=int, default=20, help='default: 20')
   parser.add_argument('--out', type=pathlib.Path, help='default: runs/time_to_accuracy/DATASET')
   options, config = command_line.parse(parser, arguments)
-  for name in ('interval', 'max_epochs'):
-    if getattr(options, name) < 1:
-      raise configs.UserError(f'--{name} is {getattr(options, name)}; allowed: 1 or more')
+  command_line.at_least(options, interval=1, max_epochs=1)
   thresholds = options.thresholds or THRESHOLDS.get(config.dataset)
   if not thresholds:
     raise configs.UserError(f'{config.dataset} has no default thresholds; give --thresholds, in %')
-  options.thresholds = _numbers('thresholds', thresholds, float)
+  options.thresholds = command_line.numbers('thresholds', thresholds, kind=float)
   if options.thresholds != sorted(options.thresholds, reverse=True):
     raise configs.UserError(f'--thresholds is {thresholds!r}; allowed: falling numbers')
-  options.seeds = _numbers('seeds', options.seeds, int)
+  options.seeds = command_line.numbers('seeds', options.seeds, 0)
   options.out = options.out or pathlib.Path('runs', 'time_to_accuracy', config.dataset)
   config.optimizer.schedule, config.epochs = 'constant', options.max_epochs
   return options, config
-
-
-def _numbers(name: str, text: str, kind: type) -> list[Any]:
-  try:
-    return [kind(part) for part in text.split(',')]
-  except ValueError as error:
-    raise configs.UserError(
-      f'--{name} is {text!r}; allowed: numbers with commas between them'
-    ) from error
 
 
 def _rates(text: str, names: list[str], default: float) -> dict[str, list[float]]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import report
 from studies import PROGRAMS, STUDIES, published
 
-from lfg_jax import command_line, run_log
+from lfg_jax import command_line, configs, run_log
 
 RESULTS = pathlib.Path(__file__).parents[1] / 'results'
 BEFORE = 'before commit tracking'
@@ -160,6 +160,8 @@ def main(arguments: list[str]) -> None:
     '--results', type=pathlib.Path, default=RESULTS, help='default: experiments/results'
   )
   results = parser.parse_args(arguments).results
+  if not results.is_dir():
+    raise configs.UserError(f'--results is {results}; allowed: a folder')
   run_log.write_atomically(results / 'README.md', index(results))
   print(results / 'README.md')
 
