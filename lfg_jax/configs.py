@@ -146,10 +146,16 @@ def _same_fields(config: Any, wanted: ConfigDict, prefix: str) -> None:
     value, kind = config[field], wanted.get_type(field)
     if isinstance(default, ConfigDict):
       if not isinstance(value, ConfigDict):
-        raise UserError(f'config field {prefix}{field} is {value!r}; allowed: fields {", ".join(default)}')
+        raise UserError(f'config field {prefix}{field} is {_line(value)}; allowed: fields {", ".join(default)}')
       _same_fields(value, default, f'{prefix}{field}.')
     elif type(value) is not kind and (value, default) != (None, None) and (kind, type(value)) != (float, int):
-      raise UserError(f'config field {prefix}{field} is {value!r}; allowed: {kind.__name__}')
+      raise UserError(f'config field {prefix}{field} is {_line(value)}; allowed: {kind.__name__}')
+
+
+def _line(value: Any) -> str:
+  """A value of whatever type as one line, which is not long."""
+  text = ' '.join(repr(value).split())
+  return text if len(text) <= 80 else f'{text[:80]}…'
 
 
 def unknown(field: str, wanted: ConfigDict) -> UserError:
