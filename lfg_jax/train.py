@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lfg_jax import algorithms, configs, data, optimizers, plots, run_log, start, update
+from lfg_jax import algorithms, configs, data, optimizers, plots, processes, run_log, start, update
 from lfg_jax import workdir as folders
 from lfg_jax.checkpoints import Checkpoints
 from lfg_jax.configs import UserError
@@ -56,8 +55,8 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
   """
   configs.validate(config)
   with configs.as_user_errors():
-    if config.distributed and not jax.distributed.is_initialized():
-      jax.distributed.initialize()
+    if config.distributed:
+      processes.connect()
     if config.batch_size % jax.device_count():
       raise ValueError(f'batch_size is {config.batch_size}; allowed: multiples of {jax.device_count()}, '
                        'the number of devices')
@@ -121,9 +120,9 @@ class Signals:
     self.received = number
     self.__exit__()
 
-  def ask_to_stop(self, step: int) -> bool:
-    """To be called after every step."""
-    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+  def ask_to_stop(self) -> bool:
+    """To be called after every dispatch."""
+    if jax.process_count() > 1 and processes.terminated():
       self.received = signal.SIGTERM
     return bool(self.received)
 
@@ -231,11 +230,11 @@ def _epoch(functions: Functions, state: TrainState, epoch: int, batch_size: int,
       begin, untimed = time.monotonic(), count
     step += count
     if time.monotonic() - shown > REFRESH_SECONDS:
-      if int(state.bad_step) >= 0:
+      if int(state.bad_step) >= 0 and jax.process_count() == 1:    # several look at different times
         break
       log.progress(int(state.step), epoch=epoch + 1, **_means(state))
       shown = time.monotonic()
-    if signals.ask_to_stop(epoch * steps + step):
+    if signals.ask_to_stop():
       break
   log.progress(int(state.step), epoch=epoch + 1, **_means(state))
   timed = step - first - untimed

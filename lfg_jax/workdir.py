@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import jax
 from ml_collections import ConfigDict
 
-from lfg_jax import configs, optimizers, run_log
+from lfg_jax import configs, optimizers, processes, run_log
 from lfg_jax.configs import UserError
 
 # When a run resumes. Where the data is, not which; how often the run is looked at and saved; in what
@@ -23,7 +23,7 @@ from lfg_jax.configs import UserError
 MAY_DIFFER = ('data_dir', 'distributed', 'eval_every', 'checkpoint_every', 'keep', 'steps_per_dispatch',
               'micro_batch')
 LOCK = 'lock'
-OWN = {LOCK, 'config.json.tmp'}    # left by a run that was killed at once
+OWN = {LOCK, processes.TOKEN, 'config.json.tmp'}    # left by a run that was killed at once
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -39,6 +39,23 @@ def claim(folder: pathlib.Path, config: ConfigDict) -> Iterator[dict[str, Any] |
     UserError: the folder has a run of another config, or files that are no run's, or another process
       is at work in it.
   """
+  if jax.process_index() != 0:
+    processes.share_folder(folder)
+    yield _finished(folder, config)
+    return
+  with contextlib.ExitStack() as stack:
+    try:
+      finished = stack.enter_context(_claim(folder, config))
+    except (UserError, OSError):
+      processes.share_folder(None)
+      raise
+    processes.share_folder(folder)
+    yield finished
+
+
+@contextlib.contextmanager
+def _claim(folder: pathlib.Path, config: ConfigDict) -> Iterator[dict[str, Any] | None]:
+  """`claim`, by the first process."""
   if (folder / 'config.json').exists():
     _compare(folder, config)
     if finished := _finished(folder, config):
@@ -46,9 +63,6 @@ def claim(folder: pathlib.Path, config: ConfigDict) -> Iterator[dict[str, Any] |
       return
   elif folder.exists() and (not folder.is_dir() or {f.name for f in folder.iterdir()} - OWN):
     raise UserError(f'{folder} exists and is not the folder of a run; name another')
-  if jax.process_index() != 0:
-    yield None
-    return
   folder.mkdir(parents=True, exist_ok=True)
   with _lock(folder):
     # Again: another process may have been here in between.

@@ -5,7 +5,7 @@ import random
 from lfg_jax import command_line, configs, train
 from tests.runs import tiny
 
-COUNT = 60    # of each kind
+COUNT = 300   # of each kind
 ODD = ['0', '1', '-1', '3', '7', '-2147483648', '2147483647', '99999999999999999999', '1e30', '-1e-30', '0.5', 'nan',
        'inf', 'None', 'none', '', ' ', 'text', 'True', 'False', '1,2', '(1,', '[]', "('a',)", 'head,readout',
        'head,,x', '(1,(2,3))', '{}', 'S/1/1', 'S/0/1', 'M/8/16', 'L/9999999999/1', 'ß', '١', '\x00', '/dev/null',
