@@ -86,6 +86,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     raise configs.UserError(f'--thresholds is {thresholds!r}; allowed: falling numbers')
   options.seeds = command_line.numbers('seeds', options.seeds, 0)
   options.out = options.out or pathlib.Path('runs', 'time_to_accuracy', config.dataset)
+  if config.init_from:
+    raise configs.UserError(f'init_from is {config.init_from!r}; allowed here: None')
   config.optimizer.schedule, config.epochs = 'constant', options.max_epochs
   return options, config
 
@@ -113,7 +115,8 @@ def _variant(config: ConfigDict, algorithm: str, rate: float, seed: int) -> Conf
 def _settings(config: ConfigDict, options: argparse.Namespace) -> dict[str, Any]:
   """What runs in one folder have in common."""
   fields = json.loads(configs.to_json(_variant(config, '', 0.0, 0)))
-  del fields['data_dir']
+  for field in ('data_dir', 'init_from'):    # where the data is, not which; refused above
+    del fields[field]
   return {'config': fields, 'thresholds': options.thresholds, 'interval': options.interval}
 
 

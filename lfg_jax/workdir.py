@@ -163,6 +163,8 @@ def file_errors(folder: pathlib.Path) -> Iterator[None]:
     number = _number(error)
     if number is None:
       raise
+    if number == errno.EPIPE:
+      raise UserError('nobody reads the output any more; the same command goes on from the last checkpoint') from error
     place = getattr(error, 'filename', None) or folder
     advice = ('; what was saved before is kept, and the same command goes on from there when there is room'
               if number in FULL else '')

@@ -247,6 +247,15 @@ def test_a_full_disk(finished, tmp_path):
     subprocess.run(['umount', str(tmp_path)], check=True)
 
 
+def test_an_output_that_nobody_reads(tmp_path, monkeypatch):
+  def close(*_):
+    raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+
+  monkeypatch.setattr(train, 'build', close)
+  with pytest.raises(configs.UserError, match=r'^nobody reads the output any more; the same command goes on'):
+    start(tmp_path / 'run')
+
+
 @pytest.mark.parametrize('place, why', [('file/run', 'Not a directory'), ('/proc/run', 'No such file or directory')])
 def test_folders_that_cannot_be(place, why, tmp_path):
   (tmp_path / 'file').write_text('x')
