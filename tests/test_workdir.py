@@ -107,6 +107,9 @@ def test_a_run_of_before_there_was_a_field_goes_on(finished):
 def test_a_finished_run_goes_on_for_more_epochs(finished, tmp_path):
   folder = tmp_path / 'run'
   start(folder, epochs=1, **ENDLESS)
+  for _ in range(2):    # killed as soon as it had begun to go on, it is not finished
+    with workdir.claim(folder, tiny(**ENDLESS)) as summary:
+      assert summary is None
   assert start(folder, epochs=2, **ENDLESS)['steps'] == 2 * STEPS
   assert_same_run(folder, finished)
   assert json.loads((folder / 'config.json').read_text())['epochs'] == 2
