@@ -6,7 +6,6 @@
 Columns: images. First row: the image; then pairs of rows: view 1, view 2.
 """
 
-import argparse
 import pathlib
 
 import jax
@@ -14,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from lfg_jax import augmentation, configs, data
+from lfg_jax import augmentation, command_line, configs, data
 
 
 def main(arguments: list[str]) -> None:
   """Draws the sheet."""
-  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('--dataset', default='cifar10', help='default: cifar10')
   parser.add_argument('--data_dir', help='of TFDS')
   parser.add_argument('--images', type=int, default=8, help='default: 8')
@@ -27,11 +26,14 @@ def main(arguments: list[str]) -> None:
   parser.add_argument('--min_area', type=float, default=0.08, help='of a crop; default: 0.08')
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/augmentations.png'))
   options = parser.parse_args(arguments)
-  for name, ok, allowed in (('images', options.images >= 1, '1 or more'), ('draws', options.draws >= 1, '1 or more'),
-                            ('min_area', 0 < options.min_area <= 1, 'more than 0, at most 1')):
-    if not ok:
-      raise configs.UserError(f'--{name} is {getattr(options, name)}; allowed: {allowed}')
-  image = jnp.asarray(data.load(options.dataset, data_dir=options.data_dir).train.image_NxHxWxC[:options.images])
+  command_line.at_least(options, images=1, draws=1)
+  if not 0 < options.min_area <= 1:
+    raise configs.UserError(f'--min_area is {options.min_area}; allowed: more than 0, at most 1')
+  with configs.as_user_errors():
+    split = data.load(options.dataset, data_dir=options.data_dir).train
+  if not isinstance(split, data.Arrays):
+    raise configs.UserError(f'{options.dataset} is a stream; allowed: data sets that fit memory')
+  image = jnp.asarray(split.image_NxHxWxC[:options.images])
   rows = [image]
   view = jax.jit(lambda keys: augmentation.views(keys, image, options.min_area))
   for draw in range(options.draws):
@@ -55,4 +57,4 @@ def sheet(image_RxNxHxWxC: np.ndarray) -> Figure:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

@@ -7,7 +7,6 @@ DIR gets a folder for every run, comparison.md, comparison.json and curves.png. 
 arguments, it goes on where it stopped; with more algorithms or seeds, it adds them.
 """
 
-import argparse
 import copy
 import json
 import pathlib
@@ -16,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lfg_jax import configs, plots, run_log
+from lfg_jax import command_line, configs, plots, run_log
 from lfg_jax.train import prepare, train
 
 DEFAULT = pathlib.Path(__file__).parent.parent / 'configs' / 'digits.py'
@@ -25,14 +24,13 @@ RESULT = 'comparison.json'
 
 def main(arguments: list[str]) -> None:
   """Trains and compares."""
-  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                          allow_abbrev=False)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('--algorithms', required=True, help='names, with commas')
   parser.add_argument('--seeds', default='0', help='numbers, with commas; default: 0')
   parser.add_argument('--config', default=str(DEFAULT), help='default: configs/digits.py')
   parser.add_argument('--out', type=pathlib.Path, help='default: runs/NAME-comparison')
-  options, config = configs.parse(parser, arguments)
-  algorithms, seeds = options.algorithms.split(','), _seeds(options.seeds)
+  options, config = command_line.parse(parser, arguments)
+  algorithms, seeds = options.algorithms.split(','), command_line.numbers('seeds', options.seeds, 0)
   out = options.out or pathlib.Path('runs', pathlib.Path(options.config).stem + '-comparison')
   variants = {(name, seed): _variant(config, name, seed) for seed in seeds for name in algorithms}
   for name in algorithms:    # all mistakes before any long work
@@ -44,13 +42,6 @@ def main(arguments: list[str]) -> None:
     train(prepare(variant), out / f'{name}-seed{seed}')
     report(out, [key for key in variants if (out / '{}-seed{}'.format(*key) / 'summary.json').exists()], origin)
   print((out / 'comparison.md').read_text())
-
-
-def _seeds(text: str) -> list[int]:
-  try:
-    return [int(seed) for seed in text.split(',')]
-  except ValueError as error:
-    raise configs.UserError(f'--seeds is {text!r}; allowed: numbers with commas between them') from error
 
 
 def _variant(config: ConfigDict, algorithm: str, seed: int) -> ConfigDict:
@@ -113,4 +104,4 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from lfg_jax import algorithms, configs, data, rules, run_log, timing
+from lfg_jax import algorithms, command_line, configs, data, rules, run_log, timing
+from lfg_jax.mixer import MixerSpec
 from lfg_jax.sizes import mixer_spec, parse, patches
 
 Row = dict[str, Any]
@@ -26,7 +27,7 @@ Row = dict[str, Any]
 
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes."""
-  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('--model', default='M/8/16', help='SIZE/PATCHES/GROUPS; default: M/8/16')
   parser.add_argument('--batch', type=int, default=64, help='examples per step; default: 64')
   parser.add_argument('--micro_batch', type=int, default=0, help='examples at once; 0: what suits the machine')
@@ -35,21 +36,33 @@ def main(arguments: list[str]) -> None:
   parser.add_argument('--repetitions', type=int, default=3, help='default: 3')
   parser.add_argument('--out', type=pathlib.Path, default='runs/depth', help='default: runs/depth')
   options = parser.parse_args(arguments)
-  options.out.mkdir(parents=True, exist_ok=True)
+  command_line.at_least(options, batch=1, micro_batch=0, repetitions=1)
+  names = command_line.names('algorithms', options.algorithms, rules.REGISTRY)
+  depths = command_line.numbers('blocks', options.blocks, 1)
+  with configs.as_user_errors():
+    for blocks in depths:    # all mistakes before any long work
+      spec_of(options.model, blocks)
+    options.out.mkdir(parents=True, exist_ok=True)
   origin = run_log.provenance(['experiments/depth.py', *arguments])
   rows: list[Row] = []
-  for blocks in map(int, options.blocks.split(',')):
-    for name in options.algorithms.split(','):
+  for blocks in depths:
+    for name in names:
       rows.append(measure(name, blocks, options))
       print(rows[-1])
       run_log.write_atomically(options.out / 'depth.json', json.dumps({**origin, 'rows': rows}, indent=2) + '\n')
   draw(options.out / 'depth.png', rows)
 
 
+def spec_of(model: str, blocks: int) -> MixerSpec:
+  """Of a model for images of CIFAR-10's size."""
+  images = data.TFDS['cifar10']
+  return mixer_spec(model, image_shape=images.image_shape, classes=images.classes, blocks=blocks)
+
+
 def measure(name: str, blocks: int, options: argparse.Namespace) -> Row:
   """Compiles and times one gradient on random images of CIFAR-10's size."""
   images = data.TFDS['cifar10']
-  spec = mixer_spec(options.model, image_shape=images.image_shape, classes=images.classes, blocks=blocks)
+  spec = spec_of(options.model, blocks)
   prepare = functools.partial(patches, side=parse(options.model)[1], mean=images.mean, std=images.std)
   algorithm = algorithms.compose(rules.REGISTRY[name], rules.Options(micro_batch=options.micro_batch), spec,
                                  prepare)
@@ -87,4 +100,4 @@ def draw(path: pathlib.Path, rows: list[Row]) -> None:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

@@ -26,7 +26,7 @@ from frontier_network import VARIANTS, Bench
 from frontier_rows import LAW, SINGLE, WITHIN
 from ml_collections import ConfigDict
 
-from lfg_jax import configs, run_log, train
+from lfg_jax import command_line, configs, run_log, train
 from lfg_jax.tangents import LAWS
 
 Row = dict[str, Any]
@@ -52,8 +52,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-  raw = argparse.RawDescriptionHelpFormatter
-  parser = configs.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('--dataset', default='cifar10', help='default: cifar10')
   parser.add_argument('--data_dir', help='of TFDS')
   parser.add_argument('--model', default='M/8/16', help='SIZE/PATCHES/GROUPS; default: M/8/16')
@@ -74,21 +73,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _check(options: argparse.Namespace) -> None:
   """Finds mistakes; takes lists apart."""
-  least_of = {'batch': 1, 'epochs': 0, 'warm_up': 1, 'draws': 2, 'repetitions': 1}
-  for name, least in least_of.items():
-    if getattr(options, name) < least:
-      raise configs.UserError(f'--{name} is {getattr(options, name)}; allowed: {least} or more')
-  try:
-    options.passes = [int(count) for count in options.passes.split(',')]
-  except ValueError as error:
-    message = f'--passes is {options.passes!r}; allowed: numbers with commas'
-    raise configs.UserError(message) from error
-  for name, allowed in (('variants', VARIANTS), ('laws', LAWS)):
-    setattr(options, name, getattr(options, name).split(','))
-    if unknown := [given for given in getattr(options, name) if given not in allowed]:
-      raise configs.UserError(f'--{name} has {unknown[0]!r}; allowed: {", ".join(allowed)}')
-  if min(options.passes) < 1:
-    raise configs.UserError(f'--passes has {min(options.passes)}; allowed: 1 or more')
+  command_line.at_least(options, batch=1, epochs=0, warm_up=1, draws=2, repetitions=1)
+  options.passes = command_line.numbers('passes', options.passes, 1)
+  options.variants = command_line.names('variants', options.variants, VARIANTS)
+  options.laws = command_line.names('laws', options.laws, LAWS)
 
 
 def _config(options: argparse.Namespace) -> ConfigDict:
@@ -153,4 +141,4 @@ def _passes(passes: int | dict[str, int]) -> str:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

@@ -10,7 +10,6 @@ probe and of online read-out, with the standard error of a test error. It refuse
 checkpoint.
 """
 
-import argparse
 import functools
 import json
 import pathlib
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lfg_jax import augmentation, configs, contrastive, data, run_log
+from lfg_jax import augmentation, command_line, configs, contrastive, data, run_log
 from lfg_jax.train import Job, first_images, load
 
 BATCH = 500
@@ -28,7 +27,7 @@ BATCH = 500
 
 def main(arguments: list[str]) -> None:
   """Exports features, fits, reports."""
-  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('--workdir', type=pathlib.Path, required=True, help='of a run')
   parser.add_argument('--data_dir', help='of TFDS; default: as the run had it')
   parser.add_argument('--images', type=int, help='train on the first so many; default: all')
@@ -36,9 +35,7 @@ def main(arguments: list[str]) -> None:
   parser.add_argument('--l2', type=float, default=1e-4, help='weight of |W|²/2; default: 1e-4')
   parser.add_argument('--iterations', type=int, default=300, help='of L-BFGS; default: 300')
   options = parser.parse_args(arguments)
-  for name, allowed in (('pairs', 0), ('l2', 0), ('iterations', 1)):
-    if getattr(options, name) < allowed:
-      raise configs.UserError(f'--{name} is {getattr(options, name)}; allowed: {allowed} or more')
+  command_line.at_least(options, pairs=0, l2=0, iterations=1)
   job, state = load(options.workdir, options.data_dir)
   if options.pairs and job.config.loss != 'contrastive':
     raise configs.UserError(f'--pairs is {options.pairs}, and {options.workdir} has a {job.config.loss} run, which has '
@@ -106,4 +103,4 @@ def fit(x_NxC: np.ndarray, y_N: np.ndarray, classes: int, l2: float, iterations:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

@@ -7,32 +7,31 @@ ImageNet cannot be downloaded: put ILSVRC2012_img_train.tar and ILSVRC2012_img_v
 https://image-net.org/download-images, after registration) in the folder that --manual_dir names.
 """
 
-import argparse
 import importlib.util
 import pathlib
-import sys
 
 import tensorflow_datasets as tfds
 
-from lfg_jax import data
+from lfg_jax import command_line, data
+from lfg_jax.configs import UserError
 
 TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
 
 
 def check(dataset: str, manual_dir: str | None) -> None:
-  """Exits with one line when something is missing that the user has to provide."""
+  """Raises UserError when something is missing that the user has to provide."""
   if dataset == 'imagenet2012':
     missing = [tar for tar in TARS if not manual_dir or not (pathlib.Path(manual_dir) / tar).exists()]
     if missing:
-      sys.exit(f'imagenet2012 must be downloaded by hand, from https://image-net.org/download-images: '
-               f'{", ".join(missing)} not found; name their folder with --manual_dir')
+      raise UserError(f'imagenet2012 must be downloaded by hand, from https://image-net.org/download-images: '
+                      f'{", ".join(missing)} not found; name their folder with --manual_dir')
   if importlib.util.find_spec('tensorflow') is None:
-    sys.exit('preparing data needs TensorFlow (training does not); install it with: pip install tensorflow')
+    raise UserError('preparing data needs TensorFlow (training does not); install it with: pip install tensorflow')
 
 
 def main(arguments: list[str]) -> None:
   """Prepares one data set."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('--dataset', choices=list(data.TFDS), required=True)
   parser.add_argument('--data_dir', help='where to; default: $TFDS_DATA_DIR or ~/tensorflow_datasets')
   parser.add_argument('--manual_dir', help='where the two tar files of ImageNet are')
@@ -45,4 +44,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  command_line.run(main)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from lfg_jax import configs, run_log, timing
+from lfg_jax import command_line, configs, run_log, timing
 from lfg_jax.contrastive import Contrast, info_nce, replicated_info_nce
 from lfg_jax.losses import cross_entropy, replicated_cross_entropy
 
@@ -30,7 +30,7 @@ OUTPUTS = {'supervised': 10, 'contrastive': 128}
 
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes."""
-  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser = command_line.Parser(description=__doc__)
   for name, default in (('batch', 16), ('channels', 512), ('patches', 64), ('groups', 16), ('repetitions', 5)):
     parser.add_argument(f'--{name}', type=int, default=default, help=f'default: {default}')
   parser.add_argument('--many_groups', default='1,2,4,8,16,32,64', help='numbers, with commas')
@@ -38,9 +38,16 @@ def main(arguments: list[str]) -> None:
   parser.add_argument('--limit_gib', type=float, default=8.0, help='default: 8')
   parser.add_argument('--out', type=pathlib.Path, default='runs/replicated_losses')
   options = parser.parse_args(arguments)
-  options.out.mkdir(parents=True, exist_ok=True)
-  sweeps = {'groups': [(options.patches, int(g)) for g in options.many_groups.split(',')],
-            'patches': [(int(p), options.groups) for p in options.many_patches.split(',')]}
+  command_line.at_least(options, batch=1, channels=1, patches=1, groups=1, repetitions=1, limit_gib=0)
+  many_groups = command_line.numbers('many_groups', options.many_groups, 1)
+  many_patches = command_line.numbers('many_patches', options.many_patches, 1)
+  for groups in (options.groups, *many_groups):
+    if options.channels % groups:
+      raise configs.UserError(f'{groups} groups do not divide --channels={options.channels}')
+  with configs.as_user_errors():
+    options.out.mkdir(parents=True, exist_ok=True)
+  sweeps = {'groups': [(options.patches, groups) for groups in many_groups],
+            'patches': [(patches, options.groups) for patches in many_patches]}
   origin = run_log.provenance(['experiments/replicated_losses.py', *arguments])
   rows = []
   for sweep, sizes in sweeps.items():
@@ -130,4 +137,4 @@ def draw(path: pathlib.Path, rows: list[Row]) -> None:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

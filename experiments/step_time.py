@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from lfg_jax import algorithms, configs, data, optimizers, rules, run_log, timing, update
+from lfg_jax import algorithms, command_line, configs, data, optimizers, rules, run_log, timing, update
 from lfg_jax.sizes import mixer_spec, parse
 
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes."""
-  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('--model', default='M/8/16', help='SIZE/PATCHES/GROUPS; default: M/8/16')
   parser.add_argument('--batch', type=int, default=64, help='examples per step; default: 64')
   parser.add_argument('--algorithms', default=','.join(DEFAULT), help='names, with commas')
@@ -46,9 +46,8 @@ def main(arguments: list[str]) -> None:
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/step_time'),
                       help='default: runs/step_time')
   options = parser.parse_args(arguments)
-  for name in ('batch', 'passes', 'repetitions'):
-    if getattr(options, name) < 1:
-      raise configs.UserError(f'--{name} is {getattr(options, name)}; allowed: 1 or more')
+  command_line.at_least(options, batch=1, passes=1, repetitions=1)
+  command_line.names('algorithms', options.algorithms, rules.REGISTRY)
   origin = run_log.provenance(['experiments/step_time.py', *arguments])
   # What is not in bfloat16 in a model that is may be computed as the machine likes.
   with jax.default_matmul_precision(None if options.precision == 'bfloat16' else options.precision):
@@ -63,10 +62,8 @@ def main(arguments: list[str]) -> None:
 def measure(options: argparse.Namespace) -> list[Row]:
   """One row per algorithm; backprop, which the others are compared with, is always timed."""
   names, batch = options.algorithms.split(','), options.batch
-  try:
+  with configs.as_user_errors():
     steps = {name: compile_step(name, options) for name in dict.fromkeys(('BP', *names))}
-  except ValueError as error:
-    raise configs.UserError(str(error)) from error
   product, product_flop = timing.matmul(jnp.bfloat16 if options.precision == 'bfloat16' else jnp.float32)
   functions = {'matmul': product}
   for name, step in steps.items():
@@ -147,4 +144,4 @@ def draw(path: pathlib.Path, rows: list[Row]) -> None:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

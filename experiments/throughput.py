@@ -6,7 +6,6 @@
 The update alone is timed before and after training on the first --images images. DIR gets throughput.json.
 """
 
-import argparse
 import json
 import pathlib
 import statistics
@@ -15,7 +14,7 @@ import time
 
 import jax
 
-from lfg_jax import configs, optimizers, run_log, update
+from lfg_jax import command_line, configs, optimizers, run_log, update
 from lfg_jax.train import Job, first_images, prepare, train
 
 DEFAULT = pathlib.Path(__file__).parent.parent / 'configs' / 'cifar10.py'
@@ -23,13 +22,13 @@ DEFAULT = pathlib.Path(__file__).parent.parent / 'configs' / 'cifar10.py'
 
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes."""
-  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                          allow_abbrev=False)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('--images', type=int, default=1280, help='of an epoch; default: 1280')
   parser.add_argument('--epochs', type=int, default=3, help='default: 3')
   parser.add_argument('--config', default=str(DEFAULT), help='default: configs/cifar10.py')
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/throughput'))
-  options, config = configs.parse(parser, arguments)
+  options, config = command_line.parse(parser, arguments)
+  command_line.at_least(options, images=1, epochs=1)
   config.epochs = config.eval_every = options.epochs
   job = first_images(prepare(config), options.images)
   steps = -(-job.dataset.train.examples // config.batch_size)
@@ -78,4 +77,4 @@ class Bare:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import time_to_accuracy_report as report
 from ml_collections import ConfigDict
 
-from lfg_jax import configs, run_log, train
+from lfg_jax import command_line, configs, run_log, train
 
 DEFAULT = pathlib.Path(__file__).parent.parent / 'configs' / 'mnist.py'
 ALGORITHMS = ('BP', 'LG-BP', 'LG-FG-A-paper', 'LG-FG-A')
@@ -65,8 +65,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
-  raw = argparse.RawDescriptionHelpFormatter
-  parser = configs.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('--config', default=str(DEFAULT), help='default: configs/mnist.py')
   parser.add_argument('--algorithms', default=','.join(ALGORITHMS), help='names, with commas')
   parser.add_argument('--thresholds', help='test errors in %%, with commas, falling')
@@ -77,29 +76,20 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
   )
   parser.add_argument('--max_epochs', type=int, default=20, help='default: 20')
   parser.add_argument('--out', type=pathlib.Path, help='default: runs/time_to_accuracy/DATASET')
-  options, config = configs.parse(parser, arguments)
-  for name in ('interval', 'max_epochs'):
-    if getattr(options, name) < 1:
-      raise configs.UserError(f'--{name} is {getattr(options, name)}; allowed: 1 or more')
+  options, config = command_line.parse(parser, arguments)
+  command_line.at_least(options, interval=1, max_epochs=1)
   thresholds = options.thresholds or THRESHOLDS.get(config.dataset)
   if not thresholds:
     raise configs.UserError(f'{config.dataset} has no default thresholds; give --thresholds, in %')
-  options.thresholds = _numbers('thresholds', thresholds, float)
+  options.thresholds = command_line.numbers('thresholds', thresholds, kind=float)
   if options.thresholds != sorted(options.thresholds, reverse=True):
     raise configs.UserError(f'--thresholds is {thresholds!r}; allowed: falling numbers')
-  options.seeds = _numbers('seeds', options.seeds, int)
+  options.seeds = command_line.numbers('seeds', options.seeds, 0)
   options.out = options.out or pathlib.Path('runs', 'time_to_accuracy', config.dataset)
+  if config.init_from:
+    raise configs.UserError(f'init_from is {config.init_from!r}; allowed here: None')
   config.optimizer.schedule, config.epochs = 'constant', options.max_epochs
   return options, config
-
-
-def _numbers(name: str, text: str, kind: type) -> list[Any]:
-  try:
-    return [kind(part) for part in text.split(',')]
-  except ValueError as error:
-    raise configs.UserError(
-      f'--{name} is {text!r}; allowed: numbers with commas between them'
-    ) from error
 
 
 def _rates(text: str, names: list[str], default: float) -> dict[str, list[float]]:
@@ -125,7 +115,8 @@ def _variant(config: ConfigDict, algorithm: str, rate: float, seed: int) -> Conf
 def _settings(config: ConfigDict, options: argparse.Namespace) -> dict[str, Any]:
   """What runs in one folder have in common."""
   fields = json.loads(configs.to_json(_variant(config, '', 0.0, 0)))
-  del fields['data_dir']
+  for field in ('data_dir', 'init_from'):    # where the data is, not which; refused above
+    del fields[field]
   return {'config': fields, 'thresholds': options.thresholds, 'interval': options.interval}
 
 
@@ -209,4 +200,4 @@ class Training:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

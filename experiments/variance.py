@@ -26,7 +26,7 @@ import variance_figures as figures
 import variance_networks as networks
 from matplotlib.figure import Figure
 
-from lfg_jax import configs, linear_layer, run_log, timing, variance
+from lfg_jax import command_line, configs, data, linear_layer, run_log, timing, variance
 from lfg_jax.passes import Sampling
 from lfg_jax.tangents import LAWS
 
@@ -35,18 +35,21 @@ Row = dict[str, Any]
 
 def main(arguments: list[str]) -> None:
   """Runs the parts."""
-  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('--out', type=pathlib.Path, required=True)
   parser.add_argument('--parts', default=','.join(PARTS), help=f'default: {",".join(PARTS)}')
   parser.add_argument('--data_dir', help='of TFDS')
   parser.add_argument('--draws', type=int, default=16, help='of every estimate on images; default: 16')
   options = parser.parse_args(arguments)
-  for part in options.parts.split(','):
-    if part not in PARTS:
-      raise configs.UserError(f'--parts has {part!r}; allowed: {", ".join(PARTS)}')
-  options.out.mkdir(parents=True, exist_ok=True)
+  command_line.at_least(options, draws=2)
+  parts = command_line.names('parts', options.parts, PARTS)
+  if {'mixer', 'passes'} & {*parts}:
+    with configs.as_user_errors():
+      data.load('cifar10', data_dir=options.data_dir)    # before any long work
+  with configs.as_user_errors():
+    options.out.mkdir(parents=True, exist_ok=True)
   origin = run_log.provenance(['experiments/variance.py', *arguments])
-  for part in options.parts.split(','):
+  for part in parts:
     rows = []
     for row in PARTS[part][0](options):
       rows.append(row)
@@ -127,4 +130,4 @@ PARTS = {'table1': (table1, figures.table1), 'laws': (laws, figures.laws), 'mlp'
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

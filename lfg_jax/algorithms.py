@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lfg_jax import augmentation, estimators, guesses, layers, parts, passes, tangents
+from lfg_jax import augmentation, estimators, guesses, layers, optimizers, parts, passes, tangents
 from lfg_jax.contrastive import VIEWS, Contrast
 from lfg_jax.data import Batch, Dataset
 from lfg_jax.estimators import FlaxLoss
@@ -105,7 +105,7 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
   options = options.of(rule)
   stem = spec.runs[0].spec
   project = contrast is not None and not rule.local
-  guess_optimizer = optax.adam(options.guess_rate)
+  guess_optimizer = optimizers.lenient(optax.adam(options.guess_rate))
 
   def init(key: jax.Array) -> dict[str, PyTree]:
     model_key, feedback_key = jax.random.split(key)

@@ -14,6 +14,7 @@ import dm_pix
 import jax
 import jax.numpy as jnp
 
+from lfg_jax import promotion
 from lfg_jax.streams import ATTEMPTS, RATIO
 
 JITTER = (0.4, 0.4, 0.2, 0.1)    # strength of brightness, contrast, saturation, hue
@@ -80,8 +81,8 @@ def random_box(key: jax.Array, height: int, width: int, min_area: float) -> jax.
   ratio_A = jnp.exp(jax.random.uniform(ratio_key, (ATTEMPTS,), minval=jnp.log(RATIO[0]), maxval=jnp.log(RATIO[1])))
   size_Ax2 = jnp.stack([jnp.sqrt(area_A / ratio_A), jnp.sqrt(area_A * ratio_A)], 1)
   whole = jnp.array([height, width], jnp.float32)
-  fits_A = (size_Ax2 <= whole).all(1)
-  central = jnp.array([min(height, width / RATIO[0]), min(width, height * RATIO[1])])
+  fits_A = (size_Ax2 <= whole[None]).all(1)
+  central = jnp.array([min(height, width / RATIO[0]), min(width, height * RATIO[1])], jnp.float32)
   size = jnp.where(fits_A.any(), size_Ax2[jnp.argmax(fits_A)], central)
   place = jnp.where(fits_A.any(), jax.random.uniform(place_key, (2,)), 0.5) * (whole - size)
   return jnp.concatenate([place, size])
@@ -89,7 +90,7 @@ def random_box(key: jax.Array, height: int, width: int, min_area: float) -> jax.
 
 def crop(image: jax.Array, box: jax.Array) -> jax.Array:
   """The box (top, left, height, width), scaled to the image's own size by cubic interpolation."""
-  scale = jnp.array(image.shape[:2]) / box[2:]
+  scale = jnp.array(image.shape[:2], jnp.float32) / box[2:]
   scaled = jax.image.scale_and_translate(image, image.shape, (0, 1), scale, -box[:2] * scale, method='cubic')
   return jnp.clip(scaled, 0, 1)
 
@@ -127,7 +128,9 @@ def saturation(image: jax.Array, amount: jax.Array | float) -> jax.Array:
 
 def hue(image: jax.Array, amount: jax.Array | float) -> jax.Array:
   """Turns the hue by a part of the full circle."""
-  return jnp.clip(dm_pix.adjust_hue(image, amount), 0, 1)
+  with promotion.allowed():
+    turned = dm_pix.adjust_hue(image, amount)
+  return jnp.clip(turned, 0, 1)
 
 
 def grey(image: jax.Array) -> jax.Array:

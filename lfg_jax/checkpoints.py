@@ -46,7 +46,7 @@ class Checkpoints:
     # Without reading all metadata at once: one file cut short would keep every checkpoint from being read.
     options = ocp.CheckpointManagerOptions(lightweight_initialize=True, cleanup_tmp_directories=True)
     found, broken = None, {}
-    with self._open(options) as manager, _silence():
+    with self._open(options) as manager, silence():
       for step in sorted(manager.all_steps(), reverse=True):
         try:
           found = self._read(manager, step, like)
@@ -82,7 +82,8 @@ class Checkpoints:
   def close(self) -> None:
     """Waits until everything is on disk."""
     if self._manager is not None:
-      self._manager.close()
+      with silence():
+        self._manager.close()
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -101,8 +102,8 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-  """Keeps the unfinished reads of a damaged checkpoint from reporting themselves, besides the exception."""
+def silence() -> Iterator[None]:
+  """Keeps what was not finished when a read or write failed from reporting itself, besides the exception."""
   hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
   logger = logging.getLogger('asyncio')
   level = logger.level

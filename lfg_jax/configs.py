@@ -1,21 +1,20 @@
 """The config: its fields with their defaults, how it is read, and what it may contain.
 
 A file in `configs/` has a function `get_config()` that changes fields of `base()`; the command line changes
-further ones (`--config.optimizer.learning_rate=0.1`). `validate` finds what is wrong before any long work.
+further ones (`--config.optimizer.learning_rate=0.1`, see `command_line`). `validate` finds what is wrong before any
+long work.
 """
 
-import argparse
+import contextlib
+import difflib
 import json
 import math
 import pathlib
-import re
 import runpy
-import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_dict, config_flags
+from ml_collections import ConfigDict, config_dict
 
 from lfg_jax import mixer, optimizers
 
@@ -29,14 +28,13 @@ class UserError(Exception):
   exit_code = 2
 
 
-def run(main: Callable[[list[str]], None]) -> NoReturn:
-  """Runs a program; a `UserError` ends in its line."""
+@contextlib.contextmanager
+def as_user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
+  """Exceptions of these kinds, by default those about arguments and files, as `UserError`s."""
   try:
-    main(sys.argv[1:])
-  except UserError as error:
-    print(f'{pathlib.Path(sys.argv[0]).name}: {error}', file=sys.stderr)
-    sys.exit(error.exit_code)
-  sys.exit()
+    yield
+  except kinds as error:
+    raise UserError(' '.join(str(error).split())) from error
 
 
 def base() -> ConfigDict:
@@ -53,6 +51,7 @@ def base() -> ConfigDict:
       'data_dir': config_dict.placeholder(str),      # None: $TFDS_DATA_DIR or ~/tensorflow_datasets
       'image_size': config_dict.placeholder(int),    # None: the data set's own
       'images': config_dict.placeholder(int),        # to train on, the first so many; None: all
+      'init_from': config_dict.placeholder(str),     # folder of a run whose parameters are the first; None: random ones
       'model': {
           'size': 'M/8/16',                          # size / patches per side / groups
           'blocks': config_dict.placeholder(int), 'channels': config_dict.placeholder(int),
@@ -77,7 +76,7 @@ def base() -> ConfigDict:
       },
       'epochs': 10,
       'batch_size': 128,             # of all devices together
-      'micro_batch': 0,              # examples computed at once on a device; 0: what suits the machine
+      'micro_batch': 0,              # most examples computed at once on a device; 0: what suits the machine
       'steps_per_dispatch': 1,       # that the device does by itself; signals and progress wait for them
       'seed': 0,
       'eval_every': 1,               # epochs
@@ -87,16 +86,28 @@ def base() -> ConfigDict:
   })
 
 
+def may_be_none(field: str) -> bool:
+  """Whether a field, by its dotted name, may be left open."""
+  return dict(flatten(base())).get(field, 0) is None
+
+
+INT32 = 2**31
+
+
+def _from(low: float) -> tuple[Any, str]:
+  return lambda v: low <= v < math.inf, f'{low} or more'
+
+
 # field: (test, what is allowed)
 _RANGES: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(('epochs', 'batch_size', 'steps_per_dispatch', 'eval_every', 'checkpoint_every', 'keep'),
-                    (lambda v: v >= 1, '1 or more')),
+    **dict.fromkeys(('epochs', 'batch_size', 'steps_per_dispatch', 'eval_every', 'checkpoint_every', 'keep'), _from(1)),
+    'image_size': (lambda v: v is None or v >= 1, '1 or more, None'),
     **dict.fromkeys(('seed', 'optimizer.weight_decay', 'optimizer.warmup_epochs',
-                     'optimizer.readout_multiplier', 'optimizer.head_multiplier'),
-                    (lambda v: 0 <= v < math.inf, '0 or more')),
+                     'optimizer.readout_multiplier', 'optimizer.head_multiplier'), _from(0)),
     **dict.fromkeys(('optimizer.learning_rate', 'optimizer.staircase_factor'),
                     (lambda v: 0 < v < math.inf, 'more than 0')),
-    'optimizer.staircase_epochs': (lambda v: all(type(epoch) in (int, float) for epoch in v), 'numbers'),
+    'optimizer.staircase_epochs': (lambda v: all(type(epoch) in (int, float) and 0 <= epoch < math.inf for epoch in v),
+                                   'numbers, 0 or more'),
     'optimizer.momentum': (lambda v: 0 <= v < 1, '0 … 1, without 1'),
     'optimizer.name': (lambda v: v in optimizers.OPTIMIZERS, ', '.join(optimizers.OPTIMIZERS)),
     'optimizer.schedule': (lambda v: v in optimizers.SCHEDULES, ', '.join(optimizers.SCHEDULES)),
@@ -114,6 +125,11 @@ def validate(config: ConfigDict) -> None:
   for field, (test, allowed) in _RANGES.items():
     if not test(given[field]):
       raise UserError(f'{field} is {given[field]!r}; allowed: {allowed}')
+  for field, value in given.items():
+    if isinstance(value, int) and abs(value) >= INT32:
+      raise UserError(f'{field} is {value!r}; allowed: integers of 32 bits')
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f'{field} is {value!r}; allowed: finite numbers')
   warmup, epochs = config.optimizer.warmup_epochs, config.epochs
   if warmup >= epochs:
     raise UserError(f'optimizer.warmup_epochs is {warmup!r}; allowed: less than epochs, {epochs}')
@@ -123,21 +139,33 @@ def _same_fields(config: Any, wanted: ConfigDict, prefix: str) -> None:
   """Compares names and types of fields with those of `wanted`."""
   for field in config:
     if field not in wanted:
-      raise _unknown(prefix + field, wanted)
+      raise unknown(prefix + field, wanted)
   for field, default in wanted.items():
     if field not in config:
       raise UserError(f'config field {prefix}{field} is missing')
     value, kind = config[field], wanted.get_type(field)
     if isinstance(default, ConfigDict):
       if not isinstance(value, ConfigDict):
-        raise UserError(f'config field {prefix}{field} is {value!r}; allowed: fields {", ".join(default)}')
+        raise UserError(f'config field {prefix}{field} is {_line(value)}; allowed: fields {", ".join(default)}')
       _same_fields(value, default, f'{prefix}{field}.')
     elif type(value) is not kind and (value, default) != (None, None) and (kind, type(value)) != (float, int):
-      raise UserError(f'config field {prefix}{field} is {value!r}; allowed: {kind.__name__}')
+      raise UserError(f'config field {prefix}{field} is {_line(value)}; allowed: {kind.__name__}')
 
 
-def _unknown(field: str, wanted: ConfigDict) -> UserError:
-  return UserError(f'unknown config field {field}; allowed: {", ".join(sorted(wanted))}')
+def _line(value: Any) -> str:
+  """A value of whatever type as one line, which is not long."""
+  text = ' '.join(repr(value).split())
+  return text if len(text) <= 80 else f'{text[:80]}…'
+
+
+def unknown(field: str, wanted: ConfigDict) -> UserError:
+  """The error about a field, by its dotted name, that is not among those `wanted` in its place."""
+  known = [name for name, _ in flatten(base())]
+  near = difflib.get_close_matches(field, known, 1, 0.75)
+  last = {name.rpartition('.')[2]: name for name in known}
+  near = near or [last[name] for name in difflib.get_close_matches(field.rpartition('.')[2], last, 1, 0.75)]
+  hint = f'did you mean {near[0]}? ' if near else ''
+  return UserError(f'unknown config field {field}; {hint}allowed: {", ".join(sorted(wanted))}')
 
 
 def flatten(config: ConfigDict | dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
@@ -156,54 +184,6 @@ def flatten(config: ConfigDict | dict[str, Any], prefix: str = '') -> Iterator[t
 def to_json(config: ConfigDict) -> str:
   """A text that two configs share just when they are equal."""
   return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
-
-
-class Parser(argparse.ArgumentParser):
-  """A parser whose mistakes are `UserError`s."""
-
-  def error(self, message: str) -> NoReturn:
-    """Called by argparse, which else prints the usage and exits."""
-    raise UserError(message)
-
-
-def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
-  """The options of `parser`, which has --config, and the config with the command line's changes.
-
-  Raises:
-    UserError: an unknown option, file or field, or a value of another type.
-  """
-  options, rest = parser.parse_known_args(arguments)
-  return options, override(load(options.config), rest)
-
-
-def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
-  """The config with the changes of a command line, `--config.field=value …`.
-
-  Raises:
-    UserError: an unknown option or field, or a value of another type.
-  """
-  for argument in arguments:
-    if match := re.match(r'--?(?:no)?config\.([^=]*)', argument):
-      _check_field(config, match[1])
-  values = flags.FlagValues()
-  try:
-    config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=['', *arguments])
-    _, *unused = values(['', *arguments])
-  except (flags.Error, TypeError, ValueError) as error:
-    raise UserError(' '.join(str(error).split())) from error
-  if unused:
-    raise UserError(f'unexpected argument {unused[0]!r}')
-  return values.config
-
-
-def _check_field(config: ConfigDict, dotted: str) -> None:
-  """Finds the field that a flag names."""
-  node: Any = config
-  for i, field in enumerate(names := dotted.split('.')):
-    if not isinstance(node, ConfigDict) or field not in node:
-      wanted = node if isinstance(node, ConfigDict) else ConfigDict()
-      raise _unknown('.'.join(names[:i + 1]), wanted)
-    node = node[field]
 
 
 def load(path: str) -> ConfigDict:

@@ -87,10 +87,10 @@ def _positions(rows: int, axis_name: str | None) -> jax.Array:
 def _scores(a_NxK: jax.Array, c_MxK: jax.Array, real_N: jax.Array, contrast: Contrast) -> tuple[jax.Array, jax.Array]:
   """Logits [N, M] of all candidates, `_NEVER` for the row itself and for padding; and the other views, one-hot."""
   own_N = _positions(a_NxK.shape[0], contrast.axis_name)
-  candidate_M = jnp.arange(c_MxK.shape[0])
-  is_candidate_NxM = gather(real_N, contrast.axis_name) & (candidate_M != own_N[:, None])
+  candidate_1xM = jnp.arange(c_MxK.shape[0])[None]
+  is_candidate_NxM = gather(real_N, contrast.axis_name)[None] & (candidate_1xM != own_N[:, None])
   logits_NxM = jnp.where(is_candidate_NxM, a_NxK @ c_MxK.T / contrast.temperature, _NEVER)
-  return logits_NxM, candidate_M == (own_N ^ 1)[:, None]
+  return logits_NxM, candidate_1xM == (own_N ^ 1)[:, None]
 
 
 def info_nce(z_NxK: jax.Array, candidate_z_NxK: jax.Array, real_N: jax.Array, contrast: Contrast) -> jax.Array:

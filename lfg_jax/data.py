@@ -7,16 +7,14 @@ doi 10.24432/C50P49, CC BY 4.0). The others are TFDS data sets, prepared as arra
 """
 
 import importlib.resources
-import io
 import os
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-from lfg_jax.streams import Batch, Source, Stream
+from lfg_jax.streams import BadExample, Batch, Source, Stream, decode
 
 
 class Arrays(NamedTuple):
@@ -90,9 +88,10 @@ def load(name: str, *, data_dir: str | None = None, image_size: int | None = Non
   if name == 'imagenet2012':
     size = image_size or own_size
     return Dataset(name, facts.classes, (size, size, 3), facts.mean, facts.std,
-                   Stream(train, size, train=True, min_area=1.0 if whole_images else 0.3, seed=seed),
-                   Stream(test, size, train=False, seed=seed))
-  return Dataset(name, *facts[:4], _arrays(train, facts.image_shape), _arrays(test, facts.image_shape))
+                   Stream(train, size, train=True, min_area=1.0 if whole_images else 0.3, seed=seed,
+                          classes=facts.classes),
+                   Stream(test, size, train=False, seed=seed, classes=facts.classes))
+  return Dataset(name, *facts[:4], _arrays(train, facts), _arrays(test, facts))
 
 
 def epoch_order(key: jax.Array, n: int, batch_size: int) -> jax.Array:
@@ -173,12 +172,15 @@ def _source(name: str, split: str, data_dir: str | None) -> Source:
   return builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
 
 
-def _arrays(source: Any, image_shape: tuple[int, int, int]) -> Arrays:
+def _arrays(source: Any, facts: _Facts) -> Arrays:
   """All examples of a source, decoded."""
-  image_NxHxWxC = np.empty((len(source), *image_shape), np.uint8)
+  image_NxHxWxC = np.empty((len(source), *facts.image_shape), np.uint8)
   label_N = np.empty(len(source), np.int32)
   # Read at once: twice as fast as one by one, and the encoded files are smaller than the arrays.
   for i, example in enumerate(source.__getitems__(list(range(len(source))))):
-    image_NxHxWxC[i] = np.asarray(Image.open(io.BytesIO(example['image']))).reshape(image_shape)
-    label_N[i] = example['label']
+    image, label_N[i] = decode(example, i, facts.classes)
+    height, width, colours = facts.image_shape
+    if image.size != (width, height):
+      raise BadExample(f'example {i} has an image of {image.height}x{image.width}; allowed: {height}x{width}')
+    image_NxHxWxC[i] = np.asarray(image)[..., :colours]    # the three of a grey image are the same
   return Arrays(image_NxHxWxC, label_N)

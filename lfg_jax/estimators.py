@@ -257,7 +257,7 @@ def _guessed_slope(tap: Tap, guessed: jax.Array, u_K: jax.Array, axis_name: str 
   """h·u of each tangent, [K, *1, B, ...]: over all that the tap's credit sums over."""
   scanned = guessed.ndim - tap.ndim
   axes = (*range(1, 1 + scanned), *range(1 + scanned + tap.local_axes, u_K.ndim))
-  dot_K = (guessed.astype(jnp.float32) * u_K).sum(axes, keepdims=True)
+  dot_K = (guessed.astype(jnp.float32)[None] * u_K).sum(axes, keepdims=True)
   return jax.lax.psum(dot_K, axis_name) if tap.local_axes == 0 and axis_name else dot_K
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.dtypes import promote_dtype
 
 EPSILON = 1e-5
@@ -31,7 +32,7 @@ def layer_norm(x: jax.Array, axes: tuple[int, ...] = (-1,)) -> jax.Array:
 
 def wide(x: jax.Array) -> jax.Array:
   """x in float32, if its numbers are shorter: means of thousands of them need the digits."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return x.astype(np.promote_types(x.dtype, np.float32))
 
 
 def _normalise(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -82,11 +83,12 @@ class Norm(nn.Module):
       real_Bx1x1 = (weight_B > 0).astype(x.dtype)[:, None, None]
       count = total(real_Bx1x1.sum() * flat_BxNxC.shape[1])
       mean = total((flat_BxNxC * real_Bx1x1).sum((0, 1))) / count
-      variance = total(((flat_BxNxC - mean)**2 * real_Bx1x1).sum((0, 1))) / count
+      variance = total(((flat_BxNxC - mean[None, None])**2 * real_Bx1x1).sum((0, 1))) / count
       if not self.is_initializing() and self.is_mutable_collection('batch_stats'):
         for r, new in zip(running, (mean, variance), strict=True):
           r.value = RUNNING * r.value + (1 - RUNNING) * jax.lax.stop_gradient(new)
-    return ((flat_BxNxC - mean) * jax.lax.rsqrt(variance + EPSILON)).astype(x.dtype).reshape(x.shape)
+    normalised = (flat_BxNxC - mean[None, None]) * jax.lax.rsqrt(variance + EPSILON)[None, None]
+    return normalised.astype(x.dtype).reshape(x.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -202,8 +204,10 @@ class Linear(nn.Module):
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
     if self.has_variable('feedback', 'kernel'):
       feedback: jax.Array = self.get_variable('feedback', 'kernel').astype(kernel.dtype)
-      return with_feedback(self.linear, x, kernel, feedback) + bias
-    return self.linear(x, kernel) + bias
+      out = with_feedback(self.linear, x, kernel, feedback)
+    else:
+      out = self.linear(x, kernel)
+    return out + jnp.expand_dims(bias, tuple(range(out.ndim - bias.ndim)))
 
 
 def like_kernels(key: jax.Array, params: Any) -> Any:

@@ -53,7 +53,7 @@ def head_outputs(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: j
   """[B, K]: the head on the mean over patches of all groups."""
   G, C, K = kernel_GxCxK.shape
   mean_BxD = features_BxPxGxC.mean(1, dtype=kernel_GxCxK.dtype).reshape(-1, G * C)
-  return mean_BxD @ kernel_GxCxK.reshape(G * C, K) + bias_K
+  return mean_BxD @ kernel_GxCxK.reshape(G * C, K) + bias_K[None]
 
 
 def own_slopes(d_BxPxGxC: jax.Array, slope_BxGxC: jax.Array, cut: Cut) -> jax.Array:

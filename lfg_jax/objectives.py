@@ -87,7 +87,7 @@ def _summary(logits_BxK: jax.Array, criterion: Criterion) -> dict[str, jax.Array
   label_B, weight_B = criterion
   one_hot_BxK = jax.nn.one_hot(label_B, logits_BxK.shape[-1], dtype=logits_BxK.dtype)
   return {'loss': cross_entropy(logits_BxK, label_B) * weight_B,
-          'error': (logits_BxK.argmax(-1) != label_B) * weight_B,
+          'error': jnp.where(logits_BxK.argmax(-1) != label_B, weight_B, 0),
           'output_error': (jax.nn.softmax(logits_BxK) - one_hot_BxK) * weight_B[:, None]}
 
 

@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import optax
 
+from lfg_jax import promotion
+
 PyTree = Any
 OPTIMIZERS = ('sgd', 'adam', 'adamw', 'lars')
 SCHEDULES = ('constant', 'linear', 'staircase', 'cosine')
+ENDLESS = ('constant', 'staircase')    # do not depend on how many epochs there are
 
 
 def schedule(config: Any, steps_per_epoch: int, epochs: int, batch_size: int = 256) -> optax.Schedule:
@@ -51,7 +54,16 @@ def make(config: Any, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
                                  momentum=momentum),
   }[config.name]()
   multipliers = {'readout': config.readout_multiplier, 'head': config.head_multiplier}
-  return optax.chain(optimizer, _multiply(multipliers))
+  return lenient(optax.chain(optimizer, _multiply(multipliers)))
+
+
+def lenient(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+  """The optimizer, one of optax's, where the user has forbidden silent promotion."""
+  def update(*args: Any) -> tuple[PyTree, PyTree]:
+    with promotion.allowed():
+      return optimizer.update(*args)
+
+  return optax.GradientTransformation(optimizer.init, update)
 
 
 def kernels(params: PyTree) -> PyTree:

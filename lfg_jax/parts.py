@@ -23,24 +23,25 @@ def number_of_parts(examples: int, micro_batch: int, bytes_per_example: int) -> 
 
   Args:
     examples: of the batch, on this device.
-    micro_batch: examples per part; 0: on a CPU as many as fit in cache, elsewhere all.
+    micro_batch: most examples of a part, which has the largest divisor of `examples` not above it; 0: on a CPU
+      as many as fit in cache, elsewhere all.
     bytes_per_example: size of one activity.
-
-  Raises:
-    ValueError: micro_batch does not divide the batch.
 
   >>> number_of_parts(64, 16, 2**17)
   4
   """
   if micro_batch:
-    if examples % micro_batch:
-      raise ValueError(f'micro_batch is {micro_batch}; allowed: divisors of {examples}, the examples per device')
-    return examples // micro_batch
+    return examples // _divisor(examples, micro_batch)
   if jax.default_backend() != 'cpu':
     return 1
   most = max(CACHE_BYTES // bytes_per_example, 1)
-  size = next(size for size in range(min(most, examples), 0, -1) if examples % size == 0)
+  size = _divisor(examples, most)
   return examples // size if 2 * size > min(most, examples) else 1    # parts much smaller would waste what they save
+
+
+def _divisor(number: int, most: int) -> int:
+  """The largest divisor that is not above `most`."""
+  return next(size for size in range(min(most, number), 0, -1) if number % size == 0)
 
 
 def sum_over_parts(gradient: Callable[[Part, PyTree], PyTree], batch: PyTree, parts: int) -> PyTree:

@@ -82,7 +82,7 @@ class Options:
     patch, group: whether losses are cut by patch and by group.
     every: blocks per stage of a greedy rule.
     overlap: greedy stages are overlapping pairs of blocks.
-    micro_batch: examples whose gradients are computed at once; 0: what suits the machine, see `parts`.
+    micro_batch: most examples whose gradients are computed at once; 0: what suits the machine, see `parts`.
   """
   law: str = 'hadamard'
   passes: int = 1

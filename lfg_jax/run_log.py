@@ -6,11 +6,14 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
-import tensorboardX
 import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 Row = dict[str, Any]
 
@@ -75,8 +78,11 @@ class RunLog:
       return
     write_atomically(path, ''.join(json.dumps(row) + '\n' for row in self.rows))
     self._file = path.open('a')
+    (workdir / 'tensorboard').mkdir(exist_ok=True)
+    # Not by a SummaryWriter, whose thread would tell of a full disk by itself.
+    self._events = EventsWriter(str(workdir / 'tensorboard' / 'events'))
     # Events of steps that will come again are hidden.
-    self._writer = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
+    self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
   def progress(self, step: int, **shown: Any) -> None:
     """Moves the bar to `step`."""
@@ -92,9 +98,13 @@ class RunLog:
     self._file.flush()
     for name, value in row.items():
       if name not in ('step', 'epoch') and value is not None:
-        self._writer.add_scalar(name, value, row['step'])
+        self._event(row['step'], summary=scalar(name, value))
+    self._events.flush()
     if self._bar.disable:
       print('  '.join(f'{name} {value:.6g}' for name, value in row.items() if value is not None), flush=True)
+
+  def _event(self, step: int, **what: Any) -> None:
+    self._events.write_event(Event(wall_time=time.time(), step=step, **what))
 
   def __enter__(self) -> 'RunLog':
     return self
@@ -103,4 +113,4 @@ class RunLog:
     self._bar.close()
     if self._active:
       self._file.close()
-      self._writer.close()
+      self._events.close()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lfg_jax.mixer import NORMS, BlockSpec, MixerSpec, Run, Style
 
 CHANNELS = {'S': 256, 'M': 512, 'L': 2048}
+MOST_BLOCKS = 10_000
 
 
 def _check(ok: bool, message: str) -> None:
@@ -54,9 +55,13 @@ def mixer_spec(size: str = 'M/8/16', *, image_shape: tuple[int, int, int], class
   [('stem', 1), ('blocks', 3)]
   """
   letter, side, groups = parse(size)
-  blocks = blocks or (1 if side == 1 else 4)
-  channels = channels or CHANNELS[letter]
-  hidden = hidden or channels
+  blocks = (1 if side == 1 else 4) if blocks is None else blocks
+  channels = CHANNELS[letter] if channels is None else channels
+  hidden = channels if hidden is None else hidden
+  _check(1 <= blocks <= MOST_BLOCKS, f'model.blocks is {blocks}; allowed: 1 … {MOST_BLOCKS}')
+  for field, value, low in (('channels', channels, 1), ('hidden', hidden, 1), ('pool_every', pool_every, 0),
+                            ('channel_ratio', channel_ratio, 1), ('group_ratio', group_ratio, 1)):
+    _check(value >= low, f'model.{field} is {value}; allowed: {low} or more')
   height, width, colours = image_shape
   _check(height % side == 0 and width % side == 0,
          f'model.size asks for {side}x{side} patches, which do not divide an image of {height}x{width}')
@@ -68,6 +73,8 @@ def mixer_spec(size: str = 'M/8/16', *, image_shape: tuple[int, int, int], class
                          ('init', ('kaiming', 'lecun', 'constant')), ('pool', ('average', 'max')),
                          ('precision', ('float32', 'bfloat16'))):
     _one_of(field, getattr(full, field), allowed)
+  _check(full.mixing != 'conv' or 1 <= full.conv_size <= height,
+         f'model.conv_size is {full.conv_size}; allowed: 1 … {height}, the height of an image')
   stem = BlockSpec(side * side, height * width * colours // side**2, hidden, channels, groups, mix=False)
   runs = [Run('stem', stem, 1)]
   for index in range(1, blocks):
@@ -103,5 +110,6 @@ def patches(image_BxHxWxC: jax.Array, side: int, mean: tuple[float, ...], std: t
   >>> patches(jnp.zeros((2, 8, 8, 1), jnp.uint8), 4, (0.5,), (0.5,))[0, 0].tolist()
   [-1.0, -1.0, -1.0, -1.0]
   """
-  x = (image_BxHxWxC.astype(jnp.result_type(float)) / 255 - jnp.array(mean)) / jnp.array(std)
+  mean_1x1x1xC, std_1x1x1xC = (jnp.array(numbers)[None, None, None] for numbers in (mean, std))
+  x = (image_BxHxWxC.astype(jnp.result_type(float)) / 255 - mean_1x1x1xC) / std_1x1x1xC
   return einops.rearrange(x, 'b (p h) (q w) c -> b (p q) (h w c)', p=side, q=side)

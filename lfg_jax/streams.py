@@ -34,6 +34,10 @@ class Source(Protocol):
   def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
+class BadExample(ValueError):
+  """An example that cannot be used; the message is one line, with its index in the source."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Stream:
   """A split read from `source`.
@@ -45,6 +49,7 @@ class Stream:
     min_area: of a random crop, as a part of the image's (0.3: ImageNet in Ren et al. 2023; 0.08: SimCLR).
     seed: of shuffling, crops and flips.
     threads: that read and decode.
+    classes: labels are 0 … classes − 1; None: any.
 
   >>> source = [{'image': np.full((20, 30, 3), i, np.uint8), 'label': i} for i in range(5)]
   >>> stream = Stream(source, image_size=8, train=False)
@@ -57,6 +62,7 @@ class Stream:
   min_area: float = 0.3
   seed: int = 0
   threads: int = 16
+  classes: int | None = None
 
   @property
   def examples(self) -> int:
@@ -79,6 +85,7 @@ class Stream:
 
     Raises:
       ValueError: when the processes do not divide the batch.
+      BadExample: from the iterator.
     """
     if batch_size < 1 or batch_size % process_count:
       raise ValueError(f'batch size {batch_size} does not divide among {process_count} processes')
@@ -102,8 +109,7 @@ class Stream:
     return iter(slots.map(example).to_iter_dataset(options).batch(local))
 
   def _example(self, epoch: int, index: int) -> Batch:
-    example = self.source[index]
-    image = _pil(example['image'])
+    image, label = decode(self.source[index], index, self.classes)
     if self.train:
       rng = np.random.default_rng((self.seed, epoch, index))
       image = _resized(image, random_box(rng, *image.size, self.min_area), self.image_size)
@@ -111,7 +117,7 @@ class Stream:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     else:
       image = _resized(image, centre_box(*image.size), self.image_size)
-    return Batch(np.asarray(image), np.array(example['label'], np.int32), np.array(1, np.float32))
+    return Batch(np.asarray(image), np.array(label, np.int32), np.array(1, np.float32))
 
   def _padding(self) -> Batch:
     image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
@@ -152,11 +158,24 @@ def _central(width: int, height: int, w: float, h: float) -> tuple[float, float,
   return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
-def _pil(image: np.ndarray | bytes) -> Image.Image:
-  """The image in RGB; some of ImageNet's files are grey."""
-  if isinstance(image, bytes):
-    return Image.open(io.BytesIO(image)).convert('RGB')
-  return Image.fromarray(image)
+def decode(example: Mapping[str, Any], index: int, classes: int | None = None) -> tuple[Image.Image, int]:
+  """The image in RGB, as some of ImageNet's files are grey, and the label.
+
+  Raises:
+    BadExample: a file that is no image, or is cut short; an array that is no image; a label out of range.
+  """
+  image, label = example['image'], int(example['label'])
+  try:
+    picture = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
+    picture = picture.convert('RGB')
+  # What Pillow raises depends on the file.
+  except Exception as error:
+    what = f'{len(image)} bytes' if isinstance(image, bytes) else f'{image.dtype} {image.shape}'
+    reason = ' '.join(str(error).split())
+    raise BadExample(f'example {index} (label {label}) has no image that can be decoded: {what}; {reason}') from error
+  if classes is not None and not 0 <= label < classes:
+    raise BadExample(f'example {index} has the label {label}; allowed: 0 … {classes - 1}')
+  return picture, label
 
 
 def _resized(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Image.Image:

@@ -77,7 +77,7 @@ def draw_signs(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32)
   """
   size = math.prod(shape)
   words_W = jax.random.bits(key, (-(-size // 32),), jnp.uint32)
-  bits_Wx32 = (words_W[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+  bits_Wx32 = (words_W[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
   return (1 - 2 * bits_Wx32.astype(jnp.int8)).astype(dtype).ravel()[:size].reshape(shape)
 
 
@@ -119,10 +119,10 @@ def _draw_haar(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, d
 def _draw_hadamard(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
   """u_kj = s_j (-1)^(number of bits that k and j share): Sylvester's matrix; one draw of signs serves a whole set."""
   size, ids_K = d & -d, passes.ids_K
-  odd_KxD = jax.lax.population_count((ids_K % size)[:, None] & jnp.arange(d)) & 1
+  odd_KxD = jax.lax.population_count((ids_K % size)[:, None] & jnp.arange(d)[None]) & 1
   rows = (1 - 2 * odd_KxD).astype(dtype).reshape(-1, *[1] * len(shape), d)
   draw_set = lambda number: draw_signs(jax.random.fold_in(key, number), (*shape, d), dtype)
-  return rows * (draw_set(0) if passes.total <= size else jax.vmap(draw_set)(ids_K // size))
+  return rows * (draw_set(0)[None] if passes.total <= size else jax.vmap(draw_set)(ids_K // size))
 
 
 def _orthogonal_excess(d: int, passes: int, block: int | None = None) -> float:

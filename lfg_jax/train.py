@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lfg_jax import algorithms, configs, data, optimizers, plots, run_log, update
+from lfg_jax import algorithms, configs, data, optimizers, plots, processes, run_log, start, update
+from lfg_jax import workdir as folders
 from lfg_jax.checkpoints import Checkpoints
 from lfg_jax.configs import UserError
 from lfg_jax.run_log import RunLog
+from lfg_jax.streams import BadExample
 from lfg_jax.update import Feed, TrainState
 
-MAY_DIFFER = ('data_dir', 'distributed')    # when a run resumes: where the data is, not which
-REFRESH_SECONDS = 1.0                       # between looks at the running state, which wait for the device
+REFRESH_SECONDS = 1.0    # between looks at the running state, which wait for the device
 
 
 class Job(NamedTuple):
@@ -54,20 +54,15 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
     UserError: one line about the first mistake.
   """
   configs.validate(config)
-  try:
-    if config.distributed and not jax.distributed.is_initialized():
-      jax.distributed.initialize()
+  with configs.as_user_errors():
+    if config.distributed:
+      processes.connect()
     if config.batch_size % jax.device_count():
       raise ValueError(f'batch_size is {config.batch_size}; allowed: multiples of {jax.device_count()}, '
                        'the number of devices')
-    if config.micro_batch and config.batch_size // jax.device_count() % config.micro_batch:
-      raise ValueError(f'micro_batch is {config.micro_batch}; allowed: divisors of '
-                       f'{config.batch_size // jax.device_count()}, the examples per device')
     dataset = dataset or data.load(config.dataset, data_dir=config.data_dir, image_size=config.image_size,
                                    seed=config.seed, whole_images=config.loss == 'contrastive')
     algorithm = algorithms.make(config, dataset, update.AXIS)
-  except (ValueError, FileNotFoundError) as error:
-    raise UserError(str(error)) from error
   return first_images(Job(config, dataset, algorithm, update.make_mesh()), config.images)
 
 
@@ -91,11 +86,8 @@ def load(workdir: pathlib.Path, data_dir: str | None = None) -> tuple[Job, Train
   Raises:
     UserError: the folder has no run, or no checkpoint.
   """
-  path = workdir / 'config.json'
-  if not path.exists():
-    raise UserError(f'{workdir} is not the folder of a run: it has no config.json')
   config = configs.base()
-  stored = {name: tuple(value) if isinstance(value, list) else value for name, value in _stored(path).items()}
+  stored = {name: tuple(value) if isinstance(value, list) else value for name, value in folders.stored(workdir).items()}
   config.update_from_flattened_dict({**stored, **({'data_dir': data_dir} if data_dir else {})})
   job = prepare(config)
   state = build(job)[1]
@@ -104,46 +96,6 @@ def load(workdir: pathlib.Path, data_dir: str | None = None) -> tuple[Job, Train
   if restored is None:
     raise UserError(f'{workdir} has no checkpoint yet')
   return job, restored[0]
-
-
-def claim(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any] | None:
-  """Makes `workdir` the folder of this config's run; returns the summary if the run is finished.
-
-  Raises:
-    UserError: the folder has a run of another config, or files that are no run's.
-  """
-  path = workdir / 'config.json'
-  if path.exists():
-    _compare(path, config)
-    finished = workdir / 'summary.json'
-    return json.loads(finished.read_text()) if finished.exists() else None
-  # A run that was killed at once may have left config.json.tmp.
-  if workdir.exists() and (not workdir.is_dir() or {f.name for f in workdir.iterdir()} - {'config.json.tmp'}):
-    raise UserError(f'{workdir} exists and is not the folder of a run; name another')
-  if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    run_log.write_atomically(path, configs.to_json(config))
-  return None
-
-
-def _stored(path: pathlib.Path) -> dict[str, Any]:
-  """The fields of a run's config.json, by dotted names."""
-  try:
-    return dict(configs.flatten(json.loads(path.read_text())))
-  except (ValueError, AttributeError) as error:
-    raise UserError(f'{path} is not a config that this program wrote; name another folder') from error
-
-
-def _compare(path: pathlib.Path, config: ConfigDict) -> None:
-  """Raises UserError when the stored config is not `config`."""
-  there = _stored(path)
-  here = dict(configs.flatten(json.loads(configs.to_json(config))))
-  fields = sorted({*here, *there} - {*MAY_DIFFER})
-  differing = [f'{field} is {there.get(field)!r} there, {here.get(field)!r} here'
-               for field in fields if here.get(field) != there.get(field)]
-  if differing:
-    raise UserError(f'{path.parent} has a run of another config ({", ".join(differing)}); '
-                    'name another folder')
 
 
 class Signals:
@@ -168,9 +120,9 @@ class Signals:
     self.received = number
     self.__exit__()
 
-  def ask_to_stop(self, step: int) -> bool:
-    """To be called after every step."""
-    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+  def ask_to_stop(self) -> bool:
+    """To be called after every dispatch."""
+    if jax.process_count() > 1 and processes.terminated():
       self.received = signal.SIGTERM
     return bool(self.received)
 
@@ -179,13 +131,23 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
   """Trains, or goes on with, the run in `workdir`; returns its summary.
 
   Raises:
-    UserError: the folder is not this run's; the loss became infinite or NaN.
+    UserError: the folder is not this run's, or is in use; the loss became infinite or NaN; a disk is full; an example
+      cannot be decoded.
     Interrupted: by a signal.
   """
   begin = time.monotonic()
-  if finished := claim(workdir, job.config):
-    print(f'{workdir} has this run finished')
-    return finished
+  with configs.as_user_errors((BadExample,)), folders.file_errors(workdir):
+    if job.config.init_from and not (workdir / 'config.json').exists():
+      start.check(pathlib.Path(job.config.init_from), job.algorithm)    # before there is a folder
+    with folders.claim(workdir, job.config) as finished:
+      if finished:
+        print(f'{workdir} has this run finished')
+        return finished
+      return _train(job, workdir, begin)
+
+
+def _train(job: Job, workdir: pathlib.Path, begin: float) -> dict[str, Any]:
+  """In a folder that is claimed; `begin`: when it began, were it without stops."""
   functions, state = build(job)
   active = jax.process_index() == 0
   with Checkpoints(workdir / 'checkpoints', job.config.keep) as checkpoints:
@@ -194,6 +156,8 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
       state, seconds = restored
       begin -= seconds
       print(f'resuming {workdir} at step {int(state.step)}')
+    elif job.config.init_from:
+      state = start.from_run(pathlib.Path(job.config.init_from), state)
     total, batch_size = job.config.epochs * functions.feed.steps, job.config.batch_size
     with RunLog(workdir, int(state.step), total, batch_size, active=active) as log, Signals() as signals:
       state = _epochs(job.config, functions, state, checkpoints, log, signals, begin)
@@ -266,11 +230,11 @@ def _epoch(functions: Functions, state: TrainState, epoch: int, batch_size: int,
       begin, untimed = time.monotonic(), count
     step += count
     if time.monotonic() - shown > REFRESH_SECONDS:
-      if int(state.bad_step) >= 0:
+      if int(state.bad_step) >= 0 and jax.process_count() == 1:    # several look at different times
         break
       log.progress(int(state.step), epoch=epoch + 1, **_means(state))
       shown = time.monotonic()
-    if signals.ask_to_stop(epoch * steps + step):
+    if signals.ask_to_stop():
       break
   log.progress(int(state.step), epoch=epoch + 1, **_means(state))
   timed = step - first - untimed

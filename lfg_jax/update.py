@@ -171,7 +171,7 @@ def make_error(algorithm: Algorithm, mesh: Mesh, feed: Feed) -> Callable[[TrainS
       batch = feed.fetch(*inputs, step)
       logits_BxK = algorithm.predict({'params': params, **rest}, jnp.asarray(batch.image))
       wrong_B = logits_BxK.argmax(-1) != batch.label
-      return counts + jnp.stack([(wrong_B * batch.weight).sum(), batch.weight.sum()]), None
+      return counts + jnp.stack([jnp.where(wrong_B, batch.weight, 0).sum(), batch.weight.sum()]), None
 
     return jax.lax.psum(jax.lax.scan(add, jnp.zeros(2), steps_S)[0], AXIS)
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from lfg_jax import configs, optimizers, rules, tangents
-from tests.runs import FLAGS, ROOT, STEPS
+from lfg_jax import command_line, configs, mixer, optimizers, rules, tangents
+from tests.runs import FLAGS, ROOT, STEPS, tiny
 
 ALGORITHMS = ', '.join(rules.REGISTRY)
 TOP = ', '.join(sorted(configs.base()))
@@ -18,7 +18,7 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
   main = runpy.run_path(str(ROOT / 'experiments' / script))['main']
   monkeypatch.setattr(sys, 'argv', [script, *arguments])
   with pytest.raises(SystemExit) as stop:
-    configs.run(main)
+    command_line.run(main)
   out, err = capsys.readouterr()
   return stop.value.code, out, err
 
@@ -41,20 +41,41 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
     ('--config.optimizer.momentum=1', 'optimizer.momentum is 1.0; allowed: 0 … 1, without 1'),
     ('--config.optimizer.weight_decay=-1', 'optimizer.weight_decay is -1.0; allowed: 0 or more'),
     ('--config.optimizer.warmup_epochs=20', 'optimizer.warmup_epochs is 20.0; allowed: less than epochs, 20'),
-    ('--config.optimizer.staircase_epochs=(1,"b")',
-     "optimizer.staircase_epochs is (1, 'b'); allowed: numbers"),
+    ('--config.optimizer.staircase_epochs=1,b',
+     "optimizer.staircase_epochs is (1, 'b'); allowed: numbers, 0 or more"),
+    ('--config.optimizer.staircase_epochs=-1',
+     'optimizer.staircase_epochs is (-1,); allowed: numbers, 0 or more'),
+    ('--config.model.norms=head,readuot',
+     f"model.norms is 'readuot'; allowed: {', '.join(mixer.NORMS)}"),
+    ('--config.model.channels=0', 'model.channels is 0; allowed: 1 or more'),
+    ('--config.model.hidden=-2', 'model.hidden is -2; allowed: 1 or more'),
+    ('--config.model.blocks=0', 'model.blocks is 0; allowed: 1 … 10000'),
+    ('--config.model.blocks=-3', 'model.blocks is -3; allowed: 1 … 10000'),
+    ('--config.model.pool_every=-1', 'model.pool_every is -1; allowed: 0 or more'),
+    ('--config.model.channel_ratio=0', 'model.channel_ratio is 0; allowed: 1 or more'),
+    ('--config.model.group_ratio=0', 'model.group_ratio is 0; allowed: 1 or more'),
+    ('--config.image_size=0', 'image_size is 0; allowed: 1 or more, None'),
+    ('--config.estimator.step=inf', 'estimator.step is inf; allowed: finite numbers'),
+    ('--config.seed=2147483648', 'seed is 2147483648; allowed: integers of 32 bits'),
     ('--config.epochs=0', 'epochs is 0; allowed: 1 or more'),
     ('--config.batch_size=30', 'batch_size is 30; allowed: multiples of 8, the number of devices'),
-    ('--config.epochs=many', "flag --config.epochs=many: invalid literal for int() with base 10: 'many'"),
+    ('--config.epochs=many', "config field epochs is 'many'; allowed: int"),
+    ('--config.losses.patch=maybe', "config field losses.patch is 'maybe'; allowed: bool"),
+    ('--config.epochs=None', "config field epochs is 'None'; allowed: int"),
+    ('--config.epochs', '--config.epochs needs a value'),
+    ('--noconfig.epochs', '--noconfig.epochs is for bool; config field epochs is int'),
+    ('--config.losses=3', 'config field losses has fields: every, group, overlap, patch; name one of them'),
     ('--config.image_size=9', 'image_size=9 is not for digits, whose images are 8x8'),
     ('--config.images=1439', 'images is 1439; allowed: 1 … 1438, of a data set that fits memory'),
-    ('--config.epoch=3', f'unknown config field epoch; allowed: {TOP}'),
+    ('--config.epoch=3', f'unknown config field epoch; did you mean epochs? allowed: {TOP}'),
     ('--config.estimator.laws=normal',
-     'unknown config field estimator.laws; allowed: chunk, combine, credit, guess, '
+     'unknown config field estimator.laws; did you mean estimator.law? allowed: chunk, combine, credit, guess, '
      'guess_rate, last_tap, law, passes, sharing, step, tap_passes, taps'),
+    ('--config.learning_rat=1',
+     f'unknown config field learning_rat; did you mean optimizer.learning_rate? allowed: {TOP}'),
     ('--config.trainer.x=1', f'unknown config field trainer; allowed: {TOP}'),
     ('--config=configs/none.py', 'config file configs/none.py not found'),
-    ('--confg=configs/mnist.py', "Unknown command line flag 'confg'. Did you mean: config ?"),
+    ('--confg=configs/mnist.py', 'unknown option --confg; did you mean --config?'),
     ('--workdir', 'argument --workdir: expected one argument'),
     ('more', "unexpected argument 'more'"),
 ])
@@ -62,6 +83,48 @@ def test_arguments(argument, message, tmp_path, monkeypatch, capsys):
   workdir = [f'--workdir={tmp_path / "run"}']
   assert run(monkeypatch, capsys, [*workdir, argument]) == (2, '', f'train.py: {message}\n')
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_convolution_has_a_size(tmp_path, monkeypatch, capsys):
+  for size in (0, 9):
+    arguments = ['--config.model.mixing=conv', f'--config.model.conv_size={size}', f'--workdir={tmp_path / "run"}']
+    message = f'train.py: model.conv_size is {size}; allowed: 1 … 8, the height of an image\n'
+    assert run(monkeypatch, capsys, arguments) == (2, '', message)
+
+
+@pytest.mark.parametrize('argument, field, value', [
+    ('model.norms=head,readout', 'model.norms', ('head', 'readout')),
+    ("model.norms=('head', 'readout')", 'model.norms', ('head', 'readout')),
+    ('model.norms=[head]', 'model.norms', ('head',)),
+    ('model.norms=', 'model.norms', ()),
+    ('optimizer.staircase_epochs=1,2.5', 'optimizer.staircase_epochs', (1, 2.5)),
+    ('optimizer.staircase_epochs=3', 'optimizer.staircase_epochs', (3,)),
+    ('data_dir=None', 'data_dir', None),
+    ('data_dir=none', 'data_dir', None),
+    ('data_dir=/a=b', 'data_dir', '/a=b'),
+    ('model.channels=None', 'model.channels', None),
+    ('losses.patch=False', 'losses.patch', False),
+    ('optimizer.learning_rate=1', 'optimizer.learning_rate', 1.0),
+])
+def test_values_on_a_command_line(argument, field, value):
+  config = tiny(data_dir='x')
+  changed = command_line.override(config, [f'--config.{argument}'])
+  given = dict(configs.flatten(changed))[field]
+  assert (given, type(given)) == (value, type(value))
+  assert config.data_dir == 'x' and config.model.channels == 16    # a copy was changed
+
+
+def test_every_field_that_may_be_none_reads_none():
+  fields = [name for name, value in configs.flatten(configs.base()) if value is None]
+  assert len(fields) >= 6
+  config = command_line.override(tiny(data_dir='x'), [f'--config.{field}=None' for field in fields])
+  assert all(dict(configs.flatten(config))[field] is None for field in fields)
+  configs.validate(config)
+
+
+def test_values_may_be_arguments_of_their_own():
+  config = command_line.override(tiny(), ['--config.epochs', '7', '--noconfig.losses.patch', '--config.losses.overlap'])
+  assert (config.epochs, config.losses.patch, config.losses.overlap) == (7, False, True)
 
 
 def test_missing_data_names_the_command(tmp_path, monkeypatch, capsys):
@@ -121,7 +184,7 @@ def run_of_one_epoch(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, 'argv', ['train.py', f'--workdir={workdir}', '--config.epochs=1', *FLAGS])
     with pytest.raises(SystemExit) as stop:
-      configs.run(runpy.run_path(str(ROOT / 'experiments' / 'train.py'))['main'])
+      command_line.run(runpy.run_path(str(ROOT / 'experiments' / 'train.py'))['main'])
   assert not stop.value.code
   return workdir
 
@@ -162,6 +225,46 @@ def test_infinite_loss_stops_and_keeps_the_good_checkpoint(tmp_path, monkeypatch
 def test_compare(arguments, message, tmp_path, monkeypatch, capsys):
   given = [*arguments, f'--out={tmp_path / "out"}']
   assert run(monkeypatch, capsys, given, 'compare.py') == (2, '', f'compare.py: {message}\n')
+  assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('script, arguments, message', [
+    ('augmentations', ['--data_dir=/nowhere'], 'dataset cifar10 is not in /nowhere; prepare it with: '),
+    ('augmentations', ['--dataset=letters'], "unknown dataset 'letters'; allowed: "),
+    ('augmentations', ['--min_area=nan'], '--min_area is nan; allowed: more than 0, at most 1'),
+    ('augmentations', ['--images=0'], '--images is 0; allowed: 1 or more'),
+    ('compare', ['--algorithms=BP', '--seeds=-1'], '--seeds has -1; allowed: 0 or more'),
+    ('depth', ['--algorithms=NOPE'], f"--algorithms has 'NOPE'; allowed: {ALGORITHMS}"),
+    ('depth', ['--blocks=2,x'], "--blocks is '2,x'; allowed: numbers with commas between them"),
+    ('depth', ['--blocks=0'], '--blocks has 0; allowed: 1 or more'),
+    ('depth', ['--model=Q/1/1'], "model.size is 'Q/1/1'; allowed: "),
+    ('depth', ['--batch=0'], '--batch is 0; allowed: 1 or more'),
+    ('frontier', ['--passes=a'], "--passes is 'a'; allowed: numbers with commas between them"),
+    ('frontier', ['--laws=cauchy'], "--laws has 'cauchy'; allowed: "),
+    ('linear_probe', ['--workdir=/nowhere'], '/nowhere is not the folder of a run: it has no config.json'),
+    ('linear_probe', ['--workdir=/nowhere', '--l2=nan'], '--l2 is nan; allowed: 0 or more'),
+    ('prepare_data', ['--dataset=digits'], "argument --dataset: invalid choice: 'digits'"),
+    ('prepare_data', ['--dataset=imagenet2012'], 'imagenet2012 must be downloaded by hand'),
+    ('replicated_losses', ['--groups=3'], '3 groups do not divide --channels=512'),
+    ('replicated_losses', ['--many_patches=0'], '--many_patches has 0; allowed: 1 or more'),
+    ('step_time', ['--algorithms=NOPE'], f"--algorithms has 'NOPE'; allowed: {ALGORITHMS}"),
+    ('step_time', ['--precision=half'], "argument --precision: invalid choice: 'half'"),
+    ('throughput', ['--epochs=0'], '--epochs is 0; allowed: 1 or more'),
+    ('time_to_accuracy', ['--thresholds=x'], "--thresholds is 'x'; allowed: numbers with commas between them"),
+    ('time_to_accuracy', ['--config.dataset=digits'], 'digits has no default thresholds'),
+    ('variance', ['--parts=mixer', '--data_dir=/nowhere'], 'dataset cifar10 is not in /nowhere; prepare it with: '),
+    ('variance', ['--draws=1'], '--draws is 1; allowed: 2 or more'),
+    ('paper/index', ['--results=/nowhere'], '--results is /nowhere; allowed: a folder'),
+    ('paper/reproduce', ['figure6', '--seeds=a'], "argument --seeds: invalid numbers value: 'a'"),
+])
+def test_scripts(script, arguments, message, tmp_path, monkeypatch, capsys):
+  for folder in (ROOT / 'experiments', ROOT / 'experiments' / 'paper'):
+    monkeypatch.syspath_prepend(folder)
+  if script not in ('prepare_data', 'linear_probe', 'paper/index'):
+    arguments = [*arguments, f'--out={tmp_path / "out"}']
+  code, out, err = run(monkeypatch, capsys, arguments, f'{script}.py')
+  assert (code, out, err.count('\n')) == (2, '', 1)
+  assert err.startswith(f'{script.rpartition("/")[2]}.py: {message}')
   assert not (tmp_path / 'out').exists()
 
 

@@ -97,12 +97,21 @@ def test_sigterm_saves_first(whole, tmp_path, cache):
 
 def interrupt_at(monkeypatch, step):
   """Ctrl-C during the given step, or those that are dispatched with it."""
-  def ask_to_stop(self, now):
-    if now >= step:
-      signal.raise_signal(signal.SIGINT)
-    return bool(self.received)
+  original = train._epoch
 
-  monkeypatch.setattr(train.Signals, 'ask_to_stop', ask_to_stop)
+  def epoch(functions, state, *rest):
+    begin, steps = [int(state.step)], functions.steps
+
+    def counted(state, count, inputs):
+      begin[0] += count
+      state = steps(state, count, inputs)
+      if begin[0] >= step:
+        signal.raise_signal(signal.SIGINT)
+      return state
+
+    return original(functions._replace(steps=counted), state, *rest)
+
+  monkeypatch.setattr(train, '_epoch', epoch)
 
 
 @pytest.mark.parametrize('saved, fields', [

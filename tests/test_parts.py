@@ -20,9 +20,8 @@ def test_gradient_of_parts_is_that_of_the_batch(name, sharing):
   assert jnp.allclose(in_parts[1]['loss'], whole[1]['loss'], rtol=1e-5)
 
 
-def test_a_micro_batch_must_divide_the_batch():
-  with pytest.raises(ValueError, match='micro_batch is 3; allowed: divisors of 4'):
-    parts.number_of_parts(4, 3, 1)
+def test_a_micro_batch_is_the_most_that_divides():
+  assert [parts.number_of_parts(12, size, 1) for size in (1, 4, 5, 7, 12, 99)] == [12, 3, 3, 2, 1, 1]
 
 
 def test_batch_norm_takes_the_whole_batch():

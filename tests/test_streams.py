@@ -8,7 +8,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from lfg_jax import data, streams
+from lfg_jax import configs, data, streams, train
+from tests.runs import tiny
 
 TRAIN, VALIDATION = 11, 5
 
@@ -134,6 +135,55 @@ def test_test_crop_is_the_centre_of_the_image_scaled_to_256():
 def test_a_batch_that_processes_do_not_divide_is_refused():
   with pytest.raises(ValueError, match=r'^batch size 4 does not divide among 3 processes$'):
     stream().epoch(0, 0, 4, 0, 3)
+
+
+def encoded(image):
+  file = io.BytesIO()
+  image.save(file, 'JPEG')
+  return file.getvalue()
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+BAD = [({'image': encoded(NOISE)[:1500]}, r'1500 bytes; image file is truncated'),
+       ({'image': b'no image'}, '8 bytes; cannot identify image file'),
+       ({'image': b''}, '0 bytes; '),
+       ({'image': np.zeros((3, 3, 3, 3), np.uint8)}, r'uint8 \(3, 3, 3, 3\); '),
+       ({'image': np.zeros((8, 8, 3), np.float32)}, r'float32 \(8, 8, 3\); ')]
+
+
+@pytest.mark.parametrize('is_train', [True, False])
+@pytest.mark.parametrize('bad, message', BAD)
+def test_a_bad_example_is_named(is_train, bad, message):
+  one = stream()
+  examples = [one.source[i] for i in range(TRAIN)]
+  examples[6] = {**examples[6], **bad}
+  with pytest.raises(streams.BadExample, match=rf'^example 6 \(label 6\) has no image that can be decoded: {message}'
+                     ) as error:
+    list(streams.Stream(examples, image_size=16, train=is_train, threads=2).epoch(0, 0, 4))
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('label', [-1, 11])
+def test_a_label_out_of_range_is_named(label):
+  examples = [stream().source[i] for i in range(TRAIN)]
+  list(streams.Stream(examples, image_size=16, classes=11).epoch(0, 0, 4))
+  examples[3]['label'] = label
+  with pytest.raises(streams.BadExample, match=rf'^example 3 has the label {label}; allowed: 0 … 10'):
+    list(streams.Stream(examples, image_size=16, classes=11).epoch(0, 0, 4))
+
+
+def test_a_grey_array_is_an_image():
+  grey = [{'image': np.full((20, 30), 7, np.uint8), 'label': 0}]
+  batch, = streams.Stream(grey, image_size=4).epoch(0, 0, 1)
+  assert batch.image.shape == (1, 4, 4, 3) and (batch.image == 7).all()
+
+
+def test_training_ends_in_the_line_of_a_bad_example(tmp_path, monkeypatch):
+  examples = [{'image': np.zeros((8, 8, 3), np.uint8), 'label': i % 10} for i in range(64)]
+  one = streams.Stream([*examples, {'image': b'', 'label': 0}], image_size=8, threads=2)
+  dataset = data.Dataset('stand-in', 10, (8, 8, 3), (0.5,) * 3, (0.5,) * 3, one, one)
+  with pytest.raises(configs.UserError, match=r'^example 64 \(label 0\) has no image that can be decoded: 0 bytes; '):
+    train.train(train.prepare(tiny(), dataset), tmp_path / 'run')
 
 
 def jpegs(count):

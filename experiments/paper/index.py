@@ -6,7 +6,6 @@ It reads all JSON files of the results: reports of reproduce.py, which have a 's
 with a 'commit'; and older ones, which OLD_RUNS and OLD_FILES know.
 """
 
-import argparse
 import fnmatch
 import json
 import pathlib
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import report
 from studies import PROGRAMS, STUDIES, published
 
-from lfg_jax import configs, run_log
+from lfg_jax import command_line, configs, run_log
 
 RESULTS = pathlib.Path(__file__).parents[1] / 'results'
 BEFORE = 'before commit tracking'
@@ -156,11 +155,13 @@ FIGURES = {
 
 def main(arguments: list[str]) -> None:
   """Writes the index."""
-  parser = configs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument(
     '--results', type=pathlib.Path, default=RESULTS, help='default: experiments/results'
   )
   results = parser.parse_args(arguments).results
+  if not results.is_dir():
+    raise configs.UserError(f'--results is {results}; allowed: a folder')
   run_log.write_atomically(results / 'README.md', index(results))
   print(results / 'README.md')
 
@@ -269,4 +270,4 @@ def link(path: str) -> str:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

@@ -27,7 +27,7 @@ import report
 from ml_collections import ConfigDict
 from studies import GROUPS, PROGRAMS, STUDIES, Run, Study
 
-from lfg_jax import configs, run_log
+from lfg_jax import command_line, configs, run_log
 from lfg_jax.configs import UserError
 from lfg_jax.train import Interrupted, Job, prepare, train
 
@@ -80,16 +80,14 @@ def main(arguments: list[str]) -> None:
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
   """The options, and what is left: changes of fields, or all arguments of another program."""
-  parser = configs.Parser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-  )
+  parser = command_line.Parser(description=__doc__)
   parser.add_argument('study', metavar='STUDY', choices=[*PROGRAMS, *STUDIES])
   parser.add_argument('--out', type=pathlib.Path, help='default: runs/STUDY')
   parser.add_argument('--dry_run', action='store_true', help='only print the commands')
   options, rest = parser.parse_known_args(arguments)
   if options.study in PROGRAMS:
     return options, rest
-  parser = configs.Parser(allow_abbrev=False)
+  parser = command_line.Parser()
   parser.add_argument('--data_dir')
   parser.add_argument('--rules')
   parser.add_argument('--epochs', type=int)
@@ -138,7 +136,7 @@ def plan(study: Study, run: Run, seed: int, out: pathlib.Path, options: argparse
                                      'eval_every': max(1, epochs // 20)})
   if options.data_dir:
     config.data_dir = options.data_dir
-  config = configs.override(config, rest)
+  config = command_line.override(config, rest)
   size = f'-{config.images}-images' if config.images else ''
   folder = out / report.folder(run) / f'{config.epochs}-epochs{size}-seed{config.seed}'
   before = dict(configs.flatten(original))
@@ -176,4 +174,4 @@ def finish(planned: Plan, job: Job, origin: dict[str, str | None]) -> None:
 
 
 if __name__ == '__main__':
-  configs.run(main)
+  command_line.run(main)

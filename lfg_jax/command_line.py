@@ -1,0 +1,187 @@
+"""Command lines: `--config.field=value`, and the options of scripts, each mistake one line."""
+
+import argparse
+import ast
+import copy
+import difflib
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+from lfg_jax import configs
+from lfg_jax.configs import UserError
+
+BOOLEANS = {'true': True, 't': True, '1': True, 'false': False, 'f': False, '0': False}
+
+
+class Parser(argparse.ArgumentParser):
+  """A parser whose mistakes are `UserError`s; it shows the description as it is written."""
+
+  def __init__(self, description: str | None = None) -> None:
+    super().__init__(description=description, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+  def error(self, message: str) -> NoReturn:
+    """Called by argparse, which else prints the usage and exits."""
+    raise UserError(message)
+
+
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+  """Runs a program; a `UserError` ends in its line."""
+  try:
+    main(sys.argv[1:])
+  except UserError as error:
+    print(f'{pathlib.Path(sys.argv[0]).name}: {error}', file=sys.stderr)
+    sys.exit(error.exit_code)
+  sys.exit()
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str]
+          ) -> tuple[argparse.Namespace, ConfigDict]:
+  """The options of `parser`, which has --config, and the config with the command line's changes.
+
+  Raises:
+    UserError: an unknown option, file or field, or a value of another type.
+  """
+  options, rest = parser.parse_known_args(arguments)
+  known = re.findall(r'--\w+', parser.format_usage())
+  return options, override(configs.load(options.config), rest, known)
+
+
+def override(config: ConfigDict, arguments: list[str], known: Iterable[str] = ()) -> ConfigDict:
+  """A copy of the config with the changes of a command line.
+
+  Args:
+    config: to be changed.
+    arguments: `--config.field=value` or `--config.field value`; for a bool also `--config.field`
+      and `--noconfig.field`. A tuple is read with brackets and quotes or without; None is nothing,
+      where a field may be None.
+    known: further options of the program, to suggest for an unknown one.
+
+  Raises:
+    UserError: an unknown option or field, or a value of another type.
+
+  >>> override(configs.base(), ['--config.model.norms=head,readout']).model.norms
+  ('head', 'readout')
+  """
+  config, rest = copy.deepcopy(config), list(arguments)
+  while rest:
+    argument = rest.pop(0)
+    match = re.fullmatch(r'--?(no)?config\.([^=]*)(=.*)?', argument, re.DOTALL)
+    if not match:
+      raise _unexpected(argument, known)
+    no, dotted, value = match.groups()
+    node, field = _find(config, dotted)
+    kind = node.get_type(field)
+    if no and kind is not bool:
+      raise UserError(f'--noconfig.{dotted} is for bool; config field {dotted} is {kind.__name__}')
+    if kind is bool and value is None:
+      text = 'false' if no else 'true'
+    elif value is None and not rest:
+      raise UserError(f'--config.{dotted} needs a value')
+    else:
+      text = rest.pop(0) if value is None else value[1:]
+    node[field] = _read(dotted, text, kind)
+  return config
+
+
+def _unexpected(argument: str, known: Iterable[str]) -> UserError:
+  if not argument.startswith('-'):
+    return UserError(f'unexpected argument {argument!r}')
+  name = argument.partition('=')[0]
+  near = difflib.get_close_matches(name, [*known, '--config'], 1)
+  return UserError(f'unknown option {name}' + (f'; did you mean {near[0]}?' if near else ''))
+
+
+def _find(config: ConfigDict, dotted: str) -> tuple[ConfigDict, str]:
+  """The part of the config that has the field that a flag names, and the field's name in it."""
+  node: Any = config
+  *parents, last = names = dotted.split('.')
+  for i, field in enumerate(names):
+    if not isinstance(node, ConfigDict) or field not in node:
+      wanted = node if isinstance(node, ConfigDict) else ConfigDict()
+      raise configs.unknown('.'.join(names[:i + 1]), wanted)
+    node = node[field]
+  if isinstance(node, ConfigDict):
+    raise UserError(f'config field {dotted} has fields: {", ".join(sorted(node))}; name one of them')
+  for field in parents:
+    config = config[field]
+  return config, last
+
+
+def _read(dotted: str, text: str, kind: type) -> Any:
+  """The value that a text gives to a field."""
+  if text.lower() == 'none' and configs.may_be_none(dotted):
+    return None
+  if kind is tuple:
+    return _items(text)
+  try:
+    return BOOLEANS[text.lower()] if kind is bool else kind(text)
+  except (KeyError, ValueError) as error:
+    raise UserError(f'config field {dotted} is {text!r}; allowed: {kind.__name__}') from error
+
+
+def _items(text: str) -> tuple:
+  """The items of a list, with brackets and quotes or without.
+
+  >>> _items('1, 2.5'), _items("('a', b)"), _items('[a]'), _items('')
+  ((1, 2.5), ('a', 'b'), ('a',), ())
+  """
+  inner = text.strip()
+  if inner[:1] + inner[-1:] in ('()', '[]'):
+    inner = inner[1:-1]
+  return tuple(_item(part.strip()) for part in inner.split(',') if part.strip())
+
+
+def _item(text: str) -> Any:
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+# --- options of scripts -------------------------------------------------------------------------
+
+
+def names(option: str, text: str, allowed: Collection[str]) -> list[str]:
+  """A list of names, with commas between them.
+
+  Raises:
+    UserError: a name that is not allowed.
+
+  >>> names('algorithms', 'BP,FA', ('BP', 'FA', 'DFA'))
+  ['BP', 'FA']
+  """
+  found = text.split(',')
+  if unknown := [name for name in found if name not in allowed]:
+    raise UserError(f'--{option} has {unknown[0]!r}; allowed: {", ".join(allowed)}')
+  return found
+
+
+def numbers(option: str, text: str, least: float | None = None, kind: type = int) -> list[Any]:
+  """A list of numbers, with commas between them.
+
+  Raises:
+    UserError: what is no number, or less than `least`.
+
+  >>> numbers('seeds', '0,3')
+  [0, 3]
+  """
+  try:
+    found = [kind(part) for part in text.split(',')]
+  except ValueError as error:
+    raise UserError(f'--{option} is {text!r}; allowed: numbers with commas between them') from error
+  if least is not None and not all(number >= least for number in found):
+    raise UserError(f'--{option} has {min(found)}; allowed: {least} or more')
+  return found
+
+
+def at_least(options: argparse.Namespace, **least: float) -> None:
+  """Raises UserError for an option with a number that is less than allowed."""
+  for name, low in least.items():
+    if not (given := getattr(options, name)) >= low:
+      raise UserError(f'--{name} is {given}; allowed: {low} or more')

@@ -1,0 +1,72 @@
+"""Several processes of one run: how they find each other, and agree on the run's folder."""
+
+import itertools
+import pathlib
+import secrets
+import time
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lfg_jax.configs import UserError
+
+TOKEN = 'token'         # a file with a number that the first process draws for every start
+PATIENCE_SECONDS = 5    # until a file is seen on another machine
+_looks = itertools.count(1)
+
+
+def connect(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+  """Connects this process with the others; what is None is as the cluster tells JAX.
+
+  Raises:
+    UserError: JAX knows of no cluster, or cannot reach the coordinator.
+  """
+  if jax.distributed.is_initialized():
+    return
+  try:
+    jax.distributed.initialize(coordinator, processes, process)
+  except (ValueError, RuntimeError) as error:
+    raise UserError(f'the processes cannot be connected ({" ".join(str(error).split())[:200]}); where JAX knows no '
+                    'cluster, give each --coordinator=HOST:PORT --processes=N --process=I, I from 0') from error
+
+
+def share_folder(folder: pathlib.Path | None) -> None:
+  """To be called by all processes once the first has claimed the folder, or (None) could not.
+
+  Raises:
+    UserError: in all of them, when one does not see the folder of the first; in the others, when the
+      first could not claim it.
+  """
+  if jax.process_count() == 1:
+    return
+  mine = -1 if folder is None else secrets.randbits(31)
+  if folder and jax.process_index() == 0:
+    (folder / TOKEN).write_text(str(mine))
+  wanted = int(multihost_utils.broadcast_one_to_all(np.int32(mine)))
+  if folder is None:
+    return
+  if wanted == -1:
+    raise UserError('process 0 could not begin; see what it says')
+  sees = np.asarray(multihost_utils.process_allgather(np.int32(_sees(folder / TOKEN, str(wanted))))).ravel()
+  if not sees.all():
+    raise UserError(f'processes {np.flatnonzero(sees == 0).tolist()} do not see the folder of process 0; allowed: one '
+                    f'--workdir for all, on a file system that they share; here it is {folder}')
+
+
+def _sees(path: pathlib.Path, text: str) -> bool:
+  end = time.monotonic() + PATIENCE_SECONDS
+  while not (path.exists() and path.read_text() == text):
+    if time.monotonic() > end:
+      return False
+    time.sleep(0.1)
+  return True
+
+
+def terminated() -> bool:
+  """Whether any process had a SIGTERM; the same answer in all, which must call this equally often.
+
+  JAX agrees on a number that is to come, and every number must be asked about: calls, not steps, of which
+  several may be dispatched at once.
+  """
+  return multihost_utils.reached_preemption_sync_point(next(_looks))

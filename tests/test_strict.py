@@ -1,0 +1,65 @@
+"""What careful users switch on: neither ranks nor dtypes are promoted silently."""
+
+import jax
+import pytest
+
+from lfg_jax import data, optimizers, train, update
+from tests.runs import tiny
+
+CASES = {
+    **{rule: {'algorithm': rule} for rule in ('BP', 'LG-FA', 'DFA', 'FG-W', 'LG-FG-W', 'LG-FG-A',
+                                           'LG-FG-A-paper', 'LG-FD-A')},
+    **{f'contrastive-{rule}': {'algorithm': rule, 'loss': 'contrastive'} for rule in ('LG-FG-A', 'FG-A')},
+    'own-views': {'loss': 'contrastive', 'contrastive__shared_views': False},
+    'every-guess': {'estimator__guess': 'all', 'model__size': 'S/2/2'},
+    'batch-norm': {'model__norm': 'batch', 'model__blocks': 3},
+    'whole-norm': {'model__norm': 'whole'},
+    'paper-derivative': {'algorithm': 'LG-FG-A-paper', 'model__norm_derivative': False},
+    'bfloat16': {'model__precision': 'bfloat16', 'model__size': 'S/2/2'},
+    'pooled': {'model__size': 'S/4/2', 'model__pool_every': 1, 'model__blocks': 2, 'model__mixing': 'conv'},
+    'projection': {'estimator__combine': 'projection', 'estimator__passes': 4},
+    'independent': {'algorithm': 'LG-FG-W', 'estimator__sharing': 'independent', 'estimator__passes': 4,
+                    'estimator__chunk': 2, 'micro_batch': 4},
+    **{law: {'estimator__law': law, 'optimizer__name': name}
+       for law, name in (('rademacher', 'sgd'), ('haar', 'adamw'), ('sphere', 'lars'))},
+}
+
+
+@pytest.fixture(autouse=True)
+def strict():
+  with jax.numpy_rank_promotion('raise'), jax.numpy_dtype_promotion('strict'):
+    yield
+
+
+@pytest.fixture(scope='module')
+def dataset():
+  return data.load('digits')
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_steps_are_traced(case, dataset):
+  """Nothing is compiled. What is in mixed precision mixes dtypes by intention."""
+  mixed = CASES[case].get('model__precision') == 'bfloat16'
+  with jax.numpy_dtype_promotion('standard' if mixed else 'strict'):
+    trace_steps(CASES[case], dataset)
+
+
+def trace_steps(fields, dataset):
+  job = train.prepare(tiny(**fields), dataset)
+  config, split = job.config, data.Arrays(*(x[:128] for x in dataset.train))
+  key = jax.random.key(0)
+  feed = update.make_feed(split, job.mesh, config.batch_size, key, at_once=2)
+  rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs, config.batch_size)
+  optimizer = optimizers.make(config.optimizer, rate)
+  step = update.make_update(job.algorithm, optimizer, job.mesh, feed)
+  _, inputs = next(feed.epoch(0, 0))
+  state = jax.eval_shape(lambda key: update.init_state(job.algorithm, optimizer, key, job.mesh), key)
+  after = jax.eval_shape(step, state, key, 2, *inputs)
+  assert after.params['readout']['linear']['kernel'].shape[-1] == 10
+
+
+def test_a_run_is_trained(tmp_path):
+  """All of it, the error and checkpoints too."""
+  fields = {'epochs': 1, 'optimizer__warmup_epochs': 0.5}
+  assert train.train(train.prepare(tiny(**fields)), tmp_path / 'run')['test_error'] < 0.5
+  train.load(tmp_path / 'run')
