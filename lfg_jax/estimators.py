@@ -368,9 +368,7 @@ def draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap, passes: Passes) ->
   batch, *rest = tap.value.shape[scanned:]
   own = rest[:max(tap.local_axes, 1) - 1]
   d = math.prod(rest) // math.prod(own)
-  # Drawn in float32: normal numbers of a shorter type, made from as few random bits, would have no tails.
-  dtype = jnp.promote_types(tap.value.dtype, jnp.float32)
-  one = lambda k: sampling.law.draw(k, passes, tuple(own), d, dtype).astype(tap.value.dtype).reshape(-1, *rest)
+  one = lambda k: sampling.law.draw(k, passes, tuple(own), d, tap.value.dtype).reshape(-1, *rest)
   if sampling.shared:
     draw = lambda k: one(k)[:, None]
   else:

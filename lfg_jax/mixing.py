@@ -41,7 +41,6 @@ _ELEMENTWISE = frozenset('''
   integer_pow is_finite lgamma log log1p logistic max min mul name neg nextafter not or pcast polygamma pow pvary real
   reduce_precision regularized_incomplete_beta rem round rsqrt select_n sharding_constraint sign sin sinh sqrt square
   sub tan tanh tap xor'''.split())
-_REDUCTIONS = ('reduce_sum', 'reduce_max', 'reduce_min', 'reduce_prod', 'reduce')
 _ALONG_ONE_AXIS = {'cumsum': 'axis', 'cumprod': 'axis', 'cummax': 'axis', 'cummin': 'axis', 'cumlogsumexp': 'axis',
                    'sort': 'dimension', 'concatenate': 'dimension', 'split': 'axis'}
 _MATRICES = ('cholesky', 'triangular_solve', 'lu', 'eigh', 'qr', 'svd', 'householder_product')
@@ -111,8 +110,7 @@ class Influence(NamedTuple):
       behind = any(label is not None and label >= len(shape) - core    # type: ignore[operator]
                    for label, shape in zip(ins, shapes, strict=True))
       return Mixed(name, True) if behind else _join(name, ins)
-    rule = _RULES.get('reduce_window' if name.startswith('reduce_window') else
-                      'reduce' if name in _REDUCTIONS else name)
+    rule = _RULES.get('reduce_window' if name.startswith('reduce_window') else name)
     return rule(eqn.params, shapes, ins, name) if rule else Mixed(name, False)
 
   def _scan(self, params: dict, ins: list[Label], seeds: list[bool]) -> list[Label]:
@@ -167,10 +165,6 @@ def _reshape(before: tuple, after: tuple, label: Label, size: int) -> Label:
     if math.prod(after[:axis]) == front and length % size == 0 and length:
       return axis
   return Mixed('reshape', False)
-
-
-def math.prod(shape: tuple) -> int:
-  return math.prod(shape)
 
 
 # --- primitives that move axes: `(params, shapes, labels, name) -> label`, with one labelled operand at least -----
@@ -249,7 +243,8 @@ def _is_whole_slice(params: dict, shapes: list, a: int) -> bool:
 _RULES: dict[str, Callable[[dict, list, list[Label], str], Label]] = {
     'dot_general': _dot_general, 'conv_general_dilated': _conv, 'gather': _gather,
     'scatter': _scatter, 'scatter-add': _scatter, 'scatter_add': _scatter, 'scatter_mul': _scatter,
-    'reduce': _removed('axes'), 'squeeze': _removed('dimensions'),
+    'reduce_sum': _removed('axes'), 'reduce_prod': _removed('axes'),
+    'reduce_max': _removed('axes'), 'reduce_min': _removed('axes'), 'squeeze': _removed('dimensions'),
     'broadcast_in_dim': lambda params, shapes, ins, name: params['broadcast_dimensions'][ins[0]],
     'transpose': lambda params, shapes, ins, name: tuple(params['permutation']).index(ins[0]),
     'reduce_window': _kept(lambda params, shapes, a: params['window_dimensions'][a] == 1),

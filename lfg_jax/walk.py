@@ -182,12 +182,6 @@ def _bind(eqn: Any, ins: list) -> list:
 # --- what is done at a tap --------------------------------------------------------------------------------------
 
 
-def leave(z: jax.Array, active: jax.Array | None, given: Any) -> tuple[jax.Array, None]:
-  """Nothing."""
-  del active, given
-  return z, None
-
-
 def record(z: jax.Array, active: jax.Array | None, given: Any) -> tuple[jax.Array, jax.Array]:
   """Records its value."""
   del active, given
