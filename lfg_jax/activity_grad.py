@@ -1,10 +1,12 @@
-"""Activity perturbation for any JAX function: `value_and_activity_grad`, as `jax.value_and_grad` plus a key.
+"""Activity perturbation for any JAX function: `value_and_activity_grad`, as `jax.value_and_grad`
+plus a key.
 
-The activities that are perturbed are those that the function names by `lfg_jax.tap`, or the outputs of the layers that
-`lfg_jax.mark` marks. Forward derivatives give every tap a signal, an unbiased estimate of its gradient, and the
-reverse sweep goes from tap to tap only. *Any* choice of taps gives an unbiased estimate of the parameters' gradient,
-since the sweep is linear in the signals; it decides how far reverse mode reaches. With a tap on every layer, each is
-differentiated by itself. With none it would be backprop.
+The activities that are perturbed are those that the function names by `lfg_jax.tap`, or the outputs
+of the layers that `lfg_jax.mark` marks. Forward derivatives give every tap a signal, an unbiased
+estimate of its gradient, and the reverse sweep goes from tap to tap only. *Any* choice of taps
+gives an unbiased estimate of the parameters' gradient, since the sweep is linear in the signals; it
+decides how far reverse mode reaches. With a tap on every layer, each is differentiated by itself.
+With none it would be backprop.
 """
 
 import types
@@ -35,41 +37,46 @@ def value_and_activity_grad(
     checkpoint_names: bool = False, axis_name: str | None = None) -> Callable:
   """The mean loss and the estimate of its gradient, from forward derivatives at the taps of `fun`.
 
-  The objective is the sum of all losses divided by the number of examples. `fun` is traced once, as by `jax.jit`.
+  The objective is the sum of all losses divided by the number of examples. `fun` is traced once, as
+  by `jax.jit`.
 
   Args:
-    fun: returns losses, an array or a pytree of several, with examples on the first axis; with `has_aux` a pair of
-      losses and anything.
+    fun: returns losses, an array or a pytree of several, with examples on the first axis; with
+      `has_aux` a pair of losses and anything.
     argnums: which positional arguments (pytrees of real floating-point arrays) to differentiate.
     has_aux: see `jax.grad`; aux is that of the unperturbed evaluation.
     law: of the tangents of each tap and example.
     passes: number of tangents, K.
-    chunk: how many are in memory at once (rounded down to a divisor of `passes`); None: all. Every chunk evaluates
-      what follows the taps again.
+    chunk: how many are in memory at once (rounded down to a divisor of `passes`); None: all. Every
+      chunk evaluates what follows the taps again.
     combination: 'mean', or with `separate` 'projection'; see `passes.combine`.
     shared: one tangent for the whole batch instead of an independent one for every example.
     separate: whether each tap is perturbed by itself; see `estimators.activity_perturbation`.
     tap_passes: with `separate`, numbers of passes for taps of these names; others have `passes`.
-    taps: names of taps, or a predicate of a name: those that are perturbed; None: all. The others let the exact
-      signal pass. A name stands for all calls with it, `name_1` for its second call.
-    guess: with `separate`, `(activities, *args, **kwargs) -> {name: h}`: guesses of the objective's gradient at some taps
-      from the activities {name: value}. Whatever it guesses, the estimate is unbiased; see `guesses`.
-    mixes_examples: whether an activity may influence the losses of other examples, as before batch norm in training;
-      it is then credited with the losses of the whole batch. None: read from the function's equations, for
-      every tap; see `mixing`.
+    taps: names of taps, or a predicate of a name: those that are perturbed; None: all. The others
+      let the exact signal pass. A name stands for all calls with it, `name_1` for its second call.
+    guess: with `separate`, `(activities, *args, **kwargs) -> {name: h}`: guesses of the objective's
+      gradient at some taps from the activities {name: value}. Whatever it guesses, the estimate is
+      unbiased; see `guesses`.
+    mixes_examples: whether an activity may influence the losses of other examples, as before batch
+      norm in training; it is then credited with the losses of the whole batch. None: read from the
+      function's equations, for every tap; see `mixing`.
     checkpoint_names: whether values named by `jax.ad_checkpoint.checkpoint_name` are taps too.
-    axis_name: mesh axis the batch is sharded over, in shard_map. The mean over devices of value and gradient is then
-      the same on any number of devices.
+    axis_name: mesh axis the batch is sharded over, in shard_map. The mean over devices of value and
+      gradient is then the same on any number of devices.
 
   Returns:
-    `(*args, key, **kwargs) -> (value, gradient)`, or `((value, aux), gradient)`; gradients as `jax.grad` has them.
-    `key` is for the tangents. If `fun` has a required parameter `key` too, it gets a key of its own, split from this
-    one; to choose it, give it by position, or bind it: `functools.partial(fun, key=...)`.
+    `(*args, key, **kwargs) -> (value, gradient)`, or `((value, aux), gradient)`; gradients as
+    `jax.grad` has them. `key` is for the tangents. If `fun` has a required parameter `key` too, it
+    gets a key of its own, split from this one; to choose it, give it by position, or bind it:
+    `functools.partial(fun, key=...)`.
 
   Raises:
-    ValueError: there is no tap, or none of a given name; a tap is where it cannot be reached; a tap or loss has no
-      axis of examples; whether examples mix cannot be read; options do not fit together.
-    TypeError: an argument or a loss is not real floating-point, or what follows a tap has no forward derivative.
+    ValueError: there is no tap, or none of a given name; a tap is where it cannot be reached; a tap
+      or loss has no axis of examples; whether examples mix cannot be read; options do not fit
+      together.
+    TypeError: an argument or a loss is not real floating-point, or what follows a tap has no
+      forward derivative.
 
   >>> from lfg_jax import tap
   >>> def losses(w, x, y):
@@ -81,8 +88,7 @@ def value_and_activity_grad(
   {'hidden': (3, 4), 'out': (4,)}
   """
   sampling = Sampling(law, passes, shared, axis_name, chunk, combination)
-  options = {'sampling': sampling, 'separate': separate, 'derivative': recomputed_jvp}
-  estimators.activity_perturbation(_NO_LOSS, **options, tap_passes=tap_passes, guess=guess)    # checks the options
+  estimators.check_activity_options(sampling, separate, tap_passes, guess)
 
   def run(*args: Any, key: jax.Array, **kwargs: Any) -> tuple[Any, PyTree]:
     of_point, point, key = bind(fun, argnums, key, args, kwargs)
@@ -98,7 +104,8 @@ def value_and_activity_grad(
       return {paths.get(name, (name,)): h for name, h in guessed.items()}
 
     estimator = estimators.activity_perturbation(
-        loss_fn, **options, tap_passes=tap_passes, is_perturbed=perturbed.__contains__, guess=guess and of_known)
+        loss_fn, sampling=sampling, derivative=recomputed_jvp, separate=separate, tap_passes=tap_passes,
+        is_perturbed=perturbed.__contains__, guess=of_known if guess else None)
     try:
       (losses, aux), gradient = estimator(point, key)
     except TypeError as error:
@@ -110,7 +117,8 @@ def value_and_activity_grad(
 
 
 class _Traced:
-  """A function as an `estimators.LossFn`: its losses divided by the number of examples, by way of its jaxpr.
+  """A function as an `estimators.LossFn`: its losses divided by the number of examples, by way of
+  its jaxpr.
 
   Attributes:
     jaxpr: of the function of the differentiated arguments.
@@ -120,7 +128,7 @@ class _Traced:
   """
 
   guess_weights: PyTree = {}    # noqa: RUF012    (never changed)
-  size_B = None
+  size_B: jax.Array | None = None
 
   def __init__(self, of_point: Callable, point: tuple, has_aux: bool, walk: Walk) -> None:
     self._walk, self.static = walk, Static()
@@ -133,7 +141,8 @@ class _Traced:
     self.jaxpr, (shapes, _) = jax.make_jaxpr(flat, return_shape=True)(point)
     self.batch, self._shapes = _batch(shapes), jax.tree.leaves(shapes)
     self._treedef = jax.tree.structure(shapes)
-    found, self.taps = walk.find(self.jaxpr), {}
+    found = walk.find(self.jaxpr)
+    self.taps: dict[Path, Tap] = {}
     names = {name for name, _ in found}
     taken: set[str] = set()
     for n, (name, tap) in enumerate(found):
@@ -145,19 +154,20 @@ class _Traced:
       self.taps[f'{n:06d}', unique] = tap
     self.first_names = dict(zip(self.taps, (name for name, _ in found), strict=True))
 
-  def __call__(self, point: tuple, collections: Mapping[str, PyTree], *args: Any) -> tuple[PyTree, dict[str, Any]]:
+  def __call__(self, params: tuple, collections: Mapping[str, PyTree], *args: Any
+               ) -> tuple[PyTree, dict[str, Any]]:
     visit = replace_cotangent if 'signal' in collections else perturb
     given = flatten_dict(collections.get('signal', collections.get('perturbation', {})))
-    outs, _ = self._run(point, given, visit)
+    outs, _ = self._run(params, given, visit)
     losses = [loss.astype(jnp.promote_types(loss.dtype, jnp.float32)) / self.batch
               for loss in outs[:len(self._shapes)]]
     return jax.tree.unflatten(self._treedef, losses), {'arrays': outs[len(self._shapes):]}
 
-  def record(self, collection: str, point: tuple, *args: Any,
+  def record(self, collection: str, params: tuple, *args: Any,
              given: Mapping[str, PyTree] = types.MappingProxyType({})) -> PyTree:
     if collection != 'taps':
       return {}
-    _, records = self._run(point, {}, record)
+    _, records = self._run(params, {}, record)
     return unflatten_dict({path: Tap(z, t.ndim, t.local_axes)
                            for z, (path, t) in zip(records, self.taps.items(), strict=True)})
 
@@ -179,7 +189,8 @@ class _Traced:
     """Whether this tap influences the losses of other examples.
 
     Raises:
-      ValueError: it influences those of other parts of the example, against its `local_axes`, or nothing is known.
+      ValueError: it influences those of other parts of the example, against its `local_axes`, or
+        nothing is known.
     """
     is_seed, mixed = [other == path for other in self.taps], False
     for axis in range(min(self.taps[path].local_axes, len(shape))):
@@ -196,9 +207,6 @@ class _Traced:
                            f'{axis}; allowed: local_axes={axis}')
         mixed = True
     return mixed
-
-
-_NO_LOSS = None
 
 
 def _perturbed(loss_fn: _Traced, chosen: Taps, tap_passes: Mapping[str, int] | None) -> list[Path]:

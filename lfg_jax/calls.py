@@ -90,5 +90,6 @@ def explained(error: TypeError, jaxpr: Callable[[], Any]) -> TypeError:
   if 'custom_vjp' not in str(error):
     return error
   names = ', '.join(backward_only(jaxpr())) or 'a function'
-  return TypeError(f'{names} has jax.custom_vjp, a backward rule only, and no forward derivative; allowed: jax.custom_jvp, '
-                   "another implementation (jax.nn.dot_product_attention(implementation='xla')), or no tap before it")
+  return TypeError(f'{names} has jax.custom_vjp, a backward rule only, and no forward derivative; '
+                   'allowed: jax.custom_jvp, another implementation '
+                   "(jax.nn.dot_product_attention(implementation='xla')), or no tap before it")

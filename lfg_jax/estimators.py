@@ -187,12 +187,7 @@ def activity_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(), d
     is_perturbed: of a tap's path; the others let the exact signal pass.
     guess: with `separate`, guesses of taps' gradients. What it learns from is in aux as 'guess_gradient'.
   """
-  for passes in (sampling.passes, *(tap_passes or {}).values()):
-    sampling._replace(passes=passes).check()
-  if sampling.combine == 'projection' and not separate:
-    raise ValueError("combine='projection' takes the taps one by one; allowed: taps 'separate'")
-  if guess and not separate:
-    raise ValueError("a guess is of one tap's derivative, not of the sum over taps; allowed: taps 'separate'")
+  check_activity_options(sampling, separate, tap_passes, guess)
 
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, Any], PyTree]:
     taps = flatten_dict(jax.eval_shape(lambda p: loss_fn.record('taps', p, *args), params))
@@ -213,6 +208,17 @@ def activity_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(), d
       aux = {**aux, 'guess_gradient': regression(pull, guessed, known_residual, taps, loss_fn.size_B)}
     return (losses, aux), grads
   return run
+
+
+def check_activity_options(sampling: Sampling, separate: bool, tap_passes: Mapping[str, int] | None,
+                           guess: Callable | None) -> None:
+  """Raises ValueError for options of `activity_perturbation` that make no sense together."""
+  for passes in (sampling.passes, *(tap_passes or {}).values()):
+    sampling._replace(passes=passes).check()
+  if sampling.combine == 'projection' and not separate:
+    raise ValueError("combine='projection' takes the taps one by one; allowed: taps 'separate'")
+  if guess and not separate:
+    raise ValueError("a guess is of one tap's derivative, not of the sum over taps; allowed: taps 'separate'")
 
 
 def _guess(guess: Guess | None, loss_fn: LossFn, params: PyTree, taps: dict[Path, Tap], args: tuple

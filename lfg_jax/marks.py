@@ -1,4 +1,5 @@
-"""Layers marked by type: `mark(model, nn.Dense)` taps the outputs of a model's layers without touching its code.
+"""Layers marked by type: `mark(model, nn.Dense)` taps the outputs of a model's layers without
+touching its code.
 
     def losses(params, x, y):                                           # Flax linen
       logits = lfg_jax.mark(model, nn.Dense).apply({'params': params}, x)
@@ -38,11 +39,12 @@ def mark(model: Any, layers: Layers) -> Any:
     layers: a type of layer, several, or a predicate of a layer.
 
   Returns:
-    For linen something with the model's `apply` and `init`; otherwise a copy of the model, whose parameters keep
-    their paths and values.
+    For linen something with the model's `apply` and `init`; otherwise a copy of the model, whose
+    parameters keep their paths and values.
 
   Raises:
-    ValueError: no layer fits. (With linen, `apply` raises it: layers come into being when they are called.)
+    ValueError: no layer fits. (With linen, `apply` raises it: layers come into being when they are
+      called.)
 
   >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
   >>> marked = mark(model, nnx.Linear)
@@ -56,7 +58,7 @@ def mark(model: Any, layers: Layers) -> Any:
 
 
 def _matcher(layers: Layers) -> Callable[[Any], bool]:
-  if isinstance(layers, type) or isinstance(layers, Sequence):
+  if isinstance(layers, (type, Sequence)):
     kinds = layers if isinstance(layers, type) else tuple(layers)
     return lambda layer: isinstance(layer, kinds)
   return layers
@@ -112,8 +114,8 @@ class MarkedLinen(NamedTuple):
       is_found = True
       return _tapped(output, name or type(context.module).__name__)
 
-    # nn.jit finds an earlier trace by (among others) what is mutable. An entry that no collection has keeps the traces
-    # apart that are marked differently.
+    # nn.jit finds an earlier trace by (among others) what is mutable. An entry that no collection
+    # has keeps the traces apart that are marked differently.
     deny = mutable is True or isinstance(mutable, DenyList)
     own = (subtract_filters if deny else union_filters)(mutable, (tag,))
     with nn.intercept_methods(intercept):
@@ -146,7 +148,8 @@ def _mark_tree(model: PyTree, is_marked: Callable[[Any], bool]) -> PyTree:
     if not is_marked(node):
       return node
     marked = copy.copy(node)
-    object.__setattr__(marked, '__class__', _tapping(type(node), jax.tree_util.keystr(path, simple=True, separator='/')))
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    object.__setattr__(marked, '__class__', _tapping(type(node), name))    # it is frozen
     return marked
 
   marked = jax.tree_util.tree_map_with_path(one, model, is_leaf=is_leaf)

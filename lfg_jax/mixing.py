@@ -1,15 +1,19 @@
 """Which losses a tap can influence, read from the jaxpr: do examples influence each other's losses?
 
-An activity of one example that moves the losses of others (batch norm in training, a contrastive loss) must be credited
-with them, or its estimate is biased. Here one axis of the taps, that of the examples or of their parts, is followed
-through the equations up to the losses. Each value has a label:
+An activity of one example that moves the losses of others (batch norm in training, a contrastive
+loss) must be credited with them, or its estimate is biased. Here one axis of the taps, that of the
+examples or of their parts, is followed through the equations up to the losses. Each value has a
+label:
 
 * None: no derivative by the taps reaches it.
-* an int: the axis along which its entries belong to the examples, each with the derivatives of its own example only.
-  (The axis may be longer: after a reshape [B, T] -> [B T], T entries in a row belong to an example.)
+* an int: the axis along which its entries belong to the examples, each with the derivatives of its
+own example only.
+  (The axis may be longer: after a reshape [B, T] -> [B T], T entries in a row belong to an
+  example.)
 * `Mixed`: it holds derivatives by several examples, or the primitive is not known.
 
-The labels are those of derivatives: behind `stop_gradient` and in integers there is nothing to follow.
+The labels are those of derivatives: behind `stop_gradient` and in integers there is nothing to
+follow.
 """
 
 import math
@@ -35,14 +39,19 @@ class Mixed(NamedTuple):
 
 Label = int | Mixed | None
 
-_ELEMENTWISE = frozenset('''
-  abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp complex conj
-  convert_element_type copy copy_p cos cosh digamma div erf erf_inv erfc exp exp2 expm1 floor igamma igammac imag
-  integer_pow is_finite lgamma log log1p logistic max min mul name neg nextafter not or pcast polygamma pow pvary real
-  reduce_precision regularized_incomplete_beta rem round rsqrt select_n sharding_constraint sign sin sinh sqrt square
-  sub tan tanh tap xor'''.split())
+_ELEMENTWISE = frozenset((
+    'abs', 'acos', 'acosh', 'add', 'add_any', 'and', 'asin', 'asinh', 'atan', 'atan2', 'atanh',
+    'bessel_i0e', 'bessel_i1e', 'cbrt', 'ceil', 'clamp', 'complex', 'conj',
+    'convert_element_type', 'copy', 'copy_p', 'cos', 'cosh', 'digamma', 'div', 'erf', 'erf_inv',
+    'erfc', 'exp', 'exp2', 'expm1', 'floor', 'igamma', 'igammac', 'imag', 'integer_pow',
+    'is_finite', 'layout_constraint', 'lgamma', 'log', 'log1p', 'logistic', 'max', 'min', 'mul',
+    'name', 'neg', 'nextafter', 'not', 'or', 'pcast', 'polygamma', 'pow', 'pvary', 'real',
+    'reduce_precision', 'regularized_incomplete_beta', 'rem', 'reshard', 'round', 'rsqrt',
+    'select_n', 'sharding_constraint', 'sign', 'sin', 'sinh', 'sqrt', 'square', 'sub', 'tan',
+    'tanh', 'tap', 'xor'))
 _ALONG_ONE_AXIS = {'cumsum': 'axis', 'cumprod': 'axis', 'cummax': 'axis', 'cummin': 'axis', 'cumlogsumexp': 'axis',
                    'sort': 'dimension', 'concatenate': 'dimension', 'split': 'axis'}
+_COLLECTIVES = ('psum', 'pmax', 'pmin', 'all_gather', 'all_to_all', 'ppermute', 'pbroadcast', 'reduce_scatter')
 _MATRICES = ('cholesky', 'triangular_solve', 'lu', 'eigh', 'qr', 'svd', 'householder_product')
 _CALLS = ('jit', 'pjit', 'closed_call', 'core_call', 'remat2', 'remat', 'checkpoint', 'custom_jvp_call',
           'custom_vjp_call')
@@ -80,7 +89,7 @@ class Influence(NamedTuple):
     name, outs = eqn.primitive.name, len(eqn.outvars)
     if self.walk.is_tap(eqn):
       return [self.axis if seeds[0] else ins[0]]
-    if not any(seeds) and all(label is None for label in ins) or name == 'stop_gradient':
+    if name == 'stop_gradient' or not (any(seeds) or any(label is not None for label in ins)):
       return [None] * outs
     if name == 'scan':
       return self._scan(eqn.params, ins, seeds)
@@ -95,11 +104,13 @@ class Influence(NamedTuple):
     mixed = next((label for label in ins if isinstance(label, Mixed)), None)
     return [mixed or self._moved(eqn, ins)] * outs
 
-  def _moved(self, eqn: Any, ins: list[Label]) -> Label:
+  def _moved(self, eqn: Any, ins: list) -> Label:
     """The label of the outputs of a primitive, none of whose inputs is mixed."""
     name, shapes = eqn.primitive.name, [v.aval.shape for v in eqn.invars]
     if name == 'reshape':
       return _reshape(shapes[0], eqn.outvars[0].aval.shape, ins[0], self.size)
+    if name.startswith(_COLLECTIVES):
+      return Mixed(name, True)
     if name in _ELEMENTWISE:
       return _join(name, ins)
     if name in _ALONG_ONE_AXIS:
@@ -107,7 +118,7 @@ class Influence(NamedTuple):
       return Mixed(name, True) if axis in ins else _join(name, ins)
     if name in _MATRICES:
       core = 1 if name == 'householder_product' else 2
-      behind = any(label is not None and label >= len(shape) - core    # type: ignore[operator]
+      behind = any(label is not None and label >= len(shape) - core
                    for label, shape in zip(ins, shapes, strict=True))
       return Mixed(name, True) if behind else _join(name, ins)
     rule = _RULES.get('reduce_window' if name.startswith('reduce_window') else name)
@@ -167,10 +178,11 @@ def _reshape(before: tuple, after: tuple, label: Label, size: int) -> Label:
   return Mixed('reshape', False)
 
 
-# --- primitives that move axes: `(params, shapes, labels, name) -> label`, with one labelled operand at least -----
+# --- primitives that move axes: `(params, shapes, labels, name) -> label`, with one labelled
+# operand at least -----
 
 
-def _dot_general(params: dict, shapes: list, ins: list[Label], name: str) -> Label:
+def _dot_general(params: dict, shapes: list, ins: list, name: str) -> Label:
   contracted, batch = params['dimension_numbers']
   outs: list[Label] = []
   free = [[a for a in range(len(shape)) if a not in (*c, *b)]
@@ -181,32 +193,32 @@ def _dot_general(params: dict, shapes: list, ins: list[Label], name: str) -> Lab
     if label in contracted[side]:
       return Mixed(name, True)
     if label in batch[side]:
-      outs.append(tuple(batch[side]).index(label))
+      outs.append(list(batch[side]).index(label))
     else:
       outs.append(len(batch[side]) + side * len(free[0]) + free[side].index(label))
   return _join(name, outs)
 
 
-def _conv(params: dict, shapes: list, ins: list[Label], name: str) -> Label:
+def _conv(params: dict, shapes: list, ins: list, name: str) -> Label:
   numbers = params['dimension_numbers']
   if ins[1] is None and params['batch_group_count'] == 1:
     return numbers.out_spec[0] if ins[0] == numbers.lhs_spec[0] else Mixed(name, ins[0] in numbers.lhs_spec[2:])
   return Mixed(name, False)
 
 
-def _gather(params: dict, shapes: list, ins: list[Label], name: str) -> Label:
+def _gather(params: dict, shapes: list, ins: list, name: str) -> Label:
   numbers, shape, label = params['dimension_numbers'], shapes[0], ins[0]
   dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
   outs = len(shapes[1]) - 1 + len(shape) - len(dropped)
   if label in numbers.operand_batching_dims:
     place = numbers.start_indices_batching_dims[numbers.operand_batching_dims.index(label)]
     return [a for a in range(outs) if a not in numbers.offset_dims][place]
-  if label in dropped or params['slice_sizes'][label] != shape[label]:    # type: ignore[index]
+  if label in dropped or params['slice_sizes'][label] != shape[label]:
     return Mixed(name, True)
   return numbers.offset_dims[[a for a in range(len(shape)) if a not in dropped].index(label)]
 
 
-def _scatter(params: dict, shapes: list, ins: list[Label], name: str) -> Label:
+def _scatter(params: dict, shapes: list, ins: list, name: str) -> Label:
   numbers, (shape, _, updates), label = params['dimension_numbers'], shapes, ins[2]
   if label is None:
     return ins[0]
@@ -214,20 +226,20 @@ def _scatter(params: dict, shapes: list, ins: list[Label], name: str) -> Label:
   if label not in numbers.update_window_dims:
     return Mixed(name, False)
   axis = window[numbers.update_window_dims.index(label)]
-  return _join(name, [ins[0], axis]) if updates[label] == shape[axis] else Mixed(name, True)    # type: ignore[index]
+  return _join(name, [ins[0], axis]) if updates[label] == shape[axis] else Mixed(name, True)
 
 
 def _kept(is_whole: Callable[[dict, list, int], bool]) -> Callable:
   """Primitives that leave an axis where it is; `is_whole`: and each of its entries to itself."""
-  def rule(params: dict, shapes: list, ins: list[Label], name: str) -> Label:
-    whole = all(is_whole(params, shapes, label) for label in ins if label is not None)    # type: ignore[arg-type]
+  def rule(params: dict, shapes: list, ins: list, name: str) -> Label:
+    whole = all(is_whole(params, shapes, label) for label in ins if label is not None)
     return _join(name, ins) if whole else Mixed(name, True)
   return rule
 
 
 def _removed(axes: str) -> Callable:
   """Primitives that take axes away."""
-  def rule(params: dict, shapes: list, ins: list[Label], name: str) -> Label:
+  def rule(params: dict, shapes: list, ins: list, name: str) -> Label:
     gone, label = params[axes], _join(name, ins)
     if not isinstance(label, int):
       return label
@@ -235,18 +247,25 @@ def _removed(axes: str) -> Callable:
   return rule
 
 
+def _shifted(label: Label, axis: int) -> Label:
+  return label + (axis <= label) if isinstance(label, int) else label
+
+
 def _is_whole_slice(params: dict, shapes: list, a: int) -> bool:
   strides = params['strides'] or (1,) * len(shapes[0])
   return (params['start_indices'][a], params['limit_indices'][a], strides[a]) == (0, shapes[0][a], 1)
 
 
-_RULES: dict[str, Callable[[dict, list, list[Label], str], Label]] = {
+_RULES: dict[str, Callable[[dict, list, list, str], Label]] = {
     'dot_general': _dot_general, 'conv_general_dilated': _conv, 'gather': _gather,
     'scatter': _scatter, 'scatter-add': _scatter, 'scatter_add': _scatter, 'scatter_mul': _scatter,
     'reduce_sum': _removed('axes'), 'reduce_prod': _removed('axes'),
     'reduce_max': _removed('axes'), 'reduce_min': _removed('axes'), 'squeeze': _removed('dimensions'),
     'broadcast_in_dim': lambda params, shapes, ins, name: params['broadcast_dimensions'][ins[0]],
     'transpose': lambda params, shapes, ins, name: tuple(params['permutation']).index(ins[0]),
+    'stack': lambda params, shapes, ins, name: _shifted(_join(name, ins), params['axis']),
+    'unstack': lambda params, shapes, ins, name: _removed('axis')({'axis': (params['axis'],)}, shapes, ins, name),
+    'tile': _kept(lambda params, shapes, a: params['reps'][a] == 1),
     'reduce_window': _kept(lambda params, shapes, a: params['window_dimensions'][a] == 1),
     'rev': _kept(lambda params, shapes, a: a not in params['dimensions']),
     'pad': _kept(lambda params, shapes, a: tuple(params['padding_config'][a]) == (0, 0, 0)),

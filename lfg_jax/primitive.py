@@ -22,18 +22,18 @@ def tap(z: jax.Array, name: str, *, local_axes: int = 1, active: jax.Array | Non
         ) -> jax.Array:
   """The activity `z` `[B, ...]` itself, known by `name` to `value_and_activity_grad`.
 
-  Every call is a tap of its own. A second call with the same name is known as `name_1`, and so on. Inside `vmap`
-  the mapped axes count as the first ones of `z`: a function of one example, mapped over the batch, may tap its
-  activities as they are.
+  Every call is a tap of its own. A second call with the same name is known as `name_1`, and so on.
+  Inside `vmap` the mapped axes count as the first ones of `z`: a function of one example, mapped
+  over the batch, may tap its activities as they are.
 
   Args:
     z: real floating-point, examples first.
     name: any text.
-    local_axes: how many leading axes activity and losses have in common. An activity `[B, P, c]` with
-      `local_axes=2` influences entry `[b, p]` of the losses only through its own `[b, p]`; with 1, all losses of
-      its own example; with 0, losses of other examples too.
-    active: boolean, broadcast to z's shape: where a following ReLU is on. Units that are off have no gradient, so
-      their signal is set to zero.
+    local_axes: how many leading axes activity and losses have in common. An activity `[B, P, c]`
+      with `local_axes=2` influences entry `[b, p]` of the losses only through its own `[b, p]`;
+      with 1, all losses of its own example; with 0, losses of other examples too.
+    active: boolean, broadcast to z's shape: where a following ReLU is on. Units that are off have
+      no gradient, so their signal is set to zero.
 
   Raises:
     TypeError: z is not real floating-point.

@@ -82,7 +82,7 @@ def draw_signs(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32)
 
 
 def _in_float32(draw: Callable) -> Callable:
-  """Drawn in float32 and then rounded: normal numbers of a shorter type, made from as few random bits, have no tails."""
+  """Drawn in float32, then rounded. Normal numbers of a shorter type, from as few random bits, would have no tails."""
   def rounded(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
     return draw(key, passes, shape, d, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
   return rounded

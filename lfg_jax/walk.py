@@ -1,8 +1,10 @@
-"""Evaluation of a jaxpr that reaches into it for its taps: records them, perturbs them, replaces their cotangents.
+"""Evaluation of a jaxpr that reaches into it for its taps: records them, perturbs them, replaces
+their cotangents.
 
-Taps are visited inside `jit`, `scan`, `remat` and `cond`. A tap in a scan is one tap, with the scanned axis in front.
-Every call site has taps of its own, although JAX may share one jaxpr between calls. Equations without a tap
-are bound as they are, so that functions with rules of their own keep them.
+Taps are visited inside `jit`, `scan`, `remat` and `cond`. A tap in a scan is one tap, with the
+scanned axis in front. Every call site has taps of its own, although JAX may share one jaxpr between
+calls. Equations without a tap are bound as they are, so that functions with rules of their own keep
+them.
 """
 
 from collections.abc import Callable, Sequence
@@ -73,7 +75,8 @@ class Walk(NamedTuple):
     """Evaluates a jaxpr.
 
     Args:
-      given: for every tap what `visit` is handed, a pytree of arrays or None; in a scan with the scanned axis in front.
+      given: for every tap what `visit` is handed, a pytree of arrays or None; in a scan with the
+        scanned axis in front.
       visit: what is done at a tap.
 
     Returns:
@@ -179,7 +182,8 @@ def _bind(eqn: Any, ins: list) -> list:
   return outs if eqn.primitive.multiple_results else [outs]
 
 
-# --- what is done at a tap --------------------------------------------------------------------------------------
+# --- what is done at a tap
+# --------------------------------------------------------------------------------------
 
 
 def record(z: jax.Array, active: jax.Array | None, given: Any) -> tuple[jax.Array, jax.Array]:

@@ -160,7 +160,7 @@ class SharedPosition(nn.Module):
 
 @pytest.mark.parametrize(('model', 'layers', 'message'), [
     (MLP(), nn.Conv, 'no layer is marked; allowed, as `layers`: types or a predicate that fit some of Dense_0, Dense'),
-    (SharedPosition(), nn.Dense, r"tap 'position' has shape \(4, 4\) and local_axes=[01]; allowed: 3, the number of ex"),
+    (SharedPosition(), nn.Dense, r"tap 'position' has shape \(4, 4\) and local_axes=[01]; allowed: 3, the number"),
 ])
 def test_what_is_refused(model, layers, message):
   x = images(4)
@@ -226,7 +226,7 @@ def test_batch_norm_is_noticed_in_a_trace_that_nn_jit_has_kept():
   step = estimator(model, variables, x, lambda m: m.name == 'Dense_0', {}, mixes_examples=False)
   measured = variance.measure(lambda key: step(key)[1], grads_0, jax.random.key(2), 20_000, at_once=500)
   assert measured.bias_z(grads_0) > 10
-  with pytest.raises(ValueError, match='no layer is marked; allowed, .* some of .*block/Dense_0'):
+  with pytest.raises(ValueError, match=r'no layer is marked; allowed, .* some of .*block/Dense_0'):
     mark(model, nn.Conv).apply(variables, x, mutable=['batch_stats'])
 
 
