@@ -31,8 +31,9 @@ Taps = str | Collection[str] | Callable[[str], bool] | None
 
 def value_and_activity_grad(
     fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
-    law: tangents.Law = tangents.rademacher, passes: int = 1, chunk: int | None = None, combination: str = 'mean',
-    shared: bool = False, separate: bool = False, tap_passes: Mapping[str, int] | None = None, taps: Taps = None,
+    law: tangents.Law = tangents.rademacher, passes: int = 1, chunk: int | None = None,
+    combination: str = 'mean', shared: bool = False, separate: bool = False,
+    tap_passes: Mapping[str, int] | None = None, taps: Taps = None,
     guess: Callable[..., Mapping[str, jax.Array]] | None = None, mixes_examples: bool | None = None,
     checkpoint_names: bool = False, axis_name: str | None = None) -> Callable:
   """The mean loss and the estimate of its gradient, from forward derivatives at the taps of `fun`.
@@ -104,8 +105,9 @@ def value_and_activity_grad(
       return {paths.get(name, (name,)): h for name, h in guessed.items()}
 
     estimator = estimators.activity_perturbation(
-        loss_fn, sampling=sampling, derivative=recomputed_jvp, separate=separate, tap_passes=tap_passes,
-        is_perturbed=perturbed.__contains__, guess=of_known if guess else None)
+        loss_fn, sampling=sampling, derivative=recomputed_jvp, separate=separate,
+        tap_passes=tap_passes, is_perturbed=perturbed.__contains__,
+        guess=of_known if guess else None)
     try:
       (losses, aux), gradient = estimator(point, key)
     except TypeError as error:
@@ -171,8 +173,10 @@ class _Traced:
     return unflatten_dict({path: Tap(z, t.ndim, t.local_axes)
                            for z, (path, t) in zip(records, self.taps.items(), strict=True)})
 
-  def _run(self, point: tuple, given: Mapping[Path, jax.Array], visit: Callable) -> tuple[list, list]:
-    return self._walk.run(self.jaxpr, jax.tree.leaves(point), [given.get(path) for path in self.taps], visit)
+  def _run(self, point: tuple, given: Mapping[Path, jax.Array], visit: Callable
+           ) -> tuple[list, list]:
+    of_taps = [given.get(path) for path in self.taps]
+    return self._walk.run(self.jaxpr, jax.tree.leaves(point), of_taps, visit)
 
   def credit(self, perturbed: list[Path], mixes_examples: bool | None) -> None:
     """Checks these taps' shapes, and sets `local_axes` to 0 where examples mix."""
@@ -182,8 +186,9 @@ class _Traced:
       if mixes_examples or (mixes_examples is None and tap.local_axes and self._mixes(path, shape)):
         tap = self.taps[path] = Tap(tap.value, tap.ndim, 0)
       if shape[:1] != (self.batch,) or len(shape) < tap.local_axes:
-        raise ValueError(f'tap {path[-1]!r} has shape {shape} and local_axes={tap.local_axes}; allowed: '
-                         f'{self.batch}, the number of examples, on its first axis, and that many axes')
+        raise ValueError(
+            f'tap {path[-1]!r} has shape {shape} and local_axes={tap.local_axes}; allowed: '
+            f'{self.batch}, the number of examples, on its first axis, and that many axes')
 
   def _mixes(self, path: Path, shape: tuple[int, ...]) -> bool:
     """Whether this tap influences the losses of other examples.
@@ -194,17 +199,20 @@ class _Traced:
     """
     is_seed, mixed = [other == path for other in self.taps], False
     for axis in range(min(self.taps[path].local_axes, len(shape))):
-      labels = Influence(self._walk, axis, shape[axis]).of(self.jaxpr, is_seed) if shape[axis] > 1 else []
+      influence = Influence(self._walk, axis, shape[axis])
+      labels = influence.of(self.jaxpr, is_seed) if shape[axis] > 1 else []
       for label, loss in zip(labels, self._shapes, strict=False):
         if label is None or label == axis or loss.ndim <= axis or loss.shape[axis] == 1:
           continue
         cause = label.primitive if isinstance(label, Mixed) else 'an axis that is moved'
         if isinstance(label, Mixed) and not label.is_known:
-          raise ValueError(f'whether tap {path[-1]!r} influences the losses of other examples cannot be read from '
-                           f'{cause}; allowed: mixes_examples=True if it does, False if it does not')
+          raise ValueError(
+              f'whether tap {path[-1]!r} influences the losses of other examples cannot be read '
+              f'from {cause}; allowed: mixes_examples=True if it does, False if it does not')
         if axis:
-          raise ValueError(f'tap {path[-1]!r} has local_axes={self.taps[path].local_axes}, but {cause} mixes its axis '
-                           f'{axis}; allowed: local_axes={axis}')
+          raise ValueError(
+              f'tap {path[-1]!r} has local_axes={self.taps[path].local_axes}, but {cause} mixes '
+              f'its axis {axis}; allowed: local_axes={axis}')
         mixed = True
     return mixed
 
@@ -213,8 +221,11 @@ def _perturbed(loss_fn: _Traced, chosen: Taps, tap_passes: Mapping[str, int] | N
   """Paths of the taps that are perturbed."""
   names = {name for path in loss_fn.taps for name in (path[-1], loss_fn.first_names[path])}
   if not names:
-    raise ValueError('the function has no tap; allowed: lfg_jax.tap in it, or layers that lfg_jax.mark marks')
-  asked = {chosen} if isinstance(chosen, str) else set() if chosen is None or callable(chosen) else set(chosen)
+    raise ValueError('the function has no tap; allowed: lfg_jax.tap in it, or layers that '
+                     'lfg_jax.mark marks')
+  if isinstance(chosen, str):
+    chosen = {chosen}
+  asked = set() if chosen is None or callable(chosen) else set(chosen)
   for unknown in sorted((asked | set(tap_passes or {})) - names):
     raise ValueError(f'there is no tap {unknown!r}; allowed: {", ".join(sorted(names))}')
   if chosen is None:
@@ -229,13 +240,15 @@ def _batch(losses: PyTree) -> int:
   leaves = jax.tree_util.tree_leaves_with_path(losses)
   for path, leaf in leaves:
     if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
-      raise TypeError(f'loss {jax.tree_util.keystr(path)} is {type(leaf).__name__}; allowed: arrays with a loss for '
-                      'every example, or with has_aux=True a pair of losses and anything')
+      raise TypeError(f'loss {jax.tree_util.keystr(path)} is {type(leaf).__name__}; allowed: '
+                      'arrays with a loss for every example, or with has_aux=True a pair of losses and '
+                      'anything')
   shapes = [leaf.shape for _, leaf in leaves]
   if not shapes or any(not shape or shape[0] != shapes[0][0] for shape in shapes):
-    raise ValueError(f'losses have the shapes {shapes}; allowed: the same number of examples on the first axis of all '
-                     '(for a pair of losses and anything, has_aux=True)')
+    raise ValueError(f'losses have the shapes {shapes}; allowed: the same number of examples on '
+                     'the first axis of all (for a pair of losses and anything, has_aux=True)')
   for path, leaf in leaves:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-      raise TypeError(f'loss {jax.tree_util.keystr(path)} has dtype {leaf.dtype}; allowed: real floating-point')
+      raise TypeError(f'loss {jax.tree_util.keystr(path)} has dtype {leaf.dtype}; allowed: real '
+                      'floating-point')
   return shapes[0][0]

@@ -1,4 +1,4 @@
-"""What the function transformations share: how the user's function is called, and how errors are told."""
+"""What the function transformations share: how a function is called, how errors are told."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -17,7 +17,8 @@ def positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
   numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
   for n in numbers:
     if not -count <= n < count:
-      raise ValueError(f'argnums is {argnums!r}, but the function was called with {count} positional arguments')
+      raise ValueError(f'argnums is {argnums!r}, but the function was called with {count} '
+                       'positional arguments')
   return tuple(n % count for n in numbers)
 
 
@@ -25,8 +26,8 @@ def check_floating(point: tuple) -> None:
   """Raises TypeError if an argument that is differentiated is not real floating-point."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(point):
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-      raise TypeError(f'forward gradients are of real floating-point inputs; argument {jax.tree_util.keystr(path)} '
-                      f'has dtype {jnp.result_type(leaf)}')
+      raise TypeError('forward gradients are of real floating-point inputs; argument '
+                      f'{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}')
 
 
 def bind(fun: Callable, argnums: int | Sequence[int], key: jax.Array, args: tuple, kwargs: dict
@@ -53,11 +54,12 @@ def _wants_key(fun: Callable, args: tuple, kwargs: dict) -> bool:
   try:
     signature = inspect.signature(fun)
     given = signature.bind_partial(*args, **kwargs).arguments
-  except (TypeError, ValueError):    # no signature, or arguments that do not fit: the call itself will tell
-    return False
+  except (TypeError, ValueError):
+    return False    # no signature, or arguments that do not fit: the call itself will tell
   key = signature.parameters.get('key')
   required = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-  return key is not None and key.kind in required and key.default is key.empty and 'key' not in given
+  is_required = key is not None and key.kind in required and key.default is key.empty
+  return is_required and 'key' not in given
 
 
 def with_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
@@ -65,7 +67,8 @@ def with_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
   if not has_aux:
     return out, None
   if not isinstance(out, (tuple, list)) or len(out) != 2:
-    raise TypeError(f'with has_aux the output is {type(out).__name__}; allowed: a pair (value, aux)')
+    raise TypeError(f'with has_aux the output is {type(out).__name__}; allowed: a pair '
+                    '(value, aux)')
   value, aux = out
   return value, aux
 
@@ -82,7 +85,8 @@ class Static:
   def join(self, arrays: Sequence[jax.Array]) -> PyTree:
     """The tree that was split, with these arrays."""
     remaining = iter(arrays)
-    return jax.tree.unflatten(self._treedef, [other[0] if other else next(remaining) for other in self._others])
+    leaves = [other[0] if other else next(remaining) for other in self._others]
+    return jax.tree.unflatten(self._treedef, leaves)
 
 
 def explained(error: TypeError, jaxpr: Callable[[], Any]) -> TypeError:

@@ -120,8 +120,12 @@ def _estimate(evaluate: Callable, point: tuple, key: jax.Array, sampling: Sampli
     return jax.tree.unflatten(treedef, [part.reshape(shape).astype(dtype) for part, shape, dtype in parts])
 
   ravel = lambda tree: jnp.concatenate([leaf.ravel().astype(wide) for leaf in jax.tree.leaves(tree)])
-  # A tangent is what its rounding to the parameters' types has left of it.
-  draw = lambda passes: jax.vmap(lambda u: ravel(unravel(u)))(sampling.law.draw(key, passes, (), int(ends[-1]), wide))
+
+  def draw(passes: Passes) -> jax.Array:
+    u_KxD = sampling.law.draw(key, passes, (), int(ends[-1]), wide)
+    # A tangent is what its rounding to the parameters' types leaves of it.
+    return u_KxD if set(dtypes) == {wide} else jax.vmap(lambda u: ravel(unravel(u)))(u_KxD)
+
   mean = lambda slope_K, u_KxD: combine(sampling.combine, slope_K[:, None], u_KxD, sampling.passes)
   if sampling.at_once == sampling.passes:
     u_KxD = draw(Passes(sampling.passes))

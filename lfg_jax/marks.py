@@ -54,7 +54,8 @@ def mark(model: Any, layers: Layers) -> Any:
   is_marked = _matcher(layers)
   if isinstance(model, nn.Module):
     return MarkedLinen(model, is_marked, tuple(layers) if isinstance(layers, Sequence) else layers)
-  return _mark_nnx(model, is_marked) if isinstance(model, nnx.Module) else _mark_tree(model, is_marked)
+  mark_copy = _mark_nnx if isinstance(model, nnx.Module) else _mark_tree
+  return mark_copy(model, is_marked)
 
 
 def _matcher(layers: Layers) -> Callable[[Any], bool]:
@@ -71,8 +72,8 @@ def _tapped(output: PyTree, name: str) -> PyTree:
 
 
 def _none_fits(names: Sequence[str]) -> ValueError:
-  return ValueError('no layer is marked; allowed, as `layers`: types or a predicate that fit some of '
-                    f'{", ".join(sorted(set(names)))}')
+  return ValueError('no layer is marked; allowed, as `layers`: types or a predicate that fit some '
+                    f'of {", ".join(sorted(set(names)))}')
 
 
 class MarkedLinen(NamedTuple):
@@ -99,7 +100,8 @@ class MarkedLinen(NamedTuple):
       raise _none_fits(called)
     return output
 
-  def _apply(self, variables: Any, args: tuple, mutable: Any, kwargs: dict, tag: Any) -> tuple[Any, list[str], bool]:
+  def _apply(self, variables: Any, args: tuple, mutable: Any, kwargs: dict, tag: Any
+             ) -> tuple[Any, list[str], bool]:
     called, is_found = [], False
 
     def intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
@@ -162,4 +164,5 @@ def _tapping(kind: Any, name: str) -> type:
   """A subclass of a type of layer that taps its output."""
   def call(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _tapped(kind.__call__(self, *args, **kwargs), name or kind.__name__)
-  return types.new_class(kind.__name__, (kind,), exec_body=lambda names: names.update(__call__=call))
+  body = lambda names: names.update(__call__=call)
+  return types.new_class(kind.__name__, (kind,), exec_body=body)

@@ -49,12 +49,14 @@ _ELEMENTWISE = frozenset((
     'reduce_precision', 'regularized_incomplete_beta', 'rem', 'reshard', 'round', 'rsqrt',
     'select_n', 'sharding_constraint', 'sign', 'sin', 'sinh', 'sqrt', 'square', 'sub', 'tan',
     'tanh', 'tap', 'xor'))
-_ALONG_ONE_AXIS = {'cumsum': 'axis', 'cumprod': 'axis', 'cummax': 'axis', 'cummin': 'axis', 'cumlogsumexp': 'axis',
-                   'sort': 'dimension', 'concatenate': 'dimension', 'split': 'axis'}
-_COLLECTIVES = ('psum', 'pmax', 'pmin', 'all_gather', 'all_to_all', 'ppermute', 'pbroadcast', 'reduce_scatter')
+_ALONG_ONE_AXIS = {'cumsum': 'axis', 'cumprod': 'axis', 'cummax': 'axis', 'cummin': 'axis',
+                   'cumlogsumexp': 'axis', 'split': 'axis', 'sort': 'dimension',
+                   'concatenate': 'dimension'}
+_COLLECTIVES = ('psum', 'pmax', 'pmin', 'all_gather', 'all_to_all', 'ppermute', 'pbroadcast',
+                'reduce_scatter')
 _MATRICES = ('cholesky', 'triangular_solve', 'lu', 'eigh', 'qr', 'svd', 'householder_product')
-_CALLS = ('jit', 'pjit', 'closed_call', 'core_call', 'remat2', 'remat', 'checkpoint', 'custom_jvp_call',
-          'custom_vjp_call')
+_CALLS = ('jit', 'pjit', 'closed_call', 'core_call', 'remat2', 'remat', 'checkpoint',
+          'custom_jvp_call', 'custom_vjp_call')
 
 
 class Influence(NamedTuple):
@@ -82,7 +84,8 @@ class Influence(NamedTuple):
       count = len(self.walk.find_in(eqn))
       own, seeds = seeds[:count], seeds[count:]
       labels = self._equation(eqn, [read(v) for v in eqn.invars], own)
-      env.update((v, label if _has_derivative(v) else None) for v, label in zip(eqn.outvars, labels, strict=True))
+      env.update((v, label if _has_derivative(v) else None)
+                 for v, label in zip(eqn.outvars, labels, strict=True))
     return [read(v) for v in inner.outvars]
 
   def _equation(self, eqn: Any, ins: list[Label], seeds: list[bool]) -> list[Label]:
@@ -126,7 +129,8 @@ class Influence(NamedTuple):
 
   def _scan(self, params: dict, ins: list[Label], seeds: list[bool]) -> list[Label]:
     constants, carried = params['num_consts'], params['num_carry']
-    consts, carry, xs = ins[:constants], ins[constants:constants + carried], ins[constants + carried:]
+    consts, ins = ins[:constants], ins[constants:]
+    carry, xs = ins[:carried], ins[carried:]
     inside = [Mixed('scan', True) if x == 0 else x - 1 if isinstance(x, int) else x for x in xs]
     body = lambda carry: self._jaxpr(params['jaxpr'], [*consts, *carry, *inside], seeds)
     carry = _fixed_point(lambda carry: body(carry)[:carried], carry)
@@ -135,7 +139,8 @@ class Influence(NamedTuple):
   def _while(self, params: dict, ins: list[Label]) -> list[Label]:
     first, second = params['cond_nconsts'], params['body_nconsts']
     consts, carry = ins[first:first + second], ins[first + second:]
-    return _fixed_point(lambda carry: self._jaxpr(params['body_jaxpr'], [*consts, *carry], []), carry)
+    body = lambda carry: self._jaxpr(params['body_jaxpr'], [*consts, *carry], [])
+    return _fixed_point(body, carry)
 
   def _cond(self, branches: Sequence[Any], ins: list[Label], seeds: list[bool]) -> list[Label]:
     outs = []
@@ -169,7 +174,10 @@ def _fixed_point(body: Callable[[list[Label]], list[Label]], carry: list[Label])
 
 
 def _reshape(before: tuple, after: tuple, label: Label, size: int) -> Label:
-  """Examples stay together if the axes in front keep their product, and the axis found there holds all of them."""
+  """Examples stay together if the axes in front keep their product.
+
+  The axis that follows them must hold all examples.
+  """
   assert isinstance(label, int)
   front = math.prod(before[:label])
   for axis, length in enumerate(after):
@@ -202,7 +210,8 @@ def _dot_general(params: dict, shapes: list, ins: list, name: str) -> Label:
 def _conv(params: dict, shapes: list, ins: list, name: str) -> Label:
   numbers = params['dimension_numbers']
   if ins[1] is None and params['batch_group_count'] == 1:
-    return numbers.out_spec[0] if ins[0] == numbers.lhs_spec[0] else Mixed(name, ins[0] in numbers.lhs_spec[2:])
+    is_batch = ins[0] == numbers.lhs_spec[0]
+    return numbers.out_spec[0] if is_batch else Mixed(name, ins[0] in numbers.lhs_spec[2:])
   return Mixed(name, False)
 
 
@@ -222,7 +231,8 @@ def _scatter(params: dict, shapes: list, ins: list, name: str) -> Label:
   numbers, (shape, _, updates), label = params['dimension_numbers'], shapes, ins[2]
   if label is None:
     return ins[0]
-  window = [a for a in range(len(shape)) if a not in (*numbers.inserted_window_dims, *numbers.operand_batching_dims)]
+  other = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+  window = [a for a in range(len(shape)) if a not in other]
   if label not in numbers.update_window_dims:
     return Mixed(name, False)
   axis = window[numbers.update_window_dims.index(label)]
@@ -240,7 +250,8 @@ def _kept(is_whole: Callable[[dict, list, int], bool]) -> Callable:
 def _removed(axes: str) -> Callable:
   """Primitives that take axes away."""
   def rule(params: dict, shapes: list, ins: list, name: str) -> Label:
-    gone, label = params[axes], _join(name, ins)
+    gone = params[axes] if isinstance(params[axes], tuple) else (params[axes],)
+    label = _join(name, ins)
     if not isinstance(label, int):
       return label
     return Mixed(name, True) if label in gone else label - sum(a < label for a in gone)
@@ -253,18 +264,19 @@ def _shifted(label: Label, axis: int) -> Label:
 
 def _is_whole_slice(params: dict, shapes: list, a: int) -> bool:
   strides = params['strides'] or (1,) * len(shapes[0])
-  return (params['start_indices'][a], params['limit_indices'][a], strides[a]) == (0, shapes[0][a], 1)
+  taken = (params['start_indices'][a], params['limit_indices'][a], strides[a])
+  return taken == (0, shapes[0][a], 1)
 
 
 _RULES: dict[str, Callable[[dict, list, list, str], Label]] = {
     'dot_general': _dot_general, 'conv_general_dilated': _conv, 'gather': _gather,
     'scatter': _scatter, 'scatter-add': _scatter, 'scatter_add': _scatter, 'scatter_mul': _scatter,
     'reduce_sum': _removed('axes'), 'reduce_prod': _removed('axes'),
-    'reduce_max': _removed('axes'), 'reduce_min': _removed('axes'), 'squeeze': _removed('dimensions'),
+    'reduce_max': _removed('axes'), 'reduce_min': _removed('axes'),
+    'squeeze': _removed('dimensions'), 'unstack': _removed('axis'),
     'broadcast_in_dim': lambda params, shapes, ins, name: params['broadcast_dimensions'][ins[0]],
     'transpose': lambda params, shapes, ins, name: tuple(params['permutation']).index(ins[0]),
     'stack': lambda params, shapes, ins, name: _shifted(_join(name, ins), params['axis']),
-    'unstack': lambda params, shapes, ins, name: _removed('axis')({'axis': (params['axis'],)}, shapes, ins, name),
     'tile': _kept(lambda params, shapes, a: params['reps'][a] == 1),
     'reduce_window': _kept(lambda params, shapes, a: params['window_dimensions'][a] == 1),
     'rev': _kept(lambda params, shapes, a: a not in params['dimensions']),

@@ -53,7 +53,8 @@ def tap(z: jax.Array, name: str, *, local_axes: int = 1, active: jax.Array | Non
 
 def _batch(operands: tuple, axes: tuple, **params: Any) -> tuple[jax.Array, int]:
   """The mapped axis goes to the front of both operands."""
-  size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not batching.not_mapped)
+  size = next(x.shape[a] for x, a in zip(operands, axes, strict=True)
+              if a is not batching.not_mapped)
   front = [batching.bdim_at_front(x, a, size) for x, a in zip(operands, axes, strict=True)]
   return tap_p.bind(*front, **params), 0
 
@@ -65,7 +66,8 @@ def _transpose(cotangent: Any, z: Any, *active: Any, **params: Any) -> tuple:
 
 tap_p.def_impl(lambda z, *active, **params: z)
 tap_p.def_abstract_eval(lambda z, *active, **params: z)
-ad.primitive_jvps[tap_p] = lambda primals, tangents, **params: (tap_p.bind(*primals, **params), tangents[0])
+ad.primitive_jvps[tap_p] = lambda primals, tangents, **params: (
+    tap_p.bind(*primals, **params), tangents[0])
 ad.primitive_transposes[tap_p] = _transpose
 batching.primitive_batchers[tap_p] = _batch
 mlir.register_lowering(tap_p, lambda ctx, z, *active, **params: [z])

@@ -59,19 +59,19 @@ class Walk(NamedTuple):
     if self.is_tap(eqn):
       aval = eqn.outvars[0].aval
       shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-      return [Named(eqn.params['name'], Tap(shape, len(shape.shape), eqn.params.get('local_axes', 1)))]
+      local_axes = eqn.params.get('local_axes', 1)
+      return [Named(eqn.params['name'], Tap(shape, len(shape.shape), local_axes))]
     found = [named for inner in inner_jaxprs(eqn) for named in self.find(inner)]
     name = eqn.primitive.name
     if found and name not in _ENTERED:
-      raise ValueError(f'tap {found[0].name!r} is inside {name}; allowed: jit, scan, cond, checkpoint and '
-                       f'vmap, or a tap on what comes out of {name}')
+      raise ValueError(f'tap {found[0].name!r} is inside {name}; allowed: jit, scan, cond, '
+                       f'checkpoint and vmap, or a tap on what comes out of {name}')
     if name == 'scan':
-      length = eqn.params['length']
-      return [Named(n, Tap(jax.ShapeDtypeStruct((length, *t.value.shape), t.value.dtype), t.ndim, t.local_axes))
-              for n, t in found]
+      return [Named(n, _scanned(t, eqn.params['length'])) for n, t in found]
     return found
 
-  def run(self, jaxpr: Any, args: Sequence[Any], given: Sequence[Any], visit: Visit) -> tuple[list, list]:
+  def run(self, jaxpr: Any, args: Sequence[Any], given: Sequence[Any], visit: Visit
+          ) -> tuple[list, list]:
     """Evaluates a jaxpr.
 
     Args:
@@ -112,23 +112,27 @@ class Walk(NamedTuple):
     (jaxpr,) = inner_jaxprs(eqn)
     body = lambda ins, given: self.run(jaxpr, ins, given, visit)
     if name in _REMAT:
-      body = jax.checkpoint(body, prevent_cse=params['prevent_cse'], policy=params['policy'])
+      prevent = params['prevent_cse']    # in recent versions of JAX one for each input
+      body = jax.checkpoint(body, prevent_cse=prevent if isinstance(prevent, bool) else any(prevent),
+                            policy=params['policy'])
     return body(ins, given)
 
   def _scan(self, params: dict, ins: list, given: list, visit: Visit) -> tuple[list, list]:
     """What is given goes in with the scanned inputs, records come out with the scanned outputs."""
     constants, carried = params['num_consts'], params['num_carry']
-    consts, init, xs = ins[:constants], ins[constants:constants + carried], ins[constants + carried:]
+    consts, ins = ins[:constants], ins[constants:]
+    init, xs = ins[:carried], ins[carried:]
 
     def body(carry: list, x: tuple[list, list]) -> tuple[list, tuple[list, list]]:
       outs, records = self.run(params['jaxpr'], [*consts, *carry, *x[0]], x[1], visit)
       return outs[:carried], (outs[carried:], records)
 
-    carry, (ys, records) = jax.lax.scan(body, init, (xs, given), length=params['length'], reverse=params['reverse'],
-                                        unroll=params['unroll'])
+    options = {name: params[name] for name in ('length', 'reverse', 'unroll')}
+    carry, (ys, records) = jax.lax.scan(body, init, (xs, given), **options)
     return [*carry, *ys], records
 
-  def _cond(self, branches: Sequence[Any], ins: list, given: list, visit: Visit) -> tuple[list, list]:
+  def _cond(self, branches: Sequence[Any], ins: list, given: list, visit: Visit
+            ) -> tuple[list, list]:
     """The taps of a branch that is not taken have a record of zero, and influence nothing."""
     index, *ins = ins
     counts = [len(self.find(branch)) for branch in branches]
@@ -149,6 +153,11 @@ class Walk(NamedTuple):
     return jax.lax.switch(index, [padded(n) for n in range(len(branches))], ins, given)
 
 
+def _scanned(tap: Tap, length: int) -> Tap:
+  shape = jax.ShapeDtypeStruct((length, *tap.value.shape), tap.value.dtype)
+  return Tap(shape, tap.ndim, tap.local_axes)
+
+
 def opened(jaxpr: Any) -> Jaxpr:
   """A jaxpr without its constants."""
   return getattr(jaxpr, 'jaxpr', jaxpr)
@@ -156,8 +165,8 @@ def opened(jaxpr: Any) -> Jaxpr:
 
 def inner_jaxprs(eqn: Any) -> list[Any]:
   """All jaxprs among an equation's parameters."""
-  leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, (Jaxpr, ClosedJaxpr)))
-  return [leaf for leaf in leaves if isinstance(leaf, (Jaxpr, ClosedJaxpr))]
+  is_jaxpr = lambda x: isinstance(x, (Jaxpr, ClosedJaxpr))
+  return list(filter(is_jaxpr, jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr)))
 
 
 def backward_only(jaxpr: Any) -> list[str]:

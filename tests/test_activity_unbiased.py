@@ -1,4 +1,4 @@
-"""Activity perturbation of any function has no bias, whatever the taps are behind; examples that mix are noticed."""
+"""Activity perturbation of any function has no bias; examples that mix are noticed."""
 
 import functools
 
@@ -65,7 +65,7 @@ def contrast(w):
 
 
 def ensemble(w):
-  """Mapped over three scales, as many as there are examples: its first axis is not that of the examples."""
+  """Mapped over three scales, as many as examples: the tap's first axis is not theirs."""
   h = jax.vmap(lambda scale: tap(X @ (scale * w['a']), 'a'))(jnp.arange(1.0, 4.0))
   return square(jnp.tanh(h).sum(0) @ w['c'])
 
