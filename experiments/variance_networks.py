@@ -11,10 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict
 
-from lfg_jax import algorithms, configs, data, timing, variance
-from lfg_jax.forward_grad import forward_grad
-from lfg_jax.modules import value_and_activity_grad
-from lfg_jax.passes import Sampling
+from lfg_jax import algorithms, configs, data, forward_grad, mark, timing, value_and_activity_grad, variance
 from lfg_jax.tangents import LAWS
 
 Row = dict[str, Any]
@@ -94,8 +91,9 @@ def mlp(options: argparse.Namespace) -> Iterator[Row]:
   predict = _predicted_mlp(variables['params'], x, y)
 
   def activity(law: str, passes: int, joint: bool) -> Callable:
-    step = value_and_activity_grad(MLP(), losses, nn.Dense, sampling=Sampling(LAWS[law], passes), separate=not joint)
-    return lambda key: step(jax.lax.optimization_barrier(variables), key, x, y)[1]
+    per_example = lambda params: losses(mark(MLP(), nn.Dense).apply({'params': params}, x), y)
+    step = value_and_activity_grad(per_example, law=LAWS[law], passes=passes, separate=not joint)
+    return lambda key: step(jax.lax.optimization_barrier(variables['params']), key=key)[1]
 
   def weight(law: str, passes: int, joint: bool) -> Callable:
     del joint

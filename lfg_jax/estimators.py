@@ -187,12 +187,7 @@ def activity_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(), d
     is_perturbed: of a tap's path; the others let the exact signal pass.
     guess: with `separate`, guesses of taps' gradients. What it learns from is in aux as 'guess_gradient'.
   """
-  for passes in (sampling.passes, *(tap_passes or {}).values()):
-    sampling._replace(passes=passes).check()
-  if sampling.combine == 'projection' and not separate:
-    raise ValueError("combine='projection' takes the taps one by one; allowed: taps 'separate'")
-  if guess and not separate:
-    raise ValueError("a guess is of one tap's derivative, not of the sum over taps; allowed: taps 'separate'")
+  check_activity_options(sampling, separate, tap_passes, guess)
 
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, Any], PyTree]:
     taps = flatten_dict(jax.eval_shape(lambda p: loss_fn.record('taps', p, *args), params))
@@ -213,6 +208,17 @@ def activity_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(), d
       aux = {**aux, 'guess_gradient': regression(pull, guessed, known_residual, taps, loss_fn.size_B)}
     return (losses, aux), grads
   return run
+
+
+def check_activity_options(sampling: Sampling, separate: bool, tap_passes: Mapping[str, int] | None,
+                           guess: Callable | None) -> None:
+  """Raises ValueError for options of `activity_perturbation` that make no sense together."""
+  for passes in (sampling.passes, *(tap_passes or {}).values()):
+    sampling._replace(passes=passes).check()
+  if sampling.combine == 'projection' and not separate:
+    raise ValueError("combine='projection' takes the taps one by one; allowed: taps 'separate'")
+  if guess and not separate:
+    raise ValueError("a guess is of one tap's derivative, not of the sum over taps; allowed: taps 'separate'")
 
 
 def _guess(guess: Guess | None, loss_fn: LossFn, params: PyTree, taps: dict[Path, Tap], args: tuple
@@ -368,9 +374,7 @@ def draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap, passes: Passes) ->
   batch, *rest = tap.value.shape[scanned:]
   own = rest[:max(tap.local_axes, 1) - 1]
   d = math.prod(rest) // math.prod(own)
-  # Drawn in float32: normal numbers of a shorter type, made from as few random bits, would have no tails.
-  dtype = jnp.promote_types(tap.value.dtype, jnp.float32)
-  one = lambda k: sampling.law.draw(k, passes, tuple(own), d, dtype).astype(tap.value.dtype).reshape(-1, *rest)
+  one = lambda k: sampling.law.draw(k, passes, tuple(own), d, tap.value.dtype).reshape(-1, *rest)
   if sampling.shared:
     draw = lambda k: one(k)[:, None]
   else:

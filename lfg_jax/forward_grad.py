@@ -1,14 +1,17 @@
 """Forward gradients of any pure function: `forward_grad` and `value_and_forward_grad`, as `jax.grad` plus a key."""
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
+import numpy as np
 
 from lfg_jax import tangents
-from lfg_jax.passes import Sampling, combine, sum_over_chunks
+from lfg_jax.calls import Static, bind, explained, with_aux
+from lfg_jax.passes import Sampling, combine, recomputed_jvp, sum_over_chunks
 from lfg_jax.tangents import Passes
 
 PyTree = Any
@@ -20,8 +23,9 @@ def value_and_forward_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_
   """`jax.value_and_grad` without a backward pass: the gradient's estimate (1/K) Σ_k (∇f·u_k) u_k from K derivatives.
 
   Unbiased, since E[u uᵀ] = I, with the squared error `law.excess(d, passes)` · |∇f|², where d is the number of all
-  entries that are differentiated; exact for an orthogonal law with K = d. All tangents share one evaluation of
-  `fun`. Memory is that of K evaluations, or of `chunk` of them and what one backward pass would keep.
+  entries that are differentiated; exact for an orthogonal law with K = d. Each leaf of the estimate has the dtype
+  of its argument, as with `jax.grad`; tangents are drawn in float32 at least. The tangents in memory at once share one
+  evaluation of `fun`, and nothing is kept for a way back: memory is that of K evaluations, or of `chunk` of them.
 
   Replacing `jax.value_and_grad(loss)(params, batch)` by `value_and_forward_grad(loss)(params, batch, key=key)` is all
   that a training loop needs. It holds under jit, vmap, scan and shard_map. In shard_map, give every device the
@@ -33,15 +37,19 @@ def value_and_forward_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_
     has_aux: see `jax.grad`; aux is that of the unperturbed evaluation.
     law: of the tangents, over all differentiated entries together.
     passes: number of tangents, K.
-    chunk: how many are in memory at once (rounded down to a divisor of `passes`); None: all.
+    chunk: how many are in memory at once (rounded down to a divisor of `passes`); None: all. Every chunk evaluates
+      `fun` again, and `fun` is then traced as by `jax.jit`.
     combination: 'mean', or 'projection' on the tangents' span (too short by K/d: see `passes.combine`).
 
   Returns:
     `(*args, key, **kwargs) -> (value, gradient)`, or `((value, aux), gradient)`; gradients as `jax.grad` has them.
+    `key` is for the tangents. If `fun` has a required parameter `key` too, it gets a key of its own, split from this
+    one; to choose it, give it by position, or bind it: `functools.partial(fun, key=...)`.
 
   Raises:
-    ValueError: `fun` is not scalar, or an argument number is out of range.
-    TypeError: an argument is not real floating-point.
+    ValueError: the output is not scalar, or an argument number is out of range.
+    TypeError: an argument or the output is not real floating-point; `fun` uses a function with `jax.custom_vjp`, which
+      has no forward derivative; with `has_aux`, the output is not a pair.
 
   >>> f = lambda x: (x ** 2).sum()
   >>> law = tangents.hadamard
@@ -53,21 +61,32 @@ def value_and_forward_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_
   sampling.check()
 
   def run(*args: Any, key: jax.Array, **kwargs: Any) -> tuple[Any, PyTree]:
-    numbers = _positions(argnums, len(args))
-    point = tuple(args[n] for n in numbers)
-    _check_floating(point)
+    of_point, point, key = bind(fun, argnums, key, args, kwargs)
+    static = Static()
 
-    def evaluate(point: tuple) -> tuple[jax.Array, Any]:
-      replaced = dict(zip(numbers, point, strict=True))
-      out = fun(*(replaced.get(n, arg) for n, arg in enumerate(args)), **kwargs)
-      value, aux = out if has_aux else (out, None)
-      if jnp.shape(value):
-        raise ValueError(f'forward gradients are of scalar functions; the output has shape {jnp.shape(value)}')
-      return jnp.asarray(value), aux
+    def evaluate(point: tuple) -> tuple[jax.Array, list[jax.Array]]:
+      value, aux = with_aux(of_point(point), has_aux)
+      return _scalar(value), static.split(aux)
 
-    value, aux, estimate = _estimate(evaluate, point, key, sampling)
-    return ((value, aux) if has_aux else value), (estimate[0] if isinstance(argnums, int) else estimate)
+    try:
+      value, arrays, estimate = _estimate(evaluate, point, key, sampling)
+    except TypeError as error:
+      raise explained(error, lambda: jax.make_jaxpr(evaluate)(point)) from error
+    gradient = estimate[0] if isinstance(argnums, int) else estimate
+    return ((value, static.join(arrays)) if has_aux else value), gradient
   return run
+
+
+def _scalar(value: Any) -> jax.Array:
+  if not isinstance(value, (jax.Array, np.ndarray, np.generic, float, int)):
+    raise TypeError(f'forward gradients are of scalar functions; the output is {type(value).__name__}; allowed: a '
+                    'scalar, or with has_aux=True a pair of a scalar and anything')
+  if jnp.shape(value):
+    raise ValueError(f'forward gradients are of scalar functions; the output has shape {jnp.shape(value)}')
+  if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+    raise TypeError(f'forward gradients are of real floating-point functions; the output has dtype '
+                    f'{jnp.result_type(value)}')
+  return jnp.asarray(value)
 
 
 def forward_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, **options: Any) -> Callable:
@@ -88,10 +107,25 @@ def forward_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
   return run
 
 
-def _estimate(evaluate: Callable, point: tuple, key: jax.Array, sampling: Sampling) -> tuple[jax.Array, Any, tuple]:
+def _estimate(evaluate: Callable, point: tuple, key: jax.Array, sampling: Sampling
+              ) -> tuple[jax.Array, list[jax.Array], tuple]:
   """(value, aux, estimate). Tangents are drawn for all entries in a row: orthogonal ones are so in the whole."""
-  flat_D, unravel = ravel_pytree(point)
-  draw = lambda passes: sampling.law.draw(key, passes, (), flat_D.size, flat_D.dtype)
+  leaves, treedef = jax.tree.flatten(point)
+  shapes, dtypes = [jnp.shape(leaf) for leaf in leaves], [jnp.result_type(leaf) for leaf in leaves]
+  ends = np.cumsum([math.prod(shape) for shape in shapes])
+  wide = functools.reduce(jnp.promote_types, dtypes, jnp.float32)
+
+  def unravel(flat_D: jax.Array) -> tuple:
+    parts = zip(jnp.split(flat_D, ends[:-1]), shapes, dtypes, strict=True)
+    return jax.tree.unflatten(treedef, [part.reshape(shape).astype(dtype) for part, shape, dtype in parts])
+
+  ravel = lambda tree: jnp.concatenate([leaf.ravel().astype(wide) for leaf in jax.tree.leaves(tree)])
+
+  def draw(passes: Passes) -> jax.Array:
+    u_KxD = sampling.law.draw(key, passes, (), int(ends[-1]), wide)
+    # A tangent is what its rounding to the parameters' types leaves of it.
+    return u_KxD if set(dtypes) == {wide} else jax.vmap(lambda u: ravel(unravel(u)))(u_KxD)
+
   mean = lambda slope_K, u_KxD: combine(sampling.combine, slope_K[:, None], u_KxD, sampling.passes)
   if sampling.at_once == sampling.passes:
     u_KxD = draw(Passes(sampling.passes))
@@ -99,24 +133,11 @@ def _estimate(evaluate: Callable, point: tuple, key: jax.Array, sampling: Sampli
     value, slope_K, aux = jax.vmap(along, out_axes=(None, 0, None))(u_KxD)
     return value, aux, unravel(mean(slope_K, u_KxD))
 
-  value, linear, aux = jax.linearize(evaluate, point, has_aux=True)
+  once = jax.jit(evaluate)    # traced once for all chunks
+  value, aux = once(point)
+  slope = recomputed_jvp(lambda point, _: once(point)[0], dict, point, in_chunks=True)
 
   def part(passes: Passes) -> jax.Array:
     u_KxD = draw(passes)
-    return mean(jax.vmap(lambda u: linear(unravel(u)))(u_KxD), u_KxD)
+    return mean(jax.vmap(lambda u: slope(unravel(u)))(u_KxD), u_KxD)
   return value, aux, unravel(sum_over_chunks(part, sampling))
-
-
-def _positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
-  numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-  for n in numbers:
-    if not -count <= n < count:
-      raise ValueError(f'argnums is {argnums!r}, but the function was called with {count} positional arguments')
-  return tuple(n % count for n in numbers)
-
-
-def _check_floating(point: tuple) -> None:
-  for path, leaf in jax.tree_util.tree_leaves_with_path(point):
-    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-      raise TypeError(f'forward gradients are of real floating-point inputs; argument {jax.tree_util.keystr(path)} '
-                      f'has dtype {jnp.result_type(leaf)}')

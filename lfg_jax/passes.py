@@ -75,6 +75,18 @@ def jvp_derivative(fn: Callable[[PyTree, PyTree], PyTree], held: Callable[[], Py
   return lambda v: jax.jvp(lambda x: fn(x, {}), (x,), (v,))[1]
 
 
+def recomputed_jvp(fn: Callable[[PyTree, PyTree], PyTree], held: Callable[[], PyTree], x: PyTree,
+                   in_chunks: bool = False) -> Callable[[PyTree], PyTree]:
+  """As `jvp_derivative`, but every chunk evaluates `fn` again: nothing is kept from one chunk for the next."""
+  del held
+
+  def along(v: PyTree) -> PyTree:
+    # The barrier makes the evaluation depend on the chunk. XLA would move it out of the loop, and keep all of it.
+    start, v = jax.lax.optimization_barrier((x, v)) if in_chunks else (x, v)
+    return jax.jvp(lambda x: fn(x, {}), (start,), (v,))[1]
+  return along
+
+
 def finite_difference(step: float = 1e-3) -> Callable:
   """Derivatives as (L(x + εv) - L(x)) / ε, the classical baseline."""
   def derivative(fn: Callable[[PyTree, PyTree], PyTree], held: Callable[[], PyTree], x: PyTree,

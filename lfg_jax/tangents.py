@@ -81,6 +81,13 @@ def draw_signs(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32)
   return (1 - 2 * bits_Wx32.astype(jnp.int8)).astype(dtype).ravel()[:size].reshape(shape)
 
 
+def _in_float32(draw: Callable) -> Callable:
+  """Drawn in float32, then rounded. Normal numbers of a shorter type, from as few random bits, would have no tails."""
+  def rounded(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
+    return draw(key, passes, shape, d, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
+  return rounded
+
+
 def _each_pass(draw_one: Callable[[jax.Array, tuple[int, ...], Any], jax.Array]) -> Callable:
   """Independent passes, each with a key of its own."""
   def draw(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
@@ -131,11 +138,11 @@ def _orthogonal_excess(d: int, passes: int, block: int | None = None) -> float:
   return rest * (block - rest) / passes**2 + (d - block) / passes
 
 
-normal = Law(_each_pass(jax.random.normal), lambda d, K: (d + 1) / K)
+normal = Law(_in_float32(_each_pass(jax.random.normal)), lambda d, K: (d + 1) / K)
 rademacher = Law(_each_pass(draw_signs), lambda d, K: (d - 1) / K)
-sphere = Law(_each_pass(_draw_sphere), lambda d, K: (d - 1) / K)
+sphere = Law(_in_float32(_each_pass(_draw_sphere)), lambda d, K: (d - 1) / K)
 coordinate = Law(_draw_coordinate, _orthogonal_excess)
-haar = Law(_draw_haar, _orthogonal_excess)
+haar = Law(_in_float32(_draw_haar), _orthogonal_excess)
 hadamard = Law(_draw_hadamard, lambda d, K: _orthogonal_excess(d, K, d & -d))
 
 LAWS = {'normal': normal, 'rademacher': rademacher, 'sphere': sphere, 'coordinate': coordinate, 'haar': haar,

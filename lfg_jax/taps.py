@@ -1,4 +1,6 @@
-"""Taps: the places in a model where activities are perturbed and learning signals are received.
+"""Taps of the LocalMixer: where activities are perturbed and learning signals are received.
+
+(Functions and models of your own call `lfg_jax.tap`, in `lfg_jax.primitive`, which needs no Flax module.)
 
 Calling `z = tap(self, 'name', z)` in a Flax module marks the activity z. Without more, it is the identity.
 An estimator that evaluates the module can hand it, as variable collections,
@@ -19,9 +21,6 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-
-# Collections that a scan over tapped layers must carry, on an axis of their own.
-TAP_COLLECTIONS = ('taps', 'perturbation', 'signal', 'held')
 
 
 @flax.struct.dataclass

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,7 +109,7 @@ def test_drop_in_for_an_optax_loop():
   assert values[-1] < 0.2 * values[0]
 
 
-def test_the_function_is_evaluated_once_for_all_passes():
+def test_the_function_is_traced_once_for_all_passes():
   count = 0
   def f(x):
     nonlocal count
@@ -138,10 +139,86 @@ def test_ema_of_optax_divides_the_error_by_what_its_memory_says():
   assert error < 0.01
 
 
+@pytest.mark.parametrize('chunk', [None, 1])
+def test_every_leaf_has_its_own_dtype(chunk):
+  """So that a scan over steps keeps its carry; and the estimate is exact up to rounding."""
+  f = lambda p: (p['low'].astype(jnp.float32)**2).sum() + 3 * p['high'].sum() + p['number']
+  params = {'low': jnp.ones(2, jnp.bfloat16), 'high': jnp.ones((1, 1)), 'number': 1.0}
+  run = forward_grad(f, law=tangents.hadamard, passes=4, chunk=chunk)
+  gradient, exact = run(params, key=jax.random.key(0)), jax.grad(f)(params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(gradient, exact)
+  assert same(gradient, exact)
+  optimizer = optax.apply_if_finite(optax.adam(0.1), 3)
+
+  def step(carry, key):
+    updates, state = optimizer.update(forward_grad(f)(carry[0], key=key), carry[1], carry[0])
+    return (optax.apply_updates(carry[0], updates), state), None
+  start = jax.tree.map(jnp.asarray, params)
+  jax.lax.scan(step, (start, optimizer.init(start)), jax.random.split(jax.random.key(0), 3))
+
+
+@pytest.mark.parametrize('law', ['normal', 'sphere', 'haar'])
+def test_tangents_of_a_short_type_have_the_moments_of_the_law(law):
+  draw = lambda dtype: tangents.LAWS[law].draw(jax.random.key(0), tangents.Passes(1), (100_000,), 4, dtype)
+  u = draw(jnp.bfloat16)
+  assert u.dtype == jnp.bfloat16
+  assert jnp.array_equal(u, draw(jnp.float32).astype(jnp.bfloat16))
+  u = u.astype(jnp.float32)
+  assert abs(u.mean()) < 4 / u.size**0.5
+  assert abs((u**2).mean() - 1) < 4 * (u**2).std() / u.size**0.5 + 1e-4
+
+
+def test_chunks_take_the_memory_of_one_evaluation():
+  def deep(ws, x):
+    for w in ws:
+      x = jnp.tanh(x @ w)
+    return (x**2).mean()
+  ws, x = [jnp.zeros((32, 32))] * 16, jnp.zeros((1024, 32))
+  size = lambda f: jax.jit(f).lower(ws, x).compile().memory_analysis().temp_size_in_bytes
+  one, chunks = (size(lambda ws, x, p=p: forward_grad(deep, passes=p, chunk=1)(ws, x, key=jax.random.key(0)))
+                 for p in (1, 64))
+  assert chunks < 1.5 * one
+  assert chunks < size(jax.grad(deep))
+
+
+@pytest.mark.parametrize('chunk', [None, 1])
+def test_aux_that_is_no_array(chunk):
+  f = lambda w: ((w**2).sum(), {'text': 'epoch 3', 'number': 3, 'twice': 2 * w})
+  (value, aux), _ = value_and_forward_grad(f, has_aux=True, passes=2, chunk=chunk)(jnp.ones(3), key=jax.random.key(0))
+  assert value == 3 and (aux['text'], aux['number']) == ('epoch 3', 3) and aux['twice'].tolist() == [2, 2, 2]
+
+
+def test_a_key_of_the_functions_own():
+  f = lambda w, *, key: ((w * jax.random.bernoulli(key, 0.5, w.shape))**2).sum()
+  key, w, options = jax.random.key(0), jnp.ones(8), {'law': tangents.hadamard, 'passes': 8}
+  own = jax.random.split(key)[1]
+  exact = jax.grad(f)(w, key=own)
+  assert same(forward_grad(f, **options)(w, key=key), exact)
+  assert same(forward_grad(functools.partial(f, key=own), **options)(w, key=jax.random.key(1)), exact)
+  positional = lambda w, key: f(w, key=key)
+  assert same(forward_grad(positional, **options)(w, own, key=jax.random.key(1)), exact)
+  without = lambda w, key=None: (w**2).sum() if key is None else 0.0
+  assert same(forward_grad(without, **options)(w, key=key), 2 * w)
+
+
+@jax.custom_vjp
+def straight_through(x):
+  return jnp.round(x)
+
+
+straight_through.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
+
+
 @pytest.mark.parametrize(('f', 'args', 'options', 'error', 'message'), [
     (lambda x: x, (jnp.ones(3),), {}, ValueError, r'scalar functions; the output has shape \(3,\)'),
     (lambda x: x.sum(), (jnp.arange(3),), {}, TypeError, 'has dtype int32'),
     (lambda x: x.sum(), (jnp.ones(3),), {'argnums': 1}, ValueError, 'called with 1 positional arguments'),
+    (lambda x: x.sum() + 1j, (jnp.ones(3),), {}, TypeError, 'the output has dtype complex64'),
+    (lambda x: jnp.int32(3), (jnp.ones(3),), {}, TypeError, 'the output has dtype int32'),
+    (lambda x: (x.sum(), x), (jnp.ones(3),), {}, TypeError, 'the output is tuple; allowed: a scalar, or'),
+    (lambda x: x.sum(), (jnp.ones(3),), {'has_aux': True}, TypeError, 'with has_aux the output is'),
+    (lambda x: straight_through(x).sum(), (jnp.ones(3),), {}, TypeError, 'straight_through has jax.custom_vjp'),
+    (lambda x: straight_through(x).sum(), (jnp.ones(3),), {'passes': 2, 'chunk': 1}, TypeError, 'straight_through has'),
     (lambda x: x.sum(), (jnp.ones(3),), {'passes': 0}, ValueError, 'passes=0'),
     (lambda x: x.sum(), (jnp.ones(3),), {'combination': 'sum'}, ValueError, "combine is 'sum'; allowed: mean")])
 def test_what_is_refused(f, args, options, error, message):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lfg_jax import Sampling, algorithms, estimators, guesses, rules, tangents, value_and_activity_grad, variance
+from lfg_jax import Sampling, algorithms, estimators, guesses, mark, rules, tangents, value_and_activity_grad, variance
 from lfg_jax.tangents import Passes
 from tests.small import compose, gradient, relative_error, small
 from tests.test_unbiased import model, verdict, z_scores
@@ -119,23 +119,24 @@ class MLP(nn.Module):
 
 X, Y = jax.random.normal(jax.random.key(5), (4, 6)), jax.random.normal(jax.random.key(6), (4, 3))
 VARIABLES = MLP().init(jax.random.key(0), X)
-FIRST = ('first', 'tap0_0')
+FIRST = 'first'
 
 
-def losses(out, y):
+def losses(params, x, y):
+  out = mark(MLP(), nn.Dense).apply({'params': params}, x)
   return ((out - y)**2).sum(-1)
 
 
 def signal(params, z):
   """The objective's gradient at the first layer's output z."""
-  rest = lambda z: losses(nn.tanh(z) @ params['second']['kernel'] + params['second']['bias'], Y).sum() / len(Y)
-  return jax.grad(rest)(z)
+  rest = lambda z: nn.tanh(z) @ params['second']['kernel'] + params['second']['bias']
+  return jax.grad(lambda z: ((rest(z) - Y)**2).sum() / len(Y))(z)
 
 
 def estimates(guess, draws=20_000, **options):
-  run = value_and_activity_grad(MLP(), losses, nn.Dense, separate=True, guess=guess, **options)
+  run = value_and_activity_grad(losses, separate=True, guess=guess, **options)
   keys = jax.random.split(jax.random.key(3), draws)
-  return jax.jit(jax.vmap(lambda key: run(VARIABLES, key, X, Y)[1]['first']))(keys)
+  return jax.jit(jax.vmap(lambda key: run(VARIABLES['params'], X, Y, key=key)[1]['first']))(keys)
 
 
 def test_a_users_guess_leaves_the_error_that_theory_has():
@@ -143,10 +144,10 @@ def test_a_users_guess_leaves_the_error_that_theory_has():
   params = VARIABLES['params']
   z = X @ params['first']['kernel'] + params['first']['bias']
   g = signal(params, z)
-  near = lambda activities, x, y: {FIRST: 0.8 * signal(params, activities[FIRST])}
+  near = lambda activities, params, x, y: {FIRST: 0.8 * signal(params, activities[FIRST])}
   for guess, h in ((None, 0 * g), (near, 0.8 * g)):
     for law, passes in ((tangents.normal, 1), (tangents.hadamard, 2)):
-      samples = estimates(guess, sampling=Sampling(law, passes))['bias']
+      samples = estimates(guess, law=law, passes=passes)['bias']
       errors = ((samples - g.sum(0))**2).sum(-1)
       expected = law.excess(8, passes) * ((g - h)**2).sum()
       assert abs(errors.mean() - expected) < 4 * errors.std() / len(errors)**0.5
@@ -163,17 +164,17 @@ def test_a_guess_that_sees_the_tangent_is_biased_and_the_test_sees_it():
   params = VARIABLES['params']
   target = signal(params, X @ params['first']['kernel'] + params['first']['bias']).sum(0)
   a = jnp.cos(jnp.arange(8.0))
-  fixed = lambda activities, x, y: {FIRST: jnp.broadcast_to(a, (4, 8))}
+  fixed = lambda activities, params, x, y: {FIRST: jnp.broadcast_to(a, (4, 8))}
   assert bias_z(estimates(fixed)['bias'], target) < SIGMAS
 
   def one(key):
-    def guess(activities, x, y):
+    def guess(activities, params, x, y):
       keys = dict(zip(activities, jax.random.split(key, len(activities)), strict=True))
       tap = estimators.Tap(activities[FIRST], 2, 1)
       u = estimators.draw_at_tap(Sampling(), keys[FIRST], tap, Passes(1))[0]
       return {FIRST: (u @ a)[:, None] * u}
-    run = value_and_activity_grad(MLP(), losses, nn.Dense, separate=True, guess=guess)
-    return run(VARIABLES, key, X, Y)[1]['first']['bias']
+    run = value_and_activity_grad(losses, separate=True, guess=guess)
+    return run(VARIABLES['params'], X, Y, key=key)[1]['first']['bias']
 
   samples = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(3), 20_000))
   assert bias_z(samples, target) > SIGMAS
@@ -203,11 +204,12 @@ def test_what_is_refused(name, options, message):
 
 
 def test_guesses_of_a_wrong_shape_or_together_are_refused():
-  run = value_and_activity_grad(MLP(), losses, nn.Dense, separate=True, guess=lambda *_: {('first', 'z'): X})
-  with pytest.raises(ValueError, match=r"the guess has \(4, 6\) for the tap \('first', 'z'\); allowed: "):
-    run(VARIABLES, jax.random.key(0), X, Y)
+  for name in ('first', 'z'):    # of a wrong shape, and of no tap
+    run = value_and_activity_grad(losses, separate=True, guess=lambda *_, name=name: {name: X})
+    with pytest.raises(ValueError, match=rf"the guess has \(4, 6\) for the tap .*'{name}'.*; allowed: .*\(4, 8\)"):
+      run(VARIABLES['params'], X, Y, key=jax.random.key(0))
   with pytest.raises(ValueError, match="one tap's derivative, not of the sum over taps"):
-    value_and_activity_grad(MLP(), losses, nn.Dense, guess=lambda *_: {})(VARIABLES, jax.random.key(0), X, Y)
+    value_and_activity_grad(losses, guess=lambda *_: {})
 
 
 def test_what_the_names_stand_for():

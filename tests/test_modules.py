@@ -1,4 +1,4 @@
-"""Modules that the library knows nothing about: estimates of their gradients, from layers that are only named."""
+"""Linen modules that the library knows nothing about: estimates of their gradients, from layers that are only named."""
 
 import functools
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lfg_jax import TAP_COLLECTIONS, Sampling, tangents, tap, value_and_activity_grad, variance
+from lfg_jax import mark, tangents, tap, value_and_activity_grad, variance
 from tests.small import relative_error
 
 BATCH = 3
@@ -44,19 +44,16 @@ class Transformer(nn.Module):
 
 
 class GRU(nn.Module):
-  carries_taps: bool = True
-
   @nn.compact
   def __call__(self, x):
-    axes = dict.fromkeys(TAP_COLLECTIONS, 0) if self.carries_taps else {}
-    return nn.Dense(2)(nn.RNN(nn.GRUCell(4), variable_axes=axes)(x)[:, -1])
+    return nn.Dense(2)(nn.RNN(nn.GRUCell(4))(x)[:, -1])
 
 
 class OwnTaps(nn.Module):
   """A tap in the module itself, and a loss for each of two halves."""
   @nn.compact
   def __call__(self, x):
-    z = tap(self, 'z', nn.Dense(8)(x).reshape(x.shape[0], 2, 4), local_axes=2)
+    z = tap(nn.Dense(8)(x).reshape(x.shape[0], 2, 4), 'z', local_axes=2)
     return (nn.tanh(z)**2).sum(-1)
 
 
@@ -70,10 +67,10 @@ CASES = {
     'mlp': (MLP(), images(3), nn.Dense, {}),
     'mlp, by a predicate': (MLP(), images(3), lambda m: m.name == 'Dense_1', {}),
     'convnet': (ConvNet(), images(4, 4, 1), (nn.Conv, nn.Dense), {'train': False}),
-    'transformer': (Transformer(), TOKENS, (nn.Dense, nn.DenseGeneral, nn.Embed, nn.LayerNorm), {}),
+    'transformer': (Transformer(), TOKENS, [nn.Dense, nn.DenseGeneral, nn.Embed, nn.LayerNorm], {}),
     'gru': (GRU(), images(3, 2), (nn.GRUCell, nn.Dense), {}),
-    'gru, through time': (GRU(carries_taps=False), images(2, 2), nn.RNN, {}),
-    'own taps': (OwnTaps(), images(3), (), {}),
+    'gru, through time': (GRU(), images(2, 2), nn.RNN, {}),
+    'own taps': (OwnTaps(), images(3), None, {}),
 }
 
 
@@ -93,19 +90,30 @@ def exact(model, variables, x, kwargs, rngs=None):
   return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables['params'])
 
 
+def estimator(model, variables, x, layers, kwargs, rngs=None, losses=losses, target=TARGET, **options):
+  """`key -> ((value, (output, updates)), gradient)`."""
+  marked = mark(model, layers) if layers else model
+
+  def fun(params, x, target):
+    out, updates = marked.apply({**variables, 'params': params}, x, rngs=rngs, mutable=['batch_stats'], **kwargs)
+    return losses(out, target), (out, updates)
+  step = value_and_activity_grad(fun, has_aux=True, **options)
+  return lambda key: step(variables['params'], x, target, key=key)
+
+
 @pytest.mark.parametrize('name', sorted(set(CASES) - {'gru'}))
 def test_all_orthogonal_passes_of_each_tap_give_the_exact_gradient(name):
   """Passes are whole sets: a multiple of the dimensions of every tap. (A scanned tap has one for every time.)"""
   model, x, layers, kwargs = CASES[name]
   variables = init(model, x, kwargs)
-  step = value_and_activity_grad(model, losses, layers, separate=True, sampling=Sampling(tangents.haar, 32))
-  (value, aux), grads = jax.jit(functools.partial(step, **kwargs))(variables, jax.random.key(1), x, TARGET)
+  step = estimator(model, variables, x, layers, kwargs, separate=True, law=tangents.haar, passes=32)
+  (value, (output, _)), grads = jax.jit(step)(jax.random.key(1))
   (value_0, (output_0, _)), grads_0 = exact(model, variables, x, kwargs)
   assert jnp.allclose(value, value_0, rtol=1e-5)
-  assert jnp.allclose(aux['output'], output_0, atol=1e-5)
+  assert jnp.allclose(output, output_0, atol=1e-5)
   assert relative_error(grads, grads_0) < 1e-4
-  once = functools.partial(value_and_activity_grad(model, losses, layers), **kwargs)
-  assert relative_error(jax.jit(once)(variables, jax.random.key(1), x, TARGET)[1], grads_0) > 0.1
+  once = estimator(model, variables, x, layers, kwargs)
+  assert relative_error(jax.jit(once)(jax.random.key(1))[1], grads_0) > 0.1
 
 
 @pytest.mark.parametrize('name', ['mlp', 'gru', 'convnet'])
@@ -114,15 +122,14 @@ def test_unbiased_with_joint_taps_and_with_batch_norm_and_dropout(name):
   kwargs = {'train': True} if name == 'convnet' else {}
   variables, rngs = init(model, x, kwargs), {'dropout': jax.random.key(7)}
   (_, (_, updates_0)), grads_0 = exact(model, variables, x, kwargs, rngs)
-  step = functools.partial(value_and_activity_grad(model, losses, layers), rngs=rngs, **kwargs)
-  measured = variance.measure(lambda key: step(variables, key, x, TARGET)[1], grads_0, jax.random.key(2), 20_000,
-                              at_once=500)
+  step = estimator(model, variables, x, layers, kwargs, rngs)
+  measured = variance.measure(lambda key: step(key)[1], grads_0, jax.random.key(2), 20_000, at_once=500)
   assert measured.bias_z(grads_0) < 1.5
   assert measured.bias_z(jax.tree.map(lambda g: 1.3 * g, grads_0)) > 1.5
-  (_, aux), _ = jax.jit(step)(variables, jax.random.key(1), x, TARGET)
-  assert ('batch_stats' in aux) == (name == 'convnet')
+  (_, (_, updates)), _ = jax.jit(step)(jax.random.key(1))
+  assert ('batch_stats' in updates) == (name == 'convnet')
   if name == 'convnet':
-    assert relative_error(aux['batch_stats'], updates_0['batch_stats']) < 1e-5
+    assert relative_error(updates['batch_stats'], updates_0['batch_stats']) < 1e-5
 
 
 @pytest.mark.parametrize('devices', [2, 8])
@@ -133,14 +140,14 @@ def test_the_same_estimate_on_any_number_of_devices(devices):
                        axis_types=(jax.sharding.AxisType.Auto,))
 
   def local(variables, key, x, target):
-    step = value_and_activity_grad(MLP(), losses, nn.Dense, sampling=Sampling(tangents.normal, axis_name='data'))
-    (value, _), grads = step(variables, key, x, target)
+    step = estimator(MLP(), variables, x, nn.Dense, {}, target=target, law=tangents.normal, axis_name='data')
+    (value, _), grads = step(key)
     return jax.lax.pmean((value, grads), 'data')
 
   sharded = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P('data'), P('data')), out_specs=P(),
                                   check_vma=False))(variables, jax.random.key(1), x, target)
-  step = value_and_activity_grad(MLP(), losses, nn.Dense, sampling=Sampling(tangents.normal))
-  (value, _), grads = jax.jit(step)(variables, jax.random.key(1), x, target)
+  step = estimator(MLP(), variables, x, nn.Dense, {}, target=target, law=tangents.normal)
+  (value, _), grads = jax.jit(step)(jax.random.key(1))
   assert jnp.allclose(sharded[0], value)
   assert relative_error(sharded[1], grads) < 1e-5
 
@@ -153,22 +160,108 @@ class SharedPosition(nn.Module):
 
 @pytest.mark.parametrize(('model', 'layers', 'message'), [
     (MLP(), nn.Conv, 'no layer is marked; allowed, as `layers`: types or a predicate that fit some of Dense_0, Dense'),
-    (SharedPosition(), nn.Dense, r'layer position has shape \(4, 4\); allowed for a marked layer: 3, the number'),
+    (SharedPosition(), nn.Dense, r"tap 'position' has shape \(4, 4\) and local_axes=[01]; allowed: 3, the number"),
 ])
 def test_what_is_refused(model, layers, message):
   x = images(4)
   with pytest.raises(ValueError, match=message):
-    value_and_activity_grad(model, losses, layers)(init(model, x, {}), jax.random.key(0), x, TARGET)
-
-
-def test_a_cell_whose_scan_does_not_carry_taps_is_refused():
-  model, x = GRU(carries_taps=False), images(3, 2)
-  with pytest.raises(ValueError, match='layer GRUCell_0 is inside a scan that does not carry taps'):
-    value_and_activity_grad(model, losses, (nn.GRUCell, nn.Dense))(init(model, x, {}), jax.random.key(0), x, TARGET)
+    estimator(model, init(model, x, {}), x, layers, {})(jax.random.key(0))
 
 
 def test_losses_without_an_axis_of_examples_are_refused():
   x = images(3)
   mean = lambda output, target: losses(output, target).mean()
   with pytest.raises(ValueError, match=r'losses have the shapes \[\(\)\]; allowed: the same number of examples'):
-    value_and_activity_grad(MLP(), mean, nn.Dense)(init(MLP(), x, {}), jax.random.key(0), x, TARGET)
+    estimator(MLP(), init(MLP(), x, {}), x, nn.Dense, {}, losses=mean)(jax.random.key(0))
+
+
+class Tied(nn.Module):
+  """One layer, called twice behind a lifted transform."""
+  lift: str
+
+  @nn.compact
+  def __call__(self, x):
+    layer = {'': lambda kind: kind, 'remat': nn.remat, 'jit': nn.jit}[self.lift](nn.Dense)(4, name='layer')
+    return nn.tanh(layer(nn.tanh(layer(x))))
+
+
+@pytest.mark.parametrize('lift', ['', 'remat', 'jit'])
+def test_a_tied_layer_has_a_tap_for_each_call_behind_every_transform(lift):
+  x = images(4)
+  variables = init(Tied(lift), x, {})
+  options = {'separate': True, 'law': tangents.haar, 'passes': 4}
+  for _ in range(2):    # the second time nn.jit finds the trace of the first
+    grads = estimator(Tied(lift), variables, x, nn.Dense, {}, **options)(jax.random.key(1))[1]
+    assert relative_error(grads, exact(Tied(lift), variables, x, {})[1]) < 1e-5
+  names = []
+  estimator(Tied(lift), variables, x, nn.Dense, {}, separate=True,
+            guess=lambda activities, *_: names.extend(activities) or {})(jax.random.key(1))
+  assert names == ['layer', 'layer_1']
+
+
+class Normed(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.tanh(nn.BatchNorm(use_running_average=False)(nn.Dense(4)(x)))
+
+
+JitNormed = nn.jit(Normed)
+
+
+class WithJitNormed(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(2, name='out')(JitNormed(name='block')(x))
+
+
+def test_batch_norm_is_noticed_in_a_trace_that_nn_jit_has_kept():
+  """It was traced without marks before, then with the same marks, then with others."""
+  model, x = WithJitNormed(), images(4)
+  variables = init(model, x, {})
+  grads_0 = exact(model, variables, x, {})[1]
+  for layers in (nn.Dense, nn.Dense, lambda m: m.name == 'Dense_0'):
+    step = estimator(model, variables, x, layers, {})
+    measured = variance.measure(lambda key, step=step: step(key)[1], grads_0, jax.random.key(2), 20_000, at_once=500)
+    assert measured.bias_z(grads_0) < 1.5
+  step = estimator(model, variables, x, lambda m: m.name == 'Dense_0', {}, mixes_examples=False)
+  measured = variance.measure(lambda key: step(key)[1], grads_0, jax.random.key(2), 20_000, at_once=500)
+  assert measured.bias_z(grads_0) > 10
+  with pytest.raises(ValueError, match=r'no layer is marked; allowed, .* some of .*block/Dense_0'):
+    mark(model, nn.Conv).apply(variables, x, mutable=['batch_stats'])
+
+
+def test_a_layer_that_nn_jit_has_kept_is_not_said_to_be_missing():
+  model, x = nn.jit(Tied)('jit'), images(4)
+  variables = init(model, x, {})
+  marked = mark(model, nn.Dense)
+  for _ in range(2):
+    assert jnp.allclose(marked.apply(variables, x), model.apply(variables, x))
+
+
+@pytest.mark.parametrize('mutable', [False, True, [], ['batch_stats'], 'batch_stats', nn.DenyList(['other'])], ids=str)
+def test_apply_of_a_marked_module_returns_what_apply_does(mutable):
+  model, x = CASES['convnet'][0], images(4, 4, 1)
+  variables, rngs = init(model, x, {}), {'dropout': jax.random.key(7)}
+  kwargs = {'rngs': rngs, 'train': mutable is not False and mutable != []}
+  out = mark(model, nn.Conv).apply(variables, x, mutable=mutable, **kwargs)
+  expected = model.apply(variables, x, mutable=mutable, **kwargs)
+  assert jax.tree.structure(out) == jax.tree.structure(expected)
+  assert relative_error(out, expected) < 1e-6
+
+
+class Branch(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    h, inner = nn.Dense(4, name='first')(x), nn.Dense(4, name='inner')
+    if self.is_initializing():
+      h = inner(h)
+    else:
+      h = nn.cond(h.sum() < 1e9, lambda d, h: nn.tanh(d(h)), lambda d, h: h, inner, h)
+    return nn.Dense(2, name='last')(h)
+
+
+def test_nn_cond():
+  x = images(4)
+  variables = init(Branch(), x, {})
+  step = estimator(Branch(), variables, x, nn.Dense, {}, separate=True, law=tangents.haar, passes=4)
+  assert relative_error(jax.jit(step)(jax.random.key(1))[1], exact(Branch(), variables, x, {})[1]) < 1e-5

@@ -1,0 +1,99 @@
+"""What the function transformations share: how a function is called, how errors are told."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.walk import backward_only
+
+PyTree = Any
+
+
+def positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
+  """Differentiated arguments of `count`, as non-negative numbers."""
+  numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+  for n in numbers:
+    if not -count <= n < count:
+      raise ValueError(f'argnums is {argnums!r}, but the function was called with {count} '
+                       'positional arguments')
+  return tuple(n % count for n in numbers)
+
+
+def check_floating(point: tuple) -> None:
+  """Raises TypeError if an argument that is differentiated is not real floating-point."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(point):
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+      raise TypeError('forward gradients are of real floating-point inputs; argument '
+                      f'{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}')
+
+
+def bind(fun: Callable, argnums: int | Sequence[int], key: jax.Array, args: tuple, kwargs: dict
+         ) -> tuple[Callable, tuple, jax.Array]:
+  """(function of the differentiated arguments, their values, key for the tangents).
+
+  A function with a required parameter `key` gets a key of its own, split from `key`.
+  """
+  if _wants_key(fun, args, kwargs):
+    key, own = jax.random.split(key)
+    kwargs = {**kwargs, 'key': own}
+  numbers = positions(argnums, len(args))
+  point = tuple(args[n] for n in numbers)
+  check_floating(point)
+
+  def of_point(point: tuple) -> Any:
+    replaced = dict(zip(numbers, point, strict=True))
+    return fun(*(replaced.get(n, arg) for n, arg in enumerate(args)), **kwargs)
+  return of_point, point, key
+
+
+def _wants_key(fun: Callable, args: tuple, kwargs: dict) -> bool:
+  """Whether `fun` has a parameter `key` without a default that the call leaves open."""
+  try:
+    signature = inspect.signature(fun)
+    given = signature.bind_partial(*args, **kwargs).arguments
+  except (TypeError, ValueError):
+    return False    # no signature, or arguments that do not fit: the call itself will tell
+  key = signature.parameters.get('key')
+  required = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+  is_required = key is not None and key.kind in required and key.default is key.empty
+  return is_required and 'key' not in given
+
+
+def with_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
+  """(value, aux) of a function's output."""
+  if not has_aux:
+    return out, None
+  if not isinstance(out, (tuple, list)) or len(out) != 2:
+    raise TypeError(f'with has_aux the output is {type(out).__name__}; allowed: a pair '
+                    '(value, aux)')
+  value, aux = out
+  return value, aux
+
+
+class Static:
+  """Keeps what is not an array (text, say) of an aux, while the arrays pass through JAX."""
+
+  def split(self, tree: PyTree) -> list[jax.Array]:
+    """The arrays."""
+    leaves, self._treedef = jax.tree.flatten(tree)
+    self._others = [None if isinstance(leaf, jax.Array) else (leaf,) for leaf in leaves]
+    return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+
+  def join(self, arrays: Sequence[jax.Array]) -> PyTree:
+    """The tree that was split, with these arrays."""
+    remaining = iter(arrays)
+    leaves = [other[0] if other else next(remaining) for other in self._others]
+    return jax.tree.unflatten(self._treedef, leaves)
+
+
+def explained(error: TypeError, jaxpr: Callable[[], Any]) -> TypeError:
+  """The error, or one that names what cannot be derived forward."""
+  if 'custom_vjp' not in str(error):
+    return error
+  names = ', '.join(backward_only(jaxpr())) or 'a function'
+  return TypeError(f'{names} has jax.custom_vjp, a backward rule only, and no forward derivative; '
+                   'allowed: jax.custom_jvp, another implementation '
+                   "(jax.nn.dot_product_attention(implementation='xla')), or no tap before it")

@@ -1,0 +1,177 @@
+"""`value_and_activity_grad` of any function: exact where it can be, and called as `jax.grad`."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+
+from lfg_jax import tangents, tap, value_and_activity_grad
+from tests.bare import (
+  BATCH,
+  EXACT,
+  KEYS,
+  MIDDLES,
+  W,
+  X,
+  bare,
+  jitted,
+  layer,
+  objective,
+  scanned,
+  square,
+  straight_through,
+)
+from tests.small import relative_error
+
+
+@pytest.mark.parametrize('middle', MIDDLES)
+def test_all_orthogonal_passes_give_the_exact_gradient(middle):
+  fun = functools.partial(bare, middle=MIDDLES[middle])
+  value, grads = jax.jit(lambda key: value_and_activity_grad(fun, **EXACT)(W, key=key))(KEYS[5])
+  value_0, grads_0 = objective(fun)(W)
+  assert jnp.allclose(value, value_0, rtol=1e-6)
+  assert relative_error(grads, grads_0) < 3e-6
+
+
+def patches(w, mix, local_axes):
+  z = tap((X @ w['a']).reshape(BATCH, 2, 2), 'z', local_axes=local_axes)
+  z = z - z.mean(1, keepdims=True) if mix else z
+  return (jnp.tanh(z) ** 2).sum(-1)  # [B, P]
+
+
+def test_losses_of_parts_of_an_example():
+  exact = objective(functools.partial(patches, mix=False, local_axes=2))(W)[1]
+  options = {'law': tangents.haar, 'passes': 2}
+  local = value_and_activity_grad(functools.partial(patches, mix=False, local_axes=2), **options)
+  assert relative_error(local(W, key=KEYS[5])[1]['a'], exact['a']) < 3e-6
+  with pytest.raises(
+    ValueError,
+    match=r"'z' has local_axes=2, but reduce_sum mixes its axis 1; allowed: local_axes=1",
+  ):
+    value_and_activity_grad(functools.partial(patches, mix=True, local_axes=2))(W, key=KEYS[5])
+
+
+def test_marks_of_checkpoint_name_can_be_taps():
+  fun = lambda w: square(checkpoint_name(jnp.tanh(checkpoint_name(X @ w['a'], 'a')) @ w['b'], 'b'))
+  grads = value_and_activity_grad(fun, **EXACT, checkpoint_names=True)(W, key=KEYS[5])[1]
+  assert relative_error(grads, objective(fun)(W)[1]) < 3e-6
+  with pytest.raises(ValueError, match='the function has no tap'):
+    value_and_activity_grad(fun)(W, key=KEYS[5])
+
+
+def test_a_guess_sees_every_call_by_its_name():
+  names = []
+  run = value_and_activity_grad(
+    functools.partial(bare, middle=jitted),
+    separate=True,
+    guess=lambda activities, w: names.extend(activities) or {},
+  )
+  run(W, key=KEYS[5])
+  assert names == ['a', 'b', 'b_1', 'c']
+
+
+def test_identity_under_the_transformations_of_jax():
+  f = lambda x: tap(x, 'x') ** 2
+  assert jax.grad(f)(3.0) == 6
+  assert jax.jvp(f, (3.0,), (1.0,)) == (9, 6)
+  assert jax.jit(jax.vmap(jax.grad(f)))(jnp.ones(3)).tolist() == [2, 2, 2]
+  assert jax.linear_transpose(lambda x: 2 * tap(x, 'x'), 1.0)(1.0) == (2,)
+  masked = jax.vmap(lambda x, on: tap(x, 'x', active=on), (None, 0))(
+    jnp.ones(2), jnp.ones((3, 2), bool)
+  )
+  assert masked.shape == (3, 2)
+
+
+def test_grad_and_vmap_of_the_whole():
+  """Of an estimate that is exact: the derivative of its square is that of the gradient's."""
+  fun = functools.partial(bare, middle=MIDDLES['nothing'])
+  size = lambda gradient: lambda w: sum((g**2).sum() for g in jax.tree.leaves(gradient(w)))
+  second = jax.jit(jax.grad(size(lambda w: value_and_activity_grad(fun)(w, key=KEYS[5])[0])))(W)
+  value = objective(fun)(W)
+  assert relative_error(second, jax.tree.map(lambda g: 2 * value[0] * g, value[1])) < 1e-5
+  each = jax.vmap(lambda key: value_and_activity_grad(fun, **EXACT)(W, key=key)[1])(KEYS[:2])
+  assert relative_error(jax.tree.map(lambda g: g[1], each), value[1]) < 3e-6
+
+
+def test_arguments_and_aux_as_with_jax_grad():
+  def fun(scale, params, text, x=X):
+    out = tap(x @ params['a'], 'a') @ params['low'].astype(jnp.float32) * scale
+    return {'square': square(out), 'other': out}, {'text': text, 'out': out}
+
+  params = {'a': W['a'], 'low': W['b'].astype(jnp.bfloat16)}
+  of_mean = lambda scale, params: (
+    sum(leaf.sum() for leaf in jax.tree.leaves(fun(scale, params, '')[0])) / BATCH
+  )
+  run = value_and_activity_grad(fun, (1, 0), has_aux=True, **EXACT)
+  (value, aux), grads = run(2.0, params, 'a text', key=KEYS[5])
+  value_0, grads_0 = jax.value_and_grad(of_mean, (1, 0))(2.0, params)
+  assert jnp.allclose(value, value_0, rtol=1e-6)
+  assert aux['text'] == 'a text' and aux['out'].shape == (BATCH, 4)
+  chex.assert_trees_all_equal_shapes_and_dtypes(grads, grads_0)
+  assert relative_error(grads, grads_0) < 1e-2  # of bfloat16
+
+
+def test_a_key_of_the_functions_own():
+  def fun(w, *, key):
+    return square(jax.random.bernoulli(key, 0.5, (BATCH, 4)) * layer(w['a'], X, 'a'))
+
+  own = jax.random.split(KEYS[5])[1]
+  expected = objective(lambda w: fun(w, key=own))(W)[1]
+  assert relative_error(value_and_activity_grad(fun, **EXACT)(W, key=KEYS[5])[1], expected) < 3e-6
+  bound = functools.partial(fun, key=own)
+  assert relative_error(value_and_activity_grad(bound, **EXACT)(W, key=KEYS[6])[1], expected) < 3e-6
+
+
+def test_the_function_is_traced_once():
+  chex.clear_trace_counter()
+  fun = chex.assert_max_traces(lambda w: bare(w, scanned), n=1)
+  step = jax.jit(
+    lambda w, key: value_and_activity_grad(fun, passes=4, chunk=2, separate=True)(w, key=key)
+  )
+  for key in KEYS[:3]:
+    step(W, key)
+
+
+def test_chunks_take_the_memory_of_one_pass():
+  def fun(ws, x):
+    for n, w in enumerate(ws):
+      x = jnp.tanh(tap(x @ w, str(n)))
+    return (x**2).mean(-1)
+
+  ws, x = [jnp.zeros((32, 32))] * 12, jnp.zeros((512, 32))
+  bytes_of = lambda f: jax.jit(f).lower(ws, x).compile().memory_analysis().temp_size_in_bytes
+  one, chunks = (
+    bytes_of(
+      lambda ws, x, p=p: value_and_activity_grad(fun, passes=p, chunk=1)(ws, x, key=KEYS[5])[1]
+    )
+    for p in (1, 8)
+  )
+  assert chunks < 1.5 * one
+
+
+@jax.custom_jvp
+def doubled(x):
+  return x
+
+
+doubled.defjvp(lambda primals, tangents: (primals[0], 2 * tangents[0]))
+
+
+def test_functions_with_rules_of_their_own_keep_them():
+  fun = lambda w: square(doubled(layer(w['b'], straight_through(X @ w['a']), 'b')))
+  grads = value_and_activity_grad(fun, **EXACT)(W, key=KEYS[5])[1]
+  assert relative_error(grads, objective(fun)(W)[1]) < 3e-6
+
+
+def test_cross_entropy_of_integer_labels_keeps_the_examples_apart():
+  def fun(w):
+    return optax.softmax_cross_entropy_with_integer_labels(
+      layer(w['a'], X, 'a') @ w['b'], jnp.arange(BATCH)
+    )
+
+  grads = value_and_activity_grad(fun, **EXACT)(W, key=KEYS[5])[1]
+  assert relative_error(grads, objective(fun)(W)[1]) < 3e-6

@@ -1,0 +1,138 @@
+"""What `value_and_activity_grad` refuses, each in a line that names it."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lfg_jax import tap, value_and_activity_grad
+from tests.bare import KEYS, W, X, bare, layer, square, straight_through
+
+
+@jax.custom_jvp
+def tapped_inside(x):
+  return tap(x, 'inside')
+
+
+tapped_inside.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
+
+loop = lambda w: jax.lax.while_loop(
+  lambda h: h.sum() < -1e9, lambda h: layer(w['a'], h, 'in a loop'), X
+)
+
+
+@pytest.mark.parametrize(
+  ('fun', 'options', 'error', 'message'),
+  [
+    (
+      lambda w: square(X @ w['a']),
+      {},
+      ValueError,
+      'the function has no tap; allowed: lfg_jax.tap in it, or layers',
+    ),
+    (
+      lambda w: square(layer(w['a'], X, 'a')),
+      {'taps': 'b'},
+      ValueError,
+      "there is no tap 'b'; allowed: a",
+    ),
+    (
+      lambda w: square(layer(w['a'], X, 'a')),
+      {'tap_passes': {'z': 2}},
+      ValueError,
+      "there is no tap 'z'; allowed: a",
+    ),
+    (
+      lambda w: square(X @ layer(w['a'], jnp.eye(4), 'a')),
+      {},
+      ValueError,
+      r"tap 'a' has shape \(4, 4\) and local_axes=0; allowed: 3",
+    ),
+    (
+      lambda w: square(loop(w)),
+      {},
+      ValueError,
+      "tap 'in a loop' is inside while; allowed: jit, scan, cond, checkp",
+    ),
+    (
+      lambda w: square(tapped_inside(X @ w['a'])),
+      {},
+      ValueError,
+      "tap 'inside' is inside custom_jvp_call; allowed: ",
+    ),
+    (
+      lambda w: square(straight_through(layer(w['a'], X, 'a'))),
+      {},
+      TypeError,
+      'straight_through has jax.custom_vjp',
+    ),
+    (
+      lambda w: layer(w['a'], X, 'a').sum(),
+      {},
+      ValueError,
+      r'shapes \[\(\)\]; allowed: the same number of examples',
+    ),
+    (
+      lambda w: (square(layer(w['a'], X, 'a')), {'n': 3}),
+      {},
+      TypeError,
+      r"loss \[1\]\['n'\] is int; allowed: arrays ",
+    ),
+    (
+      lambda w: (square(layer(w['a'], X, 'a')), X.sum()),
+      {},
+      ValueError,
+      'for a pair of losses and anything, has_aux',
+    ),
+    (
+      lambda w: square(layer(w['a'], X, 'a')),
+      {'has_aux': True},
+      TypeError,
+      'with has_aux the output is .*; allowed: a p',
+    ),
+    (
+      lambda w: square(layer(w['a'], X, 'a')) + 1j,
+      {},
+      TypeError,
+      'has dtype complex64; allowed: real floating-point',
+    ),
+    (
+      lambda w: square(layer(w['a'], X, 'a')),
+      {'argnums': 1},
+      ValueError,
+      'called with 1 positional arguments',
+    ),
+    (
+      lambda w: square(tap(jnp.arange(3), 'n')),
+      {},
+      TypeError,
+      "tap 'n' has dtype int32; allowed: real floating",
+    ),
+    (
+      lambda w: square(layer(w['a'], X, 'a', local_axes=-1)),
+      {},
+      ValueError,
+      'local_axes=-1; allowed: 0 or more',
+    ),
+  ],
+)
+def test_what_is_refused(fun, options, error, message):
+  with pytest.raises(error, match=message):
+    value_and_activity_grad(fun, **options)(W, key=KEYS[5])
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'passes': 0}, 'passes=0'),
+    ({'combination': 'sum'}, "combine is 'sum'; allowed: mean"),
+    ({'combination': 'projection'}, "allowed: taps 'separate'"),
+  ],
+)
+def test_options_are_checked_before_any_call(options, message):
+  with pytest.raises(ValueError, match=message):
+    value_and_activity_grad(bare, **options)
+
+
+def test_integers_are_refused_as_by_jax_grad():
+  with pytest.raises(TypeError, match='has dtype int32'):
+    value_and_activity_grad(lambda w: square(tap(w * X, 'x')))(3, key=KEYS[5])

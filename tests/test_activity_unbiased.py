@@ -1,0 +1,105 @@
+"""Activity perturbation of any function has no bias; examples that mix are noticed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lfg_jax import tap, value_and_activity_grad, variance
+from tests.bare import (
+  BATCH,
+  EXACT,
+  KEYS,
+  NOISY,
+  W,
+  X,
+  bare,
+  batch_normed,
+  jitted,
+  layer,
+  objective,
+  square,
+)
+from tests.small import relative_error
+
+
+def measure(fun, draws=10_000, w=W, **options):
+  step = value_and_activity_grad(fun, **options)
+  exact = objective(fun)(w)[1]
+  return variance.measure(
+    lambda key: step(w, key=key)[1], exact, KEYS[7], draws, at_once=500
+  ), exact
+
+
+def is_unbiased(measured, exact):
+  """No bias, and a test that sees one of a third of the gradient."""
+  assert measured.bias_z(exact) < 1.5
+  assert measured.bias_z(jax.tree.map(lambda g: 1.3 * g, exact)) > 1.5
+
+
+@pytest.mark.parametrize('middle', NOISY)
+def test_unbiased(middle):
+  is_unbiased(*measure(functools.partial(bare, middle=NOISY[middle])))
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'shared': True},
+    {'passes': 4, 'chunk': 2},
+    {'taps': ('a', 'b')},
+    {'separate': True, 'tap_passes': {'a': 3}},
+  ],
+  ids=str,
+)
+def test_unbiased_with_every_option(options):
+  is_unbiased(*measure(functools.partial(bare, middle=jitted), **options))
+
+
+def contrast(w):
+  """Example i is to resemble example i + 1 more than the others."""
+  out = layer(w['c'], layer(w['a'], X, 'a'), 'c')
+  logits = out @ out.T - 1e9 * jnp.eye(BATCH)
+  return -jax.nn.log_softmax(logits)[jnp.arange(BATCH), (jnp.arange(BATCH) + 1) % BATCH]
+
+
+def ensemble(w):
+  """Mapped over three scales, as many as examples: the tap's first axis is not theirs."""
+  h = jax.vmap(lambda scale: tap(X @ (scale * w['a']), 'a'))(jnp.arange(1.0, 4.0))
+  return square(jnp.tanh(h).sum(0) @ w['c'])
+
+
+@pytest.mark.parametrize(
+  'fun',
+  [contrast, ensemble, functools.partial(bare, middle=batch_normed)],
+  ids=['contrast', 'ensemble', 'batch norm'],
+)
+def test_examples_that_mix_are_noticed(fun):
+  is_unbiased(*measure(fun))
+  wrong, exact = measure(fun, mixes_examples=False)
+  assert wrong.bias_z(exact) > 5
+  noticed, declared = (
+    value_and_activity_grad(fun, taps='a', mixes_examples=mixes)(W, key=KEYS[5])[1]
+    for mixes in (None, True)
+  )
+  assert relative_error(noticed, declared) < 1e-6
+
+
+def test_taps_behind_the_mixing_keep_the_credit_of_their_example():
+  fun = functools.partial(bare, middle=batch_normed)
+  grads = value_and_activity_grad(fun, **EXACT)(W, key=KEYS[5])[1]
+  exact = objective(fun)(W)[1]
+  assert relative_error(grads['c'], exact['c']) < 3e-6
+  assert relative_error(grads['b'], exact['b']) > 0.1
+
+
+def test_what_cannot_be_read_must_be_declared():
+  rolled = lambda w: square(layer(w['a'], X, 'a').T.reshape(-1).reshape(4, BATCH).T)
+  with pytest.raises(
+    ValueError,
+    match="'a' influences the losses of other examples cannot be read from reshape; allo",
+  ):
+    value_and_activity_grad(rolled)(W, key=KEYS[5])
+  grads = value_and_activity_grad(rolled, **EXACT, mixes_examples=False)(W, key=KEYS[5])[1]
+  assert relative_error(grads, objective(rolled)(W)[1]) < 3e-6

@@ -1,0 +1,183 @@
+"""One network written four times (bare, linen, NNX, Equinox): equal estimates, right ones."""
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lfg_jax import mark, tangents, tap, value_and_activity_grad
+from tests.small import relative_error
+
+BATCH, STEPS = 3, 2
+KEYS = jax.random.split(jax.random.key(0), 8)
+X = jax.random.normal(KEYS[0], (BATCH, 4, 1))    # four positions, one channel
+Y = jax.random.normal(KEYS[1], (BATCH, 2))
+WEIGHTS = {'conv': {'kernel': jax.random.normal(KEYS[2], (3, 1, 4)), 'bias': jnp.full(4, 0.1)},
+           'mix': {'kernel': jax.random.normal(KEYS[3], (4, 4)), 'bias': jnp.full(4, 0.2)},
+           'out': {'kernel': jax.random.normal(KEYS[4], (4, 2)), 'bias': jnp.full(2, 0.3)}}
+
+
+def attend(h_TxD):
+  """Every position looks at all others."""
+  return jax.nn.softmax(h_TxD @ jnp.swapaxes(h_TxD, -1, -2)) @ h_TxD
+
+
+def square(out):
+  return ((out - Y)**2).sum(-1)
+
+
+def bare(w):
+  conv = jax.lax.conv_general_dilated(X, w['conv']['kernel'], (1,), 'SAME',
+                                      dimension_numbers=('NHC', 'HIO', 'NHC'))
+  h = jnp.tanh(tap(conv + w['conv']['bias'], 'conv'))
+  layer = lambda name, h: tap(h @ w[name]['kernel'] + w[name]['bias'], name)
+  h, _ = jax.lax.scan(lambda h, _: (jnp.tanh(layer('mix', attend(h))), None), h, None,
+                      length=STEPS)
+  return square(layer('out', h.mean(1)))
+
+
+class Step(nn.Module):
+  @nn.compact
+  def __call__(self, h, _):
+    return nn.tanh(nn.Dense(4, name='mix')(attend(h))), None
+
+
+class Linen(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    h = nn.tanh(nn.Conv(4, (3,), name='conv')(x))
+    scan = nn.scan(Step, variable_broadcast='params', split_rngs={'params': False}, length=STEPS)
+    h, _ = scan(name='scan')(h, None)
+    return nn.Dense(2, name='out')(h.mean(1))
+
+
+def linen(w):
+  params = {'conv': w['conv'], 'scan': {'mix': w['mix']}, 'out': w['out']}
+  return square(mark(Linen(), (nn.Conv, nn.Dense)).apply({'params': params}, X))
+
+
+class NNX(nnx.Module):
+  def __init__(self, rngs):
+    self.conv = nnx.Conv(1, 4, (3,), rngs=rngs)
+    self.mix, self.out = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
+
+  def __call__(self, x):
+    h = jnp.tanh(self.conv(x))
+    h, _ = jax.lax.scan(lambda h, _: (jnp.tanh(self.mix(attend(h))), None), h, None, length=STEPS)
+    return self.out(h.mean(1))
+
+
+GRAPH, STATE = nnx.split(NNX(nnx.Rngs(0)))
+
+
+def nnx_model(w):
+  state = jax.tree.map(lambda leaf: leaf, STATE)
+  nnx.replace_by_pure_dict(state, w)
+  return mark(nnx.merge(GRAPH, state), [nnx.Conv, nnx.Linear])
+
+
+class Equinox(eqx.Module):
+  """Of one example, channels first."""
+  conv: eqx.nn.Conv1d
+  mix: eqx.nn.Linear
+  out: eqx.nn.Linear
+
+  def __call__(self, x):
+    h = jnp.tanh(self.conv(x.T).T)
+    step = lambda h, _: (jnp.tanh(jax.vmap(self.mix)(attend(h))), None)
+    h, _ = jax.lax.scan(step, h, None, length=STEPS)
+    return self.out(h.mean(0))
+
+
+EMPTY = Equinox(eqx.nn.Conv1d(1, 4, 3, padding=1, key=KEYS[5]), eqx.nn.Linear(4, 4, key=KEYS[5]),
+                eqx.nn.Linear(4, 2, key=KEYS[5]))
+
+
+def equinox_model(w):
+  leaves = lambda m: [getattr(layer, leaf) for layer in (m.conv, m.mix, m.out)
+                      for leaf in ('weight', 'bias')]
+  conv = [jnp.transpose(w['conv']['kernel'], (2, 1, 0)), w['conv']['bias'][:, None]]
+  linear = [leaf for name in ('mix', 'out') for leaf in (w[name]['kernel'].T, w[name]['bias'])]
+  return eqx.tree_at(leaves, EMPTY, [*conv, *linear])
+
+
+def equinox(w):
+  return square(jax.vmap(mark(equinox_model(w), (eqx.nn.Conv, eqx.nn.Linear)))(X))
+
+
+NETWORKS = {'bare': bare, 'linen': linen, 'nnx': lambda w: square(nnx_model(w)(X)),
+            'equinox': equinox}
+
+
+def estimate(name, key=KEYS[6], **options):
+  step = value_and_activity_grad(NETWORKS[name], **options)
+  return jax.jit(lambda w, key: step(w, key=key))(WEIGHTS, key)
+
+
+@pytest.mark.parametrize('name', sorted(set(NETWORKS) - {'bare', 'equinox'}))
+@pytest.mark.parametrize('options', [{}, {'separate': True, 'law': tangents.normal, 'passes': 2}],
+                         ids=['joint', 'separate'])
+def test_equal_keys_give_equal_estimates(name, options):
+  value, grads = estimate(name, **options)
+  value_0, grads_0 = estimate('bare', **options)
+  assert jnp.allclose(value, value_0, rtol=1e-6)
+  assert relative_error(grads, grads_0) < 1e-5
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_layers_that_no_scanned_tap_disturbs_are_exact(name):
+  """With as many orthogonal passes as dimensions, each tap by itself."""
+  options = {'separate': True, 'law': tangents.haar, 'passes': 16}
+  exact = jax.jit(jax.grad(lambda w: NETWORKS[name](w).sum() / BATCH))(WEIGHTS)
+  grads = estimate(name, **options)[1]
+  for layer in ('conv', 'out'):
+    assert relative_error(grads[layer], exact[layer]) < 1e-5
+  assert relative_error(grads['mix'], exact['mix']) > 0.1
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_unbiased(name):
+  exact = jax.jit(jax.grad(lambda w: NETWORKS[name](w).sum() / BATCH))(WEIGHTS)
+  run = jax.vmap(lambda key: value_and_activity_grad(NETWORKS[name])(WEIGHTS, key=key)[1])
+  draws = jax.jit(run)(jax.random.split(KEYS[7], 10_000))
+  for layer in exact:
+    samples, target = draws[layer]['kernel'], exact[layer]['kernel']
+    deviation = samples.std(0) / 100
+    assert (jnp.abs(samples.mean(0) - target) / deviation).max() < 4.5
+    assert (jnp.abs(samples.mean(0) - 1.3 * target) / deviation).max() > 4.5
+
+
+def test_names_are_the_paths_of_layers_and_parameters_keep_theirs():
+  def names(fun, *args):
+    found = []
+    look = lambda activities, *_: found.extend(activities) or {}
+    grads = value_and_activity_grad(fun, separate=True, guess=look)(*args, key=KEYS[6])[1]
+    assert jax.tree.structure(grads) == jax.tree.structure(args[0])
+    return found
+
+  assert names(linen, WEIGHTS) == ['conv', 'scan/mix', 'out']
+  graph, params = nnx.split(mark(NNX(nnx.Rngs(0)), nnx.Linear), nnx.Param)
+  assert names(lambda params: square(nnx.merge(graph, params)(X)), params) == ['mix', 'out']
+  paths = lambda state: [path for path, _ in nnx.to_flat_state(state)]
+  assert paths(params) == paths(STATE)
+  arrays, static = eqx.partition(EMPTY, eqx.is_array)
+  of_arrays = lambda arrays: square(jax.vmap(mark(eqx.combine(arrays, static), eqx.nn.Linear))(X))
+  assert names(of_arrays, arrays) == ['mix', 'out']
+
+
+def test_the_model_that_was_given_is_not_changed():
+  for model, kind in ((NNX(nnx.Rngs(0)), nnx.Linear), (EMPTY, eqx.nn.Linear)):
+    marked = mark(model, kind)
+    assert type(model.out) is kind and isinstance(marked.out, kind) and type(marked.out) is not kind
+    weight = 'kernel' if kind is nnx.Linear else 'weight'
+    np.testing.assert_array_equal(getattr(marked.out, weight)[...], getattr(model.out, weight)[...])
+
+
+@pytest.mark.parametrize(('model', 'message'), [
+    (NNX(nnx.Rngs(0)), 'some of Conv, Linear, NNX'), (EMPTY, 'some of Conv1d, Equinox, Linear')])
+def test_a_type_that_no_layer_has_is_refused(model, message):
+  with pytest.raises(ValueError, match=f'no layer is marked; allowed, as `layers`: .*{message}'):
+    mark(model, nn.Dense)
