@@ -10,12 +10,11 @@ import sys
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NoReturn
 
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from lfg_jax import configs
 from lfg_jax.configs import UserError
-
-BOOLEANS = {'true': True, 't': True, '1': True, 'false': False, 'f': False, '0': False}
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,25 +67,40 @@ def override(config: ConfigDict, arguments: list[str], known: Iterable[str] = ()
   >>> override(configs.base(), ['--config.model.norms=head,readout']).model.norms
   ('head', 'readout')
   """
-  config, rest = copy.deepcopy(config), list(arguments)
-  while rest:
-    argument = rest.pop(0)
-    match = re.fullmatch(r'--?(no)?config\.([^=]*)(=.*)?', argument, re.DOTALL)
-    if not match:
+  config, rest, open_fields = copy.deepcopy(config), [], []
+  for argument in arguments:
+    match = re.fullmatch(r'--?(?:no)?config\.([^=]*)(?:=(.*))?', argument, re.DOTALL)
+    if match:
+      dotted, text = match.groups()
+      node, field = _find(config, dotted)
+      if text and text.lower() == 'none' and configs.may_be_none(dotted):
+        open_fields.append(dotted)
+        continue
+      if text is not None and node.get_type(field) is tuple:
+        argument = f'--config.{dotted}={_items(text)!r}'
+    elif argument.startswith('-'):
       raise _unexpected(argument, known)
-    no, dotted, value = match.groups()
+    rest.append(argument)
+  values = flags.FlagValues()
+  try:
+    config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=['', *rest])
+    _, *unused = values(['', *rest])
+  except (flags.Error, TypeError, ValueError) as error:
+    raise _explained(error, config) from error
+  if unused:
+    raise _unexpected(unused[0], known)
+  values.config.update_from_flattened_dict(dict.fromkeys(open_fields))
+  return values.config
+
+
+def _explained(error: Exception, config: ConfigDict) -> UserError:
+  """absl's error in one line; about a value, with what is allowed."""
+  if match := re.match(r'flag --config\.([^=]+)=(.*?): ', str(error), re.DOTALL):
+    dotted, text = match.groups()
     node, field = _find(config, dotted)
-    kind = node.get_type(field)
-    if no and kind is not bool:
-      raise UserError(f'--noconfig.{dotted} is for bool; config field {dotted} is {kind.__name__}')
-    if kind is bool and value is None:
-      text = 'false' if no else 'true'
-    elif value is None and not rest:
-      raise UserError(f'--config.{dotted} needs a value')
-    else:
-      text = rest.pop(0) if value is None else value[1:]
-    node[field] = _read(dotted, text, kind)
-  return config
+    kind = node.get_type(field).__name__
+    return UserError(f'config field {dotted} is {text!r}; allowed: {kind}')
+  return UserError(' '.join(str(error).split()))
 
 
 def _unexpected(argument: str, known: Iterable[str]) -> UserError:
@@ -111,18 +125,6 @@ def _find(config: ConfigDict, dotted: str) -> tuple[ConfigDict, str]:
   for field in parents:
     config = config[field]
   return config, last
-
-
-def _read(dotted: str, text: str, kind: type) -> Any:
-  """The value that a text gives to a field."""
-  if text.lower() == 'none' and configs.may_be_none(dotted):
-    return None
-  if kind is tuple:
-    return _items(text)
-  try:
-    return BOOLEANS[text.lower()] if kind is bool else kind(text)
-  except (KeyError, ValueError) as error:
-    raise UserError(f'config field {dotted} is {text!r}; allowed: {kind.__name__}') from error
 
 
 def _items(text: str) -> tuple:
