@@ -241,8 +241,8 @@ def _batch(losses: PyTree) -> int:
   for path, leaf in leaves:
     if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
       raise TypeError(f'loss {jax.tree_util.keystr(path)} is {type(leaf).__name__}; allowed: '
-                      'arrays with a loss for every example, or with has_aux=True a pair of losses and '
-                      'anything')
+                      'arrays with a loss for every example, or with has_aux=True a pair of '
+                      'losses and anything')
   shapes = [leaf.shape for _, leaf in leaves]
   if not shapes or any(not shape or shape[0] != shapes[0][0] for shape in shapes):
     raise ValueError(f'losses have the shapes {shapes}; allowed: the same number of examples on '

@@ -113,8 +113,8 @@ class Walk(NamedTuple):
     body = lambda ins, given: self.run(jaxpr, ins, given, visit)
     if name in _REMAT:
       prevent = params['prevent_cse']    # in recent versions of JAX one for each input
-      body = jax.checkpoint(body, prevent_cse=prevent if isinstance(prevent, bool) else any(prevent),
-                            policy=params['policy'])
+      prevent = prevent if isinstance(prevent, bool) else any(prevent)
+      body = jax.checkpoint(body, prevent_cse=prevent, policy=params['policy'])
     return body(ins, given)
 
   def _scan(self, params: dict, ins: list, given: list, visit: Visit) -> tuple[list, list]:
