@@ -226,7 +226,7 @@ def _exact(loss: FlaxLoss) -> GradFn:
     out, grads = backprop(loss)(params, key, *args)
     taps = flatten_dict(loss.record('taps', params, *args))
     known = guesses.Known(loss, params, taps, args)
-    signal, guess = guesses.feedback({}, known), guesses.feedback(loss.guess_weights, known)
+    signal, guess = guesses.cotangents(known, {}), guesses.feedback(loss.guess_weights, known)
     zeros = {path: jnp.zeros_like(tap.value) for path, tap in taps.items()}
 
     def of_group(group: jax.Array) -> PyTree:

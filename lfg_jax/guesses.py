@@ -63,6 +63,15 @@ class Known(NamedTuple):
 Guess = Callable[[PyTree, Known], Mapping[Path, jax.Array]]
 
 
+def cotangents(known: Known, given: Mapping[str, PyTree]) -> dict[Path, jax.Array]:
+  """The objective's cotangent at every tap, by reverse mode, of the model with further collections."""
+  def objective(shift: dict[Path, jax.Array]) -> jax.Array:
+    collections = {'perturbation': unflatten_dict(shift), **given}
+    losses, _ = known.loss_fn(known.params, collections, *known.args)
+    return sum((leaf.sum() for leaf in jax.tree.leaves(losses)), jnp.float32(0))
+  return jax.grad(objective)({path: jnp.zeros_like(tap.value) for path, tap in known.taps.items()})
+
+
 def feedback(weights: PyTree, known: Known) -> dict[Path, jax.Array]:
   """What feedback alignment sends to every tap: the cotangent, through `weights` in place of kernels.
 
@@ -78,12 +87,7 @@ def feedback(weights: PyTree, known: Known) -> dict[Path, jax.Array]:
   if not weights:
     raise ValueError("the guess has no feedback weights; allowed: variables with 'guess', as the "
                      "algorithm's init makes them")
-
-  def objective(shift: dict[Path, jax.Array]) -> jax.Array:
-    collections = {'perturbation': unflatten_dict(shift), 'feedback': weights}
-    losses, _ = known.loss_fn(known.params, collections, *known.args)
-    return sum((leaf.sum() for leaf in jax.tree.leaves(losses)), jnp.float32(0))
-  return jax.grad(objective)({path: jnp.zeros_like(tap.value) for path, tap in known.taps.items()})
+  return cotangents(known, {'feedback': weights})
 
 
 def of_taps(guess: Guess, is_guessed: Callable[[Path], bool]) -> Guess:
