@@ -192,10 +192,11 @@ def activity_perturbation(loss_fn: LossFn, *, sampling: Sampling = Sampling(), d
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, Any], PyTree]:
     taps = flatten_dict(jax.eval_shape(lambda p: loss_fn.record('taps', p, *args), params))
     keys = dict(zip(taps, jax.random.split(key, max(len(taps), 1)), strict=False))
-    guessed, pull = _guess(guess, loss_fn, params, taps, args)    # before any tangent is drawn, and without the key
+    perturbed = [path for path in taps if is_perturbed(path)]
+    # Before any tangent is drawn, and without the key.
+    guessed, pull = _guess(guess, loss_fn, params, {path: taps[path] for path in perturbed}, args)
     evaluate = lambda u, extra: loss_fn(params, {'perturbation': unflatten_dict(u), **extra}, *args)[0]
     held = lambda: loss_fn.record('held', params, *args)
-    perturbed = [path for path in taps if is_perturbed(path)]
     residual = {}
     for paths in [[path] for path in perturbed] if separate else [perturbed]:
       own = sampling._replace(passes=(tap_passes or {}).get(paths[0][-1], sampling.passes)) if separate else sampling
