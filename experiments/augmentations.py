@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from lfg_jax import augmentation, command_line, configs, data
+from lfg_jax import data
+from lfg_jax.data import augmentation
+from lfg_jax.errors import UserError, as_user_errors
+from lfg_jax.training import command_line
 
 
 def main(arguments: list[str]) -> None:
@@ -28,11 +31,11 @@ def main(arguments: list[str]) -> None:
   options = parser.parse_args(arguments)
   command_line.at_least(options, images=1, draws=1)
   if not 0 < options.min_area <= 1:
-    raise configs.UserError(f'--min_area is {options.min_area}; allowed: more than 0, at most 1')
-  with configs.as_user_errors():
+    raise UserError(f'--min_area is {options.min_area}; allowed: more than 0, at most 1')
+  with as_user_errors():
     split = data.load(options.dataset, data_dir=options.data_dir).train
   if not isinstance(split, data.Arrays):
-    raise configs.UserError(f'{options.dataset} is a stream; allowed: data sets that fit memory')
+    raise UserError(f'{options.dataset} is a stream; allowed: data sets that fit memory')
   image = jnp.asarray(split.image_NxHxWxC[:options.images])
   rows = [image]
   view = jax.jit(lambda keys: augmentation.views(keys, image, options.min_area))

@@ -15,8 +15,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lfg_jax import command_line, configs, plots, run_log
-from lfg_jax.train import prepare, train
+from lfg_jax.errors import UserError
+from lfg_jax.training import command_line, plots, run_log
+from lfg_jax.training.train import prepare, train
 
 DEFAULT = pathlib.Path(__file__).parent.parent / 'configs' / 'digits.py'
 RESULT = 'comparison.json'
@@ -55,7 +56,7 @@ def _claim(out: pathlib.Path) -> None:
   if (out / RESULT).exists():
     return
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise configs.UserError(f'{out} exists and is not the folder of a comparison; name another with --out')
+    raise UserError(f'{out} exists and is not the folder of a comparison; name another with --out')
   out.mkdir(parents=True, exist_ok=True)
   run_log.write_atomically(out / RESULT, '{}\n')
 

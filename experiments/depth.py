@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from lfg_jax import algorithms, command_line, configs, data, rules, run_log, timing
-from lfg_jax.mixer import MixerSpec
-from lfg_jax.sizes import mixer_spec, parse, patches
+from lfg_jax import data
+from lfg_jax.errors import as_user_errors
+from lfg_jax.models.mixer import MixerSpec
+from lfg_jax.models.sizes import mixer_spec, parse, patches
+from lfg_jax.training import algorithms, command_line, rules, run_log, timing
 
 Row = dict[str, Any]
 
@@ -39,7 +41,7 @@ def main(arguments: list[str]) -> None:
   command_line.at_least(options, batch=1, micro_batch=0, repetitions=1)
   names = command_line.names('algorithms', options.algorithms, rules.REGISTRY)
   depths = command_line.numbers('blocks', options.blocks, 1)
-  with configs.as_user_errors():
+  with as_user_errors():
     for blocks in depths:    # all mistakes before any long work
       spec_of(options.model, blocks)
     options.out.mkdir(parents=True, exist_ok=True)

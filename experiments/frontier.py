@@ -26,8 +26,9 @@ from frontier_network import VARIANTS, Bench
 from frontier_rows import LAW, SINGLE, WITHIN
 from ml_collections import ConfigDict
 
-from lfg_jax import command_line, configs, run_log, train
-from lfg_jax.tangents import LAWS
+from lfg_jax.errors import UserError
+from lfg_jax.estimators.tangents import LAWS
+from lfg_jax.training import command_line, configs, run_log, train
 
 Row = dict[str, Any]
 
@@ -94,7 +95,7 @@ def _config(options: argparse.Namespace) -> ConfigDict:
   fields = [field for field in base if field.startswith('losses.')]
   for field in ('algorithm', 'loss', 'model.norm', 'model.norm_derivative', *fields):
     if given[field] != base[field]:
-      raise configs.UserError(f'{options.workdir} has a run with {field}={given[field]!r}; '
+      raise UserError(f'{options.workdir} has a run with {field}={given[field]!r}; '
                               f'allowed: {base[field]!r}')
   return config
 

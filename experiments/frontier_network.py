@@ -13,14 +13,15 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from lfg_jax import algorithms, guesses, variance
-from lfg_jax.data import Batch, Dataset
-from lfg_jax.estimators import FlaxLoss, GradFn, backprop
-from lfg_jax.greedy import greedy
-from lfg_jax.mixer import TAPS, Criterion, Run
-from lfg_jax.rules import REGISTRY, Options
-from lfg_jax.sizes import mixer_spec, parse, patches
-from lfg_jax.tangents import LAWS
+from lfg_jax.data.datasets import Batch, Dataset
+from lfg_jax.estimators import guesses, variance
+from lfg_jax.estimators.estimators import FlaxLoss, GradFn, backprop
+from lfg_jax.estimators.tangents import LAWS
+from lfg_jax.models.mixer import TAPS, Criterion, Run
+from lfg_jax.models.sizes import mixer_spec, parse, patches
+from lfg_jax.training import algorithms
+from lfg_jax.training.greedy import greedy
+from lfg_jax.training.rules import REGISTRY, Options
 
 PyTree = Any
 Variables = dict[str, PyTree]

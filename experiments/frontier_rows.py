@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from frontier_network import ROUNDING, RULE, VARIANTS, Bench, Variant, dims
 
-from lfg_jax import timing, variance
-from lfg_jax.tangents import LAWS
+from lfg_jax.estimators import variance
+from lfg_jax.estimators.tangents import LAWS
+from lfg_jax.training import timing
 
 Row = dict[str, Any]
 Steps = dict[Any, Callable[[], Any]]

@@ -19,8 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lfg_jax import augmentation, command_line, configs, contrastive, data, run_log
-from lfg_jax.train import Job, first_images, load
+from lfg_jax import data
+from lfg_jax.data import augmentation
+from lfg_jax.errors import UserError
+from lfg_jax.losses import info_nce
+from lfg_jax.training import command_line, run_log
+from lfg_jax.training.train import Job, first_images, load
 
 BATCH = 500
 
@@ -38,10 +42,10 @@ def main(arguments: list[str]) -> None:
   command_line.at_least(options, pairs=0, l2=0, iterations=1)
   job, state = load(options.workdir, options.data_dir)
   if options.pairs and job.config.loss != 'contrastive':
-    raise configs.UserError(f'--pairs is {options.pairs}, and {options.workdir} has a {job.config.loss} run, which has '
+    raise UserError(f'--pairs is {options.pairs}, and {options.workdir} has a {job.config.loss} run, which has '
                             'no views; allowed: 0')
   if not isinstance(job.dataset.train, data.Arrays):
-    raise configs.UserError(f'{job.config.dataset} is a stream; the probe keeps all features in memory, '
+    raise UserError(f'{job.config.dataset} is a stream; the probe keeps all features in memory, '
                             'and is for data sets that fit')
   job = first_images(job, options.images)
   variables = {'params': state.params, **state.rest}
@@ -78,7 +82,7 @@ def view_features(job: Job, variables: dict, pairs: int) -> tuple[np.ndarray, np
   views = functools.partial(augmentation.views, min_area=job.config.contrastive.min_area)
   run = jax.jit(lambda keys, image: job.algorithm.features(variables, views(keys, image)))
   x = [run(key_N[n:n + BATCH], image_NxHxWxC[n:n + BATCH]) for key_N in key_RxN for n in range(0, len(label_N), BATCH)]
-  return np.concatenate(x), np.tile(np.repeat(label_N, contrastive.VIEWS), pairs)
+  return np.concatenate(x), np.tile(np.repeat(label_N, info_nce.VIEWS), pairs)
 
 
 def fit(x_NxC: np.ndarray, y_N: np.ndarray, classes: int, l2: float, iterations: int) -> tuple[np.ndarray, np.ndarray]:

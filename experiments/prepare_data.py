@@ -12,8 +12,9 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-from lfg_jax import command_line, data
-from lfg_jax.configs import UserError
+from lfg_jax import data
+from lfg_jax.errors import UserError
+from lfg_jax.training import command_line
 
 TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
 

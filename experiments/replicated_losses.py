@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from lfg_jax import command_line, configs, run_log, timing
-from lfg_jax.contrastive import Contrast, info_nce, replicated_info_nce
-from lfg_jax.losses import cross_entropy, replicated_cross_entropy
+from lfg_jax.errors import UserError, as_user_errors
+from lfg_jax.losses.info_nce import Contrast, info_nce, replicated_info_nce
+from lfg_jax.losses.replicated import cross_entropy, replicated_cross_entropy
+from lfg_jax.training import command_line, run_log, timing
 
 Row = dict[str, Any]
 OUTPUTS = {'supervised': 10, 'contrastive': 128}
@@ -43,8 +44,8 @@ def main(arguments: list[str]) -> None:
   many_patches = command_line.numbers('many_patches', options.many_patches, 1)
   for groups in (options.groups, *many_groups):
     if options.channels % groups:
-      raise configs.UserError(f'{groups} groups do not divide --channels={options.channels}')
-  with configs.as_user_errors():
+      raise UserError(f'{groups} groups do not divide --channels={options.channels}')
+  with as_user_errors():
     options.out.mkdir(parents=True, exist_ok=True)
   sweeps = {'groups': [(options.patches, groups) for groups in many_groups],
             'patches': [(patches, options.groups) for patches in many_patches]}

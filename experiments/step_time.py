@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from lfg_jax import algorithms, command_line, configs, data, optimizers, rules, run_log, timing, update
-from lfg_jax.sizes import mixer_spec, parse
+from lfg_jax import data
+from lfg_jax.errors import as_user_errors
+from lfg_jax.models.sizes import mixer_spec, parse
+from lfg_jax.training import algorithms, command_line, configs, optimizers, rules, run_log, timing, update
 
 Row = dict[str, Any]
 PRECISIONS = ('float32', 'tensorfloat32', 'bfloat16')
@@ -62,7 +64,7 @@ def main(arguments: list[str]) -> None:
 def measure(options: argparse.Namespace) -> list[Row]:
   """One row per algorithm; backprop, which the others are compared with, is always timed."""
   names, batch = options.algorithms.split(','), options.batch
-  with configs.as_user_errors():
+  with as_user_errors():
     steps = {name: compile_step(name, options) for name in dict.fromkeys(('BP', *names))}
   product, product_flop = timing.matmul(jnp.bfloat16 if options.precision == 'bfloat16' else jnp.float32)
   functions = {'matmul': product}

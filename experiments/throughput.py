@@ -14,8 +14,9 @@ import time
 
 import jax
 
-from lfg_jax import command_line, configs, optimizers, run_log, update
-from lfg_jax.train import Job, first_images, prepare, train
+from lfg_jax.errors import UserError
+from lfg_jax.training import command_line, optimizers, run_log, update
+from lfg_jax.training.train import Job, first_images, prepare, train
 
 DEFAULT = pathlib.Path(__file__).parent.parent / 'configs' / 'cifar10.py'
 
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> None:
   job = first_images(prepare(config), options.images)
   steps = -(-job.dataset.train.examples // config.batch_size)
   if steps <= config.steps_per_dispatch:
-    raise configs.UserError(f'--images is {options.images}: an epoch of {steps} steps, the first '
+    raise UserError(f'--images is {options.images}: an epoch of {steps} steps, the first '
                             f'{config.steps_per_dispatch} of which are not timed; allowed: more steps than '
                             'config.steps_per_dispatch')
   bare = Bare(job)

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import time_to_accuracy_report as report
 from ml_collections import ConfigDict
 
-from lfg_jax import command_line, configs, run_log, train
+from lfg_jax.errors import UserError
+from lfg_jax.training import command_line, configs, run_log, train
 
 DEFAULT = pathlib.Path(__file__).parent.parent / 'configs' / 'mnist.py'
 ALGORITHMS = ('BP', 'LG-BP', 'LG-FG-A-paper', 'LG-FG-A')
@@ -80,14 +81,14 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
   command_line.at_least(options, interval=1, max_epochs=1)
   thresholds = options.thresholds or THRESHOLDS.get(config.dataset)
   if not thresholds:
-    raise configs.UserError(f'{config.dataset} has no default thresholds; give --thresholds, in %')
+    raise UserError(f'{config.dataset} has no default thresholds; give --thresholds, in %')
   options.thresholds = command_line.numbers('thresholds', thresholds, kind=float)
   if options.thresholds != sorted(options.thresholds, reverse=True):
-    raise configs.UserError(f'--thresholds is {thresholds!r}; allowed: falling numbers')
+    raise UserError(f'--thresholds is {thresholds!r}; allowed: falling numbers')
   options.seeds = command_line.numbers('seeds', options.seeds, 0)
   options.out = options.out or pathlib.Path('runs', 'time_to_accuracy', config.dataset)
   if config.init_from:
-    raise configs.UserError(f'init_from is {config.init_from!r}; allowed here: None')
+    raise UserError(f'init_from is {config.init_from!r}; allowed here: None')
   config.optimizer.schedule, config.epochs = 'constant', options.max_epochs
   return options, config
 
@@ -98,11 +99,11 @@ def _rates(text: str, names: list[str], default: float) -> dict[str, list[float]
   for part in text.split(',') if text else ():
     name, _, values = part.partition('=')
     if name not in rates:
-      raise configs.UserError(f'--rates has {name!r}; allowed: {", ".join(names)}')
+      raise UserError(f'--rates has {name!r}; allowed: {", ".join(names)}')
     try:
       rates[name] = [float(value) for value in values.split('|')]
     except ValueError as error:
-      raise configs.UserError(f'--rates has {part!r}; allowed: ALGORITHM=RATE|RATE…') from error
+      raise UserError(f'--rates has {part!r}; allowed: ALGORITHM=RATE|RATE…') from error
   return rates
 
 
@@ -132,7 +133,7 @@ def _kept(out: pathlib.Path, settings: dict[str, Any]) -> list[Curve]:
     return []
   content = json.loads(path.read_text())
   if content['settings'] != settings:
-    raise configs.UserError(
+    raise UserError(
       f'{path} was measured with other settings; name another folder with --out'
     )
   return [curve for curve in content['curves'] if curve['finished']]

@@ -8,8 +8,8 @@ Run again with the same arguments, it goes on where it stopped.
 
 import pathlib
 
-from lfg_jax import command_line, processes
-from lfg_jax.train import prepare, train
+from lfg_jax.training import command_line, processes
+from lfg_jax.training.train import prepare, train
 
 DEFAULT = pathlib.Path(__file__).parent.parent / 'configs' / 'digits.py'
 

@@ -26,9 +26,12 @@ import variance_figures as figures
 import variance_networks as networks
 from matplotlib.figure import Figure
 
-from lfg_jax import command_line, configs, data, linear_layer, run_log, timing, variance
-from lfg_jax.passes import Sampling
-from lfg_jax.tangents import LAWS
+from lfg_jax import data
+from lfg_jax.errors import as_user_errors
+from lfg_jax.estimators import linear_layer, variance
+from lfg_jax.estimators.passes import Sampling
+from lfg_jax.estimators.tangents import LAWS
+from lfg_jax.training import command_line, run_log, timing
 
 Row = dict[str, Any]
 
@@ -44,9 +47,9 @@ def main(arguments: list[str]) -> None:
   command_line.at_least(options, draws=2)
   parts = command_line.names('parts', options.parts, PARTS)
   if {'mixer', 'passes'} & {*parts}:
-    with configs.as_user_errors():
+    with as_user_errors():
       data.load('cifar10', data_dir=options.data_dir)    # before any long work
-  with configs.as_user_errors():
+  with as_user_errors():
     options.out.mkdir(parents=True, exist_ok=True)
   origin = run_log.provenance(['experiments/variance.py', *arguments])
   for part in parts:

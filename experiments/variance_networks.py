@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict
 
-from lfg_jax import algorithms, configs, data, forward_grad, mark, timing, value_and_activity_grad, variance
-from lfg_jax.tangents import LAWS
+from lfg_jax import data, forward_grad, mark, value_and_activity_grad
+from lfg_jax.estimators import variance
+from lfg_jax.estimators.tangents import LAWS
+from lfg_jax.training import algorithms, configs, timing
 
 Row = dict[str, Any]
 BATCH = 4    # images of the mixer's parts

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from lfg_jax import tangents, tap
+from lfg_jax import tap
+from lfg_jax.estimators import tangents
 
 BATCH = 3
 KEYS = jax.random.split(jax.random.key(0), 9)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lfg_jax import configs
+from lfg_jax.training import configs
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 23    # of an epoch: 1,438 images, 64 at a time

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfg_jax import algorithms, rules
-from lfg_jax.data import Batch
-from lfg_jax.sizes import mixer_spec, patches
+from lfg_jax.data.datasets import Batch
+from lfg_jax.models.sizes import mixer_spec, patches
+from lfg_jax.training import algorithms, rules
 
 
 class Small(NamedTuple):

@@ -9,7 +9,8 @@ import optax
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from lfg_jax import tangents, tap, value_and_activity_grad
+from lfg_jax import tap, value_and_activity_grad
+from lfg_jax.estimators import tangents
 from tests.bare import (
   BATCH,
   EXACT,

@@ -11,8 +11,8 @@ import scipy.ndimage
 from PIL import Image, ImageEnhance, ImageOps
 from sklearn.datasets import load_sample_image
 
-from lfg_jax import augmentation
-from lfg_jax.augmentation import Chances
+from lfg_jax.data import augmentation
+from lfg_jax.data.augmentation import Chances
 
 NEVER = Chances(0.0, 0.0, 0.0, 0.0, 0.0)
 STEP = 1 / 255    # Pillow rounds to whole numbers, sometimes twice

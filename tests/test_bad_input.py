@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from lfg_jax import command_line, configs, mixer, optimizers, rules, tangents
+from lfg_jax.estimators import tangents
+from lfg_jax.models import mixer
+from lfg_jax.training import command_line, configs, optimizers, rules
 from tests.runs import FLAGS, ROOT, STEPS, tiny
 
 ALGORITHMS = ', '.join(rules.REGISTRY)
@@ -146,7 +148,7 @@ def test_missing_data_names_the_command(tmp_path, monkeypatch, capsys):
 ])
 def test_mistakes_in_a_config_file(body, message, tmp_path, monkeypatch, capsys):
   path = tmp_path / 'mine.py'
-  path.write_text(f'from lfg_jax import configs\n\ndef get_config():\n  {body}\n')
+  path.write_text(f'from lfg_jax.training import configs\n\ndef get_config():\n  {body}\n')
   code, out, err = run(monkeypatch, capsys, [f'--config={path}', f'--workdir={tmp_path / "run"}'])
   assert (code, out, err.count('\n')) == (2, '', 1)
   if message:

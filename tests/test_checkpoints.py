@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfg_jax import configs, data, train
-from lfg_jax.checkpoints import Checkpoints
-from lfg_jax.streams import Stream
+from lfg_jax import data
+from lfg_jax.data.streams import Stream
+from lfg_jax.errors import UserError
+from lfg_jax.training import train
+from lfg_jax.training.checkpoints import Checkpoints
 from tests.runs import FLAGS, STEPS, start, state, tiny
 
 
@@ -204,7 +206,7 @@ def test_nothing_is_removed_when_nothing_can_be_read(kept, tmp_path):
   directory = tmp_path / 'checkpoints'
   shutil.copytree(kept, directory)
   other = {'step': LIKE['step'], 'params': {'weight': LIKE['params']['kernel']}}
-  with pytest.raises(configs.UserError, match=r'^no checkpoint in .* can be read \(6: .*; remove'):
+  with pytest.raises(UserError, match=r'^no checkpoint in .* can be read \(6: .*; remove'):
     Checkpoints(directory, keep=2).restore(other)
   assert {folder.name for folder in directory.iterdir()} == {'3', '5', '6'}
 

@@ -5,7 +5,8 @@ import runpy
 
 import pytest
 
-from lfg_jax import configs, mixer, rules
+from lfg_jax.models import mixer
+from lfg_jax.training import configs, rules
 from tests.runs import FLAGS, ROOT, STEPS
 
 

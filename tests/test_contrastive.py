@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lfg_jax import algorithms, contrastive, rules
-from lfg_jax.contrastive import Contrast, replicated_info_nce
-from lfg_jax.estimators import draw_at_tap
-from lfg_jax.losses import Cut
-from lfg_jax.mixer import Criterion, LocalMixer
-from lfg_jax.passes import Sampling
-from lfg_jax.tangents import Passes
-from lfg_jax.taps import Tap
+from lfg_jax.estimators.estimators import draw_at_tap
+from lfg_jax.estimators.passes import Sampling
+from lfg_jax.estimators.tangents import Passes
+from lfg_jax.estimators.taps import Tap
+from lfg_jax.losses import info_nce
+from lfg_jax.losses.info_nce import Contrast, replicated_info_nce
+from lfg_jax.losses.replicated import Cut
+from lfg_jax.models.mixer import Criterion, LocalMixer
+from lfg_jax.training import algorithms, rules
 from tests import oracle
 from tests.small import keep_kernels, relative_error, small
 
@@ -115,7 +116,7 @@ def test_displaced_replicas_are_the_naive_ones_with_frozen_copies():
     for p, g in ((0, 0), (2, 1)):
       copy = f.at[:, p, g].set(moved[:, p, g])
       z, held = (jnp.einsum('npgc,gck->nk', x, kernel) / 4 + bias for x in (copy, f))
-      one = contrastive.info_nce(z, held if contrast.stop_gradient else z, REAL_N, contrast)
+      one = info_nce.info_nce(z, held if contrast.stop_gradient else z, REAL_N, contrast)
       np.testing.assert_allclose(got[:, p, g], one, rtol=1e-5)
 
 
@@ -269,8 +270,8 @@ def test_direct_feedback_sends_the_error_of_the_projection():
   x, criterion = inputs(s, jax.random.key(5))
   model = LocalMixer(s.spec, project=True)
   z = model.apply({'params': variables['params']}, x)[1]['head'][0]
-  _, error = contrastive.end_losses((z, z), criterion.weight_B, s.spec.style.contrast)
-  naive_loss = lambda moved: (contrastive.info_nce(moved, z, jnp.ones(8, bool), s.spec.style.contrast) / 8).sum()
+  _, error = info_nce.end_losses((z, z), criterion.weight_B, s.spec.style.contrast)
+  naive_loss = lambda moved: (info_nce.info_nce(moved, z, jnp.ones(8, bool), s.spec.style.contrast) / 8).sum()
   np.testing.assert_allclose(error, jax.grad(naive_loss)(z), rtol=1e-4, atol=1e-7)
   grads = jax.jit(algorithm.gradient)(variables, jax.random.key(5), s.batch)[0]
   stem = variables['params']['stem']['channel']

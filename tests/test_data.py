@@ -18,7 +18,8 @@ import tensorflow_datasets as tfds
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
-from lfg_jax import configs, data
+from lfg_jax import data
+from lfg_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -185,13 +186,13 @@ def test_preparing_checks_what_the_user_has_to_provide(tmp_path, monkeypatch):
   spec = importlib.util.spec_from_file_location('prepare_data', ROOT / 'experiments/prepare_data.py')
   prepare_data = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(prepare_data)
-  with pytest.raises(configs.UserError, match=r'^imagenet2012 must be .* ILSVRC2012_img_train.tar, .*--manual_dir$'):
+  with pytest.raises(UserError, match=r'^imagenet2012 must be .* ILSVRC2012_img_train.tar, .*--manual_dir$'):
     prepare_data.main(['--dataset=imagenet2012', f'--manual_dir={tmp_path}'])
   for tar in prepare_data.TARS:
     (tmp_path / tar).touch()
   monkeypatch.setattr(importlib.util, 'find_spec', lambda _: None)
   for dataset in data.TFDS:
-    with pytest.raises(configs.UserError, match=r'^preparing data needs TensorFlow .*: pip install tensorflow$'):
+    with pytest.raises(UserError, match=r'^preparing data needs TensorFlow .*: pip install tensorflow$'):
       prepare_data.main([f'--dataset={dataset}', f'--manual_dir={tmp_path}'])
 
 

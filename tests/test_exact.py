@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lfg_jax import rules
-from lfg_jax.losses import Cut, replicated_cross_entropy
+from lfg_jax.losses.replicated import Cut, replicated_cross_entropy
+from lfg_jax.training import rules
 from tests import oracle
 from tests.small import compose, gradient, keep_kernels, relative_error, small
 

@@ -10,7 +10,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lfg_jax import forward_grad, tangents, value_and_forward_grad
+from lfg_jax import forward_grad, value_and_forward_grad
+from lfg_jax.estimators import tangents
 
 
 def loss(params, x, scale=1.0):

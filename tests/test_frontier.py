@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from lfg_jax import configs, data
+from lfg_jax import data
+from lfg_jax.errors import UserError
+from lfg_jax.training import configs
 from tests.runs import FLAGS, ROOT
 
 EXPERIMENTS = ROOT / 'experiments'
@@ -95,7 +97,7 @@ def test_more_passes_go_where_they_are_cheap():
     ('--model=S', "model.size is 'S'"),
 ])
 def test_frontier_refuses(argument, message, tmp_path):
-  with pytest.raises(configs.UserError) as error:
+  with pytest.raises(UserError) as error:
     run('frontier', *FRONTIER, argument, f'--out={tmp_path}')
   assert message in str(error.value) and not any(tmp_path.iterdir())
 
@@ -122,7 +124,7 @@ def test_time_to_accuracy(tmp_path, capsys):
   run('time_to_accuracy', *arguments, '--seeds=0')
   assert 'step 20' not in capsys.readouterr().out    # all runs were finished
   assert json.loads((tmp_path / 'time_to_accuracy.json').read_text())['curves'] == content['curves']
-  with pytest.raises(configs.UserError, match='was measured with other settings'):
+  with pytest.raises(UserError, match='was measured with other settings'):
     run('time_to_accuracy', *arguments, '--seeds=0', '--interval=10')
 
 
@@ -141,7 +143,7 @@ def test_a_run_ends_at_its_last_threshold(tmp_path):
     ('--interval=0', '--interval is 0; allowed: 1 or more'),
 ])
 def test_time_to_accuracy_refuses(argument, message, tmp_path):
-  with pytest.raises(configs.UserError) as error:
+  with pytest.raises(UserError) as error:
     run('time_to_accuracy', *ACCURACY, '--algorithms=BP', '--thresholds=60', argument,
         f'--out={tmp_path}')
   assert message in str(error.value)

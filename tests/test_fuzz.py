@@ -2,7 +2,8 @@
 
 import random
 
-from lfg_jax import command_line, configs, train
+from lfg_jax.errors import UserError
+from lfg_jax.training import command_line, configs, train
 from tests.runs import tiny
 
 COUNT = 300   # of each kind
@@ -23,7 +24,7 @@ def outcome(make):
   """'good', or the line that says what is not; raises what is no UserError."""
   try:
     train.prepare(make())
-  except configs.UserError as error:
+  except UserError as error:
     return str(error)
   return 'good'
 

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lfg_jax import Sampling, algorithms, estimators, guesses, mark, rules, tangents, value_and_activity_grad, variance
-from lfg_jax.tangents import Passes
+from lfg_jax import Sampling, mark, value_and_activity_grad
+from lfg_jax.estimators import estimators, guesses, tangents, variance
+from lfg_jax.estimators.tangents import Passes
+from lfg_jax.training import algorithms, rules
 from tests.small import compose, gradient, relative_error, small
 from tests.test_unbiased import model, verdict, z_scores
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from lfg_jax import forward_grad, guided
-from lfg_jax.tangents import Passes, hadamard, normal
+from lfg_jax import forward_grad
+from lfg_jax.estimators import guided
+from lfg_jax.estimators.tangents import Passes, hadamard, normal
 
 D, DRAWS = 8, 20_000
 G = jnp.arange(1.0, D + 1) / 4

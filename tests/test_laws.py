@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfg_jax import algorithms, rules, tangents
-from lfg_jax.estimators import activity_perturbation
-from lfg_jax.passes import Sampling
-from lfg_jax.tangents import LAWS, Passes
+from lfg_jax.estimators import tangents
+from lfg_jax.estimators.estimators import activity_perturbation
+from lfg_jax.estimators.passes import Sampling
+from lfg_jax.estimators.tangents import LAWS, Passes
+from lfg_jax.training import algorithms, rules
 from tests.small import relative_error
 from tests.small import small as small_model
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from lfg_jax import configs
-from lfg_jax.train import prepare, train
+from lfg_jax.errors import UserError
+from lfg_jax.training.train import prepare, train
 from tests.runs import ROOT, tiny
 
 
@@ -41,9 +41,9 @@ def test_probe_of_a_run(supervised):
 
 
 def test_pairs_are_refused_where_there_are_no_views(supervised):
-  with pytest.raises(configs.UserError, match=r'--pairs is 2, and .* has a supervised run, which has no views'):
+  with pytest.raises(UserError, match=r'--pairs is 2, and .* has a supervised run, which has no views'):
     probe(f'--workdir={supervised[0]}', '--pairs=2')
-  with pytest.raises(configs.UserError, match='--pairs is -1; allowed: 0 or more'):
+  with pytest.raises(UserError, match='--pairs is -1; allowed: 0 or more'):
     probe(f'--workdir={supervised[0]}', '--pairs=-1')
 
 
@@ -63,5 +63,5 @@ def test_probe_of_a_contrastive_run_on_what_its_read_out_saw(tmp_path):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-  with pytest.raises(configs.UserError, match='is not the folder of a run: it has no config'):
+  with pytest.raises(UserError, match='is not the folder of a run: it has no config'):
     probe(f'--workdir={tmp_path}')

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lfg_jax import mark, tangents, tap, value_and_activity_grad
+from lfg_jax import mark, tap, value_and_activity_grad
+from lfg_jax.estimators import tangents
 from tests.small import relative_error
 
 BATCH, STEPS = 3, 2

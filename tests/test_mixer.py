@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfg_jax import layers
-from lfg_jax.contrastive import Contrast
-from lfg_jax.mixer import NORMS, LocalMixer
-from lfg_jax.sizes import mixer_spec
+from lfg_jax.losses.info_nce import Contrast
+from lfg_jax.models import layers
+from lfg_jax.models.mixer import NORMS, LocalMixer
+from lfg_jax.models.sizes import mixer_spec
 from tests import oracle
 from tests.small import gradient, relative_error, small
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lfg_jax import mark, tangents, tap, value_and_activity_grad, variance
+from lfg_jax import mark, tap, value_and_activity_grad
+from lfg_jax.estimators import tangents, variance
 from tests.small import relative_error
 
 BATCH = 3

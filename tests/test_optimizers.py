@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfg_jax import configs, optimizers
+from lfg_jax.training import configs, optimizers
 
 PARAMS = {'stem': {'group': {'kernel': jnp.array([3.0, 4.0]), 'bias': jnp.array([1.0])},
                    'head': {'kernel': jnp.array([2.0])}},

@@ -11,7 +11,8 @@ import sys
 
 import pytest
 
-from lfg_jax import command_line, configs, rules
+from lfg_jax.errors import UserError
+from lfg_jax.training import command_line, configs, rules
 from tests.runs import ROOT
 
 PAPER = ROOT / 'experiments' / 'paper'
@@ -162,14 +163,14 @@ def test_both_kinds_of_lg_fg_a_are_told_apart(study):
   ],
 )
 def test_mistakes(arguments, message, tmp_path):
-  with pytest.raises(configs.UserError, match=message) as error:
+  with pytest.raises(UserError, match=message) as error:
     reproduce.main([*arguments, f'--out={tmp_path / "out"}'])
   assert '\n' not in str(error.value) and not (tmp_path / 'out').exists()
 
 
 def test_folders_of_others_stay(tmp_path):
   (tmp_path / 'thesis.tex').write_text('x')
-  with pytest.raises(configs.UserError, match='exists and is not the folder of cifar10-M-8-16'):
+  with pytest.raises(UserError, match='exists and is not the folder of cifar10-M-8-16'):
     start(tmp_path, '--rules=BP')
 
 
@@ -201,7 +202,7 @@ def test_programs_get_their_arguments(name, program, tmp_path, capsys):
 
 
 def test_mistakes_of_programs(tmp_path, capfd):
-  with pytest.raises(configs.UserError, match=r'replicated_losses\.py ended with exit code 2$'):
+  with pytest.raises(UserError, match=r'replicated_losses\.py ended with exit code 2$'):
     reproduce.main(['figure5', f'--out={tmp_path}', '--epochs=3'])
   assert capfd.readouterr().err == 'replicated_losses.py: unrecognized arguments: --epochs=3\n'
 

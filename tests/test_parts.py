@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lfg_jax import algorithms, parts, rules
+from lfg_jax.estimators import parts
+from lfg_jax.training import algorithms, rules
 from tests.small import compose, relative_error, small
 
 

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfg_jax.estimators import draw_at_tap
-from lfg_jax.layers import layer_norm
-from lfg_jax.mixer import LocalMixer
-from lfg_jax.passes import Sampling
-from lfg_jax.tangents import LAWS, Passes
-from lfg_jax.taps import Tap
+from lfg_jax.estimators.estimators import draw_at_tap
+from lfg_jax.estimators.passes import Sampling
+from lfg_jax.estimators.tangents import LAWS, Passes
+from lfg_jax.estimators.taps import Tap
+from lfg_jax.models.layers import layer_norm
+from lfg_jax.models.mixer import LocalMixer
 from tests.small import gradient, small
 
 KEY = jax.random.key(3)

@@ -8,7 +8,8 @@ import time
 import jax
 import pytest
 
-from lfg_jax import configs, processes, train
+from lfg_jax.errors import UserError
+from lfg_jax.training import processes, train
 from tests.runs import FLAGS, start, tiny
 
 
@@ -72,7 +73,7 @@ def test_without_a_cluster_a_line_says_what_to_give(error, monkeypatch):
     raise error
 
   monkeypatch.setattr(jax.distributed, 'initialize', initialize)
-  with pytest.raises(configs.UserError, match=r'^the processes cannot be connected \([a-z_. ]+\); where JAX knows no '
+  with pytest.raises(UserError, match=r'^the processes cannot be connected \([a-z_. ]+\); where JAX knows no '
                                               r'cluster, give each --coordinator=HOST:PORT --processes=N --process=I'):
     train.prepare(tiny(distributed=True))
 

@@ -8,7 +8,10 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from lfg_jax import configs, data, streams, train
+from lfg_jax import data
+from lfg_jax.data import streams
+from lfg_jax.errors import UserError
+from lfg_jax.training import train
 from tests.runs import tiny
 
 TRAIN, VALIDATION = 11, 5
@@ -182,7 +185,7 @@ def test_training_ends_in_the_line_of_a_bad_example(tmp_path, monkeypatch):
   examples = [{'image': np.zeros((8, 8, 3), np.uint8), 'label': i % 10} for i in range(64)]
   one = streams.Stream([*examples, {'image': b'', 'label': 0}], image_size=8, threads=2)
   dataset = data.Dataset('stand-in', 10, (8, 8, 3), (0.5,) * 3, (0.5,) * 3, one, one)
-  with pytest.raises(configs.UserError, match=r'^example 64 \(label 0\) has no image that can be decoded: 0 bytes; '):
+  with pytest.raises(UserError, match=r'^example 64 \(label 0\) has no image that can be decoded: 0 bytes; '):
     train.train(train.prepare(tiny(), dataset), tmp_path / 'run')
 
 

@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from lfg_jax import data, optimizers, train, update
+from lfg_jax import data
+from lfg_jax.training import optimizers, train, update
 from tests.runs import tiny
 
 CASES = {

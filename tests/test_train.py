@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from lfg_jax import algorithms, data, update
+from lfg_jax import data
+from lfg_jax.training import algorithms, update
 from tests.runs import STEPS, tiny
 
 

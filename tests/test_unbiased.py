@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfg_jax import algorithms, estimators, rules
-from lfg_jax.contrastive import Contrast
+from lfg_jax.estimators import estimators
+from lfg_jax.losses.info_nce import Contrast
+from lfg_jax.training import algorithms, rules
 from tests.small import compose, gradient, relative_error, small
 
 DRAWS, CHUNK = 20_480, 256

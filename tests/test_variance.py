@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfg_jax import linear_layer, variance
-from lfg_jax.passes import Sampling
-from lfg_jax.tangents import LAWS, Passes, hadamard, normal, rademacher
+from lfg_jax.estimators import linear_layer, variance
+from lfg_jax.estimators.passes import Sampling
+from lfg_jax.estimators.tangents import LAWS, Passes, hadamard, normal, rademacher
 
 SIZES = (2, 8, 64)
 BATCHES = (1, 16, 128)

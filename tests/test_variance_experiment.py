@@ -7,7 +7,7 @@ import runpy
 
 import pytest
 
-from lfg_jax import configs
+from lfg_jax.errors import UserError
 
 SCRIPT = pathlib.Path(__file__).parent.parent / 'experiments' / 'variance.py'
 
@@ -32,5 +32,5 @@ def test_rows_table_and_figure(tmp_path):
 
 
 def test_unknown_part(tmp_path):
-  with pytest.raises(configs.UserError, match="--parts has 'all'; allowed: table1, laws, mlp, mixer, passes"):
+  with pytest.raises(UserError, match="--parts has 'all'; allowed: table1, laws, mlp, mixer, passes"):
     runpy.run_path(str(SCRIPT))['main']([f'--out={tmp_path}', '--parts=all'])

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfg_jax import configs, run_log, train, workdir
+from lfg_jax.errors import UserError
+from lfg_jax.training import configs, run_log, train, workdir
 from tests.runs import STEPS, state, tiny
 
 COMPILED = {}
@@ -64,7 +65,7 @@ def test_a_second_run_of_one_folder_ends_in_one_line(tmp_path, monkeypatch):
 
   def second(place):
     def call(*arguments, **options):
-      with pytest.raises(configs.UserError) as error:
+      with pytest.raises(UserError) as error:
         train.train(job, folder)
       lines.append(str(error.value))
       return place(*arguments, **options)
@@ -114,14 +115,14 @@ def test_a_finished_run_goes_on_for_more_epochs(finished, tmp_path):
   assert_same_run(folder, finished)
   assert json.loads((folder / 'config.json').read_text())['epochs'] == 2
   assert json.loads((folder / 'summary.json').read_text())['steps'] == 2 * STEPS
-  with pytest.raises(configs.UserError, match='epochs is 2 there, 1 here'):
+  with pytest.raises(UserError, match='epochs is 2 there, 1 here'):
     start(folder, epochs=1, **ENDLESS)
 
 
 def test_epochs_on_which_the_schedule_depends_are_another_run(tmp_path):
   folder = tmp_path / 'run'
   start(folder, epochs=1)
-  with pytest.raises(configs.UserError) as error:
+  with pytest.raises(UserError) as error:
     start(folder, epochs=2)
   assert str(error.value) == (
       f'{folder} has a run of 1 epochs, on which its cosine schedule depends, so that 2 are another run; '
@@ -186,7 +187,7 @@ def test_a_new_run_starts_from_the_parameters_of_another(finished, tmp_path, mon
     ({'init_from': '/nowhere'}, '^/nowhere is not the folder of a run: it has no config.json'),
 ])
 def test_a_new_run_needs_the_same_model(fields, message, finished, tmp_path):
-  with pytest.raises(configs.UserError, match=message):
+  with pytest.raises(UserError, match=message):
     start(tmp_path / 'run', **{'init_from': str(finished), **fields})
   assert not (tmp_path / 'run').exists()
 
@@ -222,7 +223,7 @@ def test_no_room(place, finished, tmp_path, monkeypatch, no_file_grows):
     return original(*arguments, **options)
 
   folder = tmp_path / 'run'
-  with monkeypatch.context() as patch, pytest.raises(configs.UserError) as error:
+  with monkeypatch.context() as patch, pytest.raises(UserError) as error:
     patch.setattr(owner, place, late)
     start(folder, **ENDLESS)
   resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -240,7 +241,7 @@ def test_a_full_disk(finished, tmp_path):
     pytest.skip('may not mount')
   try:
     for _ in range(2):    # and again while it is full
-      with pytest.raises(configs.UserError, match=r'^[^\n]*: No space left on device; what was saved before is kept'):
+      with pytest.raises(UserError, match=r'^[^\n]*: No space left on device; what was saved before is kept'):
         start(tmp_path / 'run', epochs=12, **ENDLESS)
     subprocess.run(['mount', '-o', 'remount,size=20m', str(tmp_path)], check=True)
     start(tmp_path / 'run', epochs=12, **ENDLESS)
@@ -255,14 +256,14 @@ def test_an_output_that_nobody_reads(tmp_path, monkeypatch):
     raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
 
   monkeypatch.setattr(train, 'build', close)
-  with pytest.raises(configs.UserError, match=r'^nobody reads the output any more; the same command goes on'):
+  with pytest.raises(UserError, match=r'^nobody reads the output any more; the same command goes on'):
     start(tmp_path / 'run')
 
 
 @pytest.mark.parametrize('place, why', [('file/run', 'Not a directory'), ('/proc/run', 'No such file or directory')])
 def test_folders_that_cannot_be(place, why, tmp_path):
   (tmp_path / 'file').write_text('x')
-  with pytest.raises(configs.UserError, match=f'^{tmp_path / place}: {why}$'):
+  with pytest.raises(UserError, match=f'^{tmp_path / place}: {why}$'):
     start(tmp_path / place)
 
 
@@ -274,5 +275,5 @@ def test_a_folder_that_may_not_be_read(finished, tmp_path, monkeypatch):
     (tmp_path / what).mkdir()
     with monkeypatch.context() as patch:
       patch.setattr(type(tmp_path), what, refuse)
-      with pytest.raises(configs.UserError, match=f'^{tmp_path / what}: Permission denied$'):
+      with pytest.raises(UserError, match=f'^{tmp_path / what}: Permission denied$'):
         start(tmp_path / what)

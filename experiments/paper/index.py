@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import report
 from studies import PROGRAMS, STUDIES, published
 
-from lfg_jax import command_line, configs, run_log
+from lfg_jax.errors import UserError
+from lfg_jax.training import command_line, run_log
 
 RESULTS = pathlib.Path(__file__).parents[1] / 'results'
 BEFORE = 'before commit tracking'
@@ -161,7 +162,7 @@ def main(arguments: list[str]) -> None:
   )
   results = parser.parse_args(arguments).results
   if not results.is_dir():
-    raise configs.UserError(f'--results is {results}; allowed: a folder')
+    raise UserError(f'--results is {results}; allowed: a folder')
   run_log.write_atomically(results / 'README.md', index(results))
   print(results / 'README.md')
 

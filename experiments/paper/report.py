@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from studies import Run, Study
 
-from lfg_jax import run_log
+from lfg_jax.training import run_log
 
 Row = dict[str, Any]
 ORIGIN = 'provenance.json'  # in a run's folder

@@ -27,9 +27,9 @@ import report
 from ml_collections import ConfigDict
 from studies import GROUPS, PROGRAMS, STUDIES, Run, Study
 
-from lfg_jax import command_line, configs, run_log
-from lfg_jax.configs import UserError
-from lfg_jax.train import Interrupted, Job, prepare, train
+from lfg_jax.errors import UserError
+from lfg_jax.training import command_line, configs, run_log
+from lfg_jax.training.train import Interrupted, Job, prepare, train
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfg_jax.streams import BadExample, Batch, Source, Stream, decode
+from lfg_jax.data.streams import BadExample, Batch, Source, Stream, decode
 
 
 class Arrays(NamedTuple):
@@ -136,7 +136,7 @@ def take(arrays: Arrays, row_B: jax.Array) -> Batch:
 
 def _digits() -> Dataset:
   """Test: the 3rd, 8th, 13th … example of every class, 359 in all: a rule needs no random generator."""
-  with (importlib.resources.files('lfg_jax') / 'digits.npz').open('rb') as file, np.load(file) as stored:
+  with (importlib.resources.files('lfg_jax.data') / 'digits.npz').open('rb') as file, np.load(file) as stored:
     image_Nx8x8, label_N = stored['image'], stored['label'].astype(np.int32)
   image_Nx8x8x1 = np.round(image_Nx8x8[..., None] * (255 / 16)).astype(np.uint8)    # stored as 0 … 16
   is_test_N = np.zeros(len(label_N), bool)

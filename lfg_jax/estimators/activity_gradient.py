@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lfg_jax import estimators, tangents
-from lfg_jax.calls import Static, bind, explained, with_aux
-from lfg_jax.guesses import Known, Path
-from lfg_jax.mixing import Influence, Mixed
-from lfg_jax.passes import Sampling, recomputed_jvp
-from lfg_jax.taps import Tap
-from lfg_jax.walk import Walk, perturb, record, replace_cotangent
+from lfg_jax.estimators import estimators, tangents
+from lfg_jax.estimators.calls import Static, bind, explained, with_aux
+from lfg_jax.estimators.guesses import Known, Path
+from lfg_jax.estimators.mixing import Influence, Mixed
+from lfg_jax.estimators.passes import Sampling, recomputed_jvp
+from lfg_jax.estimators.taps import Tap
+from lfg_jax.estimators.walk import Walk, perturb, record, replace_cotangent
 
 PyTree = Any
 Taps = str | Collection[str] | Callable[[str], bool] | None

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.walk import backward_only
+from lfg_jax.estimators.walk import backward_only
 
 PyTree = Any
 

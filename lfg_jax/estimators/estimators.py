@@ -8,7 +8,7 @@ close to `jax.value_and_grad(loss_fn, has_aux=True)`. The objective is the *sum*
 entries that it can influence.
 
 A `loss_fn(params, collections, *args) -> (losses, aux)` evaluates a model whose activities are marked by
-`lfg_jax.taps`; `flax_loss` makes one of a Flax module. Rules that do not use taps hand it no collections.
+`lfg_jax.estimators.taps`; `flax_loss` makes one of a Flax module. Rules that do not use taps hand it no collections.
 """
 
 import functools
@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lfg_jax import tangents
-from lfg_jax.guesses import Guess, Known, Path, corrected, regression
-from lfg_jax.passes import Sampling, combine, jvp_derivative, sum_over_chunks
-from lfg_jax.tangents import Passes
-from lfg_jax.taps import Tap
+from lfg_jax.estimators import tangents
+from lfg_jax.estimators.guesses import Guess, Known, Path, corrected, regression
+from lfg_jax.estimators.passes import Sampling, combine, jvp_derivative, sum_over_chunks
+from lfg_jax.estimators.tangents import Passes
+from lfg_jax.estimators.taps import Tap
 
 PyTree = Any
 Losses = Any  # a pytree of arrays, examples on the first axis
@@ -354,7 +354,7 @@ def direct_feedback(loss_fn: LossFn, *, matrices: PyTree) -> GradFn:
 
 def reverse_with_signals(loss_fn: LossFn, params: PyTree, signal: PyTree, *args: Any
                          ) -> tuple[tuple[Losses, Any], PyTree]:
-  """Gradients of every layer from its own tap's signal; see `lfg_jax.taps`."""
+  """Gradients of every layer from its own tap's signal; see `lfg_jax.estimators.taps`."""
   def objective(params: PyTree) -> tuple[jax.Array, tuple[Losses, Any]]:
     losses, aux = loss_fn(params, {'signal': signal}, *args)
     return total(losses), (losses, aux)

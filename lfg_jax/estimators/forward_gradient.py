@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfg_jax import tangents
-from lfg_jax.calls import Static, bind, explained, with_aux
-from lfg_jax.passes import Sampling, combine, recomputed_jvp, sum_over_chunks
-from lfg_jax.tangents import Passes
+from lfg_jax.estimators import tangents
+from lfg_jax.estimators.calls import Static, bind, explained, with_aux
+from lfg_jax.estimators.passes import Sampling, combine, recomputed_jvp, sum_over_chunks
+from lfg_jax.estimators.tangents import Passes
 
 PyTree = Any
 

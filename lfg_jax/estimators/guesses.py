@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from lfg_jax.taps import Tap
+from lfg_jax.estimators.taps import Tap
 
 PyTree = Any
 Path = tuple[str, ...]

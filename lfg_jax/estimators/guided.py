@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.tangents import Law, Passes, normal
+from lfg_jax.estimators.tangents import Law, Passes, normal
 
 
 def _basis(guide_MxD: jax.Array) -> jax.Array:

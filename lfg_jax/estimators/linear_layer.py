@@ -11,10 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lfg_jax import estimators
-from lfg_jax.estimators import FlaxLoss
-from lfg_jax.passes import Sampling
-from lfg_jax.taps import tap
+from lfg_jax.estimators import estimators
+from lfg_jax.estimators.estimators import FlaxLoss
+from lfg_jax.estimators.passes import Sampling
+from lfg_jax.estimators.taps import tap
 
 ESTIMATORS: dict[str, Callable] = {'weight': estimators.weight_perturbation,
                                    'activity': estimators.activity_perturbation}

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from lfg_jax.walk import Walk, inner_jaxprs, opened
+from lfg_jax.estimators.walk import Walk, inner_jaxprs, opened
 
 
 class Mixed(NamedTuple):

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lfg_jax import tangents
-from lfg_jax.parts import WHOLE, Part
-from lfg_jax.tangents import Passes
+from lfg_jax.estimators import tangents
+from lfg_jax.estimators.parts import WHOLE, Part
+from lfg_jax.estimators.tangents import Passes
 
 PyTree = Any
 COMBINATIONS = ('mean', 'projection')

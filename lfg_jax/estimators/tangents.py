@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.parts import WHOLE, Part
+from lfg_jax.estimators.parts import WHOLE, Part
 
 
 class Passes(NamedTuple):

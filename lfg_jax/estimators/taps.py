@@ -1,6 +1,6 @@
 """Taps of the LocalMixer: where activities are perturbed and learning signals are received.
 
-(Functions and models of your own call `lfg_jax.tap`, in `lfg_jax.primitive`, which needs no Flax module.)
+(Functions and models of your own call `lfg_jax.tap`, in `lfg_jax.estimators.primitive`, which needs no Flax module.)
 
 Calling `z = tap(self, 'name', z)` in a Flax module marks the activity z. Without more, it is the identity.
 An estimator that evaluates the module can hand it, as variable collections,

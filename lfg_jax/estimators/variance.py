@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from lfg_jax.tangents import Law
+from lfg_jax.estimators.tangents import Law
 
 PyTree = Any
 ESTIMATORS = ('weight', 'activity')
@@ -50,7 +50,7 @@ def predicted(estimator: str, law: Law, passes: int, *, shared: bool, batch: int
   Raises:
     ValueError: an unknown estimator.
 
-  >>> from lfg_jax.tangents import normal
+  >>> from lfg_jax.estimators.tangents import normal
   >>> predicted('activity', normal, 1, shared=False, batch=16, p=2, q=8, V=4., S=2.)    # (q+2)/N V + (q+1)/N S
   3.625
   """
@@ -71,7 +71,7 @@ def predicted_taps(law: Law, passes: Sequence[int], dims: Sequence[int], norms: 
     dims: d_i, the perturbed dimensions that influence one loss.
     norms: |g_i|², the squared gradients of that loss.
 
-  >>> from lfg_jax.tangents import hadamard
+  >>> from lfg_jax.estimators.tangents import hadamard
   >>> predicted_taps(hadamard, [4, 4], [4, 4], [1., 2.], joint=False)
   [0.0, 0.0]
   >>> predicted_taps(hadamard, [4, 4], [4, 4], [1., 2.], joint=True)
@@ -98,7 +98,7 @@ def allocate(law: Law, dims: Sequence[int], norms: Sequence[float], costs: Seque
   Raises:
     ValueError: the budget does not suffice for one pass each.
 
-  >>> from lfg_jax.tangents import hadamard
+  >>> from lfg_jax.estimators.tangents import hadamard
   >>> allocate(hadamard, dims=[32, 32], norms=[1., 1.], costs=[4., 1.], budget=40.)
   [6, 16]
   """

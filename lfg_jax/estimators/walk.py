@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from lfg_jax.primitive import tap_p
-from lfg_jax.taps import Tap, inject
+from lfg_jax.estimators.primitive import tap_p
+from lfg_jax.estimators.taps import Tap, inject
 
 # Primitives that are entered, by the names that JAX has had for them.
 _CALLS = ('jit', 'pjit', 'closed_call', 'core_call')

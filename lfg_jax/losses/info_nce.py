@@ -6,8 +6,8 @@ of the global batch, the candidates c_m, is the other view of its image, m = n�
 
     L[n] = -log softmax_{m ≠ n}(a_n · c_m / τ)[n⁺]
 
-As for the cross-entropy (`lfg_jax.losses`), the replica (p, g) of this loss sees all features, but only its own
-x_{n,p,g} without a stop-gradient. With S = (softmax - onehot(n⁺)) / τ, the derivative by the anchor is S c, and
+As for the cross-entropy (`lfg_jax.losses.replicated`), the replica (p, g) of this loss sees all features, but only
+its own x_{n,p,g} without a stop-gradient. With S = (softmax - onehot(n⁺)) / τ, the derivative by the anchor is S c, and
 
     dL[n,p,g] = (1/P) Σ_k (W_gᵀ dx[n,p,g])_k · (J_n S c)[n,k]  +  a_n · Σ_m S[n,m] dc[m,p,g],
 
@@ -23,14 +23,11 @@ batch. The paper's figure 4 shows that nothing is learnt. With the stop-gradient
 
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from lfg_jax import layers
-from lfg_jax.losses import Cut, head_outputs, own_slopes, replicate, sum_uncut
-from lfg_jax.taps import hold
+from lfg_jax.losses.replicated import Cut, head_outputs, own_slopes, replicate, sum_uncut
 
 VIEWS = 2
 _TINY = 1e-12    # added to |z|²
@@ -218,21 +215,6 @@ def _displaced_loss(features: jax.Array, held: jax.Array, kernel_GxCxK: jax.Arra
   N, P, G, K = step_NxPxGxK.shape
   losses_RxN = jax.lax.map(one_replica, jnp.moveaxis(step_NxPxGxK.reshape(N, P * G, K), 1, 0))
   return losses_RxN.T.reshape(N, P, G)
-
-
-class Projection(nn.Module):
-  """Mean over tokens → linear, and no local loss: the head of a network that learns end to end."""
-  contrast: Contrast
-  init_kind: str
-
-  @nn.compact
-  def __call__(self, features_NxPxGxC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Projections [N, K] as anchors, and as candidates (behind the stop-gradient, if there is one)."""
-    N, _, G, C = features_NxPxGxC.shape
-    K = self.contrast.projections
-    linear = layers.Linear(layers.dense, (G * C, K), (K,), G * C, self.init_kind, name='linear')
-    z_NxK = linear(layers.wide(features_NxPxGxC).mean(1).reshape(N, G * C))
-    return z_NxK, hold(self, 'candidates', z_NxK) if self.contrast.stop_gradient else z_NxK
 
 
 def end_losses(projected: tuple[jax.Array, jax.Array], weight_N: jax.Array, contrast: Contrast

@@ -16,10 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lfg_jax import layers
-from lfg_jax.contrastive import Contrast, Projection, replicated_info_nce
-from lfg_jax.losses import Cut, replicated_cross_entropy, scale_gradient
-from lfg_jax.taps import boundary, hold, tap
+from lfg_jax.estimators.taps import boundary, hold, tap
+from lfg_jax.losses.info_nce import Contrast, replicated_info_nce
+from lfg_jax.losses.replicated import Cut, replicated_cross_entropy, scale_gradient
+from lfg_jax.models import layers
 
 NORMS = ('token_in', 'token_out', 'channel_in', 'channel_out', 'group_in', 'group_out', 'head', 'readout')
 TAPS = ('after_token', 'after_channel', 'after_group')
@@ -201,6 +201,21 @@ class Head(nn.Module):
     return losses_BxPxG * criterion.weight_B[:, None, None]
 
 
+class Projection(nn.Module):
+  """Mean over tokens → linear, and no local loss: the head of a network that learns end to end."""
+  contrast: Contrast
+  init_kind: str
+
+  @nn.compact
+  def __call__(self, features_NxPxGxC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Projections [N, K] as anchors, and as candidates (behind the stop-gradient, if there is one)."""
+    N, _, G, C = features_NxPxGxC.shape
+    K = self.contrast.projections
+    linear = layers.Linear(layers.dense, (G * C, K), (K,), G * C, self.init_kind, name='linear')
+    z_NxK = linear(layers.wide(features_NxPxGxC).mean(1).reshape(N, G * C))
+    return z_NxK, hold(self, 'candidates', z_NxK) if self.contrast.stop_gradient else z_NxK
+
+
 class ReadOut(nn.Module):
   """Mean over tokens → norm → linear to the classes."""
   style: Style
@@ -243,7 +258,7 @@ class LocalMixer(nn.Module):
     detach_readout: the read-out sends no gradient into the network.
     project: there is a `Projection` at the end, `head`.
 
-  >>> from lfg_jax.sizes import mixer_spec
+  >>> from lfg_jax.models.sizes import mixer_spec
   >>> model = LocalMixer(mixer_spec('M/8/16', image_shape=(32, 32, 3), classes=10))
   >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 48)))
   >>> sum(leaf.size for leaf in jax.tree.leaves(variables['params']))

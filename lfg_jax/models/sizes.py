@@ -8,7 +8,7 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.mixer import NORMS, BlockSpec, MixerSpec, Run, Style
+from lfg_jax.models.mixer import NORMS, BlockSpec, MixerSpec, Run, Style
 
 CHANNELS = {'S': 256, 'M': 512, 'L': 2048}
 MOST_BLOCKS = 10_000

@@ -1,7 +1,7 @@
 """Algorithms put together from a rule, options and a model: an estimator × the objective it serves.
 
-Rules are in `lfg_jax.rules`, estimators in `lfg_jax.estimators`, objectives (end to end, or stage by stage) in
-`lfg_jax.objectives`. With the contrastive loss the batch has two views of every image.
+Rules are in `lfg_jax.training.rules`, estimators in `lfg_jax.estimators`, objectives (end to end, or stage by stage)
+in `lfg_jax.training.objectives`. With the contrastive loss the batch has two views of every image.
 """
 
 import dataclasses
@@ -14,17 +14,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lfg_jax import augmentation, estimators, guesses, layers, optimizers, parts, passes, tangents
-from lfg_jax.contrastive import VIEWS, Contrast
-from lfg_jax.data import Batch, Dataset
-from lfg_jax.estimators import FlaxLoss
-from lfg_jax.mixer import Criterion, LocalMixer, MixerSpec
-from lfg_jax.objectives import end_to_end, stage_by_stage
-from lfg_jax.parts import WHOLE, Part
-from lfg_jax.passes import Sampling
-from lfg_jax.rules import REGISTRY, Options, Rule, one_of
-from lfg_jax.sizes import mixer_spec, parse, patches
-from lfg_jax.taps import Tap
+from lfg_jax.data import augmentation
+from lfg_jax.data.datasets import Batch, Dataset
+from lfg_jax.errors import one_of
+from lfg_jax.estimators import estimators, guesses, parts, passes, tangents
+from lfg_jax.estimators.estimators import FlaxLoss
+from lfg_jax.estimators.parts import WHOLE, Part
+from lfg_jax.estimators.passes import Sampling
+from lfg_jax.estimators.taps import Tap
+from lfg_jax.losses.info_nce import VIEWS, Contrast
+from lfg_jax.models import layers
+from lfg_jax.models.mixer import Criterion, LocalMixer, MixerSpec
+from lfg_jax.models.sizes import mixer_spec, parse, patches
+from lfg_jax.training import optimizers
+from lfg_jax.training.objectives import end_to_end, stage_by_stage
+from lfg_jax.training.rules import REGISTRY, Options, Rule
 
 PyTree = Any
 

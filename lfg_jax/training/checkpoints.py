@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from lfg_jax.configs import UserError
+from lfg_jax.errors import UserError
 
 PyTree = Any
 

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from lfg_jax import configs
-from lfg_jax.configs import UserError
+from lfg_jax.errors import UserError
+from lfg_jax.training import configs
 
 
 class Parser(argparse.ArgumentParser):

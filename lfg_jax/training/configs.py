@@ -5,7 +5,6 @@ further ones (`--config.optimizer.learning_rate=0.1`, see `command_line`). `vali
 long work.
 """
 
-import contextlib
 import difflib
 import json
 import math
@@ -16,25 +15,9 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from lfg_jax import mixer, optimizers
-
-
-class UserError(Exception):
-  """Something that the user can mend; the message is one line.
-
-  Attributes:
-    exit_code: of a program that ends with it.
-  """
-  exit_code = 2
-
-
-@contextlib.contextmanager
-def as_user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
-  """Exceptions of these kinds, by default those about arguments and files, as `UserError`s."""
-  try:
-    yield
-  except kinds as error:
-    raise UserError(' '.join(str(error).split())) from error
+from lfg_jax.errors import UserError
+from lfg_jax.models import mixer
+from lfg_jax.training import optimizers
 
 
 def base() -> ConfigDict:

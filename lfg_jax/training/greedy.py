@@ -11,9 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.estimators import FlaxLoss, GradFn
-from lfg_jax.losses import Cut
-from lfg_jax.mixer import BlockSpec, Criterion, LocalBlock, MixerSpec, Run, Style
+from lfg_jax.estimators.estimators import FlaxLoss, GradFn
+from lfg_jax.losses.replicated import Cut
+from lfg_jax.models.mixer import BlockSpec, Criterion, LocalBlock, MixerSpec, Run, Style
 
 PyTree = Any
 

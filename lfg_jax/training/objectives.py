@@ -19,12 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lfg_jax import contrastive
-from lfg_jax.contrastive import Contrast
-from lfg_jax.estimators import FlaxLoss, GradFn
-from lfg_jax.greedy import greedy, stages
-from lfg_jax.losses import Cut, cross_entropy
-from lfg_jax.mixer import Criterion, LocalMixer, MixerSpec, ReadOut
+from lfg_jax.estimators.estimators import FlaxLoss, GradFn
+from lfg_jax.losses import info_nce
+from lfg_jax.losses.info_nce import Contrast
+from lfg_jax.losses.replicated import Cut, cross_entropy
+from lfg_jax.models.mixer import Criterion, LocalMixer, MixerSpec, ReadOut
+from lfg_jax.training.greedy import greedy, stages
 
 PyTree = Any
 Estimator = Callable[[FlaxLoss], GradFn]
@@ -46,7 +46,7 @@ def end_to_end(spec: MixerSpec, estimator: Estimator, *, local: bool) -> Run:
                                                     criterion.weight_B, mutable=mutable)
       aux = _summary(logits, criterion)
       if contrast and project:
-        end_B, aux['output_error'] = contrastive.end_losses(local_losses.pop('head'), criterion.weight_B, contrast)
+        end_B, aux['output_error'] = info_nce.end_losses(local_losses.pop('head'), criterion.weight_B, contrast)
         local_losses['head'] = end_B[None, :, None, None]
       stacks = [losses.reshape(-1, *losses.shape[-3:]).sum(0) for losses in jax.tree.leaves(local_losses)]
       aux['local_loss'] = sum((losses.mean((1, 2)) for losses in stacks), jnp.zeros(()))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from lfg_jax.run_log import Row
+from lfg_jax.training.run_log import Row
 
 
 def curves(path: pathlib.Path, runs: dict[str, Sequence[Sequence[Row]]]) -> None:

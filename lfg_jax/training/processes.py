@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lfg_jax.configs import UserError
+from lfg_jax.errors import UserError
 
 TOKEN = 'token'         # a file with a number that the first process draws for every start
 PATIENCE_SECONDS = 5    # until a file is seen on another machine

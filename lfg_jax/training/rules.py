@@ -1,15 +1,16 @@
 """The algorithms of the paper's tables, as a registry of compositions; and the options that vary them.
 
-Which name an estimator has is in `Rule`; `lfg_jax.algorithms` puts the parts together.
+Which name an estimator has is in `Rule`; `lfg_jax.training.algorithms` puts the parts together.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lfg_jax import passes, tangents
-from lfg_jax.losses import Cut
-from lfg_jax.mixer import TAPS
+from lfg_jax.errors import one_of
+from lfg_jax.estimators import passes, tangents
+from lfg_jax.losses.replicated import Cut
+from lfg_jax.models.mixer import TAPS
 
 
 class Rule(NamedTuple):
@@ -165,9 +166,3 @@ class Options:
                        f"chunk={self.chunk}; allowed: taps='separate', and chunk=0 or {most} or more")
     if self.taps == 'joint' and any(self.tap_passes.values()):
       raise ValueError("estimator.tap_passes is for taps perturbed one by one; allowed: estimator.taps='separate'")
-
-
-def one_of(field: str, given: Any, allowed: Any) -> None:
-  """Raises ValueError, in one line, for a value that is not allowed."""
-  if given not in allowed:
-    raise ValueError(f'{field} is {given!r}; allowed: {", ".join(map(str, allowed))}')

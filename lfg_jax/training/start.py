@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lfg_jax import checkpoints, workdir
-from lfg_jax.algorithms import Algorithm
-from lfg_jax.configs import UserError
-from lfg_jax.update import TrainState
+from lfg_jax.errors import UserError
+from lfg_jax.training import checkpoints, workdir
+from lfg_jax.training.algorithms import Algorithm
+from lfg_jax.training.update import TrainState
 
 PyTree = Any
 # Of the algorithm's other variables. The optimizer of guesses begins anew, as the optimizer does.

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.mixer import BlockSpec, MixerSpec
-from lfg_jax.rules import Options, Rule
+from lfg_jax.models.mixer import BlockSpec, MixerSpec
+from lfg_jax.training.rules import Options, Rule
 
 Name = TypeVar('Name', bound=Hashable)
 

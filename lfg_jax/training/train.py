@@ -16,13 +16,14 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lfg_jax import algorithms, configs, data, optimizers, plots, processes, run_log, start, update
-from lfg_jax import workdir as folders
-from lfg_jax.checkpoints import Checkpoints
-from lfg_jax.configs import UserError
-from lfg_jax.run_log import RunLog
-from lfg_jax.streams import BadExample
-from lfg_jax.update import Feed, TrainState
+from lfg_jax import data
+from lfg_jax.data.streams import BadExample
+from lfg_jax.errors import UserError, as_user_errors
+from lfg_jax.training import algorithms, configs, optimizers, plots, processes, run_log, start, update
+from lfg_jax.training import workdir as folders
+from lfg_jax.training.checkpoints import Checkpoints
+from lfg_jax.training.run_log import RunLog
+from lfg_jax.training.update import Feed, TrainState
 
 REFRESH_SECONDS = 1.0    # between looks at the running state, which wait for the device
 
@@ -54,7 +55,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
     UserError: one line about the first mistake.
   """
   configs.validate(config)
-  with configs.as_user_errors():
+  with as_user_errors():
     if config.distributed:
       processes.connect()
     if config.batch_size % jax.device_count():
@@ -136,7 +137,7 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
     Interrupted: by a signal.
   """
   begin = time.monotonic()
-  with configs.as_user_errors((BadExample,)), folders.file_errors(workdir):
+  with as_user_errors((BadExample,)), folders.file_errors(workdir):
     if job.config.init_from and not (workdir / 'config.json').exists():
       start.check(pathlib.Path(job.config.init_from), job.algorithm)    # before there is a folder
     with folders.claim(workdir, job.config) as finished:

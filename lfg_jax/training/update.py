@@ -14,9 +14,9 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lfg_jax.algorithms import Algorithm
-from lfg_jax.data import Arrays, epoch_order, sequential_order, take
-from lfg_jax.streams import Batch, Stream
+from lfg_jax.data.datasets import Arrays, epoch_order, sequential_order, take
+from lfg_jax.data.streams import Batch, Stream
+from lfg_jax.training.algorithms import Algorithm
 
 PyTree = Any
 AXIS = 'data'

@@ -15,8 +15,8 @@ from typing import Any, TextIO
 import jax
 from ml_collections import ConfigDict
 
-from lfg_jax import configs, optimizers, processes, run_log
-from lfg_jax.configs import UserError
+from lfg_jax.errors import UserError
+from lfg_jax.training import configs, optimizers, processes, run_log
 
 # When a run resumes. Where the data is, not which; how often the run is looked at and saved; in what
 # parts the same sums are taken, which changes their rounding.

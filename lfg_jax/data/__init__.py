@@ -1,0 +1,16 @@
+"""Images: data sets in memory, streams, augmentation."""
+
+from lfg_jax.data.datasets import (
+  NAMES,
+  TFDS,
+  Arrays,
+  Dataset,
+  epoch_order,
+  load,
+  sequential_order,
+  take,
+)
+from lfg_jax.data.streams import Batch, Stream
+
+__all__ = ['NAMES', 'TFDS', 'Arrays', 'Batch', 'Dataset', 'Stream', 'epoch_order', 'load',
+           'sequential_order', 'take']

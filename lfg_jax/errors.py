@@ -1,0 +1,29 @@
+"""Mistakes that a user can mend, told in one line."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+
+class UserError(Exception):
+  """Something that the user can mend; the message is one line.
+
+  Attributes:
+    exit_code: of a program that ends with it.
+  """
+  exit_code = 2
+
+
+@contextlib.contextmanager
+def as_user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
+  """Exceptions of these kinds, by default those about arguments and files, as `UserError`s."""
+  try:
+    yield
+  except kinds as error:
+    raise UserError(' '.join(str(error).split())) from error
+
+
+def one_of(field: str, given: Any, allowed: Any) -> None:
+  """Raises ValueError, in one line, for a value that is not allowed."""
+  if given not in allowed:
+    raise ValueError(f'{field} is {given!r}; allowed: {", ".join(map(str, allowed))}')
