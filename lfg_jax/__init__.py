@@ -3,7 +3,7 @@
 from lfg_jax.estimators.activity_gradient import value_and_activity_grad
 from lfg_jax.estimators.forward_gradient import forward_grad, value_and_forward_grad
 from lfg_jax.estimators.marks import mark
-from lfg_jax.estimators.passes import Sampling
-from lfg_jax.estimators.primitive import tap
+from lfg_jax.estimators.sampling import Sampling
+from lfg_jax.estimators.taps import tap
 
 __all__ = ['Sampling', 'forward_grad', 'mark', 'tap', 'value_and_activity_grad', 'value_and_forward_grad']

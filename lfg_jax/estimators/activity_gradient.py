@@ -9,21 +9,20 @@ decides how far reverse mode reaches. With a tap on every layer, each is differe
 With none it would be backprop.
 """
 
-import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lfg_jax.estimators import estimators, tangents
+from lfg_jax.estimators import activity, tangents
 from lfg_jax.estimators.calls import Static, bind, explained, with_aux
-from lfg_jax.estimators.guesses import Known, Path
+from lfg_jax.estimators.derivatives import recomputed_jvp
 from lfg_jax.estimators.mixing import Influence, Mixed
-from lfg_jax.estimators.passes import Sampling, recomputed_jvp
-from lfg_jax.estimators.taps import Tap
-from lfg_jax.estimators.walk import Walk, perturb, record, replace_cotangent
+from lfg_jax.estimators.sampling import Sampling
+from lfg_jax.estimators.signature import total
+from lfg_jax.estimators.traced import Traced
+from lfg_jax.promotion import upcast
 
 PyTree = Any
 Taps = str | Collection[str] | Callable[[str], bool] | None
@@ -50,9 +49,9 @@ def value_and_activity_grad(
     passes: number of tangents, K.
     chunk: how many are in memory at once (rounded down to a divisor of `passes`); None: all. Every
       chunk evaluates what follows the taps again.
-    combination: 'mean', or with `separate` 'projection'; see `passes.combine`.
+    combination: 'mean', or with `separate` 'projection'; see `sampling.combine`.
     shared: one tangent for the whole batch instead of an independent one for every example.
-    separate: whether each tap is perturbed by itself; see `estimators.activity_perturbation`.
+    separate: whether each tap is perturbed by itself; see `activity.activity_perturbation`.
     tap_passes: with `separate`, numbers of passes for taps of these names; others have `passes`.
     taps: names of taps, or a predicate of a name: those that are perturbed; None: all. The others
       let the exact signal pass. A name stands for all calls with it, `name_1` for its second call.
@@ -89,137 +88,92 @@ def value_and_activity_grad(
   {'hidden': (3, 4), 'out': (4,)}
   """
   sampling = Sampling(law, passes, shared, axis_name, chunk, combination)
-  estimators.check_activity_options(sampling, separate, tap_passes, guess)
+  for number in (tap_passes or {}).values():
+    sampling._replace(passes=number).check()
+  activity.check_options(sampling, separate, bool(tap_passes), bool(guess))
 
   def run(*args: Any, key: jax.Array, **kwargs: Any) -> tuple[Any, PyTree]:
     of_point, point, key = bind(fun, argnums, key, args, kwargs)
-    loss_fn = _Traced(of_point, point, has_aux, Walk(checkpoint_names))
-    perturbed = _perturbed(loss_fn, taps, tap_passes)
-    loss_fn.credit(perturbed, mixes_examples)
-
-    def of_known(weights: PyTree, known: Known) -> dict[Path, jax.Array]:
-      del weights
-      assert guess is not None
-      paths = {path[-1]: path for path in known.taps}
-      guessed = guess({path[-1]: t.value for path, t in known.taps.items()}, *args, **kwargs)
-      return {paths.get(name, (name,)): h for name, h in guessed.items()}
-
-    estimator = estimators.activity_perturbation(
-        loss_fn, sampling=sampling, derivative=recomputed_jvp, separate=separate,
-        tap_passes=tap_passes, is_perturbed=perturbed.__contains__,
-        guess=of_known if guess else None)
+    static = Static()
+    traced = Traced(_mean_losses(of_point, has_aux, static), point, checkpoint_names=checkpoint_names)
+    perturbed = _perturbed(traced, taps, tap_passes)
+    _credit(traced, perturbed, mixes_examples)
+    of_activities = lambda activities: guess(activities, *args, **kwargs) if guess else {}
+    estimator = activity.activity_perturbation(
+        of_point, sampling=sampling, derivative=recomputed_jvp, separate=separate,
+        passes_of=_passes_of(traced, passes, tap_passes) if tap_passes else None,
+        is_perturbed=perturbed.__contains__, guess=of_activities if guess else None,
+        trace=lambda *_: traced)
     try:
       (losses, aux), gradient = estimator(point, key)
     except TypeError as error:
-      raise explained(error, lambda: loss_fn.jaxpr) from error
-    value = estimators.total(losses)
+      raise explained(error, lambda: traced.jaxpr) from error
+    value = total(losses)
     gradient = gradient[0] if isinstance(argnums, int) else gradient
-    return ((value, loss_fn.static.join(aux['arrays'])) if has_aux else value), gradient
+    return ((value, static.join(aux['arrays'])) if has_aux else value), gradient
   return run
 
 
-class _Traced:
-  """A function as an `estimators.LossFn`: its losses divided by the number of examples, by way of
-  its jaxpr.
+def _mean_losses(of_point: Callable, has_aux: bool, static: Static) -> Callable:
+  """`point -> (losses divided by the number of examples, arrays of aux)`."""
+  def fun(point: tuple) -> tuple[PyTree, dict]:
+    losses, aux = with_aux(of_point(point), has_aux)
+    batch = _batch(losses)
+    return jax.tree.map(lambda loss: upcast(loss) / batch, losses), {'arrays': static.split(aux)}
+  return fun
 
-  Attributes:
-    jaxpr: of the function of the differentiated arguments.
-    taps: shapes of the taps by path, (number, name), in the order of evaluation.
-    batch: number of examples.
-    static: what is no array in aux.
+
+def _passes_of(traced: Traced, passes: int, tap_passes: Mapping[str, int]) -> Callable[[str], int]:
+  """The number of a tap's passes: its own, that of all calls with its name, or `passes`."""
+  return lambda name: tap_passes.get(name, tap_passes.get(traced.calls[name], passes))
+
+
+def _credit(traced: Traced, perturbed: list[str], mixes_examples: bool | None) -> None:
+  """Checks these taps' shapes, and sets `local_axes` to 0 where examples mix."""
+  batch = _batch(traced.shape[0])
+  for name in perturbed:
+    tap = traced.taps[name]
+    shape = tap.shape[tap.scanned:]
+    asked = mixes_examples is None and tap.local_axes > 0
+    if mixes_examples or (asked and _mixes(traced, name, shape)):
+      tap = traced.taps[name] = tap._replace(local_axes=0)
+    if shape[:1] != (batch,) or len(shape) < tap.local_axes:
+      raise ValueError(
+          f'tap {name!r} has shape {shape} and local_axes={tap.local_axes}; allowed: '
+          f'{batch}, the number of examples, on its first axis, and that many axes')
+
+
+def _mixes(traced: Traced, name: str, shape: tuple[int, ...]) -> bool:
+  """Whether this tap influences the losses of other examples.
+
+  Raises:
+    ValueError: it influences those of other parts of the example, against its `local_axes`, or
+      nothing is known.
   """
-
-  guess_weights: PyTree = {}    # noqa: RUF012    (never changed)
-  size_B: jax.Array | None = None
-
-  def __init__(self, of_point: Callable, point: tuple, has_aux: bool, walk: Walk) -> None:
-    self._walk, self.static = walk, Static()
-
-    def flat(point: tuple) -> tuple[PyTree, list[jax.Array]]:
-      losses, aux = with_aux(of_point(point), has_aux)
-      _batch(losses)
-      return losses, self.static.split(aux)
-
-    self.jaxpr, (shapes, _) = jax.make_jaxpr(flat, return_shape=True)(point)
-    self.batch, self._shapes = _batch(shapes), jax.tree.leaves(shapes)
-    self._treedef = jax.tree.structure(shapes)
-    found = walk.find(self.jaxpr)
-    self.taps: dict[Path, Tap] = {}
-    names = {name for name, _ in found}
-    taken: set[str] = set()
-    for n, (name, tap) in enumerate(found):
-      unique, count = name, 0
-      while unique in taken or (count and unique in names):
-        count += 1
-        unique = f'{name}_{count}'
-      taken.add(unique)
-      self.taps[f'{n:06d}', unique] = tap
-    self.first_names = dict(zip(self.taps, (name for name, _ in found), strict=True))
-
-  def __call__(self, params: tuple, collections: Mapping[str, PyTree], *args: Any
-               ) -> tuple[PyTree, dict[str, Any]]:
-    visit = replace_cotangent if 'signal' in collections else perturb
-    given = flatten_dict(collections.get('signal', collections.get('perturbation', {})))
-    outs, _ = self._run(params, given, visit)
-    losses = [loss.astype(jnp.promote_types(loss.dtype, jnp.float32)) / self.batch
-              for loss in outs[:len(self._shapes)]]
-    return jax.tree.unflatten(self._treedef, losses), {'arrays': outs[len(self._shapes):]}
-
-  def record(self, collection: str, params: tuple, *args: Any,
-             given: Mapping[str, PyTree] = types.MappingProxyType({})) -> PyTree:
-    if collection != 'taps':
-      return {}
-    _, records = self._run(params, {}, record)
-    return unflatten_dict({path: Tap(z, t.ndim, t.local_axes)
-                           for z, (path, t) in zip(records, self.taps.items(), strict=True)})
-
-  def _run(self, point: tuple, given: Mapping[Path, jax.Array], visit: Callable
-           ) -> tuple[list, list]:
-    of_taps = [given.get(path) for path in self.taps]
-    return self._walk.run(self.jaxpr, jax.tree.leaves(point), of_taps, visit)
-
-  def credit(self, perturbed: list[Path], mixes_examples: bool | None) -> None:
-    """Checks these taps' shapes, and sets `local_axes` to 0 where examples mix."""
-    for path in perturbed:
-      tap = self.taps[path]
-      shape = tap.value.shape[tap.value.ndim - tap.ndim:]
-      if mixes_examples or (mixes_examples is None and tap.local_axes and self._mixes(path, shape)):
-        tap = self.taps[path] = Tap(tap.value, tap.ndim, 0)
-      if shape[:1] != (self.batch,) or len(shape) < tap.local_axes:
+  tap, losses = traced.taps[name], jax.tree.leaves(traced.shape[0])
+  is_seed, mixed = [other == name for other in traced.taps], False
+  for axis in range(min(tap.local_axes, len(shape))):
+    influence = Influence(traced.walk, axis, shape[axis])
+    labels = influence.of(traced.jaxpr, is_seed) if shape[axis] > 1 else []
+    for label, loss in zip(labels, losses, strict=False):
+      if label is None or label == axis or loss.ndim <= axis or loss.shape[axis] == 1:
+        continue
+      cause = label.primitive if isinstance(label, Mixed) else 'an axis that is moved'
+      if isinstance(label, Mixed) and not label.is_known:
         raise ValueError(
-            f'tap {path[-1]!r} has shape {shape} and local_axes={tap.local_axes}; allowed: '
-            f'{self.batch}, the number of examples, on its first axis, and that many axes')
-
-  def _mixes(self, path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether this tap influences the losses of other examples.
-
-    Raises:
-      ValueError: it influences those of other parts of the example, against its `local_axes`, or
-        nothing is known.
-    """
-    is_seed, mixed = [other == path for other in self.taps], False
-    for axis in range(min(self.taps[path].local_axes, len(shape))):
-      influence = Influence(self._walk, axis, shape[axis])
-      labels = influence.of(self.jaxpr, is_seed) if shape[axis] > 1 else []
-      for label, loss in zip(labels, self._shapes, strict=False):
-        if label is None or label == axis or loss.ndim <= axis or loss.shape[axis] == 1:
-          continue
-        cause = label.primitive if isinstance(label, Mixed) else 'an axis that is moved'
-        if isinstance(label, Mixed) and not label.is_known:
-          raise ValueError(
-              f'whether tap {path[-1]!r} influences the losses of other examples cannot be read '
-              f'from {cause}; allowed: mixes_examples=True if it does, False if it does not')
-        if axis:
-          raise ValueError(
-              f'tap {path[-1]!r} has local_axes={self.taps[path].local_axes}, but {cause} mixes '
-              f'its axis {axis}; allowed: local_axes={axis}')
-        mixed = True
-    return mixed
+            f'whether tap {name!r} influences the losses of other examples cannot be read '
+            f'from {cause}; allowed: mixes_examples=True if it does, False if it does not')
+      if axis:
+        raise ValueError(
+            f'tap {name!r} has local_axes={tap.local_axes}, but {cause} mixes '
+            f'its axis {axis}; allowed: local_axes={axis}')
+      mixed = True
+  return mixed
 
 
-def _perturbed(loss_fn: _Traced, chosen: Taps, tap_passes: Mapping[str, int] | None) -> list[Path]:
-  """Paths of the taps that are perturbed."""
-  names = {name for path in loss_fn.taps for name in (path[-1], loss_fn.first_names[path])}
+def _perturbed(traced: Traced, chosen: Taps, tap_passes: Mapping[str, int] | None) -> list[str]:
+  """Names of the taps that are perturbed."""
+  names = {*traced.taps, *traced.calls.values()}
   if not names:
     raise ValueError('the function has no tap; allowed: lfg_jax.tap in it, or layers that '
                      'lfg_jax.mark marks')
@@ -229,10 +183,10 @@ def _perturbed(loss_fn: _Traced, chosen: Taps, tap_passes: Mapping[str, int] | N
   for unknown in sorted((asked | set(tap_passes or {})) - names):
     raise ValueError(f'there is no tap {unknown!r}; allowed: {", ".join(sorted(names))}')
   if chosen is None:
-    return list(loss_fn.taps)
-  is_chosen = chosen if callable(chosen) else asked.__contains__
-  return [path for path in loss_fn.taps
-          if is_chosen(path[-1]) or (not callable(chosen) and is_chosen(loss_fn.first_names[path]))]
+    return list(traced.taps)
+  if callable(chosen):
+    return [name for name in traced.taps if chosen(name)]
+  return [name for name in traced.taps if {name, traced.calls[name]} & asked]
 
 
 def _batch(losses: PyTree) -> int:

@@ -11,7 +11,8 @@ import numpy as np
 
 from lfg_jax.estimators import tangents
 from lfg_jax.estimators.calls import Static, bind, explained, with_aux
-from lfg_jax.estimators.passes import Sampling, combine, recomputed_jvp, sum_over_chunks
+from lfg_jax.estimators.derivatives import recomputed_jvp
+from lfg_jax.estimators.sampling import Sampling, combine, sum_over_chunks
 from lfg_jax.estimators.tangents import Passes
 
 PyTree = Any
@@ -39,7 +40,7 @@ def value_and_forward_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_
     passes: number of tangents, K.
     chunk: how many are in memory at once (rounded down to a divisor of `passes`); None: all. Every chunk evaluates
       `fun` again, and `fun` is then traced as by `jax.jit`.
-    combination: 'mean', or 'projection' on the tangents' span (too short by K/d: see `passes.combine`).
+    combination: 'mean', or 'projection' on the tangents' span (too short by K/d: see `sampling.combine`).
 
   Returns:
     `(*args, key, **kwargs) -> (value, gradient)`, or `((value, aux), gradient)`; gradients as `jax.grad` has them.
@@ -135,7 +136,7 @@ def _estimate(evaluate: Callable, point: tuple, key: jax.Array, sampling: Sampli
 
   once = jax.jit(evaluate)    # traced once for all chunks
   value, aux = once(point)
-  slope = recomputed_jvp(lambda point, _: once(point)[0], dict, point, in_chunks=True)
+  slope = recomputed_jvp(lambda point: once(point)[0], point, in_chunks=True)
 
   def part(passes: Passes) -> jax.Array:
     u_KxD = draw(passes)

@@ -13,7 +13,7 @@ guess, |g - h| > |g|, costs variance, never bias.
 The guess must not depend on the tangent. An estimator calls it before it draws tangents and gives it
 no key. A guess that finds the tangents by other means is biased, which `tests/test_guesses.py` shows.
 
-**A learned guess.** `feedback` carries the exact signal s of the block's end one layer back, as
+**A learned guess.** `Learned` carries the exact signal s of the block's end one layer back, as
 feedback alignment does: through a matrix F in place of the layer's transposed kernel, with norms and
 ReLU differentiated exactly. F is learned by regression on the forward gradient itself. The residual
 r = ((g - h)·u) u has the mean g - h, so that on average
@@ -29,77 +29,50 @@ Chu 2022, arXiv 2212.07282) learns them from forward gradients; both signals are
 (Akrout et al. 2019) learn Wᵀ from noise. As a guess, feedback of any quality gives an unbiased estimate.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
 
+from lfg_jax.estimators.signature import total
 from lfg_jax.estimators.taps import Tap
+from lfg_jax.estimators.traced import Traced, perturb
 
 PyTree = Any
-Path = tuple[str, ...]
 _LEAST = 1e-30    # smaller squared signals are of padding, or of a head that is still zero
 
 
-class Known(NamedTuple):
-  """What is known before tangents are drawn.
+# `{tap: activity} -> {tap: h}`, h of the tap's shape; a tap that is missing has no guess.
+Guess = Callable[[Mapping[str, jax.Array]], Mapping[str, jax.Array]]
+
+
+class Learned(NamedTuple):
+  """A guess that learns: what feedback alignment sends to the taps.
 
   Attributes:
-    loss_fn: an `estimators.LossFn`.
-    params: its parameters.
-    taps: every tap, with its value at the unperturbed point.
-    args: the further arguments of loss_fn.
+    weights: the matrices through which signals are sent back, in place of kernels.
+    loss: `(weights, params, *args) -> (losses, aux)`: the loss function, whose reverse sweep goes
+      through them. A layer without such a matrix uses its kernel, so a tap is guessed honestly only
+      if all layers between it and the loss have some.
+    size_B: by which the examples' squared errors are divided; None: 1.
   """
-  loss_fn: Any
-  params: PyTree
-  taps: dict[Path, Tap]
-  args: tuple[Any, ...]
+  weights: PyTree
+  loss: Callable[..., tuple[Any, dict[str, Any]]]
+  size_B: jax.Array | None = None
 
 
-# `(weights, known) -> {tap: h}`, h of the tap's shape; a tap that is missing has no guess. `weights` is
-# what the guess has learned by regression, or {}.
-Guess = Callable[[PyTree, Known], Mapping[Path, jax.Array]]
+def cotangents(learned: Learned, weights: PyTree, names: Sequence[str], params: PyTree, *args: Any
+               ) -> dict[str, jax.Array]:
+  """What arrives in the reverse sweep at the taps of these names: the guess."""
+  traced = Traced(learned.loss, weights, params, *args)
 
+  def of_shift(shift: dict[str, jax.Array]) -> jax.Array:
+    (losses, _), _ = traced.evaluate(perturb, shift, weights, params, *args)
+    return total(losses)
 
-def cotangents(known: Known, given: Mapping[str, PyTree]) -> dict[Path, jax.Array]:
-  """The objective's cotangent at every tap, by reverse mode, of the model with further collections."""
-  def objective(shift: dict[Path, jax.Array]) -> jax.Array:
-    collections = {'perturbation': unflatten_dict(shift), **given}
-    losses, _ = known.loss_fn(known.params, collections, *known.args)
-    return sum((leaf.sum() for leaf in jax.tree.leaves(losses)), jnp.float32(0))
-  return jax.grad(objective)({path: jnp.zeros_like(tap.value) for path, tap in known.taps.items()})
-
-
-def feedback(weights: PyTree, known: Known) -> dict[Path, jax.Array]:
-  """What feedback alignment sends to every tap: the cotangent, through `weights` in place of kernels.
-
-  A layer without feedback weights uses its kernel, so a tap is guessed honestly only if all layers
-  between it and the loss have some; `of_taps` chooses taps.
-
-  Args:
-    weights: the collection `feedback` of the model: a layer's matrix has the name 'kernel'.
-
-  Raises:
-    ValueError: there are no weights, so that the signal would be the exact one.
-  """
-  if not weights:
-    raise ValueError("the guess has no feedback weights; allowed: variables with 'guess', as the "
-                     "algorithm's init makes them")
-  return cotangents(known, {'feedback': weights})
-
-
-def of_taps(guess: Guess, is_guessed: Callable[[Path], bool]) -> Guess:
-  """`guess`, of some taps only.
-
-  >>> everything = lambda weights, known: {('a',): jnp.zeros(2), ('b',): jnp.ones(2)}
-  >>> list(of_taps(everything, lambda path: path[-1] == 'b')({}, None))
-  [('b',)]
-  """
-  def some(weights: PyTree, known: Known) -> dict[Path, jax.Array]:
-    return {path: h for path, h in guess(weights, known).items() if is_guessed(path)}
-  return some
+  taps = {name: traced.taps[name] for name in names}
+  return jax.grad(of_shift)({name: jnp.zeros(tap.shape, tap.dtype) for name, tap in taps.items()})
 
 
 def corrected(guessed: jax.Array, residual: jax.Array) -> jax.Array:
@@ -115,9 +88,9 @@ def corrected(guessed: jax.Array, residual: jax.Array) -> jax.Array:
   return jax.lax.map(lambda pair: pair[0] + pair[1], halves).reshape(guessed.shape)
 
 
-def regression(pull: Callable[[dict[Path, jax.Array]], tuple[PyTree]],
-               guessed: Mapping[Path, jax.Array], residual: Mapping[Path, jax.Array],
-               taps: Mapping[Path, Tap], size_B: jax.Array | None) -> PyTree:
+def regression(pull: Callable[[dict[str, jax.Array]], tuple[PyTree]],
+               guessed: Mapping[str, jax.Array], residual: Mapping[str, jax.Array],
+               taps: Mapping[str, Tap], size_B: jax.Array | None) -> PyTree:
   """Gradient by the guess's weights of ½ Σ_b |g_b - h_b|² / |s_b|², on average over tangents.
 
   It is a sum over examples, so its scale depends on their number; Adam does not see it.
@@ -128,11 +101,11 @@ def regression(pull: Callable[[dict[Path, jax.Array]], tuple[PyTree]],
     residual: ((g - h)·u) u, for the same taps.
     size_B: |s_b|²; None: 1.
   """
-  def cotangent(path: Path, h: jax.Array) -> jax.Array:
+  def cotangent(name: str, h: jax.Array) -> jax.Array:
     if size_B is None:
-      return -residual[path].astype(h.dtype)
+      return -residual[name].astype(h.dtype)
     weight_B = jnp.where(size_B > _LEAST, 1 / jnp.maximum(size_B, _LEAST), 0)
-    weight = weight_B.reshape(-1, *[1] * (taps[path].ndim - 1))
-    return -(residual[path] * weight).astype(h.dtype)
-  (gradient,) = pull({path: cotangent(path, h) for path, h in guessed.items()})
+    weight = weight_B.reshape(-1, *[1] * (taps[name].ndim - 1))
+    return -(residual[name] * weight).astype(h.dtype)
+  (gradient,) = pull({name: cotangent(name, h) for name, h in guessed.items()})
   return gradient

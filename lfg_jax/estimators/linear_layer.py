@@ -5,28 +5,17 @@ entries of variance (a_i² + 1)(b_j² + 1) - a_i² b_j².
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.estimators import estimators
-from lfg_jax.estimators.estimators import FlaxLoss
-from lfg_jax.estimators.passes import Sampling
+from lfg_jax.estimators.activity import activity_perturbation
+from lfg_jax.estimators.sampling import Sampling
 from lfg_jax.estimators.taps import tap
+from lfg_jax.estimators.weight import weight_perturbation
 
-ESTIMATORS: dict[str, Callable] = {'weight': estimators.weight_perturbation,
-                                   'activity': estimators.activity_perturbation}
-
-
-class _Layer(nn.Module):
-  """[B, p] → [B, q], tapped."""
-  outputs: int
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return tap(self, 'z', nn.Dense(self.outputs, use_bias=False, name='linear')(x))
+ESTIMATORS: dict[str, Callable] = {'weight': weight_perturbation, 'activity': activity_perturbation}
 
 
 class LinearLayer(NamedTuple):
@@ -56,21 +45,17 @@ class LinearLayer(NamedTuple):
 
   def estimate(self, estimator: str, sampling: Sampling, batch: int) -> Callable[[jax.Array], jax.Array]:
     """`key -> [p, q]`: a batch is drawn, and its gradient estimated with 'weight' or 'activity' tangents."""
-    layer = _Layer(self.b.size)
+    def fun(kernel: jax.Array, x: jax.Array, delta: jax.Array) -> tuple[jax.Array, dict]:
+      return (delta * tap(x @ kernel, 'z')).sum(-1) / batch, {}
 
-    def apply(variables: Any, mutable: tuple, x: jax.Array, delta: jax.Array) -> tuple:
-      z, updates = layer.apply(variables, x, mutable=mutable)
-      return ((delta * z).sum(-1) / batch, {}), updates
-
-    run = ESTIMATORS[estimator](FlaxLoss(apply), sampling=sampling)
-    params = {'linear': {'kernel': jnp.zeros((self.a.size, self.b.size))}}
+    run = ESTIMATORS[estimator](fun, sampling=sampling)
+    kernel = jnp.zeros((self.a.size, self.b.size))
 
     def one(key: jax.Array) -> jax.Array:
       x_key, delta_key, tangent_key = jax.random.split(key, 3)
       x = self.a + jax.random.normal(x_key, (batch, self.a.size))
       delta = self.b + jax.random.normal(delta_key, (batch, self.b.size))
-      _, grads = run(params, tangent_key, x, delta)
-      return grads['linear']['kernel']
+      return run(kernel, tangent_key, x, delta)[1]
     return one
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.core.scope import DenyList, subtract_filters, union_filters
 
-from lfg_jax.estimators.primitive import tap
+from lfg_jax.estimators.taps import tap
 
 PyTree = Any
 Layers = type | Sequence[type] | Callable[[Any], bool]

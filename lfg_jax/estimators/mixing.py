@@ -90,7 +90,7 @@ class Influence(NamedTuple):
 
   def _equation(self, eqn: Any, ins: list[Label], seeds: list[bool]) -> list[Label]:
     name, outs = eqn.primitive.name, len(eqn.outvars)
-    if self.walk.is_tap(eqn):
+    if self.walk.is_visited(eqn):
       return [self.axis if seeds[0] else ins[0]]
     if name == 'stop_gradient' or not (any(seeds) or any(label is not None for label in ins)):
       return [None] * outs

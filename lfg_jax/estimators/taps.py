@@ -1,103 +1,120 @@
-"""Taps of the LocalMixer: where activities are perturbed and learning signals are received.
+"""`tap`: the identity, by which any JAX function names an activity that may be perturbed.
 
-(Functions and models of your own call `lfg_jax.tap`, in `lfg_jax.estimators.primitive`, which needs no Flax module.)
+    def losses(params, x, y):
+      h = lfg_jax.tap(x @ params['hidden'], 'hidden')
+      return cross_entropy(jax.nn.relu(h) @ params['out'], y)
 
-Calling `z = tap(self, 'name', z)` in a Flax module marks the activity z. Without more, it is the identity.
-An estimator that evaluates the module can hand it, as variable collections,
+A tap is an equation of the function's jaxpr. `jax.jit`, `jax.grad` and `jax.vmap` see the identity.
+An estimator finds the taps, adds tangents to their activities, and in the reverse sweep replaces
+their cotangents by *signals*: estimates of the activities' gradients.
 
-* `perturbation`: added to z. `jax.jvp` with respect to it gives the effect of z on the loss, forward;
-* `signal`: z's gradient estimate. It *replaces* the cotangent that arrives at z in the reverse sweep.
-
-What reverse-mode derives between two taps is then a layer's own, local, derivative: what lies before a tap
-receives that tap's signal and nothing from behind it (XLA removes the unused computation), and a layer
-between the last tap and the loss gets its exact gradient. If every signal is an unbiased estimate of its
-activity's gradient, so is every parameter's gradient, whatever the parameters, residuals and sharing,
-because the reverse sweep is linear in the signals.
+What reverse mode derives between two taps is then a layer's own, local, derivative. What lies
+before a tap receives that tap's signal and nothing from behind it (XLA removes the unused
+computation). If every signal is an unbiased estimate of its activity's gradient, so is every
+parameter's gradient, whatever the parameters, residuals and sharing, because the reverse sweep is
+linear in the signals.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+tap_p = Primitive('tap')
 
 
-@flax.struct.dataclass
-class Tap:
-  """What an estimator must know of a tap.
+class Tap(NamedTuple):
+  """What an estimator knows of a tap before the function is evaluated.
 
   Attributes:
-    value: the activity (or its shape), `[B, ...]`; under `nn.scan` with the scanned axes before B.
-    ndim: number of axes of the activity as the module sees it, without scanned axes.
-    local_axes: how many leading axes activity and losses have in common. An activity `[B, P, G, c]` with
-      `local_axes=3` influences entry `[b, p, g]` of the losses through its own `[b, p, g]` only; with 1, all
-      the losses of its own example; with 0, losses of other examples too (batch norm).
+    shape: of the activity, `[B, ...]`; in a scan with the scanned axes before B.
+    dtype: of the activity.
+    ndim: number of axes of the activity as the function sees it, without scanned axes.
+    local_axes: how many leading axes activity and losses have in common; see `tap`.
   """
-  value: Any
-  ndim: int = flax.struct.field(pytree_node=False)
-  local_axes: int = flax.struct.field(pytree_node=False)
+  shape: tuple[int, ...]
+  dtype: Any
+  ndim: int
+  local_axes: int
+
+  @property
+  def scanned(self) -> int:
+    """Number of scanned axes."""
+    return len(self.shape) - self.ndim
+
+
+def tap(z: jax.Array, name: str, *, local_axes: int = 1, active: jax.Array | None = None,
+        source: jax.Array | None = None) -> jax.Array:
+  """The activity `z` `[B, ...]` itself, known by `name` to estimators.
+
+  Every call is a tap of its own. A second call with the same name is known as `name_1`, and so on.
+  Inside `vmap` the mapped axes count as the first ones of `z`: a function of one example, mapped
+  over the batch, may tap its activities as they are.
+
+  Args:
+    z: real floating-point, examples first.
+    name: any text.
+    local_axes: how many leading axes activity and losses have in common. An activity `[B, P, c]`
+      with `local_axes=2` influences entry `[b, p]` of the losses only through its own `[b, p]`;
+      with 1, all losses of its own example; with 0, losses of other examples too.
+    active: boolean, broadcast to z's shape: where a following ReLU is on. Units that are off have
+      no gradient, so their signal is set to zero.
+    source: of z's shape. It receives the signal in z's place: what lies between the two, a norm
+      say, is then not differentiated on the way back.
+
+  Raises:
+    TypeError: z is not real floating-point.
+    ValueError: `local_axes` is negative.
+
+  >>> jax.grad(lambda z: (tap(z, 'z') ** 2).sum())(jnp.ones(2)).tolist()
+  [2.0, 2.0]
+  """
+  z = jnp.asarray(z)
+  if not jnp.issubdtype(z.dtype, jnp.floating):
+    raise TypeError(f'tap {name!r} has dtype {z.dtype}; allowed: real floating-point')
+  if local_axes < 0:
+    raise ValueError(f'tap {name!r} has local_axes={local_axes}; allowed: 0 or more')
+  given = {'active': active, 'source': source}
+  further = {kind: jnp.broadcast_to(x, z.shape) for kind, x in given.items() if x is not None}
+  return tap_p.bind(z, *further.values(), name=name, local_axes=local_axes,
+                    further=tuple(further))
+
+
+def _batch(operands: tuple, axes: tuple, **params: Any) -> tuple[jax.Array, int]:
+  """The mapped axis goes to the front of all operands."""
+  size = next(x.shape[a] for x, a in zip(operands, axes, strict=True)
+              if a is not batching.not_mapped)
+  front = [batching.bdim_at_front(x, a, size) for x, a in zip(operands, axes, strict=True)]
+  return tap_p.bind(*front, **params), 0
+
+
+def _transpose(cotangent: Any, z: Any, *further: Any, **params: Any) -> tuple:
+  del z, params
+  return cotangent, *(None for _ in further)
+
+
+tap_p.def_impl(lambda z, *further, **params: z)
+tap_p.def_abstract_eval(lambda z, *further, **params: z)
+ad.primitive_jvps[tap_p] = lambda primals, tangents, **params: (
+    tap_p.bind(*primals, **params), tangents[0])
+ad.primitive_transposes[tap_p] = _transpose
+batching.primitive_batchers[tap_p] = _batch
+mlir.register_lowering(tap_p, lambda ctx, z, *further, **params: [z])
 
 
 @jax.custom_vjp
-def inject(z: jax.Array, signal: jax.Array) -> jax.Array:
-  """z, whose cotangent is replaced by `signal` (of z's shape) in the reverse sweep.
+def inject(z: jax.Array, source: jax.Array, signal: jax.Array) -> jax.Array:
+  """z. In the reverse sweep `source` receives the cotangent `signal`, and z none.
 
-  >>> jax.grad(lambda z: jnp.sum(inject(z, jnp.array([3., 4.])) ** 2))(jnp.ones(2)).tolist()
+  >>> f = lambda z: inject(jax.lax.stop_gradient(z), z, jnp.array([3., 4.])).sum()
+  >>> jax.grad(f)(jnp.ones(2)).tolist()
   [3.0, 4.0]
   """
-  del signal
+  del source, signal
   return z
 
 
-inject.defvjp(lambda z, signal: (z, signal), lambda signal, _: (signal, jnp.zeros_like(signal)))
-
-
-def tap(module: nn.Module, name: str, z: jax.Array, *, active: jax.Array | None = None,
-        local_axes: int = 1) -> jax.Array:
-  """Marks the activity `z` `[B, ...]` of `module`; returns it unchanged in value.
-
-  Args:
-    module: the Flax module that calls.
-    name: unique in the module.
-    z: the activity, examples first.
-    active: boolean, of z's shape: where a following ReLU is on. Units that are off have no gradient, so
-      their signal is set to zero.
-    local_axes: see `Tap`.
-  """
-  if module.is_initializing():
-    return z
-  module.sow('taps', name, Tap(z, z.ndim, local_axes), init_fn=lambda: None, reduce_fn=lambda _, new: new)
-  if module.has_variable('perturbation', name):
-    z = z + module.get_variable('perturbation', name)
-  if module.has_variable('signal', name):
-    signal: jax.Array = module.get_variable('signal', name)
-    z = inject(z, (signal if active is None else jnp.where(active, signal, 0)).astype(z.dtype))
-  return z
-
-
-def boundary(module: nn.Module, name: str, y: jax.Array, local_axes: int) -> jax.Array:
-  """Marks the activity `y` `[B, ...]` through which all that comes before influences the losses; see `exact_behind`.
-
-  It shares `local_axes` leading axes with the losses. A module given the collection `boundary_shift` takes
-  y + shift behind a stop-gradient: what comes before the boundary then gets no gradient.
-  """
-  if module.is_initializing():
-    return y
-  module.sow('boundary', name, Tap(y, y.ndim, local_axes), init_fn=lambda: None, reduce_fn=lambda _, new: new)
-  if module.has_variable('boundary_shift', name):
-    return jax.lax.stop_gradient(y) + module.get_variable('boundary_shift', name)
-  return y
-
-
-def hold(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
-  """x behind a stop-gradient, which finite differences can see.
-
-  `jax.lax.stop_gradient` fixes a value under differentiation only. An estimator that *evaluates* at perturbed
-  points records the held values at the unperturbed point and hands them back as the collection `held`.
-  """
-  if module.has_variable('held', name) and not module.is_mutable_collection('held'):
-    return module.get_variable('held', name)
-  if not module.is_initializing():
-    module.sow('held', name, x, init_fn=lambda: None, reduce_fn=lambda _, new: new)
-  return jax.lax.stop_gradient(x)
+inject.defvjp(lambda z, source, signal: (z, signal),
+              lambda signal, _: (jnp.zeros_like(signal), signal, jnp.zeros_like(signal)))

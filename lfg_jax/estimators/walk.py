@@ -1,10 +1,9 @@
-"""Evaluation of a jaxpr that reaches into it for its taps: records them, perturbs them, replaces
-their cotangents.
+"""Evaluation of a jaxpr that reaches into it for some of its equations, to record or replace them.
 
-Taps are visited inside `jit`, `scan`, `remat` and `cond`. A tap in a scan is one tap, with the
-scanned axis in front. Every call site has taps of its own, although JAX may share one jaxpr between
-calls. Equations without a tap are bound as they are, so that functions with rules of their own keep
-them.
+Equations are visited inside `jit`, `scan`, `remat` and `cond`. One that is in a scan is visited
+once, with the scanned axis in front of all that is recorded there and handed in. Every call has
+equations of its own, although JAX may share one jaxpr between calls. All other equations are bound
+as they are, so that functions with rules of their own keep them.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,60 +13,55 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from lfg_jax.estimators.primitive import tap_p
-from lfg_jax.estimators.taps import Tap, inject
-
 # Primitives that are entered, by the names that JAX has had for them.
 _CALLS = ('jit', 'pjit', 'closed_call', 'core_call')
 _REMAT = ('remat2', 'remat', 'checkpoint')
 _ENTERED = (*_CALLS, *_REMAT, 'scan', 'cond')
+OWN_RULES = ('custom_jvp_call', 'custom_vjp_call')
 
-# `(z, active or None, given or None) -> (z, record)`; a record is a pytree of arrays.
-Visit = Callable[[jax.Array, jax.Array | None, Any], tuple[jax.Array, Any]]
+# `(equation, its inputs, what is given) -> (its outputs, record)`; a record is a pytree of arrays.
+Visit = Callable[[Any, list, Any], tuple[list, Any]]
 
 
-class Named(NamedTuple):
-  """A tap of a jaxpr: its name, and shapes as `taps.Tap` has them."""
-  name: str
-  tap: Tap
+class Found(NamedTuple):
+  """An equation, and the lengths of the scans that it is in, from outside."""
+  eqn: Any
+  lengths: tuple[int, ...] = ()
 
 
 class Walk(NamedTuple):
-  """How a jaxpr is walked through.
+  """Which equations are visited.
 
   Attributes:
-    checkpoint_names: whether values named by `jax.ad_checkpoint.checkpoint_name` are taps too.
+    is_visited: of an equation.
+    refused: what is said, as a ValueError, of an equation inside a primitive that cannot be
+      entered: a function of equation and primitive.
+    ignored: names of primitives in which no equation is looked for.
   """
-  checkpoint_names: bool = False
+  is_visited: Callable[[Any], bool]
+  refused: Callable[[Any, str], str]
+  ignored: tuple[str, ...] = ()
 
-  def is_tap(self, eqn: Any) -> bool:
-    if eqn.primitive is tap_p:
-      return True
-    return (self.checkpoint_names and eqn.primitive.name == 'name'
-            and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating))
-
-  def find(self, jaxpr: Any) -> list[Named]:
-    """The taps of a jaxpr, in the order of evaluation.
+  def find(self, jaxpr: Any) -> list[Found]:
+    """All equations that are visited, in the order of evaluation.
 
     Raises:
-      ValueError: a tap is inside a primitive that cannot be entered.
+      ValueError: one is inside a primitive that cannot be entered.
     """
-    return [named for eqn in opened(jaxpr).eqns for named in self.find_in(eqn)]
+    return [found for eqn in opened(jaxpr).eqns for found in self.find_in(eqn)]
 
-  def find_in(self, eqn: Any) -> list[Named]:
-    """The taps of one equation."""
-    if self.is_tap(eqn):
-      aval = eqn.outvars[0].aval
-      shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-      local_axes = eqn.params.get('local_axes', 1)
-      return [Named(eqn.params['name'], Tap(shape, len(shape.shape), local_axes))]
-    found = [named for inner in inner_jaxprs(eqn) for named in self.find(inner)]
+  def find_in(self, eqn: Any) -> list[Found]:
+    """The equation itself, or those inside."""
+    if self.is_visited(eqn):
+      return [Found(eqn)]
     name = eqn.primitive.name
+    if name in self.ignored:
+      return []
+    found = [one for inner in inner_jaxprs(eqn) for one in self.find(inner)]
     if found and name not in _ENTERED:
-      raise ValueError(f'tap {found[0].name!r} is inside {name}; allowed: jit, scan, cond, '
-                       f'checkpoint and vmap, or a tap on what comes out of {name}')
+      raise ValueError(self.refused(found[0].eqn, name))
     if name == 'scan':
-      return [Named(n, _scanned(t, eqn.params['length'])) for n, t in found]
+      return [Found(one.eqn, (eqn.params['length'], *one.lengths)) for one in found]
     return found
 
   def run(self, jaxpr: Any, args: Sequence[Any], given: Sequence[Any], visit: Visit
@@ -75,12 +69,12 @@ class Walk(NamedTuple):
     """Evaluates a jaxpr.
 
     Args:
-      given: for every tap what `visit` is handed, a pytree of arrays or None; in a scan with the
-        scanned axis in front.
-      visit: what is done at a tap.
+      given: for every visited equation what `visit` is handed, a pytree of arrays or None; in a
+        scan with the scanned axis in front.
+      visit: what is done there.
 
     Returns:
-      The outputs, and the record of every tap.
+      The outputs, and the record of every visited equation.
     """
     inner = opened(jaxpr)
     env = dict(zip(inner.constvars, getattr(jaxpr, 'consts', ()), strict=True))
@@ -93,18 +87,17 @@ class Walk(NamedTuple):
       ins = [read(v) for v in eqn.invars]
       # What the equation was traced under (matmul precision, a mesh, …) holds for it here too.
       with eqn.ctx.manager:
-        outs, own_records = self._equation(eqn, ins, own, visit) if count else (_bind(eqn, ins), [])
+        outs, own_records = self._equation(eqn, ins, own, visit) if count else (bind(eqn, ins), [])
       env.update(zip(eqn.outvars, outs, strict=True))
       records += own_records
     return [read(v) for v in inner.outvars], records
 
   def _equation(self, eqn: Any, ins: list, given: list, visit: Visit) -> tuple[list, list]:
-    """An equation that is a tap or holds some."""
+    """An equation that is visited or holds some that are."""
     name, params = eqn.primitive.name, eqn.params
-    if self.is_tap(eqn):
-      z, *active = ins if eqn.primitive is tap_p else _bind(eqn, ins)
-      z, record = visit(z, active[0] if active else None, given[0])
-      return [z], [record]
+    if self.is_visited(eqn):
+      outs, record = visit(eqn, ins, given[0])
+      return outs, [record]
     if name == 'scan':
       return self._scan(params, ins, given, visit)
     if name == 'cond':
@@ -133,7 +126,7 @@ class Walk(NamedTuple):
 
   def _cond(self, branches: Sequence[Any], ins: list, given: list, visit: Visit
             ) -> tuple[list, list]:
-    """The taps of a branch that is not taken have a record of zero, and influence nothing."""
+    """Equations of a branch that is not taken have a record of zero, and influence nothing."""
     index, *ins = ins
     counts = [len(self.find(branch)) for branch in branches]
     starts = [sum(counts[:n]) for n in range(len(branches))]
@@ -151,11 +144,6 @@ class Walk(NamedTuple):
         return outs, [record for branch in records for record in branch]
       return run
     return jax.lax.switch(index, [padded(n) for n in range(len(branches))], ins, given)
-
-
-def _scanned(tap: Tap, length: int) -> Tap:
-  shape = jax.ShapeDtypeStruct((length, *tap.value.shape), tap.value.dtype)
-  return Tap(shape, tap.ndim, tap.local_axes)
 
 
 def opened(jaxpr: Any) -> Jaxpr:
@@ -181,7 +169,8 @@ def backward_only(jaxpr: Any) -> list[str]:
   return list(dict.fromkeys(found))
 
 
-def _bind(eqn: Any, ins: list) -> list:
+def bind(eqn: Any, ins: list) -> list:
+  """The equation's outputs."""
   params = eqn.primitive.get_bind_params(eqn.params)
   if isinstance(params, tuple):    # the form before jax 0.10.1: functions apart
     functions, params = params
@@ -189,26 +178,3 @@ def _bind(eqn: Any, ins: list) -> list:
   else:
     outs = eqn.primitive.bind(*ins, **params)
   return outs if eqn.primitive.multiple_results else [outs]
-
-
-# --- what is done at a tap
-# --------------------------------------------------------------------------------------
-
-
-def record(z: jax.Array, active: jax.Array | None, given: Any) -> tuple[jax.Array, jax.Array]:
-  """Records its value."""
-  del active, given
-  return z, z
-
-
-def perturb(z: jax.Array, active: jax.Array | None, given: Any) -> tuple[jax.Array, None]:
-  """Adds what is given."""
-  del active
-  return z if given is None else z + given.astype(z.dtype), None
-
-
-def replace_cotangent(z: jax.Array, active: jax.Array | None, given: Any) -> tuple[jax.Array, None]:
-  """Replaces the cotangent by the signal that is given."""
-  if given is None:
-    return z, None
-  return inject(z, (given if active is None else jnp.where(active, given, 0)).astype(z.dtype)), None

@@ -12,8 +12,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen.dtypes import promote_dtype
+
+from lfg_jax.promotion import upcast
 
 EPSILON = 1e-5
 LEARNING_STRIDE = 5    # between patches that feedback is learned from; no divisor of a row's length
@@ -30,13 +31,8 @@ def layer_norm(x: jax.Array, axes: tuple[int, ...] = (-1,)) -> jax.Array:
   return _normalise(x, axes)[0].astype(x.dtype)
 
 
-def wide(x: jax.Array) -> jax.Array:
-  """x in float32, if its numbers are shorter: means of thousands of them need the digits."""
-  return x.astype(np.promote_types(x.dtype, np.float32))
-
-
 def _normalise(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-  centred = wide(x) - wide(x).mean(axes, keepdims=True)
+  centred = upcast(x) - upcast(x).mean(axes, keepdims=True)
   scale = jax.lax.rsqrt((centred * centred).mean(axes, keepdims=True) + EPSILON)
   return centred * scale, scale
 
@@ -46,7 +42,7 @@ def _layer_norm_jvp(axes: tuple[int, ...], primals: tuple, tangents: tuple) -> t
   """The projection (1 - 1/n - y yᵀ/n) · scale: symmetric, so its transpose costs the same."""
   (x,), (dx,) = primals, tangents
   y, scale = _normalise(x, axes)
-  dx = wide(dx)
+  dx = upcast(dx)
   dy = scale * (dx - dx.mean(axes, keepdims=True) - y * (y * dx).mean(axes, keepdims=True))
   return y.astype(x.dtype), dy.astype(x.dtype)
 
@@ -72,7 +68,7 @@ class Norm(nn.Module):
     (`nn.BatchNorm` averages the devices' means, and divides 0 by 0 where a device has padding only.)
     """
     channels = math.prod(x.shape[2:] or x.shape[1:])    # [B, C], [B, P, C] or, in groups, [B, P, G, C]
-    flat_BxNxC = wide(x).reshape(x.shape[0], -1, channels)
+    flat_BxNxC = upcast(x).reshape(x.shape[0], -1, channels)
     running = [self.variable('batch_stats', name, fill, flat_BxNxC.shape[-1:], jnp.float32)
                for name, fill in (('mean', jnp.zeros), ('var', jnp.ones))]
     if not self.train:

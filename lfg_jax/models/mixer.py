@@ -16,13 +16,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.estimators.taps import boundary, hold, tap
+from lfg_jax.estimators.taps import tap
 from lfg_jax.losses.info_nce import Contrast, replicated_info_nce
 from lfg_jax.losses.replicated import Cut, replicated_cross_entropy, scale_gradient
 from lfg_jax.models import layers
+from lfg_jax.promotion import upcast
 
 NORMS = ('token_in', 'token_out', 'channel_in', 'channel_out', 'group_in', 'group_out', 'head', 'readout')
+# Taps have the name of their block in front: 'blocks/after_token'.
 TAPS = ('after_token', 'after_channel', 'after_group')
+BOUNDARY = 'last_linear'    # a tap too: what the grouped layer of a block under a local loss returns
 
 
 class Style(NamedTuple):
@@ -41,6 +44,8 @@ class Style(NamedTuple):
     contrast: of contrastive heads; None: heads classify.
     precision: 'bfloat16': blocks compute in it, with parameters, statistics of norms, heads, losses and read-out in
       float32; 'float32': all is of the parameters' type.
+    fused: local losses have a derivative of their own, at the cost of one plain loss. Finite differences see no
+      derivative: for them every replica is written out, with the others' features behind a stop-gradient.
   """
   mixing: str = 'linear'
   conv_size: int = 3
@@ -53,6 +58,7 @@ class Style(NamedTuple):
   axis_name: str | None = None
   contrast: Contrast | None = None
   precision: str = 'float32'
+  fused: bool = True
 
   @property
   def dtype(self) -> Any:
@@ -92,6 +98,15 @@ class Criterion(NamedTuple):
   weight_B: jax.Array
 
 
+class _Unit(NamedTuple):
+  """Norm → linear → norm: what the linear layer returns, and the second norm of it."""
+  linear: jax.Array
+  out: jax.Array
+
+  def reshape(self, *shape: int) -> '_Unit':
+    return _Unit(*(x.reshape(shape) for x in self))
+
+
 class LocalBlock(nn.Module):
   """One block with its local head.
 
@@ -116,16 +131,15 @@ class LocalBlock(nn.Module):
     h = x
     if s.mix:
       z = self._unit('token', self._token_linear(), h, weight_B)
-      h = nn.relu(tap(self, 'after_token', z, active=z > 0, local_axes=self._local_axes(2)))
+      h = nn.relu(self._tap('after_token', z, z.out > 0, 2))
     z = self._unit('channel', self._linear(layers.dense, (s.inputs, s.hidden), (s.hidden,), s.inputs), h, weight_B)
-    z_BxPxGxH = z.reshape(B, s.tokens, s.groups, -1)
-    h = nn.relu(tap(self, 'after_channel', z_BxPxGxH, active=z_BxPxGxH > 0, local_axes=self._local_axes(3)))
+    z = z.reshape(B, s.tokens, s.groups, -1)
+    h = nn.relu(self._tap('after_channel', z, z.out > 0, 3))
     width_in, width_out = s.hidden // s.groups, s.channels // s.groups
     grouped = self._linear(layers.grouped, (s.groups, width_in, width_out), (s.groups, width_out), width_in)
     z = self._unit('group', grouped, h, weight_B)
-    skip = x.reshape(z.shape) if s.residual else jnp.zeros((), z.dtype)
-    z = tap(self, 'after_group', z, active=z + skip > 0, local_axes=self._local_axes(3))
-    out_BxPxGxC = nn.relu(z + skip)
+    skip = x.reshape(z.out.shape) if s.residual else jnp.zeros((), z.out.dtype)
+    out_BxPxGxC = nn.relu(self._tap('after_group', z, z.out + skip > 0, 3) + skip)
     losses = Head(s, self.style, self.head_outputs, self.cut, name='head')(out_BxPxGxC, criterion, weight_B)
     return out_BxPxGxC.reshape(B, s.tokens, s.channels), losses
 
@@ -144,15 +158,17 @@ class LocalBlock(nn.Module):
       return self._linear(layers.depthwise, (k, k, 1, C), (C,), k * k)
     return self._linear(layers.across_tokens, (P, P), (P, 1), P)
 
-  def _unit(self, name: str, linear: Callable[[str], layers.Linear], x: jax.Array, weight_B: jax.Array) -> jax.Array:
-    """Norm → linear → norm. In the reverse sweep the second norm can be passed straight through."""
+  def _unit(self, name: str, linear: Callable[[str], layers.Linear], x: jax.Array, weight_B: jax.Array) -> '_Unit':
+    """Norm → linear → norm."""
     y = linear(name)(_norm(self.style, f'{name}_in', x, weight_B))
     if name == 'group' and self.last:
-      y = boundary(self, 'last_linear', y, local_axes=3)
-    z = _norm(self.style, f'{name}_out', y, weight_B)
-    if not self.style.norm_derivative and self.has_variable('signal', f'after_{name}'):
-      return y + jax.lax.stop_gradient(z - y)
-    return z
+      y = tap(y, f'{self.name}/{BOUNDARY}', local_axes=3)
+    return _Unit(y, _norm(self.style, f'{name}_out', y, weight_B))
+
+  def _tap(self, name: str, z: '_Unit', active: jax.Array, local_axes: int) -> jax.Array:
+    """The unit's output, tapped. Its signal can pass the second norm on the way back."""
+    source = None if self.style.norm_derivative else z.linear
+    return tap(z.out, f'{self.name}/{name}', local_axes=self._local_axes(local_axes), active=active, source=source)
 
   def _pool(self, x_BxPxC: jax.Array) -> jax.Array:
     B, P, C = x_BxPxC.shape
@@ -188,9 +204,8 @@ class Head(nn.Module):
       return None
     # The head learns from the mean of the replicas, while the block takes their sum.
     share = 1 / self.cut.replicas(features)
-    hold(self, 'features', features)
     backward = self.get_variable('feedback', 'kernel') if self.has_variable('feedback', 'kernel') else None
-    held = hold(self, 'features', features) if self.has_variable('held', 'features') else None
+    held = None if self.style.fused else jax.lax.stop_gradient(features)
     kernel, bias = scale_gradient(kernel, share), scale_gradient(bias, share)
     if self.style.contrast is None:
       losses_BxPxG = replicated_cross_entropy(features, kernel, bias, criterion.label_B, self.cut,
@@ -212,8 +227,8 @@ class Projection(nn.Module):
     N, _, G, C = features_NxPxGxC.shape
     K = self.contrast.projections
     linear = layers.Linear(layers.dense, (G * C, K), (K,), G * C, self.init_kind, name='linear')
-    z_NxK = linear(layers.wide(features_NxPxGxC).mean(1).reshape(N, G * C))
-    return z_NxK, hold(self, 'candidates', z_NxK) if self.contrast.stop_gradient else z_NxK
+    z_NxK = linear(upcast(features_NxPxGxC).mean(1).reshape(N, G * C))
+    return z_NxK, jax.lax.stop_gradient(z_NxK) if self.contrast.stop_gradient else z_NxK
 
 
 class ReadOut(nn.Module):
@@ -224,7 +239,7 @@ class ReadOut(nn.Module):
   @nn.compact
   def __call__(self, x_BxPxC: jax.Array, weight_B: jax.Array) -> jax.Array:
     C = x_BxPxC.shape[-1]
-    h = _norm(self.style, 'readout', layers.wide(x_BxPxC).mean(1), weight_B)
+    h = _norm(self.style, 'readout', upcast(x_BxPxC).mean(1), weight_B)
     self.sow('features', 'mean', h)
     return layers.Linear(layers.dense, (C, self.classes), (self.classes,), C, 'zero', name='linear')(h)
 
@@ -288,8 +303,8 @@ class LocalMixer(nn.Module):
     if self.project and self.spec.style.contrast:
       features = _norm(self.spec.style, 'head', x.reshape(*x.shape[:2], self.spec.runs[-1].spec.groups, -1), weight_B)
       local['head'] = Projection(self.spec.style.contrast, self.spec.style.init, name='head')(features)
-    x = hold(self, 'detached', x) if self.detach_readout else x
+    x = jax.lax.stop_gradient(x) if self.detach_readout else x
     return ReadOut(self.spec.style, self.spec.classes, name='readout')(x, weight_B), local
 
 
-COLLECTIONS = ('params', 'batch_stats', 'feedback', 'taps', 'perturbation', 'signal', 'held')
+COLLECTIONS = ('params', 'batch_stats', 'feedback')

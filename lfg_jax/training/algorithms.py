@@ -13,18 +13,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lfg_jax.data import augmentation
 from lfg_jax.data.datasets import Batch, Dataset
 from lfg_jax.errors import one_of
-from lfg_jax.estimators import estimators, guesses, parts, passes, tangents
-from lfg_jax.estimators.estimators import FlaxLoss
+from lfg_jax.estimators import parts, tangents
+from lfg_jax.estimators.activity import activity_perturbation
+from lfg_jax.estimators.boundary import Estimator, exact_behind
+from lfg_jax.estimators.derivatives import Derivative, finite_difference, jvp_derivative
+from lfg_jax.estimators.feedback import backprop, direct_feedback
 from lfg_jax.estimators.parts import WHOLE, Part
-from lfg_jax.estimators.passes import Sampling
+from lfg_jax.estimators.sampling import Sampling
+from lfg_jax.estimators.signature import GradFn, LossFn
 from lfg_jax.estimators.taps import Tap
+from lfg_jax.estimators.traced import Traced
+from lfg_jax.estimators.weight import weight_perturbation
 from lfg_jax.losses.info_nce import VIEWS, Contrast
 from lfg_jax.models import layers
-from lfg_jax.models.mixer import Criterion, LocalMixer, MixerSpec
+from lfg_jax.models.mixer import BOUNDARY, TAPS, Criterion, LocalMixer, MixerSpec
 from lfg_jax.models.sizes import mixer_spec, parse, patches
 from lfg_jax.training import optimizers
 from lfg_jax.training.objectives import end_to_end, stage_by_stage
@@ -34,7 +41,7 @@ PyTree = Any
 
 
 LOSSES = ('supervised', 'contrastive')
-LAST_TAP = ('last', 'after_group')    # of the block under a stage's losses, see `greedy.block_names`
+LAST_TAP = 'last/after_group'    # of the block under a stage's losses, see `greedy.block_names`
 # The layer through which a tap's guess comes.
 _GUESS_LAYERS = {'after_channel': 'group', 'after_token': 'channel'}
 
@@ -102,6 +109,8 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
   if spec.style.dtype and rule.finite:
     raise ValueError("model.precision is 'bfloat16', whose rounding hides finite differences; allowed with them: "
                      "'float32'")
+  if rule.finite:
+    spec = dataclasses.replace(spec, style=spec.style._replace(fused=False))
   contrast = spec.style.contrast
   if contrast and rule.estimator == 'weight' and options.sharing == 'independent':
     raise ValueError("estimator.sharing='independent' perturbs weights per example, and loss='contrastive' compares "
@@ -133,14 +142,17 @@ def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[ja
 
   def part_gradient(variables: dict[str, PyTree], key: jax.Array, part: Part, batch: Batch
                     ) -> tuple[PyTree, dict[str, Any]]:
+    if options.guessed_taps and not variables.get('guess'):
+      raise ValueError("the guess has no feedback weights; allowed: variables with 'guess', as the algorithm's init "
+                       'makes them')
     estimator = build_estimator(rule, options, spec, axis_name, variables, part)
     image, label, weight = map(jnp.asarray, batch)
     if contrast and views:
       key, view_key = jax.random.split(key)
       image = views(tangents.fold_in_all(view_key, tangents.example_ids(len(label), axis_name)), image)
       label, weight = jnp.repeat(label, VIEWS), jnp.repeat(weight / VIEWS, VIEWS)
-    fixed = ('batch_stats', 'feedback', 'guess') if rule.feedback else ('batch_stats', 'guess')
-    known = {name: variables[name] for name in ('params', *fixed) if name in variables}
+    used = ('params', 'batch_stats', *['feedback'] * rule.feedback, *['guess'] * bool(options.guessed_taps))
+    known = {name: variables[name] for name in used if name in variables}
     if rule.cut:
       run = stage_by_stage(spec, estimator, options.cut, every=options.every, overlap=options.overlap)
     else:
@@ -180,32 +192,46 @@ def number_of_parts(spec: MixerSpec, batch_size: int, micro_batch: int) -> int:
 
 
 def build_estimator(rule: Rule, options: Options, spec: MixerSpec, axis_name: str | None,
-                    variables: dict[str, PyTree], part: Part = WHOLE) -> Callable[[FlaxLoss], estimators.GradFn]:
-  """The rule's estimator, `loss_fn -> grad_fn`."""
+                    variables: dict[str, PyTree], part: Part = WHOLE) -> Estimator:
+  """The rule's estimator, `(fun, learned) -> grad_fn`."""
   weight = rule.estimator == 'weight'
   shared = weight if options.sharing == 'paper' else options.sharing == 'shared'
   contrast = spec.style.contrast
   rows = VIEWS if contrast and contrast.shared_views else 1
   sampling = Sampling(tangents.LAWS[options.law], options.passes, shared, axis_name, options.chunk or None,
                       options.combine, part, rows)
-  derivative = passes.finite_difference(options.step) if rule.finite else passes.jvp_derivative
+  derivative = finite_difference(options.step) if rule.finite else jvp_derivative
   if weight:
     group_axis = functools.partial(_group_axis, options, rule.cut and spec.style.norm == 'layer')
-    return functools.partial(estimators.weight_perturbation, sampling=sampling, derivative=derivative,
-                             is_exact=_under_a_loss, group_axis=group_axis)
+    return _never_guessed(functools.partial(weight_perturbation, sampling=sampling, derivative=derivative,
+                                            is_exact=_under_a_loss, group_axis=group_axis))
   if rule.estimator == 'activity':
-    guess = guesses.of_taps(guesses.feedback, lambda path: path[-1] in options.guessed_taps)
-    activity = functools.partial(estimators.activity_perturbation, sampling=sampling, derivative=derivative,
-                                 separate=options.taps == 'separate',
-                                 tap_passes={tap: n for tap, n in options.tap_passes.items() if n},
-                                 guess=guess if options.guessed_taps else None)
-    if options.last_tap == 'perturbed':
-      return activity
-    before = functools.partial(activity, is_perturbed=lambda path: path[-2:] != LAST_TAP)
-    return functools.partial(estimators.exact_behind_boundary, estimator=before)
+    return _activity_estimator(options, sampling, derivative)
   if rule.estimator == 'direct_feedback':
-    return functools.partial(estimators.direct_feedback, matrices=variables['feedback'])
-  return estimators.backprop
+    matrices = flatten_dict(variables['feedback'], sep='/')
+    return _never_guessed(functools.partial(direct_feedback, matrices=matrices))
+  return _never_guessed(backprop)
+
+
+def _never_guessed(estimator: Callable[[LossFn], GradFn]) -> Estimator:
+  return lambda fun, _: estimator(fun)
+
+
+def _activity_estimator(options: Options, sampling: Sampling, derivative: Derivative) -> Estimator:
+  own_passes = {tap: n for tap, n in options.tap_passes.items() if n}
+  passes_of = lambda name: own_passes.get(_in_block(name), options.passes)
+  activity = functools.partial(
+      activity_perturbation, sampling=sampling, derivative=derivative, separate=options.taps == 'separate',
+      passes_of=passes_of if own_passes else None, is_guessed=lambda name: _in_block(name) in options.guessed_taps)
+  if options.last_tap == 'perturbed':
+    return functools.partial(activity, is_perturbed=lambda name: _in_block(name) in TAPS)
+  before = functools.partial(activity, is_perturbed=lambda name: _in_block(name) in TAPS and name != LAST_TAP)
+  return functools.partial(exact_behind, estimator=before, is_boundary=lambda name: _in_block(name) == BOUNDARY)
+
+
+def _in_block(name: str) -> str:
+  """A tap's name without its block's."""
+  return name.rsplit('/')[-1]
 
 
 def _under_a_loss(path: tuple) -> bool:
@@ -237,15 +263,13 @@ def _tap_matrices(key: jax.Array, spec: MixerSpec, params: PyTree) -> PyTree:
   """Fixed matrices [*scan, classes, ...] for every tap, scaled so that a signal is about as long as the error."""
   stem = spec.runs[0].spec
   tokens = jax.ShapeDtypeStruct((1, stem.tokens, stem.inputs), jnp.float32)
-  apply = functools.partial(LocalMixer(spec).apply, mutable=('taps', 'batch_stats'))
-  taps = jax.eval_shape(lambda p, x: apply({'params': p}, x)[1]['taps'], params, tokens)
+  forward = lambda params, x: LocalMixer(spec).apply({'params': params}, x, mutable='batch_stats')
+  taps = Traced(forward, params, tokens).taps
 
   def matrix(key: jax.Array, tap: Tap) -> jax.Array:
-    shape = tap.value.shape
-    batch_axis = len(shape) - tap.ndim
-    size = math.prod(shape[batch_axis + 1:])
-    return jax.random.normal(key, (*shape[:batch_axis], spec.head_outputs, *shape[batch_axis + 1:])) / size**0.5
+    scan, rest = tap.shape[:tap.scanned], tap.shape[tap.scanned + 1:]
+    return jax.random.normal(key, (*scan, spec.head_outputs, *rest)) / math.prod(rest)**0.5
 
-  leaves, treedef = jax.tree.flatten(taps, is_leaf=lambda x: isinstance(x, Tap))
-  keys = jax.random.split(key, len(leaves))
-  return jax.tree.unflatten(treedef, [matrix(k, t) for k, t in zip(keys, leaves, strict=True)])
+  keys = jax.random.split(key, len(taps))
+  matrices = {name: matrix(k, tap) for k, (name, tap) in zip(keys, taps.items(), strict=True)}
+  return unflatten_dict(matrices, sep='/')

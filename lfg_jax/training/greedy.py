@@ -4,6 +4,7 @@ A stage is one block (or k blocks, or overlapping pairs) with the losses at its 
 and each stage is done with before the next begins: equal stages are scanned, so memory does not grow with depth.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.estimators.estimators import FlaxLoss, GradFn
+from lfg_jax.estimators.boundary import Estimator
+from lfg_jax.estimators.guesses import Learned
 from lfg_jax.losses.replicated import Cut
 from lfg_jax.models.mixer import BlockSpec, Criterion, LocalBlock, MixerSpec, Run, Style
 
@@ -119,7 +121,7 @@ class Member(NamedTuple):
     return jax.tree.map(lambda leaf, new: leaf.at[jnp.array(self.indices)].set(new), tree, part)
 
 
-def greedy(estimator: Callable[[FlaxLoss], GradFn], spec: MixerSpec, cut: Cut, *, every: int = 1,
+def greedy(estimator: Estimator, spec: MixerSpec, cut: Cut, *, every: int = 1,
            overlap: bool = False) -> Callable:
   """Gradients of all blocks, stage by stage.
 
@@ -161,18 +163,22 @@ def greedy(estimator: Callable[[FlaxLoss], GradFn], spec: MixerSpec, cut: Cut, *
   return run_stages
 
 
-def _stage_body(estimator: Callable[[FlaxLoss], GradFn], module: StageModule, criterion: Criterion, advance: int
+def _stage_body(estimator: Estimator, module: StageModule, criterion: Criterion, advance: int
                 ) -> Callable:
   """One stage, for `jax.lax.scan`. Carries the next stage's input and the last block's output."""
   def body(carry: tuple[jax.Array, jax.Array], inputs: tuple) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     x, _ = carry
     key, params, fixed, guess_weights = inputs
 
-    def apply(variables: PyTree, mutable: tuple, x: jax.Array, criterion: Criterion) -> tuple:
-      (losses, outputs), updates = module.apply({**fixed, **variables}, x, criterion, mutable=mutable)
-      return (losses, {'outputs': outputs}), updates
+    def loss(fixed: PyTree, params: PyTree, x: jax.Array, criterion: Criterion) -> tuple[jax.Array, dict]:
+      (losses, outputs), updates = module.apply({'params': params, **fixed}, x, criterion, mutable=('batch_stats',))
+      return losses, {'outputs': outputs, **updates}
 
-    (losses, aux), grads = estimator(FlaxLoss(apply, guess_weights))(params, key, x, criterion)
+    def guessing(weights: PyTree, *args: Any) -> tuple[jax.Array, dict]:
+      return loss({**fixed, 'feedback': weights}, *args)
+
+    learned = Learned(guess_weights, guessing) if guess_weights else None
+    (losses, aux), grads = estimator(functools.partial(loss, fixed), learned)(params, key, x, criterion)
     outputs = (x, *aux['outputs'])
     return (outputs[advance], outputs[-1]), (losses.mean((1, 2)), grads, aux.get('batch_stats', {}),
                                              aux.get('guess_gradient', {}))

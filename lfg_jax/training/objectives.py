@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.estimators.estimators import FlaxLoss, GradFn
+from lfg_jax.estimators.boundary import Estimator
 from lfg_jax.losses import info_nce
 from lfg_jax.losses.info_nce import Contrast
 from lfg_jax.losses.replicated import Cut, cross_entropy
@@ -27,7 +27,6 @@ from lfg_jax.models.mixer import Criterion, LocalMixer, MixerSpec, ReadOut
 from lfg_jax.training.greedy import greedy, stages
 
 PyTree = Any
-Estimator = Callable[[FlaxLoss], GradFn]
 Run = Callable[[dict[str, PyTree], jax.Array, jax.Array, Criterion], tuple[PyTree, dict[str, Any]]]
 
 
@@ -41,18 +40,18 @@ def end_to_end(spec: MixerSpec, estimator: Estimator, *, local: bool) -> Run:
           ) -> tuple[PyTree, dict]:
     fixed = {name: tree for name, tree in variables.items() if name != 'params'}
 
-    def apply(moving: PyTree, mutable: tuple, tokens: jax.Array, criterion: Criterion) -> tuple:
-      (logits, local_losses), updates = model.apply({**fixed, **moving}, tokens, criterion if local else None,
-                                                    criterion.weight_B, mutable=mutable)
+    def loss(params: PyTree, tokens: jax.Array, criterion: Criterion) -> tuple[tuple, dict]:
+      (logits, local_losses), updates = model.apply({**fixed, 'params': params}, tokens, criterion if local else None,
+                                                    criterion.weight_B, mutable=('batch_stats',))
       aux = _summary(logits, criterion)
       if contrast and project:
         end_B, aux['output_error'] = info_nce.end_losses(local_losses.pop('head'), criterion.weight_B, contrast)
         local_losses['head'] = end_B[None, :, None, None]
       stacks = [losses.reshape(-1, *losses.shape[-3:]).sum(0) for losses in jax.tree.leaves(local_losses)]
       aux['local_loss'] = sum((losses.mean((1, 2)) for losses in stacks), jnp.zeros(()))
-      return ((aux['loss'][:, None, None], *stacks), aux), updates
+      return (aux['loss'][:, None, None], *stacks), {**aux, **updates}
 
-    (_, aux), grads = estimator(FlaxLoss(apply))(variables['params'], key, tokens_BxPxD, criterion)
+    (_, aux), grads = estimator(loss, None)(variables['params'], key, tokens_BxPxD, criterion)
     heads = 1 if project else sum(run.count for run in spec.runs)
     return grads, _metrics(aux, aux['local_loss'], heads, contrast) | {'batch_stats': aux.get('batch_stats', {})}
   return run

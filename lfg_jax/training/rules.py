@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lfg_jax.errors import one_of
-from lfg_jax.estimators import passes, tangents
+from lfg_jax.estimators import tangents
+from lfg_jax.estimators.sampling import COMBINATIONS
 from lfg_jax.losses.replicated import Cut
 from lfg_jax.models.mixer import TAPS
 
@@ -66,7 +67,7 @@ class Options:
     law: name of a tangent law, of `tangents.LAWS`.
     passes: tangents per step.
     chunk: how many of them are in memory at once; 0: all, which takes more memory and, on CPUs, more time.
-    combine: 'mean' of the passes, or 'projection' on their span; see `passes.combine`.
+    combine: 'mean' of the passes, or 'projection' on their span; see `sampling.combine`.
     taps: activity perturbation of all taps at once ('joint') or of each by itself ('separate'). 'auto', here and below:
       what the rule says.
     last_tap: of a block under a local loss: 'perturbed', or 'exact', which lets the exact signal through. Between it
@@ -106,7 +107,7 @@ class Options:
   def __post_init__(self) -> None:
     one_of('estimator.law', self.law, tangents.LAWS)
     one_of('estimator.sharing', self.sharing, ('paper', 'shared', 'independent'))
-    one_of('estimator.combine', self.combine, passes.COMBINATIONS)
+    one_of('estimator.combine', self.combine, COMBINATIONS)
     one_of('estimator.taps', self.taps, ('auto', 'joint', 'separate'))
     one_of('estimator.last_tap', self.last_tap, ('auto', 'perturbed', 'exact'))
     one_of('estimator.guess', self.guess, ('auto', *GUESSES))

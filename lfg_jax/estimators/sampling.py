@@ -1,4 +1,4 @@
-"""Several passes of one estimate: derivatives that share the primal, chunks that bound the memory, combination."""
+"""How many tangents are drawn, how many at once, and how their derivatives are combined."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -64,42 +64,6 @@ def sum_over_chunks(part: Callable[[Passes], PyTree], sampling: Sampling) -> PyT
 
   first_part = part(Passes(total, 0, count))    # not zeros: under shard_map it varies over the mesh as the others do
   return jax.lax.scan(add, first_part, jnp.arange(count, total, count))[0]
-
-
-def jvp_derivative(fn: Callable[[PyTree, PyTree], PyTree], held: Callable[[], PyTree], x: PyTree,
-                   in_chunks: bool = False) -> Callable[[PyTree], PyTree]:
-  """`v -> dL`, the exact derivative of every loss along v, by `jax.jvp`; for repeated use by `jax.linearize`."""
-  del held
-  if in_chunks:
-    return jax.linearize(lambda x: fn(x, {}), x)[1]
-  return lambda v: jax.jvp(lambda x: fn(x, {}), (x,), (v,))[1]
-
-
-def recomputed_jvp(fn: Callable[[PyTree, PyTree], PyTree], held: Callable[[], PyTree], x: PyTree,
-                   in_chunks: bool = False) -> Callable[[PyTree], PyTree]:
-  """As `jvp_derivative`, but every chunk evaluates `fn` again: nothing is kept from one chunk for the next."""
-  del held
-
-  def along(v: PyTree) -> PyTree:
-    # The barrier makes the evaluation depend on the chunk. XLA would move it out of the loop, and keep all of it.
-    start, v = jax.lax.optimization_barrier((x, v)) if in_chunks else (x, v)
-    return jax.jvp(lambda x: fn(x, {}), (start,), (v,))[1]
-  return along
-
-
-def finite_difference(step: float = 1e-3) -> Callable:
-  """Derivatives as (L(x + εv) - L(x)) / ε, the classical baseline."""
-  def derivative(fn: Callable[[PyTree, PyTree], PyTree], held: Callable[[], PyTree], x: PyTree,
-                 in_chunks: bool = False) -> Callable[[PyTree], PyTree]:
-    del in_chunks
-    collections = {'held': held()}
-    start = fn(x, collections)
-
-    def along(v: PyTree) -> PyTree:
-      moved = jax.tree.map(lambda x, v: x + step * v, x, v)
-      return jax.tree.map(lambda end, start: (end - start) / step, fn(moved, collections), start)
-    return along
-  return derivative
 
 
 def combine(kind: str, slope_K: jax.Array, u_K: jax.Array, passes: int, axes: int = 1) -> jax.Array:

@@ -1,0 +1,196 @@
+"""Activity perturbation: tangents at the taps (equation 4 of the paper)."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.estimators import tangents
+from lfg_jax.estimators.derivatives import Derivative, jvp_derivative
+from lfg_jax.estimators.feedback import reverse_with_signals
+from lfg_jax.estimators.guesses import Guess, Learned, corrected, cotangents, regression
+from lfg_jax.estimators.sampling import Sampling, combine, sum_over_chunks
+from lfg_jax.estimators.signature import GradFn, Losses, LossFn, PyTree
+from lfg_jax.estimators.tangents import Passes
+from lfg_jax.estimators.taps import Tap
+from lfg_jax.estimators.traced import Traced, perturb, record
+
+Names = Callable[[str], bool]
+
+
+def activity_perturbation(
+    fun: LossFn, learned: Learned | None = None, *, sampling: Sampling = Sampling(),
+    derivative: Derivative = jvp_derivative, separate: bool = False,
+    passes_of: Callable[[str], int] | None = None, is_perturbed: Names = lambda name: True,
+    guess: Guess | None = None, is_guessed: Names = lambda name: True,
+    trace: Callable[..., Traced] = Traced) -> GradFn:
+  """g_a(w_ij) = x_i (∇z·u) u_j, with z the activity at a tap.
+
+  The loss's derivative along u, times u, is each tapped activity's signal; layers before the tap
+  are then differentiated locally. Signals are linear in that step, so K passes cost K forward
+  derivatives and one local one.
+
+  *Joint or separate.* With the tangents of all taps in one pass, the derivative is Σ_j g_j·u_j over
+  taps j, and the estimate of tap i has the squared error excess(d_i, K) |g_i|² + (d_i/K) Σ_{j≠i}
+  |g_j|² (see `tangents`, "Blocks"). Propagated by itself, a tap keeps the first term only, and
+  orthogonal laws with K = d_i are exact. It costs a derivative of what lies behind every tap,
+  instead of one of what lies behind the first; behind the last tap of a block lies no matrix
+  product.
+
+  *Which taps.* A tap that is not perturbed is transparent: the reverse sweep's own cotangent passes
+  through it. That is exact, and reverse mode then reaches as far as to the perturbed taps before
+  it. Behind the last tap of a block with a local loss lie a norm, a ReLU and the head, of which the
+  last is learnt from its exact gradient in the paper too.
+
+  *Guesses* of what the derivatives will say take noise out, and add no bias: see `guesses`.
+
+  Args:
+    learned: a guess that learns; what it learns from is then in aux as 'guess_gradient'.
+    sampling: of every tap; `combine='projection'` takes taps one by one.
+    derivative: `jvp_derivative` or `finite_difference(ε)`.
+    separate: whether each tap is perturbed by itself. (The taps of scanned layers are one tap.)
+    passes_of: with `separate`, the number of passes of a tap, by its name; by default those of
+      `sampling`. `variance.allocate` finds good ones.
+    is_perturbed: of a tap's name; the others let the exact signal pass.
+    guess: with `separate`, another guess of taps' gradients.
+    is_guessed: for which taps' names `learned` is a guess.
+    trace: makes the jaxpr of `fun`.
+
+  >>> from lfg_jax.estimators.taps import tap
+  >>> loss = lambda w, x: (tap(x @ w, 'z').sum(-1), {})
+  >>> exact = Sampling(tangents.hadamard, 2)    # as many orthogonal tangents as z has dimensions
+  >>> estimate = activity_perturbation(loss, sampling=exact)
+  >>> estimate(jnp.ones((3, 2)), jax.random.key(0), jnp.eye(4, 3))[1].tolist()
+  [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+  """
+  check_options(sampling, separate, bool(passes_of), bool(guess or learned))
+
+  def own_sampling(name: str) -> Sampling:
+    return sampling._replace(passes=passes_of(name)) if passes_of else sampling
+
+  def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
+    traced = trace(fun, params, *args)
+    taps = traced.taps
+    keys = dict(zip(taps, jax.random.split(key, max(len(taps), 1)), strict=False))
+    perturbed = {name: tap for name, tap in taps.items() if is_perturbed(name)}
+    # Before any tangent is drawn, and without the key.
+    guessed: dict[str, jax.Array] = {}
+    pull: Callable | None = None
+    if learned:
+      names = [name for name in perturbed if is_guessed(name)]
+      guessed, pull = jax.vjp(lambda weights: cotangents(learned, weights, names, params, *args),
+                              learned.weights)
+    elif guess:
+      _, activities = traced.evaluate(record, {}, params, *args)
+      guessed = dict(guess({name: activities[name] for name in perturbed}))
+    _check_guess(guessed, perturbed)
+
+    evaluate = lambda u: traced.evaluate(perturb, u, params, *args)[0][0]
+    together = [[name] for name in perturbed] if separate else [list(perturbed)]
+    residual: dict[str, jax.Array] = {}
+    for names in filter(None, together):
+      own = own_sampling(names[0]) if separate else sampling
+      own_taps = {name: taps[name] for name in names}
+      residual.update(_signals(evaluate, derivative, own, own_taps, keys, guessed))
+
+    signal = {name: corrected(guessed[name], r) if name in guessed else r
+              for name, r in residual.items()}
+    (losses, aux), grads = reverse_with_signals(traced, signal, params, *args)
+    if learned and pull:
+      known = {name: r for name, r in residual.items() if name in guessed}
+      aux = {**aux, 'guess_gradient': regression(pull, guessed, known, taps, learned.size_B)}
+    return (losses, aux), grads
+  return run
+
+
+def check_options(sampling: Sampling, separate: bool, has_own_passes: bool, has_guess: bool
+                  ) -> None:
+  """Raises ValueError for options of `activity_perturbation` that make no sense together."""
+  sampling.check()
+  if sampling.combine == 'projection' and not separate:
+    raise ValueError("combine='projection' takes the taps one by one; allowed: taps 'separate'")
+  if has_guess and not separate:
+    raise ValueError("a guess is of one tap's derivative, not of the sum over taps; allowed: taps "
+                     "'separate'")
+  if has_own_passes and not separate:
+    raise ValueError("taps have numbers of passes of their own only where they are perturbed one "
+                     "by one; allowed: taps 'separate'")
+
+
+def _check_guess(guessed: Mapping[str, jax.Array], taps: Mapping[str, Tap]) -> None:
+  shapes = {name: tap.shape for name, tap in taps.items()}
+  for name, h in guessed.items():
+    if shapes.get(name) != h.shape:
+      raise ValueError(f'the guess has {h.shape} for the tap {name!r}; allowed: {shapes}')
+
+
+def _signals(evaluate: Callable, derivative: Derivative, sampling: Sampling,
+             taps: Mapping[str, Tap], keys: Mapping[str, jax.Array],
+             guessed: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Estimates, for taps that are perturbed together, of their gradients less what was guessed."""
+  draw = lambda passes: {name: draw_at_tap(sampling, keys[name], tap, passes)
+                         for name, tap in taps.items()}
+  shapes = jax.eval_shape(lambda: draw(Passes(1)))
+  at_rest = {name: jnp.zeros(u.shape[1:], u.dtype) for name, u in shapes.items()}
+  along = derivative(evaluate, at_rest, sampling.at_once < sampling.passes)
+
+  def part(passes: Passes) -> dict[str, jax.Array]:
+    u_K = draw(passes)
+    dL_K = jax.vmap(along)(u_K)
+
+    def signal(name: str, tap: Tap, u_K: jax.Array) -> jax.Array:
+      slope_K = jax.vmap(lambda dL: credit(tap, dL, sampling.axis_name))(dL_K)
+      front = (1,) * (u_K.ndim - slope_K.ndim)
+      slope_K = slope_K.reshape(slope_K.shape[0], *front, *slope_K.shape[1:])
+      if name in guessed:
+        slope_K = slope_K - _guessed_slope(tap, guessed[name], u_K, sampling.axis_name)
+      own_axes = tap.ndim - max(tap.local_axes, 1)
+      return combine(sampling.combine, slope_K, u_K, sampling.passes, own_axes)
+    return {name: signal(name, tap, u_K[name]) for name, tap in taps.items()}
+
+  total = sum_over_chunks(part, sampling)
+  return {name: jnp.broadcast_to(total[name], tap.shape) for name, tap in taps.items()}
+
+
+def _guessed_slope(tap: Tap, guessed: jax.Array, u_K: jax.Array, axis_name: str | None
+                   ) -> jax.Array:
+  """h·u of each tangent, [K, *1, B, ...]: over all that the tap's credit sums over."""
+  axes = (*range(1, 1 + tap.scanned), *range(1 + tap.scanned + tap.local_axes, u_K.ndim))
+  dot_K = (guessed.astype(jnp.float32)[None] * u_K).sum(axes, keepdims=True)
+  return jax.lax.psum(dot_K, axis_name) if tap.local_axes == 0 and axis_name else dot_K
+
+
+def draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap, passes: Passes) -> jax.Array:
+  """Tangents [K, *scan, B, ...] for a tap, or [K, *scan, 1, ...] when shared by the batch.
+
+  Each index of the axes that the tap has in common with the losses (example, patch, group) has a
+  set of its own.
+  """
+  batch, *rest = tap.shape[tap.scanned:]
+  own = rest[:max(tap.local_axes, 1) - 1]
+  d = math.prod(rest) // math.prod(own)
+  one = lambda k: sampling.law.draw(k, passes, tuple(own), d, tap.dtype).reshape(-1, *rest)
+  if sampling.shared:
+    draw = lambda k: one(k)[:, None]
+  else:
+    ids_B = tangents.example_ids(batch, sampling.axis_name, sampling.part) // sampling.rows
+    draw = lambda k: jax.vmap(one, out_axes=1)(tangents.fold_in_all(k, ids_B))
+  for _ in range(tap.scanned):
+    draw = jax.vmap(draw, out_axes=1)
+  return draw(jax.random.split(key, tap.shape[:tap.scanned]) if tap.scanned else key)
+
+
+def credit(tap: Tap, dL: Losses, axis_name: str | None = None) -> jax.Array:
+  """dL summed over the losses that the tapped activity influences, in a shape that fits it.
+
+  An activity that shares `local_axes` leading axes with the losses influences the entries at its
+  own indices; with none (batch norm), the losses of the whole global batch.
+  """
+  def one(d: jax.Array) -> jax.Array:
+    summed = d.sum(tuple(range(tap.local_axes, d.ndim)))
+    return summed.reshape(summed.shape + (1,) * (tap.ndim - summed.ndim))
+  influenced = sum((one(d) for d in jax.tree.leaves(dL)), jnp.float32(0))
+  is_global = tap.local_axes == 0 and axis_name
+  return jax.lax.psum(influenced, axis_name) if is_global else influenced

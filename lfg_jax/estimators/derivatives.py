@@ -1,0 +1,82 @@
+"""Derivatives of a function along tangents: by `jax.jvp`, or by finite differences.
+
+All are `derivative(fn, x, in_chunks) -> along`, and `along(v)` is the derivative of all that `fn`
+returns, at x along v. `in_chunks` says that `along` is called for several chunks of tangents, one
+after the other.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lfg_jax.estimators import walk
+from lfg_jax.estimators.walk import Walk
+
+PyTree = Any
+Along = Callable[[PyTree], PyTree]
+Derivative = Callable[[Callable[[PyTree], PyTree], PyTree, bool], Along]
+
+
+def jvp_derivative(fn: Callable[[PyTree], PyTree], x: PyTree, in_chunks: bool = False) -> Along:
+  """Exact, by `jax.jvp`. For several chunks by `jax.linearize`, which keeps what they share.
+
+  >>> jvp_derivative(lambda x: x ** 3, 2.0)(1.0).item()
+  12.0
+  """
+  if in_chunks:
+    return jax.linearize(fn, x)[1]
+  return lambda v: jax.jvp(fn, (x,), (v,))[1]
+
+
+def recomputed_jvp(fn: Callable[[PyTree], PyTree], x: PyTree, in_chunks: bool = False) -> Along:
+  """Exact, by `jax.jvp`. Every chunk evaluates `fn` again: nothing is kept for the next one."""
+  def along(v: PyTree) -> PyTree:
+    # The barrier makes the evaluation depend on the chunk. Otherwise XLA would move it out of the
+    # loop, and keep all of it.
+    start, v = jax.lax.optimization_barrier((x, v)) if in_chunks else (x, v)
+    return jax.jvp(fn, (start,), (v,))[1]
+  return along
+
+
+def finite_difference(step: float = 1e-3) -> Derivative:
+  """(fn(x + εv) - fn(x)) / ε, the classical baseline.
+
+  What `fn` has behind `jax.lax.stop_gradient` keeps its value at x, as it does for `jax.jvp`. A
+  function with a derivative rule of its own is evaluated as it is.
+
+  >>> f = lambda x: x * jax.lax.stop_gradient(x)
+  >>> round(finite_difference(1e-2)(f, 3.0, False)(1.0).item(), 3)
+  3.0
+  """
+  def derivative(fn: Callable[[PyTree], PyTree], x: PyTree, in_chunks: bool = False) -> Along:
+    del in_chunks
+    jaxpr, shape = jax.make_jaxpr(fn, return_shape=True)(x)
+    treedef, count = jax.tree.structure(shape), len(_GUARDS.find(jaxpr))
+    start, guarded = _GUARDS.run(jaxpr, jax.tree.leaves(x), [None] * count, _record)
+
+    def along(v: PyTree) -> PyTree:
+      moved = jax.tree.map(lambda x, v: x + step * v, x, v)
+      end, _ = _GUARDS.run(jaxpr, jax.tree.leaves(moved), guarded, _put_back)
+      differences = [(e - s) / step for e, s in zip(end, start, strict=True)]
+      return jax.tree.unflatten(treedef, differences)
+    return along
+  return derivative
+
+
+_GUARDS = Walk(
+    lambda eqn: eqn.primitive.name == 'stop_gradient',
+    lambda eqn, name: f'a stop_gradient is inside {name}, where finite differences cannot keep its '
+                      'value; allowed: jit, scan, cond, checkpoint and vmap, or derivatives by '
+                      'jax.jvp', walk.OWN_RULES)
+
+
+def _record(eqn: Any, ins: list, given: Any) -> tuple[list, jax.Array]:
+  del given
+  (value,) = walk.bind(eqn, ins)
+  return [value], value
+
+
+def _put_back(eqn: Any, ins: list, given: jax.Array) -> tuple[list, None]:
+  del eqn, ins
+  return [given], None

@@ -1,0 +1,56 @@
+"""Gradients by reverse mode: exact (backprop), or from signals that are given to the taps."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.estimators.signature import GradFn, Losses, LossFn, PyTree, objective
+from lfg_jax.estimators.traced import Traced, replace_cotangent
+
+
+def backprop(fun: LossFn) -> GradFn:
+  """The exact gradient, by `jax.value_and_grad`.
+
+  With fixed feedback matrices in the model's layers it is feedback alignment.
+
+  >>> loss = lambda w, x: ((x @ w) ** 2, {})
+  >>> _, gradient = backprop(loss)(jnp.ones(2), jax.random.key(0), jnp.eye(2))
+  >>> gradient.tolist()
+  [2.0, 2.0]
+  """
+  def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
+    del key
+    (_, out), grads = jax.value_and_grad(objective(fun), has_aux=True)(params, *args)
+    return out, grads
+  return run
+
+
+def reverse_with_signals(traced: Traced, signal: Mapping[str, jax.Array], params: PyTree,
+                         *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
+  """Gradients of every layer from its own tap's signal; see `taps`."""
+  evaluate = lambda *args: traced.evaluate(replace_cotangent, signal, *args)[0]
+  (_, out), grads = jax.value_and_grad(objective(evaluate), has_aux=True)(params, *args)
+  return out, grads
+
+
+def direct_feedback(fun: LossFn, *, matrices: Mapping[str, jax.Array]) -> GradFn:
+  """Direct feedback alignment (Nøkland 2016): a tap's signal is the output error times a matrix.
+
+  Args:
+    fun: its aux holds `output_error` [B, K], the derivative of the objective by the output.
+    matrices: for every tap of shape [*scan, B, ...] a fixed array [*scan, K, ...].
+  """
+  def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
+    del key
+    traced = Traced(fun, params, *args)
+    error_BxK = fun(params, *args)[1]['output_error']
+
+    def signal(name: str) -> jax.Array:
+      project = lambda matrix: jnp.tensordot(error_BxK, matrix, 1)
+      for _ in range(traced.taps[name].scanned):
+        project = jax.vmap(project)
+      return project(matrices[name])
+    return reverse_with_signals(traced, {name: signal(name) for name in traced.taps}, params, *args)
+  return run

@@ -1,0 +1,135 @@
+"""A loss function as its jaxpr: its taps, and its value with something done at them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.estimators.taps import Tap, inject, tap_p
+from lfg_jax.estimators.walk import Found, Visit, Walk, bind
+
+PyTree = Any
+
+
+class Traced:
+  """`fun(*args)`, traced once.
+
+  Attributes:
+    jaxpr: of `fun`, a function of the leaves of `args`.
+    taps: all taps by name, in the order of evaluation. Calls of one name are told apart: `h`,
+      `h_1`, ….
+    calls: for each of them the name that it was called by.
+
+  >>> from lfg_jax.estimators.taps import tap
+  >>> double = Traced(lambda x: tap(2 * x, 'double') ** 2, jnp.ones(3))
+  >>> double.taps['double'].shape
+  (3,)
+  >>> double.evaluate(perturb, {'double': jnp.ones(3)}, jnp.ones(3))[0].tolist()
+  [9.0, 9.0, 9.0]
+  """
+
+  def __init__(self, fun: Callable, *args: Any, checkpoint_names: bool = False) -> None:
+    self.jaxpr, self.shape = jax.make_jaxpr(fun, return_shape=True)(*args)
+    self.walk = _WITH_CHECKPOINT_NAMES if checkpoint_names else _TAPS
+    found = self.walk.find(self.jaxpr)
+    names = _unique([one.eqn.params['name'] for one in found])
+    self.taps = {name: _tap(one) for name, one in zip(names, found, strict=True)}
+    self.calls = {name: one.eqn.params['name'] for name, one in zip(names, found, strict=True)}
+
+  def evaluate(self, visit: Visit, given: Mapping[str, Any], *args: Any
+               ) -> tuple[Any, dict[str, Any]]:
+    """What `fun` returns for `args` (of the traced shapes), and the record of every tap.
+
+    Args:
+      visit: what is done at a tap, one of those below.
+      given: by tap, for `visit`; None for those that are missing.
+    """
+    of_taps = [given.get(name) for name in self.taps]
+    outs, records = self.walk.run(self.jaxpr, jax.tree.leaves(args), of_taps, visit)
+    out = jax.tree.unflatten(jax.tree.structure(self.shape), outs)
+    return out, dict(zip(self.taps, records, strict=True))
+
+
+def keep(eqn: Any, ins: list, given: Any) -> tuple[list, None]:
+  """Leaves the tap, for another estimator to find."""
+  del given
+  return bind(eqn, ins), None
+
+
+def record(eqn: Any, ins: list, given: Any) -> tuple[list, jax.Array]:
+  """Records the activity."""
+  del given
+  z = _activity(eqn, ins)
+  return [z], z
+
+
+def perturb(eqn: Any, ins: list, given: jax.Array | None) -> tuple[list, None]:
+  """Adds what is given. `jax.jvp` by it tells, forward, what the activity does to the losses."""
+  z = _activity(eqn, ins)
+  return [z if given is None else z + given.astype(z.dtype)], None
+
+
+def detach(eqn: Any, ins: list, given: jax.Array | None) -> tuple[list, None]:
+  """As `perturb`, of a constant: nothing before the tap has a gradient through it."""
+  if given is None:
+    return [_activity(eqn, ins)], None
+  return perturb(eqn, [jax.lax.stop_gradient(x) for x in ins], given)
+
+
+def replace_cotangent(eqn: Any, ins: list, given: jax.Array | None) -> tuple[list, None]:
+  """Sends the signal that is given to what is before the tap, and nothing else.
+
+  What is given replaces the cotangent that arrives at the tap in the reverse sweep.
+  """
+  z = _activity(eqn, ins)
+  if given is None:
+    return [z], None
+  further = dict(zip(eqn.params.get('further', ()), ins[1:], strict=False))
+  signal = jnp.where(further['active'], given, 0) if 'active' in further else given
+  source = further.get('source', z)
+  return [inject(jax.lax.stop_gradient(z), source, signal.astype(z.dtype))], None
+
+
+def _activity(eqn: Any, ins: list) -> jax.Array:
+  return ins[0] if eqn.primitive is tap_p else bind(eqn, ins)[0]
+
+
+def _is_tap(eqn: Any) -> bool:
+  return eqn.primitive is tap_p
+
+
+def _is_tap_or_checkpoint_name(eqn: Any) -> bool:
+  return _is_tap(eqn) or (eqn.primitive.name == 'name'
+                          and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating))
+
+
+def _refused(eqn: Any, primitive: str) -> str:
+  return (f'tap {eqn.params["name"]!r} is inside {primitive}; allowed: jit, scan, cond, '
+          f'checkpoint and vmap, or a tap on what comes out of {primitive}')
+
+
+_TAPS = Walk(_is_tap, _refused)
+_WITH_CHECKPOINT_NAMES = Walk(_is_tap_or_checkpoint_name, _refused)
+
+
+def _tap(found: Found) -> Tap:
+  aval = found.eqn.outvars[0].aval
+  local_axes = found.eqn.params.get('local_axes', 1)
+  return Tap((*found.lengths, *aval.shape), aval.dtype, aval.ndim, local_axes)
+
+
+def _unique(names: list[str]) -> list[str]:
+  """The names, with numbers behind all but the first of those that are equal.
+
+  >>> _unique(['h', 'h_1', 'h', 'h'])
+  ['h', 'h_1', 'h_2', 'h_3']
+  """
+  unique: list[str] = []
+  for name in names:
+    new, count = name, 0
+    while new in unique or (count and new in names):
+      count += 1
+      new = f'{name}_{count}'
+    unique.append(new)
+  return unique
