@@ -3,6 +3,7 @@
 `Bench` has the variants' errors, what theory says of them, and programs to be timed.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,9 +15,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from lfg_jax.data.datasets import Batch, Dataset
-from lfg_jax.estimators import guesses, variance
-from lfg_jax.estimators.estimators import FlaxLoss, GradFn, backprop
+from lfg_jax.estimators import variance
+from lfg_jax.estimators.boundary import Estimator
+from lfg_jax.estimators.feedback import backprop
+from lfg_jax.estimators.guesses import Learned, cotangents
+from lfg_jax.estimators.signature import GradFn, LossFn
 from lfg_jax.estimators.tangents import LAWS
+from lfg_jax.estimators.traced import Traced, perturb
+from lfg_jax.estimators.walk import bind
 from lfg_jax.models.mixer import TAPS, Criterion, Run
 from lfg_jax.models.sizes import mixer_spec, parse, patches
 from lfg_jax.training import algorithms
@@ -215,7 +221,7 @@ def warm_up(bench: Bench, steps: int, size: int = 64) -> Variables:
   return {'params': params, **rest}
 
 
-def _exact(loss: FlaxLoss) -> GradFn:
+def _exact(fun: LossFn, learned: Learned) -> GradFn:
   """For a stage: 'gradient' and the taps' 'signal', both exact, and 'taps', squared norms.
 
   For every tap these are |g|² ('own'), |g - h|² ('residual', h of the learned guess), and the sum
@@ -224,51 +230,66 @@ def _exact(loss: FlaxLoss) -> GradFn:
   """
 
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple, PyTree]:
-    out, grads = backprop(loss)(params, key, *args)
-    taps = flatten_dict(loss.record('taps', params, *args))
-    known = guesses.Known(loss, params, taps, args)
-    signal, guess = guesses.cotangents(known, {}), guesses.feedback(loss.guess_weights, known)
-    zeros = {path: jnp.zeros_like(tap.value) for path, tap in taps.items()}
+    out, grads = backprop(fun)(params, key, *args)
+    traced = Traced(fun, params, *args)
+    taps = {name: tap for name, tap in traced.taps.items() if _in_block(name) in TAPS}
+    exact = Learned({}, lambda _, *args: fun(*args))
+    signal, guess = (cotangents(g, g.weights, list(taps), params, *args) for g in (exact, learned))
+    zeros = {name: jnp.zeros(tap.shape, tap.dtype) for name, tap in taps.items()}
 
     def of_group(group: jax.Array) -> PyTree:
-      losses = lambda shift: loss(params, {'perturbation': unflatten_dict(shift)}, *args)[0]
+      losses = lambda shift: traced.evaluate(perturb, shift, params, *args)[0][0]
       return jax.tree.map(_square, jax.grad(lambda shift: losses(shift)[..., group].sum())(zeros))
 
     by_group = jax.vmap(of_group)(jnp.arange(out[0].shape[-1]))
     norms = {
-      path[-1]: {
+      _in_block(name): {
         'own': _square(g),
-        'residual': _square(g - guess[path]),
-        'by_group': by_group[path].sum(),
+        'residual': _square(g - guess[name]),
+        'by_group': by_group[name].sum(),
       }
-      for path, g in signal.items()
+      for name, g in signal.items()
     }
-    signal = {path[-1]: g for path, g in signal.items()}
+    signal = {_in_block(name): g for name, g in signal.items()}
     return out, {'last': {'gradient': grads['last'], 'signal': signal, 'taps': norms}}
 
   return run
 
 
-def _recording(estimator: Callable[[FlaxLoss], GradFn]) -> Callable[[FlaxLoss], GradFn]:
-  """An estimator that returns, for a stage, 'gradient' and the perturbed taps' 'signal'."""
+def _recording(estimator: Estimator) -> Estimator:
+  """An estimator that returns, for a stage, 'gradient' and every tap's 'signal'.
 
-  def of_loss(loss: FlaxLoss) -> GradFn:
-    sent: list[PyTree] = []
+  What a tap receives is the gradient by a shift of the activity just before the tap.
+  """
 
-    def apply(variables: Variables, mutable: tuple, *args: Any) -> tuple:
-      if 'signal' in variables:
-        sent.append(variables['signal'])
-      return loss.apply(variables, mutable, *args)
+  def shift_before(eqn: Any, ins: list, shift: jax.Array) -> tuple[list, None]:
+    return bind(eqn, [ins[0] + shift, *ins[1:]]), None
 
-    estimate = estimator(loss._replace(apply=apply))
+  def shifted(trace: Callable[..., Traced], first: tuple, params: PyTree, *args: Any) -> tuple:
+    inner = (*first, params['own'], *args)
+    return trace(*inner).evaluate(shift_before, params['shift'], *inner)[0]
 
+  def of_loss(fun: LossFn, learned: Learned | None) -> GradFn:
     def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple, PyTree]:
-      out, grads = estimate(params, key, *args)
-      return out, {'last': {'gradient': grads['last'], 'signal': sent[-1].get('last', {})}}
+      taps = Traced(fun, params, *args).taps
+      shift = {name: jnp.zeros(tap.shape, tap.dtype) for name, tap in taps.items()}
+      moved = functools.partial(shifted, functools.partial(Traced, fun), ())
+      guess = learned and learned._replace(
+        loss=lambda weights, *rest: shifted(
+          functools.partial(Traced, learned.loss), (weights,), *rest
+        )
+      )
+      out, grads = estimator(moved, guess)({'own': params, 'shift': shift}, key, *args)
+      signal = {_in_block(name): g for name, g in grads['shift'].items()}
+      return out, {'last': {'gradient': grads['own']['last'], 'signal': signal}}
 
     return run
 
   return of_loss
+
+
+def _in_block(name: str) -> str:
+  return name.rsplit('/')[-1]
 
 
 def _errors(run: Run, layer: str, drawn: PyTree, exact: PyTree) -> dict[str, jax.Array]:
@@ -277,7 +298,7 @@ def _errors(run: Run, layer: str, drawn: PyTree, exact: PyTree) -> dict[str, jax
   dot = lambda a, b: (flat(a) * flat(b)).sum(1)
   grad, truth = drawn['gradient'][layer]['kernel'], exact['gradient'][layer]['kernel']
   tap = f'after_{layer}'
-  signal, true_signal = drawn['signal'].get(tap, exact['signal'][tap]), exact['signal'][tap]
+  signal, true_signal = drawn['signal'][tap], exact['signal'][tap]
   relative = lambda a, b: (dot(a - b, a - b) / dot(b, b)).mean()
   cosine = dot(grad, truth) / jnp.sqrt(dot(grad, grad) * dot(truth, truth))
   return {

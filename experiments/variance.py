@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from lfg_jax import data
 from lfg_jax.errors import as_user_errors
 from lfg_jax.estimators import linear_layer, variance
-from lfg_jax.estimators.passes import Sampling
+from lfg_jax.estimators.sampling import Sampling
 from lfg_jax.estimators.tangents import LAWS
 from lfg_jax.training import command_line, run_log, timing
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lfg_jax.estimators.estimators import draw_at_tap
-from lfg_jax.estimators.passes import Sampling
+from lfg_jax.estimators.activity import draw_at_tap
+from lfg_jax.estimators.sampling import Sampling
 from lfg_jax.estimators.tangents import Passes
 from lfg_jax.estimators.taps import Tap
 from lfg_jax.losses import info_nce
@@ -283,7 +283,7 @@ def test_direct_feedback_sends_the_error_of_the_projection():
 
 def test_views_share_perturbations_or_not():
   """With equal views, their anchors' derivatives are equal, and so are the signals of a shared perturbation."""
-  tap = Tap(jnp.zeros((8, 3, 40)), 3, 1)
+  tap = Tap((8, 3, 40), jnp.float32, 3, 1)
   shared = draw_at_tap(Sampling(rows=2), jax.random.key(0), tap, Passes(1))[0]
   own = draw_at_tap(Sampling(rows=1), jax.random.key(0), tap, Passes(1))[0]
   assert (shared[0::2] == shared[1::2]).all()

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from lfg_jax import Sampling, mark, value_and_activity_grad
-from lfg_jax.estimators import estimators, guesses, tangents, variance
+from lfg_jax.estimators import activity, tangents, variance
 from lfg_jax.estimators.tangents import Passes
+from lfg_jax.estimators.taps import Tap
 from lfg_jax.training import algorithms, rules
 from tests.small import compose, gradient, relative_error, small
 from tests.test_unbiased import model, verdict, z_scores
@@ -162,7 +163,7 @@ def bias_z(samples, target):
 
 
 def test_a_guess_that_sees_the_tangent_is_biased_and_the_test_sees_it():
-  """It steals the key that the estimator splits over the taps, in the order of their names."""
+  """It steals the key that the estimator splits over the taps, in the order of evaluation."""
   params = VARIABLES['params']
   target = signal(params, X @ params['first']['kernel'] + params['first']['bias']).sum(0)
   a = jnp.cos(jnp.arange(8.0))
@@ -172,8 +173,8 @@ def test_a_guess_that_sees_the_tangent_is_biased_and_the_test_sees_it():
   def one(key):
     def guess(activities, params, x, y):
       keys = dict(zip(activities, jax.random.split(key, len(activities)), strict=True))
-      tap = estimators.Tap(activities[FIRST], 2, 1)
-      u = estimators.draw_at_tap(Sampling(), keys[FIRST], tap, Passes(1))[0]
+      tap = Tap((4, 8), jnp.float32, 2, 1)
+      u = activity.draw_at_tap(Sampling(), keys[FIRST], tap, Passes(1))[0]
       return {FIRST: (u @ a)[:, None] * u}
     run = value_and_activity_grad(losses, separate=True, guess=guess)
     return run(VARIABLES['params'], X, Y, key=key)[1]['first']['bias']
@@ -227,7 +228,3 @@ def test_what_the_names_stand_for():
                           jax.random.key(0))
   assert 'guess' not in shapes
 
-
-def test_a_guess_of_some_taps():
-  known = guesses.of_taps(lambda weights, known: {('a', 'x'): 1, ('a', 'y'): 2}, lambda path: path[-1] == 'y')
-  assert known({}, None) == {('a', 'y'): 2}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lfg_jax.estimators import tangents
-from lfg_jax.estimators.estimators import activity_perturbation
-from lfg_jax.estimators.passes import Sampling
+from lfg_jax.estimators.activity import activity_perturbation
+from lfg_jax.estimators.sampling import Sampling
 from lfg_jax.estimators.tangents import LAWS, Passes
 from lfg_jax.training import algorithms, rules
 from tests.small import relative_error

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfg_jax.estimators.estimators import draw_at_tap
-from lfg_jax.estimators.passes import Sampling
+from lfg_jax.estimators.activity import draw_at_tap
+from lfg_jax.estimators.sampling import Sampling
 from lfg_jax.estimators.tangents import LAWS, Passes
 from lfg_jax.estimators.taps import Tap
+from lfg_jax.estimators.traced import Traced
 from lfg_jax.models.layers import layer_norm
 from lfg_jax.models.mixer import LocalMixer
 from tests.small import gradient, small
@@ -40,10 +41,11 @@ def test_gradients_agree_and_are_float32(models, name, least):
 def test_blocks_compute_in_bfloat16_and_losses_in_float32(norm):
   model = small(precision='bfloat16', norm=norm)
   tokens = model.prepare(model.batch.image)
-  apply = lambda v: LocalMixer(model.spec).apply(v, tokens, mutable=['taps', 'batch_stats'])
-  (logits, _), updates = jax.eval_shape(apply, {k: v for k, v in model.variables.items() if k != 'feedback'})
+  apply = lambda v: LocalMixer(model.spec).apply(v, tokens, mutable=['batch_stats'])
+  traced = Traced(apply, {k: v for k, v in model.variables.items() if k != 'feedback'})
+  (logits, _), updates = traced.shape
   assert logits.dtype == jnp.float32
-  assert {leaf.dtype for leaf in jax.tree.leaves(updates['taps'])} == {jnp.dtype('bfloat16')}
+  assert {tap.dtype for tap in traced.taps.values()} == {jnp.dtype('bfloat16')} and len(traced.taps) == 5
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(updates.get('batch_stats', {})))
 
 
@@ -55,7 +57,7 @@ def test_norms_are_as_exact_as_their_result():
 
 def test_tangents_keep_their_tails():
   """Normal numbers drawn in bfloat16 end at 2.5 and have the mean -0.011: more than 11 standard errors, 1/√draws."""
-  tap = Tap(jax.ShapeDtypeStruct((16384, 64), jnp.bfloat16), 2, 1)
+  tap = Tap((16384, 64), jnp.bfloat16, 2, 1)
   u = draw_at_tap(Sampling(LAWS['normal']), KEY, tap, Passes(1)).astype(jnp.float32)
   assert abs(float(u.mean())) < 5 / u.size**0.5
   assert abs(float((u**2).mean()) - 1) < 5 * (2 / u.size)**0.5

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfg_jax.estimators import estimators
+from lfg_jax.estimators import activity
 from lfg_jax.losses.info_nce import Contrast
 from lfg_jax.training import algorithms, rules
 from tests.small import compose, gradient, relative_error, small
@@ -124,13 +124,13 @@ def test_the_papers_credit_rule_is_biased_for_the_layer_before_the_groups_only()
 
 def test_a_tap_credited_with_its_own_group_only_is_rejected(monkeypatch):
   """Token mixing feeds every group: crediting its tap with the losses of one group alone is a bias."""
-  right = estimators.credit
+  right = activity.credit
 
   def wrong(tap, dL, axis_name=None):
     only = jax.tree.map(lambda d: d * (jnp.arange(d.shape[-1]) == 0), dL)
     return right(tap, only if tap.local_axes == 2 else dL, axis_name)
 
-  monkeypatch.setattr(estimators, 'credit', wrong)
+  monkeypatch.setattr(activity, 'credit', wrong)
   bad = judge(model(), 'LG-FG-A-paper', 'LG-BP')
   assert bad and all("['token']" in line for line in bad)
 

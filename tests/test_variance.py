@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lfg_jax.estimators import linear_layer, variance
-from lfg_jax.estimators.passes import Sampling
+from lfg_jax.estimators.sampling import Sampling
 from lfg_jax.estimators.tangents import LAWS, Passes, hadamard, normal, rademacher
 
 SIZES = (2, 8, 64)

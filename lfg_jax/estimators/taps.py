@@ -105,16 +105,29 @@ mlir.register_lowering(tap_p, lambda ctx, z, *further, **params: [z])
 
 
 @jax.custom_vjp
-def inject(z: jax.Array, source: jax.Array, signal: jax.Array) -> jax.Array:
-  """z. In the reverse sweep `source` receives the cotangent `signal`, and z none.
+def inject(z: jax.Array, signal: jax.Array) -> jax.Array:
+  """z, whose cotangent is replaced by `signal` in the reverse sweep.
 
-  >>> f = lambda z: inject(jax.lax.stop_gradient(z), z, jnp.array([3., 4.])).sum()
-  >>> jax.grad(f)(jnp.ones(2)).tolist()
+  >>> jax.grad(lambda z: jnp.sum(inject(z, jnp.array([3., 4.])) ** 2))(jnp.ones(2)).tolist()
+  [3.0, 4.0]
+  """
+  del signal
+  return z
+
+
+inject.defvjp(lambda z, signal: (z, signal), lambda signal, _: (signal, jnp.zeros_like(signal)))
+
+
+@jax.custom_vjp
+def inject_at(source: jax.Array, z: jax.Array, signal: jax.Array) -> jax.Array:
+  """z. In the reverse sweep `source` receives `signal`, and z nothing.
+
+  >>> jax.grad(lambda x: inject_at(x, 5 * x, jnp.array([3., 4.])).sum())(jnp.ones(2)).tolist()
   [3.0, 4.0]
   """
   del source, signal
   return z
 
 
-inject.defvjp(lambda z, source, signal: (z, signal),
-              lambda signal, _: (jnp.zeros_like(signal), signal, jnp.zeros_like(signal)))
+inject_at.defvjp(lambda source, z, signal: (z, signal),
+                 lambda signal, _: (signal, jnp.zeros_like(signal), jnp.zeros_like(signal)))

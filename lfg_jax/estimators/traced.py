@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.estimators.taps import Tap, inject, tap_p
+from lfg_jax.estimators.taps import Tap, inject, inject_at, tap_p
 from lfg_jax.estimators.walk import Found, Visit, Walk, bind
 
 PyTree = Any
@@ -87,8 +87,10 @@ def replace_cotangent(eqn: Any, ins: list, given: jax.Array | None) -> tuple[lis
     return [z], None
   further = dict(zip(eqn.params.get('further', ()), ins[1:], strict=False))
   signal = jnp.where(further['active'], given, 0) if 'active' in further else given
-  source = further.get('source', z)
-  return [inject(jax.lax.stop_gradient(z), source, signal.astype(z.dtype))], None
+  signal = signal.astype(z.dtype)
+  if 'source' in further:
+    return [inject_at(further['source'], z, signal)], None
+  return [inject(z, signal)], None
 
 
 def _activity(eqn: Any, ins: list) -> jax.Array:

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from lfg_jax.losses.replicated import Cut, head_outputs, own_slopes, replicate, sum_uncut
+from lfg_jax.losses.replicated import Cut, check_shapes, head_outputs, own_slopes, replicate, sum_uncut
 
 VIEWS = 2
 _TINY = 1e-12    # added to |z|²
@@ -195,6 +195,7 @@ def replicated_info_nce(features_NxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bi
   >>> replicated_info_nce(x, jnp.ones((3, 5, 7)), jnp.zeros(7), jnp.ones(4, bool)).shape
   (4, 9, 3)
   """
+  check_shapes(features_NxPxGxC, kernel_GxCxK, bias_K, real_N)
   if held_NxPxGxC is not None:
     return _displaced_loss(features_NxPxGxC, held_NxPxGxC, kernel_GxCxK, bias_K, real_N, cut, contrast)
   backward = kernel_GxCxK if backward_GxCxK is None else backward_GxCxK

@@ -12,6 +12,7 @@ the value is computed once, and the rule above serves forward mode and, transpos
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -101,6 +102,15 @@ def _fused_jvp(cut: Cut, primals: tuple, tangents: tuple) -> tuple[jax.Array, ja
   return loss, d_own + d_head_B[:, None, None]
 
 
+def check_shapes(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array, rows_B: jax.Array) -> None:
+  """Raises AssertionError, saying what was expected, if the arguments of a replicated loss do not fit together."""
+  chex.assert_rank([features_BxPxGxC, kernel_GxCxK], [4, 3])
+  B, _, G, C = features_BxPxGxC.shape
+  chex.assert_shape(kernel_GxCxK, (G, C, None), custom_message='the head needs a row for every group and channel')
+  chex.assert_shape(bias_K, kernel_GxCxK.shape[-1:], custom_message='the bias has one entry per output of the head')
+  chex.assert_shape(rows_B, (B,), custom_message='one entry per example')
+
+
 def replicated_cross_entropy(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array,
                              label_B: jax.Array, cut: Cut = Cut(), *,
                              backward_GxCxK: jax.Array | None = None,
@@ -127,6 +137,7 @@ def replicated_cross_entropy(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Arra
   >>> loss.shape, round(float(loss[0, 0, 0]), 4)
   ((2, 4, 3), 2.3026)
   """
+  check_shapes(features_BxPxGxC, kernel_GxCxK, bias_K, label_B)
   if held_BxPxGxC is not None:
     return _displaced_loss(features_BxPxGxC, held_BxPxGxC, kernel_GxCxK, bias_K, label_B, cut)
   backward = kernel_GxCxK if backward_GxCxK is None else backward_GxCxK

@@ -1,0 +1,1 @@
+"""Networks whose activities are tapped."""

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -291,7 +292,8 @@ class LocalMixer(nn.Module):
 
     With `project`, what it returns is among the latter as `head`.
     """
-    x = tokens_BxPxD
+    x, stem = tokens_BxPxD, self.spec.runs[0].spec
+    chex.assert_shape(x, (None, stem.tokens, stem.inputs), custom_message='tokens are [examples, patches, inputs]')
     weight_B = jnp.ones(x.shape[:1]) if weight_B is None else weight_B
     local: dict[str, Any] = {}
     for run in self.spec.runs:
