@@ -43,14 +43,8 @@ Params = dict[str, jax.Array]
 
 def main(out: pathlib.Path) -> None:
   out.mkdir(parents=True, exist_ok=True)
-  figures = {
-    'forward_derivative': forward_derivative,
-    'dimensions': dimensions,
-    'local_losses': local_losses,
-    'less_noise': less_noise,
-  }
   with matplotlib.rc_context(STYLE):
-    for name, draw in figures.items():
+    for name, draw in FIGURES.items():
       figure = Figure((7.6, 3.1), layout='constrained')
       draw(figure)
       figure.savefig(out / f'{name}.svg', metadata={'Date': None})
@@ -293,6 +287,14 @@ def plain(axis: Axis, *ticks: float) -> None:
 def label(axes: Axes, x: float, y: float, text: str, color: str) -> None:
   """Writes a line's name behind its end."""
   axes.annotate(text, (x, y), (6, 0), textcoords='offset points', va='center', color=color)
+
+
+FIGURES = {
+  'forward_derivative': forward_derivative,
+  'dimensions': dimensions,
+  'local_losses': local_losses,
+  'less_noise': less_noise,
+}
 
 
 if __name__ == '__main__':
