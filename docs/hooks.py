@@ -19,6 +19,11 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 # Bars and slashes, which would grow and stand apart like operators.
 BAR = re.compile('<mo(?: stretchy="false")?>(&#x0007C;|&#x02016;|&#x0002F;)</mo>')
 
+# Code in a table may be broken between the parts of a path or name.
+CELL = re.compile(r'<td.*?</td>', re.DOTALL)
+CODE = re.compile(r'(?<=<code>)[^<]*(?=</code>)')
+BREAK = re.compile(r'(?=::)|(?<=/)|(?<=\w_)')
+
 
 def on_config(config: Any) -> None:
   """Adds to the section "Notebooks" those that it does not name."""
@@ -35,6 +40,7 @@ def on_files(files: Files, config: Any) -> None:
 
 
 def on_page_content(content: str, **_: Any) -> str:
+  content = CELL.sub(lambda cell: CODE.sub(breakable, cell[0]), content)
   return FORMULA.sub(as_mathml, content)
 
 
@@ -72,6 +78,10 @@ def shown(output: dict) -> str:
     return f'<div>{"".join(data["text/html"])}</div>'
   text = output.get('text') or data.get('text/plain') or output.get('traceback', [])
   return fenced('text', ''.join(text).rstrip())
+
+
+def breakable(code: re.Match) -> str:
+  return BREAK.sub('<wbr>', code[0])
 
 
 def fenced(language: str, text: str) -> str:

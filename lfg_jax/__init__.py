@@ -13,4 +13,5 @@ try:
 except PackageNotFoundError:    # a copy of the sources that was not installed
   __version__ = 'unknown'
 
-__all__ = ['Sampling', '__version__', 'forward_grad', 'mark', 'tap', 'value_and_activity_grad', 'value_and_forward_grad']
+__all__ = ['Sampling', '__version__', 'forward_grad', 'mark', 'tap', 'value_and_activity_grad',
+           'value_and_forward_grad']
