@@ -58,7 +58,7 @@ def title(notebook: pathlib.Path) -> str:
 
 
 def notebook_as_markdown(notebook: pathlib.Path) -> str:
-  parts = []
+  parts = ['---\nhide: [toc]\n---']
   for cell in cells(notebook):
     source = ''.join(cell['source'])
     if cell['cell_type'] == 'markdown':
