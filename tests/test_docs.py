@@ -93,7 +93,8 @@ def wrong(command):
   _, script, *arguments = command.split()
   if missing(script):
     return missing(script)
-  if script.endswith('reproduce.py') and arguments[0] not in {**studies.STUDIES, **studies.PROGRAMS}:
+  known_studies = {*studies.STUDIES, *studies.PROGRAMS}
+  if script.endswith('reproduce.py') and arguments[0] not in known_studies:
     return f'no study {arguments[0]}'
   for argument in arguments:
     flag, _, value = argument.partition('=')
@@ -114,8 +115,8 @@ def test_what_the_page_of_the_paper_names_exists():
   files = [text for text in quoted if text.split('/')[0] in FOLDERS and ' ' not in text]
   commands = [text for text in quoted if text.startswith('python ')]
   assert len(files) > 40 and len(commands) > 15
-  assert set(studies.STUDIES) | set(studies.PROGRAMS) <= {
-    c.split()[2] for c in commands if 'reproduce.py' in c}
+  reproduced = {command.split()[2] for command in commands if 'reproduce.py' in command}
+  assert reproduced == {*studies.STUDIES, *studies.PROGRAMS}
   assert set(filter(None, [*map(missing, files), *map(wrong, commands)])) == set()
 
 

@@ -1,5 +1,6 @@
 """The built wheel works for somebody who has only its dependencies."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -7,10 +8,12 @@ import sys
 import sysconfig
 import venv
 
+import nbformat
 import pytest
 
 from tests.runs import ROOT
 
+NOTEBOOK = ROOT / 'experiments' / 'notebooks' / 'compose_your_own_estimator.ipynb'
 SOURCES = ('lfg_jax', 'pyproject.toml', 'README.md', 'LICENSE')
 # Equinox is for the tests only: to import it is an error.
 PROGRAM = """
@@ -28,8 +31,9 @@ exec(sys.argv[1], {})
 """
 
 
-def run(*command, cwd):
-  done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+def run(*command, cwd, env=None):
+  command = list(map(str, command))
+  done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-2000:]
   return done.stdout
 
@@ -62,3 +66,11 @@ def test_a_stranger_runs_the_example(python):
   example = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)[1]
   out = run(python, '-I', '-c', PROGRAM, example, cwd=python.parent)
   assert out.split() == ['True']
+
+
+@pytest.mark.skipif(not NOTEBOOK.exists(), reason='not written yet')
+def test_a_stranger_composes_an_estimator(python):
+  notebook = nbformat.read(NOTEBOOK, as_version=4)
+  code = '\n'.join(cell.source for cell in notebook.cells if cell.cell_type == 'code')
+  program = "import sys; sys.modules['equinox'] = None; exec(sys.argv[1], {})"
+  run(python, '-I', '-c', program, code, cwd=python.parent, env={**os.environ, 'MPLBACKEND': 'agg'})
