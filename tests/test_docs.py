@@ -1,7 +1,9 @@
-"""The documentation builds without a warning, and the notebooks run."""
+"""The documentation builds without a warning, what it names exists, and the notebooks run."""
 
+import ast
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -9,19 +11,138 @@ import nbclient
 import nbformat
 import pytest
 
+from lfg_jax.training import rules
+
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / 'experiments' / 'notebooks').glob('*.ipynb'))
+sys.path += [str(ROOT / 'experiments' / 'paper'), str(ROOT / 'docs')]
+import figures  # noqa: E402
+import studies  # noqa: E402
+
+FOLDERS = ('lfg_jax', 'tests', 'experiments', 'configs', 'docs')
+PAPER_TO_CODE = (ROOT / 'docs' / 'paper_to_code.md').read_text()
 
 
-def test_documentation_builds_without_warnings(tmp_path):
-  run = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', tmp_path], cwd=ROOT,
-                       capture_output=True, text=True, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('site')
+  command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', folder]
+  run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                       env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
   assert run.returncode == 0, run.stderr[-2000:]
-  assert 'value_and_forward_grad' in (tmp_path / 'api' / 'forward_grad' / 'index.html').read_text()
+  return folder
 
 
-def test_there_are_notebooks():
-  assert len(NOTEBOOKS) == 3
+def test_documentation_builds_without_warnings(site):
+  assert 'value_and_forward_grad' in (site / 'api' / 'forward_grad.html').read_text()
+
+
+@pytest.mark.parametrize('page', ['concepts', 'paper_to_code', 'estimators', 'contrastive'])
+def test_formulas_are_drawn(site, page):
+  text = (site / f'{page}.html').read_text()
+  source = re.sub(r'```.*?```', '', (ROOT / 'docs' / f'{page}.md').read_text(), flags=re.S)
+  formulas = re.findall(r'\$\$.+?\$\$|\$[^$]+\$', source, re.S)
+  assert len(formulas) > 1
+  assert text.count('<math ') == text.count('</math>') == len(formulas)
+  article = re.search(r'<article.*</article>', text, re.S)[0]
+  code = re.compile(r'<code.*?</code>', re.S)
+  assert not re.search(r'\$|\\[a-z(\[{]|arithmatex', code.sub('', article))
+
+
+def test_pages_need_no_network(site):
+  pages = list(site.rglob('*.html'))
+  assert len(pages) > 20
+  for page in pages:
+    fetched = re.findall(r'<(?:script|img|link)\b[^>]*(?:src|href)="?(?:https?:)?//[^>]*',
+                         page.read_text())
+    assert not fetched, page
+
+
+def test_notebooks_are_pages(site):
+  assert {'bring_your_own_model', 'forward_gradients_in_ten_minutes',
+          'measuring_variance'} <= {path.stem for path in NOTEBOOKS}
+  start = (site / 'index.html').read_text()
+  for path in NOTEBOOKS:
+    page = (site / 'notebooks' / f'{path.stem}.html').read_text()
+    assert f'notebooks/{path.stem}.html' in start
+    pictures = path.read_text().count('"image/png"')
+    assert page.count('src="data:image/png;base64,') == pictures
+
+
+def defined(path):
+  """Names at the top level of a file."""
+  for node in ast.parse(path.read_text()).body:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+      yield node.name
+    elif isinstance(node, ast.Assign | ast.AnnAssign):
+      targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+      yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def missing(named):
+  """What is wrong with `file` or `file::name`; '' if nothing."""
+  file, _, name = named.partition('::')
+  path = ROOT / file
+  if not path.exists():
+    return f'{file} does not exist'
+  return f'{file} has no {name}' if name and name not in defined(path) else ''
+
+
+def wrong(command):
+  """What is wrong with a command; '' if nothing."""
+  _, script, *arguments = command.split()
+  if missing(script):
+    return missing(script)
+  known_studies = {*studies.STUDIES, *studies.PROGRAMS}
+  if script.endswith('reproduce.py') and arguments[0] not in known_studies:
+    return f'no study {arguments[0]}'
+  for argument in arguments:
+    flag, _, value = argument.partition('=')
+    if flag == '--config':
+      problem = missing(value)
+    elif flag == '--config.algorithm':
+      problem = '' if value in rules.REGISTRY else f'no algorithm {value}'
+    else:
+      known = not flag.startswith('-') or flag.removeprefix('--') in (ROOT / script).read_text()
+      problem = '' if known else f'{script} has no {flag}'
+    if problem:
+      return problem
+  return ''
+
+
+def test_what_the_page_of_the_paper_names_exists():
+  quoted = re.findall(r'`([^`\n]+)`', PAPER_TO_CODE)
+  files = [text for text in quoted if text.split('/')[0] in FOLDERS and ' ' not in text]
+  commands = [text for text in quoted if text.startswith('python ')]
+  assert len(files) > 40 and len(commands) > 15
+  reproduced = {command.split()[2] for command in commands if 'reproduce.py' in command}
+  assert reproduced == {*studies.STUDIES, *studies.PROGRAMS}
+  assert set(filter(None, [*map(missing, files), *map(wrong, commands)])) == set()
+
+
+@pytest.mark.parametrize('text, problem', [
+  ('experiments/nothing.py', 'experiments/nothing.py does not exist'),
+  ('lfg_jax/training/rules.py::Rules', 'lfg_jax/training/rules.py has no Rules'),
+])
+def test_missing_files_and_names_are_noticed(text, problem):
+  assert missing(text) == problem
+
+
+@pytest.mark.parametrize('command, problem', [
+  ('python experiments/paper/reproduce.py table2', 'no study table2'),
+  ('python experiments/train.py --config=configs/svhn.py', 'configs/svhn.py does not exist'),
+  ('python experiments/train.py --config.algorithm=LG-FG', 'no algorithm LG-FG'),
+  ('python experiments/depth.py --deep', 'experiments/depth.py has no --deep'),
+])
+def test_wrong_commands_are_noticed(command, problem):
+  assert wrong(command) == problem
+
+
+def test_figures_are_measured():
+  excess = figures.tangents.hadamard.excess(16, 4)
+  assert figures.error_of_direction(16, 4) == pytest.approx(excess, rel=0.2)
+  drawn = {path.stem for path in (ROOT / 'docs' / 'figures').glob('*.svg')}
+  assert drawn == set(figures.FIGURES)
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from lfg_jax.estimators import tangents
-from lfg_jax.estimators.activity import activity_perturbation
 from lfg_jax.estimators.sampling import Sampling
 from lfg_jax.estimators.tangents import LAWS, Passes
 from lfg_jax.training import algorithms, rules
@@ -121,7 +120,4 @@ def test_options_that_make_no_sense(options, message):
 def test_sampling_refuses_projection_in_chunks():
   with pytest.raises(ValueError, match='needs all 4 tangents at once'):
     Sampling(tangents.normal, passes=4, chunk=2, combine='projection').check()
-  with pytest.raises(ValueError, match='needs all 4 tangents at once'):
-    activity_perturbation(lambda *_: None, sampling=Sampling(chunk=2, combine='projection'), separate=True,
-                          tap_passes={'tap': 4})
   assert Sampling(passes=6, chunk=4).at_once == 3

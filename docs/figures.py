@@ -1,0 +1,303 @@
+"""Draws the figures of the page "The idea", from measurements on tiny problems.
+
+    python docs/figures.py [--out=docs/figures]
+
+Every point is measured by the library; lines without points are theory. The files are part of the
+repository: the site is then built without training anything, and a change of a picture is seen in
+review. Equal versions of jax and matplotlib draw equal files.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+
+import lfg_jax
+from lfg_jax.estimators import linear_layer, tangents, variance
+from lfg_jax.losses.replicated import Cut, cross_entropy, replicated_cross_entropy
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Told apart by colour-blind readers (Okabe and Ito 2008).
+BLUE, ORANGE, GREEN, PINK, GREY = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#555555'
+STYLE = {
+  'font.size': 9,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.titlesize': 10,
+  'axes.titlelocation': 'left',
+  'lines.linewidth': 1.4,
+  'lines.markersize': 4,
+  'svg.hashsalt': 'lfg_jax',
+}
+Params = dict[str, jax.Array]
+
+
+def main(out: pathlib.Path) -> None:
+  out.mkdir(parents=True, exist_ok=True)
+  with matplotlib.rc_context(STYLE):
+    for name, draw in FIGURES.items():
+      figure = Figure((7.6, 3.1), layout='constrained')
+      draw(figure)
+      figure.savefig(out / f'{name}.svg', metadata={'Date': None})
+
+
+def forward_derivative(figure: Figure) -> None:
+  """One estimate of a gradient in two dimensions, and many."""
+  f = lambda x: (jnp.array([1.0, 2.0]) * x**2).sum()
+  x = jnp.array([1.0, 0.6])
+  g = jax.grad(f)(x)
+  one = lfg_jax.forward_grad(f, law=tangents.sphere)
+  estimates = jax.vmap(lambda key: one(x, key=key))(jax.random.split(jax.random.key(0), 200))
+  left, right = figure.subplots(1, 2)
+
+  turn = jnp.linspace(0, 2 * math.pi, 200)
+  for level in (0.25, 0.75, 1.72, 3, 4.7, 6.6):
+    left.plot(jnp.sqrt(level) * jnp.cos(turn), jnp.sqrt(level / 2) * jnp.sin(turn), color='0.85',
+              linewidth=0.8, zorder=0)
+  u = jnp.array([1.35, -0.42])    # of length √2, as the law `sphere` draws it in two dimensions
+  u = u * math.sqrt(2) / jnp.linalg.norm(u)
+  slope = jax.jvp(f, (x,), (u,))[1]
+  scale = 0.22
+  for vector, text, color, shift in (
+    (g, 'gradient g', BLUE, (0.04, 0.04)),
+    (slope * u, 'estimate (g·u) u', ORANGE, (-0.35, -0.33)),
+  ):
+    end = x + scale * vector
+    left.annotate('', end, x, arrowprops={'arrowstyle': '-|>', 'color': color, 'linewidth': 2,
+                                          'shrinkA': 0, 'shrinkB': 0})
+    left.text(end[0] + shift[0], end[1] + shift[1], text, color=color)
+  left.axline(x, x + u, color=GREY, linewidth=0.8, linestyle=':')
+  left.text(-0.45, 0.93, 'a random direction u', color=GREY, rotation=-17)
+  left.plot(*x, 'ko')
+  left.set(title='One direction, one derivative', xlim=(-0.9, 2.5), ylim=(-0.6, 1.5), xticks=[],
+           yticks=[], aspect='equal')
+  left.spines[:].set_visible(False)
+
+  mean = estimates.mean(0)
+  right.plot(*estimates.T, '.', color=ORANGE, markersize=3)
+  right.plot([0, g[0]], [0, g[1]], color=BLUE, zorder=3)
+  right.plot(*g, '*', color=BLUE, markersize=12)
+  right.plot(*mean, 'ks', markersize=4, zorder=4)
+  right.text(g[0] + 0.35, g[1] - 0.35, 'gradient', color=BLUE)
+  right.text(mean[0] - 0.1, mean[1] + 0.35, 'mean of 200', color='black', ha='center')
+  right.text(-0.1, 5.2, 'single estimates', color=ORANGE, ha='right')
+  right.set(title='200 directions', xlabel='first entry', ylabel='second entry', aspect='equal',
+            xlim=(-4.2, 6))
+
+
+def dimensions(figure: Figure) -> None:
+  """The error grows with the perturbed dimensions; a layer has fewer activities than weights."""
+  left, right = figure.subplots(1, 2)
+  sizes = [4**n for n in range(1, 7)]
+  passes = {1: BLUE, 16: GREEN}
+  for K, color in passes.items():
+    own = [d for d in sizes if d > K]
+    left.plot(own, [error_of_direction(d, K) for d in own], 'o', color=color)
+    excess = [tangents.hadamard.excess(d, K) for d in own]
+    left.plot(own, excess, color=color)
+    label(left, own[-1], excess[-1], f'{K} pass{"es" if K > 1 else ""}', color)
+  left.set(title='Noise grows with the dimensions', xlabel='perturbed dimensions d', xscale='log',
+           yscale='log', ylabel='squared error / |g|²', xlim=(None, sizes[-1] * 8))
+  plain(left.yaxis, 1, 10, 100, 1000)
+  plain(left.xaxis, *sizes)
+
+  fans, q, batch = [1, 4, 16, 64], 8, 16
+  for kind, color in (('weight', ORANGE), ('activity', BLUE)):
+    points, lines = zip(*(layer_error(kind, p, q, batch) for p in fans), strict=True)
+    right.plot(fans, points, 'o', color=color)
+    right.plot(fans, lines, color=color)
+    label(right, fans[-1], lines[-1], {'weight': 'weights', 'activity': 'activities'}[kind], color)
+  right.set(title=f'One layer, p inputs, {q} outputs, {batch} examples', xlabel='inputs p',
+            xscale='log', yscale='log', xlim=(None, fans[-1] * 6),
+            ylabel='variance / squared gradient')
+  plain(right.xaxis, *fans)
+  plain(right.yaxis, 1, 10, 100)
+
+
+def error_of_direction(d: int, passes: int) -> float:
+  """Squared error of forward gradients of a linear function in d dimensions, over |g|²."""
+  g = jax.random.normal(jax.random.key(1), (d,))
+  run = lfg_jax.forward_grad(lambda x: g @ x, law=tangents.hadamard, passes=passes)
+  keys = jax.random.split(jax.random.key(2), 400)
+  estimates = jax.jit(lambda keys: jax.lax.map(lambda key: run(jnp.zeros(d), key=key), keys))(keys)
+  return float(((estimates - g) ** 2).sum(1).mean() / (g**2).sum())
+
+
+def layer_error(kind: str, p: int, q: int, batch: int) -> tuple[float, float]:
+  """Variance of a linear layer's estimate over the squared gradient: measured, and by Table 1."""
+  layer = linear_layer.LinearLayer(jnp.ones(p), jnp.ones(q))
+  law = tangents.rademacher
+  estimate = layer.estimate(kind, lfg_jax.Sampling(law), batch)
+  measured = variance.measure(estimate, layer.truth, jax.random.key(3), 2000)
+  predicted = variance.predicted(kind, law, 1, shared=False, batch=batch, p=p, q=q, V=layer.V,
+                                 S=layer.S)
+  return float(measured.squared_error) / layer.S, predicted / layer.S
+
+
+def local_losses(figure: Figure) -> None:
+  """The error of one layer by number of groups; and what the copies of the loss cost."""
+  left, right = figure.subplots(1, 2)
+  groups, patches, channels = [1, 2, 4, 8, 16, 32], 16, 64
+  cuts = {
+    'block': (Cut(False, False), GREY),
+    'block × group': (Cut(False, True), ORANGE),
+    'block × patch': (Cut(True, False), GREEN),
+    'block × patch × group': (Cut(True, True), BLUE),
+  }
+  for name, (cut, color) in cuts.items():
+    errors = [cut_error(cut, patches, channels, G) for G in groups]
+    left.plot(groups, errors, 'o-', color=color)
+    label(left, groups[-1], errors[-1], name, color)
+  left.set(title=f'{patches} patches, {channels} channels', xlabel='groups', xscale='log',
+           yscale='log', ylabel='squared error / |g|²', xlim=(None, groups[-1] * 40))
+  plain(left.xaxis, *groups)
+  plain(left.yaxis, 1, 10, 100)
+
+  path = ROOT / 'experiments' / 'results' / 'replicated_losses' / 'replicated_losses.json'
+  stored = json.loads(path.read_text())
+  rows = stored['rows'] if isinstance(stored, dict) else stored
+  for form, color, text in (('naive', ORANGE, 'stored copies'), ('fused', BLUE, 'fused')):
+    own = [r for r in rows if (r['sweep'], r['kind'], r['form']) == ('groups', 'supervised', form)]
+    xs, ys = [r['groups'] for r in own], [r['temporaries_bytes'] / 2**20 for r in own]
+    right.plot(xs, ys, 'o-', color=color)
+    label(right, xs[-1], ys[-1], text, color)
+  right.set(title='64 patches, 512 channels, 16 examples', xlabel='groups', xscale='log',
+            yscale='log', ylabel='memory of the loss, MiB', xlim=(None, xs[-1] * 10))
+  plain(right.xaxis, *xs)
+  plain(right.yaxis, 0.1, 1, 10, 100, 1000, 10000)
+
+
+def cut_error(cut: Cut, patches: int, channels: int, groups: int) -> float:
+  """Squared error over |g|² for the weights of one layer under a local head."""
+  batch, inputs, classes = 8, 16, 10
+  keys = jax.random.split(jax.random.key(4), 3)
+  x = jax.random.normal(keys[0], (batch, patches, inputs))
+  head = jax.random.normal(keys[1], (channels, classes)) / math.sqrt(channels)
+  w = jax.random.normal(keys[2], (inputs, channels)) / math.sqrt(inputs)
+  labels = jnp.arange(batch) % classes
+  local_axes = 1 + (2 if cut.group else 1 if cut.patch else 0)
+
+  def losses(params: Params) -> jax.Array:
+    z = (x @ params['w']).reshape(batch, patches, groups, channels // groups)
+    h = jax.nn.relu(lfg_jax.tap(z, 'h', local_axes=local_axes, active=z > 0))
+    kernel = head.reshape(groups, channels // groups, classes)
+    return replicated_cross_entropy(h, kernel, jnp.zeros(classes), labels, cut)
+  # The sum of all copies has the gradient of the plain loss.
+  objective = lambda params: losses(params).sum() / batch
+  return relative_error(losses, objective, {'w': w}, mixes_examples=False)['w']
+
+
+def relative_error(losses: Callable, objective: Callable, params: Params, **options: Any
+                   ) -> dict[str, float]:
+  """For every layer, the mean over 400 draws of the squared error over |g|²."""
+  truth = jax.grad(objective)(params)
+  run = lfg_jax.value_and_activity_grad(losses, **options)
+  keys = jax.random.split(jax.random.key(5), 400)
+  estimates = jax.jit(lambda keys: jax.lax.map(lambda key: run(params, key=key)[1], keys))(keys)
+  error = lambda g, all_: float(((all_ - g) ** 2).sum() / len(keys) / (g**2).sum())
+  return jax.tree.map(error, truth, estimates)
+
+
+class Layers(NamedTuple):
+  """Three layers of one width, each tapped, under a linear head."""
+
+  x: jax.Array
+  head: jax.Array
+  labels: jax.Array
+
+  def losses(self, params: dict[str, jax.Array], shift: jax.Array | float = 0.0) -> jax.Array:
+    """[B]; `shift` is added to the outputs of the second layer."""
+    h = self.x
+    for name, w in params.items():
+      z = h @ w + (shift if name == 'second' else 0.0)
+      h = jax.nn.relu(lfg_jax.tap(z, name, active=z > 0))
+    return self.of_output(h)
+
+  def of_output(self, h: jax.Array) -> jax.Array:
+    return cross_entropy(h @ self.head, self.labels)
+
+  def signal(self, third: jax.Array) -> jax.Array:
+    """The exact gradient at the last tap: back through a ReLU and the head."""
+    return jax.grad(lambda z: self.of_output(jax.nn.relu(z)).mean())(third)
+
+
+def less_noise(figure: Figure) -> None:
+  """What each step from the paper's LG-FG-A to the default does to the three layers."""
+  width, batch, classes = 16, 64, 10
+  keys = jax.random.split(jax.random.key(6), 6)
+  layers = Layers(jax.random.normal(keys[0], (batch, width)),
+                  jax.random.normal(keys[1], (width, classes)) / math.sqrt(width),
+                  jax.random.randint(keys[2], (batch,), 0, classes))
+  params = {name: jax.random.normal(key, (width, width)) * math.sqrt(2 / width)
+            for name, key in zip(('first', 'second', 'third'), keys[3:], strict=True)}
+
+  feedback = learned_feedback(layers, params)
+  back = lambda activities: layers.signal(activities['third']) @ feedback
+  last_exact = {'separate': True, 'taps': ('first', 'second')}
+  steps = {
+    'all at once\n(the paper)': {},
+    'one layer\nat a time': {'separate': True},
+    'the last\nexact': last_exact,
+    'a learned guess\nfor the second': {
+      **last_exact, 'guess': lambda activities, _: {'second': back(activities)}},
+  }
+  errors = [relative_error(layers.losses, lambda p: layers.losses(p).mean(), params, **options)
+            for options in steps.values()]
+  axes = figure.subplots()
+  for name, color in (('first', GREY), ('second', ORANGE), ('third', BLUE)):
+    ys = [error[name] for error in errors]
+    axes.plot(range(len(steps)), ys, 'o-', color=color)
+    label(axes, len(steps) - 1, ys[-1], f'{name} layer', color)
+  axes.set(title='Three layers of 16 units under one loss, one pass', ylim=(-0.7, None),
+           xlim=(-0.3, len(steps) - 0.4), xticks=range(len(steps)), xticklabels=steps,
+           ylabel='squared error / |g|²')
+
+
+def learned_feedback(layers: Layers, params: dict[str, jax.Array]) -> jax.Array:
+  """A matrix from the last tap's signal to the second's, fitted to 50 forward gradients."""
+  step = lfg_jax.value_and_activity_grad(layers.losses, 1, separate=True)
+  shift = jnp.zeros_like(layers.x)
+  at_second = lambda key: step(params, shift, key=key)[1]
+  measured = jax.vmap(at_second)(jax.random.split(jax.random.key(7), 50)).mean(0)
+  h = layers.x
+  for name, w in params.items():
+    z = h @ w
+    on, h = z > 0, jax.nn.relu(z)
+    if name == 'second':
+      measured_where_on = jnp.where(on, measured, 0)
+  signal = layers.signal(z)
+  return jnp.linalg.lstsq(signal, measured_where_on)[0]
+
+
+def plain(axis: Axis, *ticks: float) -> None:
+  """These numbers on a logarithmic axis, as they are."""
+  axis.set_ticks(ticks, [f'{tick:,}' for tick in ticks])
+  axis.set_ticks([], minor=True)
+
+
+def label(axes: Axes, x: float, y: float, text: str, color: str) -> None:
+  """Writes a line's name behind its end."""
+  axes.annotate(text, (x, y), (6, 0), textcoords='offset points', va='center', color=color)
+
+
+FIGURES = {
+  'forward_derivative': forward_derivative,
+  'dimensions': dimensions,
+  'local_losses': local_losses,
+  'less_noise': less_noise,
+}
+
+
+if __name__ == '__main__':
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path(__file__).parent / 'figures')
+  main(parser.parse_args().out)
