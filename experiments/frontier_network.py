@@ -21,8 +21,8 @@ from lfg_jax.estimators.feedback import backprop
 from lfg_jax.estimators.guesses import Learned, cotangents
 from lfg_jax.estimators.signature import GradFn, LossFn
 from lfg_jax.estimators.tangents import LAWS
+from lfg_jax.estimators.taps import tap
 from lfg_jax.estimators.traced import Traced, perturb
-from lfg_jax.estimators.walk import bind
 from lfg_jax.models.mixer import TAPS, Criterion, Run
 from lfg_jax.models.sizes import mixer_spec, parse, patches
 from lfg_jax.training import algorithms
@@ -263,7 +263,10 @@ def _recording(estimator: Estimator) -> Estimator:
   """
 
   def shift_before(eqn: Any, ins: list, shift: jax.Array) -> tuple[list, None]:
-    return bind(eqn, [ins[0] + shift, *ins[1:]]), None
+    z = ins[0]
+    if 'active' in eqn.params['further']:  # what is off gets no signal, but the shift the whole one
+      z = jnp.where(ins[1], z, jax.lax.stop_gradient(z))
+    return [tap(z + shift, eqn.params['name'], local_axes=eqn.params['local_axes'])], None
 
   def shifted(trace: Callable[..., Traced], first: tuple, params: PyTree, *args: Any) -> tuple:
     inner = (*first, params['own'], *args)

@@ -11,6 +11,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lfg_jax import tap, value_and_activity_grad
 from lfg_jax.estimators import tangents
+from lfg_jax.losses.replicated import (
+  Cut,
+  cross_entropy,
+  head_outputs,
+  replicate,
+  replicated_cross_entropy,
+)
 from tests.bare import (
   BATCH,
   EXACT,
@@ -176,3 +183,25 @@ def test_cross_entropy_of_integer_labels_keeps_the_examples_apart():
 
   grads = value_and_activity_grad(fun, **EXACT)(W, key=KEYS[5])[1]
   assert relative_error(grads, objective(fun)(W)[1]) < 3e-6
+
+
+def test_a_fused_loss_is_local_by_its_derivative_rule():
+  """Its value mixes patches and groups; its derivative, on which the credit rests, does not."""
+  keys = jax.random.split(jax.random.key(1), 4)
+  x = jax.random.normal(keys[0], (3, 2, 4, 4))    # examples, patches, groups, channels
+  w, head = jax.random.normal(keys[1], (4, 4, 4)), jax.random.normal(keys[2], (4, 4, 5))
+
+  def losses(w):
+    z = tap(jnp.einsum('bpgc,gcd->bpgd', x, w), 'z', local_axes=3)
+    return replicated_cross_entropy(jnp.tanh(z), head, jnp.zeros(5), jnp.arange(3))
+
+  run = value_and_activity_grad(losses, law=tangents.hadamard, passes=4)
+  exact = jax.grad(lambda w: losses(w).sum() / 3)(w)
+  assert relative_error(run(w, key=keys[3])[1], exact) < 1e-5
+
+  def plain(w):
+    z = jnp.tanh(tap(jnp.einsum('bpgc,gcd->bpgd', x, w), 'z', local_axes=3))
+    return replicate(cross_entropy(head_outputs(z, head, jnp.zeros(5)), jnp.arange(3)), 2, 4, Cut())
+
+  with pytest.raises(ValueError, match='mixes its axis 1; allowed: local_axes=1'):
+    value_and_activity_grad(plain)(w, key=keys[3])

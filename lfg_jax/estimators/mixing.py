@@ -7,23 +7,24 @@ label:
 
 * None: no derivative by the taps reaches it.
 * an int: the axis along which its entries belong to the examples, each with the derivatives of its
-own example only.
-  (The axis may be longer: after a reshape [B, T] -> [B T], T entries in a row belong to an
-  example.)
+own example only. (It may be longer: after a reshape [B, T] -> [B T], T entries in a row belong to
+an example.)
 * `Mixed`: it holds derivatives by several examples, or the primitive is not known.
 
 The labels are those of derivatives: behind `stop_gradient` and in integers there is nothing to
 follow.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from lfg_jax.estimators.walk import Walk, inner_jaxprs, opened
+from lfg_jax.estimators.walk import Walk, bind, inner_jaxprs, opened
 
 
 class Mixed(NamedTuple):
@@ -56,7 +57,7 @@ _COLLECTIVES = ('psum', 'pmax', 'pmin', 'all_gather', 'all_to_all', 'ppermute', 
                 'reduce_scatter')
 _MATRICES = ('cholesky', 'triangular_solve', 'lu', 'eigh', 'qr', 'svd', 'householder_product')
 _CALLS = ('jit', 'pjit', 'closed_call', 'core_call', 'remat2', 'remat', 'checkpoint',
-          'custom_jvp_call', 'custom_vjp_call')
+          'custom_vjp_call')
 
 
 class Influence(NamedTuple):
@@ -102,6 +103,8 @@ class Influence(NamedTuple):
       return self._cond(eqn.params['branches'], ins[1:], seeds)
     if name in _CALLS:
       return self._jaxpr(inner_jaxprs(eqn)[0], ins, seeds)
+    if name == 'custom_jvp_call':
+      return self._own_derivative(eqn, ins)
     if name == 'optimization_barrier':
       return ins
     mixed = next((label for label in ins if isinstance(label, Mixed)), None)
@@ -126,6 +129,24 @@ class Influence(NamedTuple):
       return Mixed(name, True) if behind else _join(name, ins)
     rule = _RULES.get('reduce_window' if name.startswith('reduce_window') else name)
     return rule(eqn.params, shapes, ins, name) if rule else Mixed(name, False)
+
+  def _own_derivative(self, eqn: Any, ins: list[Label]) -> list[Label]:
+    """A function with a derivative rule of its own: the rule counts, not how the value comes."""
+    moves = [_has_derivative(v) for v in eqn.invars]
+    moved = [_has_derivative(v) for v in eqn.outvars]
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+
+    def derivative(values: list, tangents: list) -> list:
+      def of_moving(*moving: jax.Array) -> list:
+        remaining = iter(moving)
+        outs = bind(eqn, [next(remaining) if m else value
+                          for m, value in zip(moves, values, strict=True)])
+        return list(itertools.compress(outs, moved))
+      return jax.jvp(of_moving, tuple(itertools.compress(values, moves)), tuple(tangents))[1]
+
+    jaxpr = jax.make_jaxpr(derivative)(shapes, list(itertools.compress(shapes, moves)))
+    labels = iter(self._jaxpr(jaxpr, [None] * len(ins) + list(itertools.compress(ins, moves)), []))
+    return [next(labels) if m else None for m in moved]
 
   def _scan(self, params: dict, ins: list[Label], seeds: list[bool]) -> list[Label]:
     constants, carried = params['num_consts'], params['num_carry']
@@ -186,9 +207,7 @@ def _reshape(before: tuple, after: tuple, label: Label, size: int) -> Label:
   return Mixed('reshape', False)
 
 
-# --- primitives that move axes: `(params, shapes, labels, name) -> label`, with one labelled
-# operand at least -----
-
+# Primitives that move axes: `(params, shapes, labels, name) -> label`, one operand labelled at least.
 
 def _dot_general(params: dict, shapes: list, ins: list, name: str) -> Label:
   contracted, batch = params['dimension_numbers']
