@@ -31,24 +31,19 @@ def assert_same_run(workdir, other):
 
 
 @pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp('cache')
-
-
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory, cache):
+def whole(tmp_path_factory):
   """A run of 8 epochs that nothing stopped."""
   workdir = tmp_path_factory.mktemp('whole') / 'run'
-  process = start('train.py', f'--workdir={workdir}', '--config.epochs=8', *FLAGS, cache=cache)
+  process = start('train.py', f'--workdir={workdir}', '--config.epochs=8', *FLAGS)
   out, err = process.communicate()
   assert process.returncode == 0 and err == '', err
   assert 'test_error' in out
   return workdir
 
 
-def run_until(workdir, cache, condition, number):
+def run_until(workdir, condition, number):
   """Starts the run; sends signal `number` as soon as `condition` holds."""
-  process = start('train.py', f'--workdir={workdir}', '--config.epochs=8', *FLAGS, cache=cache)
+  process = start('train.py', f'--workdir={workdir}', '--config.epochs=8', *FLAGS)
   while process.poll() is None and not condition():
     time.sleep(0.002)
   process.send_signal(number)
@@ -71,28 +66,28 @@ def test_files_of_a_run(whole):
   assert list((whole / 'tensorboard').iterdir())
 
 
-def test_killed_run_ends_as_if_it_had_not_been(whole, tmp_path, cache):
+def test_killed_run_ends_as_if_it_had_not_been(whole, tmp_path):
   """Killed before anything was saved, while a checkpoint is written, and just after a row."""
   workdir = tmp_path / 'run'
   def being_written():
     return any('tmp' in folder.name for folder in (workdir / 'checkpoints').glob('*'))
 
   for condition in ((workdir / 'metrics.jsonl').exists, being_written, has_rows(workdir, 5)):
-    code, _, _ = run_until(workdir, cache, condition, signal.SIGKILL)
+    code, _, _ = run_until(workdir, condition, signal.SIGKILL)
     assert code == -signal.SIGKILL and not (workdir / 'summary.json').exists()
-  code, out, err = run_until(workdir, cache, lambda: False, 0)
+  code, out, err = run_until(workdir, lambda: False, 0)
   assert code == 0 and err == ''
   assert 'resuming' in out
   assert_same_run(workdir, whole)
 
 
-def test_sigterm_saves_first(whole, tmp_path, cache):
+def test_sigterm_saves_first(whole, tmp_path):
   workdir = tmp_path / 'run'
-  code, _, err = run_until(workdir, cache, has_rows(workdir, 2), signal.SIGTERM)
+  code, _, err = run_until(workdir, has_rows(workdir, 2), signal.SIGTERM)
   assert code == 128 + signal.SIGTERM
   saved = max(int(folder.name) for folder in (workdir / 'checkpoints').iterdir())
   assert err == f'train.py: SIGTERM: saved step {saved}; the same command goes on from there\n'
-  code, out, _ = run_until(workdir, cache, lambda: False, 0)
+  code, out, _ = run_until(workdir, lambda: False, 0)
   assert code == 0 and f'at step {saved}\n' in out
   assert_same_run(workdir, whole)
 

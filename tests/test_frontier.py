@@ -12,6 +12,7 @@ from lfg_jax import data
 from lfg_jax.errors import UserError
 from lfg_jax.training import configs
 from tests.runs import FLAGS, ROOT
+from tests.statistics import is_mean
 
 EXPERIMENTS = ROOT / 'experiments'
 
@@ -72,7 +73,7 @@ def test_errors_of_signals_are_as_theory_says():
     assert list(predicted) == [*LAYERS, 'blocks/token', 'blocks/channel', 'blocks/group']
     for layer, theory in predicted.items():
       errors = np.asarray(drawn[layer]['signal_error'])
-      assert abs(errors.mean() - theory) <= 4 * errors.std(ddof=1) / 4 + 1e-6
+      assert is_mean(errors, theory, slack=1e-6)
       is_exact = name != 'joint' and layer.endswith('group')
       assert (theory == 0) == (np.mean(drawn[layer]['relative_error']) < 1e-9) == is_exact
 

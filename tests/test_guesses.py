@@ -13,9 +13,8 @@ from lfg_jax.estimators.tangents import Passes
 from lfg_jax.estimators.taps import Tap
 from lfg_jax.training import algorithms, rules
 from tests.small import compose, gradient, relative_error, small
-from tests.test_unbiased import model, verdict, z_scores
-
-SIGMAS = 4.5
+from tests.statistics import SIGMAS, is_mean, verdict, z_of_mean, z_scores
+from tests.test_unbiased import model
 
 
 def with_guess(s, weights):
@@ -153,13 +152,13 @@ def test_a_users_guess_leaves_the_error_that_theory_has():
       samples = estimates(guess, law=law, passes=passes)['bias']
       errors = ((samples - g.sum(0))**2).sum(-1)
       expected = law.excess(8, passes) * ((g - h)**2).sum()
-      assert abs(errors.mean() - expected) < 4 * errors.std() / len(errors)**0.5
+      assert is_mean(errors, expected)
       assert expected == pytest.approx(variance.predicted_taps(law, [passes], [8], [float(((g - h)**2).sum())],
                                                                joint=False)[0])
 
 
 def bias_z(samples, target):
-  return float((jnp.abs(samples.mean(0) - target) / (samples.std(0) / len(samples)**0.5)).max())
+  return z_of_mean(samples, target).max()
 
 
 def test_a_guess_that_sees_the_tangent_is_biased_and_the_test_sees_it():

@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 from lfg_jax import forward_grad
 from lfg_jax.estimators import guided
 from lfg_jax.estimators.tangents import Passes, hadamard, normal
+from tests.statistics import SIGMAS, is_mean, z_of_mean
 
 D, DRAWS = 8, 20_000
 G = jnp.arange(1.0, D + 1) / 4
@@ -24,12 +25,11 @@ def estimates(law, passes, chunk=None):
 
 
 def largest_z(samples, mean):
-  return (np.abs(samples.mean(0) - mean) / (samples.std(0) / DRAWS**0.5)).max()
+  return z_of_mean(samples, mean).max()
 
 
-def squared_error(samples):
-  errors = ((samples - np.asarray(G))**2).sum(1)
-  return errors.mean(), errors.std() / DRAWS**0.5
+def squared_errors(samples):
+  return ((samples - np.asarray(G))**2).sum(1)
 
 
 def test_along_is_the_projection():
@@ -40,21 +40,20 @@ def test_along_is_the_projection():
 @pytest.mark.parametrize(('passes', 'chunk'), [(3, None), (6, 2)])
 def test_mixed_is_unbiased_with_the_error_of_the_rest_only(passes, chunk):
   samples = estimates(guided.mixed(GUIDE), passes, chunk)
-  assert largest_z(samples, G) < 4.5 < largest_z(samples, ALONG)
-  mean, error = squared_error(samples)
+  assert largest_z(samples, G) < SIGMAS < largest_z(samples, ALONG)
   expected = normal.excess(D - 2, passes - 2) * float(((G - ALONG)**2).sum())
-  assert abs(mean - expected) < 4 * error
+  assert is_mean(squared_errors(samples), expected)
   assert expected < normal.excess(D, passes) * float((G**2).sum())
 
 
 @pytest.mark.parametrize('law', [normal, hadamard])
 def test_within_is_unbiased_for_gradients_of_the_span(law):
   samples = estimates(guided.within(GUIDE, law), 1)
-  assert largest_z(samples, ALONG) < 4.5 < largest_z(samples, G)
+  assert largest_z(samples, ALONG) < SIGMAS < largest_z(samples, G)
   inside = jnp.stack([G, GUIDE[1]])
-  assert largest_z(estimates(guided.within(inside, law), 1), G) < 4.5
-  mean, error = squared_error(estimates(guided.within(inside, law), 1))
-  assert abs(mean - law.excess(2, 1) * float((G**2).sum())) < 4 * error
+  assert largest_z(estimates(guided.within(inside, law), 1), G) < SIGMAS
+  errors = squared_errors(estimates(guided.within(inside, law), 1))
+  assert is_mean(errors, law.excess(2, 1) * float((G**2).sum()))
   assert np.allclose(estimates(guided.within(inside, hadamard), 2)[0], G, rtol=1e-4)
 
 
@@ -90,10 +89,10 @@ def test_a_network_with_a_guide(kind):
   run = forward_grad(loss, law=guided.mixed(guide), passes=2)
   samples = np.asarray(jax.jit(jax.vmap(lambda key: run(w, key=key)))(jax.random.split(jax.random.key(0), DRAWS)))
   cosine = float(guide[0] @ gradient) / np.linalg.norm(guide) / np.linalg.norm(gradient)
-  assert largest_z(samples, gradient) < 4.5 < largest_z(samples, 1.1 * gradient)
+  assert largest_z(samples, gradient) < SIGMAS < largest_z(samples, 1.1 * gradient)
   errors = ((samples - gradient)**2).sum(1)
   expected = normal.excess(len(w) - 1, 1) * (1 - cosine**2) * (gradient**2).sum()
-  assert abs(errors.mean() - expected) < 4 * errors.std() / DRAWS**0.5
+  assert is_mean(errors, expected)
   assert (expected < normal.excess(len(w), 2) * (gradient**2).sum()) == (cosine**2 > 0.5)
 
 
@@ -104,7 +103,7 @@ def test_excess_is_that_of_a_guide_of_random_direction(make, passes):
     law = make(jax.random.normal(guide_key, (2, D)))
     return ((forward_grad(lambda x: G @ x, law=law, passes=passes)(jnp.zeros(D), key=key) - G)**2).sum() / (G**2).sum()
   errors = np.asarray(jax.jit(jax.vmap(error))(jax.random.split(jax.random.key(0), DRAWS)))
-  assert abs(errors.mean() - make(GUIDE).excess(D, passes)) < 4 * errors.std() / DRAWS**0.5
+  assert is_mean(errors, make(GUIDE).excess(D, passes))
 
 
 @pytest.mark.parametrize(('law', 'passes', 'message'), [

@@ -13,9 +13,9 @@ from lfg_jax.estimators.tangents import LAWS, Passes
 from lfg_jax.training import algorithms, rules
 from tests.small import relative_error
 from tests.small import small as small_model
+from tests.statistics import SIGMAS, is_mean, z_of_mean
 
 DRAWS = 20_000
-SIGMAS = 4.5    # of the standard error, over some 1,000 numbers
 
 
 def draws(law, passes, d, shape=()):
@@ -26,8 +26,7 @@ def draws(law, passes, d, shape=()):
 def z_of_second_moment(u_NxKxD):
   """Largest z-score of the mean over draws of (1/K) Σ_k u uᵀ against the identity."""
   outer = np.einsum('nki,nkj->nij', u_NxKxD, u_NxKxD) / u_NxKxD.shape[1]
-  error = np.abs(outer.mean(0) - np.eye(u_NxKxD.shape[2]))
-  return (error / np.maximum(outer.std(0) / DRAWS**0.5, 1e-5)).max()    # some entries do not vary
+  return z_of_mean(outer, np.eye(u_NxKxD.shape[2]), rounding=1e-5).max()    # some entries do not vary
 
 
 @pytest.mark.parametrize('name', sorted(LAWS))
@@ -40,7 +39,7 @@ def test_second_moment_is_the_identity_and_squared_error_the_known_factor(name, 
   g = np.linspace(-1, 2, d)
   estimate = np.einsum('nk,nkd->nd', u @ g, u) / passes
   errors = ((estimate - g)**2).sum(1) / (g**2).sum()
-  assert abs(errors.mean() - law.excess(d, passes)) <= SIGMAS * errors.std() / DRAWS**0.5 + 1e-5
+  assert is_mean(errors, law.excess(d, passes), SIGMAS, slack=1e-5)
 
 
 @pytest.mark.parametrize('name', ['coordinate', 'haar', 'hadamard'])
@@ -99,9 +98,7 @@ def test_projection_is_shorter_by_k_over_d_and_exact_when_the_span_is_all():
   samples = np.asarray(jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=500))(
       jax.random.split(jax.random.key(5), 4000)))
   expected = np.asarray(exact['stem']['channel']['kernel']) / 4
-  z = np.abs(samples.mean(0) - expected) / (samples.std(0) / 4000**0.5 + 1e-9)
-  assert z.max() < SIGMAS
-  assert (np.abs(samples.mean(0) - 4 * expected) / (samples.std(0) / 4000**0.5 + 1e-9)).max() > SIGMAS
+  assert z_of_mean(samples, expected).max() < SIGMAS < z_of_mean(samples, 4 * expected).max()
 
 
 @pytest.mark.parametrize(('options', 'message'), [

@@ -11,6 +11,7 @@ from flax import nnx
 from lfg_jax import mark, tap, value_and_activity_grad
 from lfg_jax.estimators import tangents
 from tests.small import relative_error
+from tests.statistics import SIGMAS, z_of_mean
 
 BATCH, STEPS = 3, 2
 KEYS = jax.random.split(jax.random.key(0), 8)
@@ -146,9 +147,7 @@ def test_unbiased(name):
   draws = jax.jit(run)(jax.random.split(KEYS[7], 10_000))
   for layer in exact:
     samples, target = draws[layer]['kernel'], exact[layer]['kernel']
-    deviation = samples.std(0) / 100
-    assert (jnp.abs(samples.mean(0) - target) / deviation).max() < 4.5
-    assert (jnp.abs(samples.mean(0) - 1.3 * target) / deviation).max() > 4.5
+    assert z_of_mean(samples, target).max() < SIGMAS < z_of_mean(samples, 1.3 * target).max()
 
 
 def test_names_are_the_paths_of_layers_and_parameters_keep_theirs():

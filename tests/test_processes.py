@@ -13,17 +13,12 @@ from lfg_jax.training import processes, train
 from tests.runs import FLAGS, start, tiny
 
 
-@pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp('cache')
-
-
-def two(folders, cache):
+def two(folders):
   with socket.socket() as free:
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
   return [start('train.py', f'--workdir={folder}', f'--coordinator={address}', '--processes=2', f'--process={i}',
-                '--config.epochs=5000', *FLAGS, cache=cache) for i, folder in enumerate(folders)]
+                '--config.epochs=5000', *FLAGS) for i, folder in enumerate(folders)]
 
 
 def ends(both):
@@ -38,9 +33,9 @@ def ends(both):
   return [process.returncode for process in both], [line for line, in lines]
 
 
-def test_a_signal_to_one_ends_both_with_what_they_saved(tmp_path, cache):
+def test_a_signal_to_one_ends_both_with_what_they_saved(tmp_path):
   """Nine steps are dispatched at once, so that few numbers of steps are looked at."""
-  both = two([tmp_path / 'run'] * 2, cache)
+  both = two([tmp_path / 'run'] * 2)
   rows = tmp_path / 'run' / 'metrics.jsonl'
   while both[0].poll() is None and not (rows.exists() and rows.read_text()):
     time.sleep(0.02)
@@ -52,16 +47,16 @@ def test_a_signal_to_one_ends_both_with_what_they_saved(tmp_path, cache):
   assert (tmp_path / 'run' / 'checkpoints' / step).is_dir()
 
 
-def test_two_folders_are_noticed(tmp_path, cache):
-  codes, lines = ends(two([tmp_path / 'one', tmp_path / 'two'], cache))
+def test_two_folders_are_noticed(tmp_path):
+  codes, lines = ends(two([tmp_path / 'one', tmp_path / 'two']))
   assert codes == [2, 2]
   for line in lines:
     assert line.startswith('train.py: processes [1] do not see the folder of process 0; allowed: one --workdir')
 
 
-def test_a_refusal_of_the_first_ends_both(tmp_path, cache):
+def test_a_refusal_of_the_first_ends_both(tmp_path):
   (tmp_path / 'thesis.tex').write_text('x')
-  codes, lines = ends(two([tmp_path] * 2, cache))
+  codes, lines = ends(two([tmp_path] * 2))
   assert codes == [2, 2]
   assert lines == [f'train.py: {tmp_path} exists and is not the folder of a run; name another',
                    'train.py: process 0 could not begin; see what it says']

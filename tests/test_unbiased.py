@@ -1,10 +1,7 @@
 """Every forward-gradient rule is unbiased for its target, parameter by parameter.
 
-Means over DRAWS estimates are compared with the exact gradient. Under the hypothesis of no bias, z of one number is
-standard normal, so that a leaf of n numbers has an r.m.s. z of 1 ± 1/√(2n), and the largest |z| of all of M numbers
-exceeds 5.5 with probability M·4e-8. A leaf must have an r.m.s. z within 6 of its standard errors, plus 0.1 for the
-skewness of the estimates' law (2nd order in 1/√DRAWS), and no number beyond 5.5 σ. The same test must reject estimators
-that are biased on purpose.
+Means over many estimates are compared with the exact gradient (tests/statistics.py). The same test must reject
+estimators that are biased on purpose.
 """
 
 import functools
@@ -18,48 +15,11 @@ from lfg_jax.estimators import activity
 from lfg_jax.losses.info_nce import Contrast
 from lfg_jax.training import algorithms, rules
 from tests.small import compose, gradient, relative_error, small
-
-DRAWS, CHUNK = 20_480, 256
-# Joins the standard error. Where gradient and estimates are zero but for float32's last bits (a bias before a norm that
-# removes it, a head's exact gradient), the mean of the rounding errors is no bias. Real standard errors are above 1e-4.
-ROUNDING = 1e-6
+from tests.statistics import verdict, z_scores
 
 
 def model(**changes):
   return small(**{'channels': 8, 'groups': 2, 'blocks': 3, 'batch': 2, 'classes': 3, **changes})
-
-
-def z_scores(run, target):
-  """[n] per leaf: (mean - target) / standard error, over DRAWS draws of `run(key) -> gradient`."""
-  @jax.jit
-  def moments(key, shift):
-    draws = jax.vmap(run)(jax.random.split(key, CHUNK))
-    deviations = jax.tree.map(jnp.subtract, draws, shift)
-    return jax.tree.map(lambda d: (d.sum(0), (d * d).sum(0)), deviations)
-
-  total = None
-  for i in range(DRAWS // CHUNK):
-    part = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), moments(jax.random.key(i), target))
-    total = part if total is None else jax.tree.map(np.add, total, part)
-
-  def z(pair):
-    mean, square = pair[0] / DRAWS, pair[1] / DRAWS
-    return (mean / np.sqrt(np.maximum(square - mean**2, 0) / DRAWS + ROUNDING**2)).ravel()
-
-  return jax.tree.map(z, total, is_leaf=lambda x: isinstance(x, tuple))
-
-
-def verdict(scores):
-  """Names of leaves that look biased. Numbers without gradient and noise (z = 0 in all draws) do not count."""
-  bad = []
-  for path, z in jax.tree_util.tree_leaves_with_path(scores):
-    z = z[z != 0]
-    if not z.size:
-      continue
-    rms = np.sqrt((z**2).mean())
-    if rms > 1.1 + 6 / np.sqrt(2 * z.size) or np.abs(z).max() > 5.5:
-      bad.append(f'{jax.tree_util.keystr(path)}: r.m.s. z {rms:.2f}, largest {np.abs(z).max():.1f}')
-  return bad
 
 
 def judge(s, name, target_name, **options):

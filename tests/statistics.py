@@ -1,0 +1,83 @@
+"""Telling a bias from noise: how the tests measure in standard errors, and all thresholds, in σ.
+
+Seeds are fixed: a test that passes once always does, until something changes what is drawn.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SINGLE = 4.0     # one number: beyond it by chance once in 16,000
+ROW = 3.0        # one number, where the test must see twice the value as wrong: once in 370
+SIGMAS = 4.5     # the largest of up to 1,000 numbers: once in 150
+LARGEST = 5.5    # the largest of all parameters of a small network: M numbers, with probability M·4e-8
+LEAF = 6.0       # an r.m.s. z over n numbers, which is 1 ± 1/√(2n)
+SKEWNESS = 0.1   # added to 1 there: the law of a mean of estimates is not quite normal (2nd order in 1/√draws)
+RMS = 1.5        # an r.m.s. z over all numbers of a small network
+
+DRAWS, CHUNK = 20_480, 256
+# Joins the standard error. Where gradient and estimates are zero but for float32's last bits (a bias before a norm that
+# removes it, a head's exact gradient), the mean of the rounding errors is no bias. Real standard errors are above 1e-4.
+ROUNDING = 1e-6
+
+
+def standard_error(samples):
+  """Of the mean over the first axis."""
+  return np.asarray(samples).std(0, ddof=1) / len(samples)**0.5
+
+
+def z_of_mean(samples, expected, rounding=1e-9):
+  """|mean over the first axis - expected| in standard errors, number by number; `rounding` joins the error."""
+  samples = np.asarray(samples)
+  return np.abs(samples.mean(0) - np.asarray(expected)) / (standard_error(samples) + rounding)
+
+
+def is_mean(samples, expected, sigmas=SINGLE, slack=0.0):
+  """Whether means are as expected, up to `sigmas` standard errors, and `slack` for rounding."""
+  samples = np.asarray(samples)
+  return bool((np.abs(samples.mean(0) - np.asarray(expected)) <= sigmas * standard_error(samples) + slack).all())
+
+
+# --- gradients of a network -----------------------------------------------------------------------
+
+
+def z_scores(run, target):
+  """[n] per leaf: (mean - target) / standard error, over DRAWS draws of `run(key) -> gradient`."""
+  @jax.jit
+  def moments(key, shift):
+    draws = jax.vmap(run)(jax.random.split(key, CHUNK))
+    deviations = jax.tree.map(jnp.subtract, draws, shift)
+    return jax.tree.map(lambda d: (d.sum(0), (d * d).sum(0)), deviations)
+
+  total = None
+  for i in range(DRAWS // CHUNK):
+    part = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), moments(jax.random.key(i), target))
+    total = part if total is None else jax.tree.map(np.add, total, part)
+
+  def z(pair):
+    mean, square = pair[0] / DRAWS, pair[1] / DRAWS
+    return (mean / np.sqrt(np.maximum(square - mean**2, 0) / DRAWS + ROUNDING**2)).ravel()
+
+  return jax.tree.map(z, total, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def verdict(scores):
+  """Names of leaves that look biased. Numbers without gradient and noise (z = 0 in all draws) do not count.
+
+  A leaf must have an r.m.s. z within LEAF of its standard errors, and no number beyond LARGEST.
+  """
+  bad = []
+  for path, z in jax.tree_util.tree_leaves_with_path(scores):
+    z = z[z != 0]
+    if not z.size:
+      continue
+    rms = np.sqrt((z**2).mean())
+    if rms > 1 + SKEWNESS + LEAF / np.sqrt(2 * z.size) or np.abs(z).max() > LARGEST:
+      bad.append(f'{jax.tree_util.keystr(path)}: r.m.s. z {rms:.2f}, largest {np.abs(z).max():.1f}')
+  return bad
+
+
+def is_unbiased(measured, exact):
+  """No bias of a `variance.Measured`, and a test that sees one of a third of the gradient."""
+  assert measured.bias_z(exact) < RMS
+  assert measured.bias_z(jax.tree.map(lambda g: 1.3 * g, exact)) > RMS
