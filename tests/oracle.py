@@ -23,18 +23,43 @@ def naive_replicated_loss(features_BxPxGxC, kernel_GxCxK, bias_K, label_B, cut_p
   return -jnp.take_along_axis(log_p, label_B[:, None, None, None], -1)[..., 0]
 
 
-def block(params, x, groups, mix):
+def norm(name, without, x):
+  """`layer_norm`, where it is not left out."""
+  return x if name == without else layer_norm(x)
+
+
+def mixed(x_BxPxC, kernel):
+  """Tokens mixed by a P×P matrix, or channel by channel by a k×k convolution of their square grid."""
+  if kernel.ndim == 2:
+    return jnp.einsum('bpc,pq->bqc', x_BxPxC, kernel)
+  B, P, C = x_BxPxC.shape
+  side, k = round(P**0.5), kernel.shape[0]
+  around = (k // 2, k // 2)
+  grid = jnp.pad(x_BxPxC.reshape(B, side, side, C), ((0, 0), around, around, (0, 0)))
+  return sum(grid[:, i:i + side, j:j + side] * kernel[i, j, 0]
+             for i in range(k) for j in range(k)).reshape(B, P, C)
+
+
+def block(params, x, groups, mix, without=None):
   """One LocalMixer block (spec: LN → linear → LN → ReLU …) in one breath; returns the output [B, P, C]."""
   h = x
   if mix:
-    h = jnp.einsum('bpc,pq->bqc', layer_norm(h), params['token']['kernel']) + params['token']['bias']
-    h = jax.nn.relu(layer_norm(h))
-  h = layer_norm(h) @ params['channel']['kernel'] + params['channel']['bias']
-  h = jax.nn.relu(layer_norm(h))
-  g = layer_norm(h.reshape(*h.shape[:2], groups, -1))
+    h = mixed(norm('token_in', without, h), params['token']['kernel']) + params['token']['bias']
+    h = jax.nn.relu(norm('token_out', without, h))
+  h = norm('channel_in', without, h) @ params['channel']['kernel'] + params['channel']['bias']
+  h = jax.nn.relu(norm('channel_out', without, h))
+  g = norm('group_in', without, h.reshape(*h.shape[:2], groups, -1))
   g = jnp.einsum('bpgc,gcd->bpgd', g, params['group']['kernel']) + params['group']['bias']
-  z = layer_norm(g).reshape(h.shape)
+  z = norm('group_out', without, g).reshape(h.shape)
   return jax.nn.relu(z + x if mix else z)
+
+
+def logits(params, x, groups, without=None):
+  """Of the whole network, from its tokens."""
+  for n, p in enumerate(unstack(params)):
+    x = block(p, x, groups, mix=n > 0, without=without)
+  linear = params['readout']['linear']
+  return norm('readout', without, x.mean(1)) @ linear['kernel'] + linear['bias']
 
 
 def unstack(params):
@@ -46,18 +71,18 @@ def unstack(params):
   return out
 
 
-def objective(params, tokens, label, weight, groups, *, local, cut, loss=naive_replicated_loss):
+def objective(params, tokens, label, weight, groups, *, local, cut, loss=naive_replicated_loss, without=None):
   """What LG-BP (local, cut), L-BP (local) and BP descend: sum over replicas, weighted sum over examples."""
   x, value = tokens, 0.0
   for n, p in enumerate(unstack(params)):
-    x = block(p, jax.lax.stop_gradient(x) if cut else x, groups, mix=n > 0)
+    x = block(p, jax.lax.stop_gradient(x) if cut else x, groups, mix=n > 0, without=without)
     if local:
-      features = layer_norm(x.reshape(*x.shape[:2], groups, -1))
+      features = norm('head', without, x.reshape(*x.shape[:2], groups, -1))
       head, frozen = p['head'], jax.tree.map(jax.lax.stop_gradient, p['head'])
       value += (loss(features, frozen['kernel'], frozen['bias'], label).sum((1, 2)) * weight).sum()
       replicas = loss(jax.lax.stop_gradient(features), head['kernel'], head['bias'], label)
       value += (replicas.mean((1, 2)) * weight).sum()
   x = jax.lax.stop_gradient(x) if local else x
-  logits = layer_norm(x.mean(1)) @ params['readout']['linear']['kernel'] + params['readout']['linear']['bias']
-  log_p = jax.nn.log_softmax(logits)
+  linear = params['readout']['linear']
+  log_p = jax.nn.log_softmax(norm('readout', without, x.mean(1)) @ linear['kernel'] + linear['bias'])
   return value - (jnp.take_along_axis(log_p, label[:, None], -1)[:, 0] * weight).sum()
