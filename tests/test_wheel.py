@@ -1,5 +1,6 @@
 """The built wheel works for somebody who has only its dependencies."""
 
+import json
 import os
 import re
 import shutil
@@ -11,10 +12,10 @@ import venv
 import nbformat
 import pytest
 
-from tests.runs import ROOT
+from tests.runs import FLAGS, ROOT
 
 NOTEBOOK = ROOT / 'experiments' / 'notebooks' / 'compose_your_own_estimator.ipynb'
-SOURCES = ('lfg_jax', 'pyproject.toml', 'README.md', 'LICENSE')
+SOURCES = ('lfg_jax', 'configs', 'pyproject.toml', 'README.md', 'LICENSE')
 # Equinox is for the tests only: to import it is an error.
 PROGRAM = """
 import importlib.metadata, importlib.resources, pkgutil, sys
@@ -66,6 +67,24 @@ def test_a_stranger_runs_the_example(python):
   example = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)[1]
   out = run(python, '-I', '-c', PROGRAM, example, cwd=python.parent)
   assert out.split() == ['True']
+
+
+def test_a_stranger_trains(python, tmp_path):
+  """With the console script, outside the repository, by a config that is in the wheel."""
+  environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+  program = python.with_name('lfg-train')
+  run(program, *FLAGS, '--config.epochs=1', '--config.images=256', cwd=tmp_path, env=environment)
+  summary = json.loads((tmp_path / 'runs' / 'digits' / 'summary.json').read_text())
+  assert summary['steps'] == 256 // 64 and summary['dataset'] == 'digits'
+
+
+def test_the_wheel_has_every_folder_and_config(python):
+  (site,) = python.parent.parent.glob('lib/python*/site-packages')
+  files = lambda root, folder: {path.relative_to(root / folder).as_posix()
+                                for path in (root / folder).rglob('*.py')}
+  assert files(site, 'lfg_jax/configs') == files(ROOT, 'configs') != set()
+  inside = {path for path in files(site, 'lfg_jax') if not path.startswith('configs/')}
+  assert inside == files(ROOT, 'lfg_jax')
 
 
 @pytest.mark.skipif(not NOTEBOOK.exists(), reason='not written yet')

@@ -34,6 +34,7 @@ class Style(NamedTuple):
 
   Attributes:
     mixing: `linear` (a P×P matrix) or `conv` (depth-wise `conv_size` × `conv_size`).
+    conv_size: height and width of that convolution.
     norm: `layer`, `whole` (all axes of an example) or `batch`.
     norms: which of `NORMS` are there.
     init: `kaiming`, `lecun` or `constant`.

@@ -42,8 +42,8 @@ def mixer_spec(size: str = 'M/8/16', *, image_shape: tuple[int, int, int], class
     image_shape: (height, width, colours).
     classes: outputs of read-out and local heads.
     blocks, channels, hidden: numbers in place of those that the name implies (hidden: channels).
-    pool_every: pool tokens 2×2 → 1 after every so many blocks; 0: never. Channels and groups of the blocks
-      behind grow by `channel_ratio` and `group_ratio`.
+    pool_every: pool tokens 2×2 → 1 after every so many blocks; 0: never.
+    channel_ratio, group_ratio: by which channels and groups of the blocks behind a pooling grow.
     norms: which norms are there, of `mixer.NORMS`.
     **style: further fields of `mixer.Style`.
 

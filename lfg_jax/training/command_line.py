@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import configs
+from lfg_jax.training import configs, fields
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,6 +23,13 @@ class Parser(argparse.ArgumentParser):
   def __init__(self, description: str | None = None) -> None:
     super().__init__(description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
+
+  def format_help(self) -> str:
+    """With the config's fields, where the program has a config."""
+    text = super().format_help()
+    if '--config' not in self._option_string_actions:
+      return text
+    return f'{text}\n{fields.table()}'
 
   def error(self, message: str) -> NoReturn:
     """Called by argparse, which else prints the usage and exits."""

@@ -2,13 +2,14 @@
 
 A file in `configs/` has a function `get_config()` that changes fields of `base()`; the command line changes
 further ones (`--config.optimizer.learning_rate=0.1`, see `command_line`). `validate` finds what is wrong before any
-long work.
+long work. `fields` has what every field means.
 """
 
 import difflib
 import json
 import math
 import pathlib
+import re
 import runpy
 from collections.abc import Iterator
 from typing import Any
@@ -21,35 +22,62 @@ from lfg_jax.training import optimizers
 
 
 def base() -> ConfigDict:
-  """All fields.
+  """All fields, with their defaults.
 
-  `rules.Options` explains estimator and losses; `sizes.mixer_spec` and `mixer.Style` the model;
-  `optimizers.make` and `optimizers.schedule` the optimizer. With the contrastive loss, a batch has two views of
-  each of its `batch_size` images.
+  The docstrings of `rules.Options` explain those of estimator and losses, `sizes.mixer_spec` and `mixer.Style` those
+  of the model, `info_nce.Contrast` those of the contrastive loss. What is left is explained here; `--help` prints all.
+
+  Attributes:
+    algorithm: a rule of the paper or ours, of `rules.REGISTRY`.
+    loss: 'supervised' or 'contrastive'. With the latter a batch has two views of each of its images.
+    dataset: 'digits', 'mnist', 'fashion_mnist', 'cifar10' or 'imagenet2012'.
+    data_dir: where the data sets are; None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    image_size: height and width of streamed images; None: the data set's own.
+    images: how many to train on, the first so many; None: all.
+    init_from: folder of a run whose parameters are the first; None: random ones.
+    min_area: of a view's crop, as a part of the image's.
+    name: 'sgd', 'adam', 'adamw' or 'lars'.
+    learning_rate: the highest, after the warm-up.
+    scale_with_batch: whether rates are those of a batch of 256 and grow in proportion to it.
+    momentum: also Adam's b1.
+    weight_decay: of kernels only; for sgd and adam as L2 regularisation.
+    schedule: of the learning rate: 'constant', 'linear', 'staircase' or 'cosine'.
+    warmup_epochs: in which the rate rises from 0.
+    staircase_epochs: at which a staircase falls.
+    staircase_factor: by which it does.
+    readout_multiplier, head_multiplier: of the updates of the read-out, and of local heads.
+    epochs: how often all examples are learnt from.
+    batch_size: of all devices together.
+    micro_batch: most examples computed at once on a device; 0: what suits the machine.
+    steps_per_dispatch: steps that a device does by itself; signals and progress wait for them.
+    seed: of parameters, order and tangents.
+    eval_every: epochs between test errors.
+    checkpoint_every: epochs between checkpoints.
+    keep: how many checkpoints; the one with the best test error stays too.
+    distributed: several processes: calls jax.distributed.initialize().
   """
   return ConfigDict({
       'algorithm': 'LG-FG-A',
-      'loss': 'supervised',                          # or 'contrastive'
+      'loss': 'supervised',
       'dataset': 'digits',
-      'data_dir': config_dict.placeholder(str),      # None: $TFDS_DATA_DIR or ~/tensorflow_datasets
-      'image_size': config_dict.placeholder(int),    # None: the data set's own
-      'images': config_dict.placeholder(int),        # to train on, the first so many; None: all
-      'init_from': config_dict.placeholder(str),     # folder of a run whose parameters are the first; None: random ones
+      'data_dir': config_dict.placeholder(str),
+      'image_size': config_dict.placeholder(int),
+      'images': config_dict.placeholder(int),
+      'init_from': config_dict.placeholder(str),
       'model': {
-          'size': 'M/8/16',                          # size / patches per side / groups
+          'size': 'M/8/16',
           'blocks': config_dict.placeholder(int), 'channels': config_dict.placeholder(int),
-          'hidden': config_dict.placeholder(int),    # None: as the size implies
+          'hidden': config_dict.placeholder(int),
           'pool_every': 0, 'channel_ratio': 2, 'group_ratio': 2, 'pool': 'average',
           'norm': 'layer', 'norm_derivative': True, 'mixing': 'linear', 'conv_size': 3, 'init': 'lecun',
-          'norms': mixer.NORMS, 'precision': 'float32',    # or 'bfloat16': `mixer.Style`
+          'norms': mixer.NORMS, 'precision': 'float32',
       },
       'losses': {'patch': True, 'group': True, 'every': 1, 'overlap': False},
-      # `contrastive.Contrast`; min_area: of a view's crop, as a part of the image's
       'contrastive': {'temperature': 0.5, 'stop_gradient': True, 'shared_views': True, 'min_area': 0.08},
       'estimator': {
           'law': 'hadamard', 'passes': 1, 'chunk': 4, 'combine': 'mean',
-          'taps': 'auto', 'last_tap': 'auto', 'guess': 'auto', 'guess_rate': 3e-3,    # auto: as the algorithm has it
-          'tap_passes': dict.fromkeys(mixer.TAPS, 0),    # 0: passes
+          'taps': 'auto', 'last_tap': 'auto', 'guess': 'auto', 'guess_rate': 3e-3,
+          'tap_passes': dict.fromkeys(mixer.TAPS, 0),
           'sharing': 'paper', 'credit': 'exact', 'step': 1e-3,
       },
       'optimizer': {
@@ -58,14 +86,14 @@ def base() -> ConfigDict:
           'readout_multiplier': 0.1, 'head_multiplier': 1.0,
       },
       'epochs': 10,
-      'batch_size': 128,             # of all devices together
-      'micro_batch': 0,              # most examples computed at once on a device; 0: what suits the machine
-      'steps_per_dispatch': 1,       # that the device does by itself; signals and progress wait for them
+      'batch_size': 128,
+      'micro_batch': 0,
+      'steps_per_dispatch': 1,
       'seed': 0,
-      'eval_every': 1,               # epochs
-      'checkpoint_every': 1,         # epochs
-      'keep': 2,                     # checkpoints; the one with the best test error stays too
-      'distributed': False,          # several processes: calls jax.distributed.initialize()
+      'eval_every': 1,
+      'checkpoint_every': 1,
+      'keep': 2,
+      'distributed': False,
   })
 
 
@@ -169,15 +197,37 @@ def to_json(config: ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
 
 
+def folder() -> pathlib.Path:
+  """Where the config files of this package are: inside an installed package, beside it in the repository."""
+  package = pathlib.Path(__file__).parent.parent
+  inside = package / 'configs'
+  return inside if inside.is_dir() else package.parent / 'configs'
+
+
 def load(path: str) -> ConfigDict:
   """What `get_config()` of a file returns.
+
+  Args:
+    path: of a file, or the name of one in `folder()`: 'digits'.
 
   Raises:
     UserError: no such file, or an error in it.
   """
-  if not pathlib.Path(path).is_file():
-    raise UserError(f'config file {path} not found')
+  path = str(_find(path))
   try:
     return runpy.run_path(path)['get_config']()
   except Exception as error:    # whatever the user's file raises
     raise UserError(f'config file {path}: {type(error).__name__}: {" ".join(str(error).split())}') from error
+
+
+def _find(path: str) -> pathlib.Path:
+  if pathlib.Path(path).is_file():
+    return pathlib.Path(path)
+  if not re.fullmatch(r'\w+', path):
+    raise UserError(f'config file {path} not found')
+  if (named := folder() / f'{path}.py').is_file():
+    return named
+  known = sorted(file.stem for file in folder().glob('*.py'))
+  near = difflib.get_close_matches(path, known, 1)
+  hint = f'did you mean {near[0]}? ' if near else ''
+  raise UserError(f'no config {path}; {hint}allowed: {", ".join(known)}, or the path of a file')

@@ -1,0 +1,55 @@
+"""What every field of the config means, read from the docstrings that say it."""
+
+import inspect
+import re
+import textwrap
+from typing import Any
+
+from lfg_jax.losses import info_nce
+from lfg_jax.models import mixer, sizes
+from lfg_jax.training import configs, rules
+
+# Who explains the fields of a part of the config; what they do not explain, `configs.base` does.
+EXPLAINED: dict[str, tuple[Any, ...]] = {
+    'model': (sizes.mixer_spec, mixer.Style), 'losses': (rules.Options,),
+    'estimator': (rules.Options,), 'contrastive': (info_nce.Contrast,),
+}
+_ENTRY = re.compile(r'^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)', re.M)
+
+
+def explained(thing: Any) -> dict[str, str]:
+  """The entries `name: text` of a docstring's lists.
+
+  >>> explained(rules.Options)['step']
+  'ε of finite differences.'
+  """
+  text = textwrap.indent(inspect.getdoc(thing) or '', '  ')
+  return {name: ' '.join(entry.split())
+          for names, entry in _ENTRY.findall(text) for name in names.split(', ')}
+
+
+def meanings() -> dict[str, str]:
+  """By dotted name; a tap's number of passes is explained with the others'."""
+  found, rest = {}, explained(configs.base)
+  known = {part: {name: text for thing in things for name, text in explained(thing).items()}
+           for part, things in EXPLAINED.items()}
+  for dotted, _ in configs.flatten(configs.base()):
+    part, _, name = dotted.partition('.')
+    texts = {**rest, **known.get(part, {})} if name else rest
+    found[dotted] = texts.get((name or part).partition('.')[0], '')
+  return found
+
+
+def table(width: int = 100) -> str:
+  """All fields with defaults and meanings, as text for `--help`."""
+  lines = ['config fields, as --config.FIELD=VALUE (defaults are of configs.base(); '
+           'a config file may set others, which', '--print_config shows):']
+  texts = meanings()
+  for field, default in configs.flatten(configs.base()):
+    lines.append(f'  {field} = {_shown(default)}')
+    lines += textwrap.wrap(texts[field], width, initial_indent=' ' * 6, subsequent_indent=' ' * 6)
+  return '\n'.join(lines) + '\n'
+
+
+def _shown(value: Any) -> str:
+  return ','.join(map(str, value)) if isinstance(value, tuple) else str(value)
