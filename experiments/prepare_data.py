@@ -1,48 +1,7 @@
-"""Downloads a data set and writes it as array_record files, which training reads without TensorFlow.
+"""Prepares a data set for training: `python experiments/prepare_data.py --help`."""
 
-    pip install tensorflow
-    python experiments/prepare_data.py --dataset=cifar10 --data_dir=DIR
-
-ImageNet cannot be downloaded: put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (of
-https://image-net.org/download-images, after registration) in the folder that --manual_dir names.
-"""
-
-import importlib.util
-import pathlib
-
-import tensorflow_datasets as tfds
-
-from lfg_jax import data
-from lfg_jax.errors import UserError
 from lfg_jax.training import command_line
-
-TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
-
-
-def check(dataset: str, manual_dir: str | None) -> None:
-  """Raises UserError when something is missing that the user has to provide."""
-  if dataset == 'imagenet2012':
-    missing = [tar for tar in TARS if not manual_dir or not (pathlib.Path(manual_dir) / tar).exists()]
-    if missing:
-      raise UserError(f'imagenet2012 must be downloaded by hand, from https://image-net.org/download-images: '
-                      f'{", ".join(missing)} not found; name their folder with --manual_dir')
-  if importlib.util.find_spec('tensorflow') is None:
-    raise UserError('preparing data needs TensorFlow (training does not); install it with: pip install tensorflow')
-
-
-def main(arguments: list[str]) -> None:
-  """Prepares one data set."""
-  parser = command_line.Parser(description=__doc__)
-  parser.add_argument('--dataset', choices=list(data.TFDS), required=True)
-  parser.add_argument('--data_dir', help='where to; default: $TFDS_DATA_DIR or ~/tensorflow_datasets')
-  parser.add_argument('--manual_dir', help='where the two tar files of ImageNet are')
-  given = parser.parse_args(arguments)
-  check(given.dataset, given.manual_dir)
-  builder = tfds.builder(given.dataset, data_dir=given.data_dir, file_format='array_record')
-  builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=given.manual_dir))
-  print(f'{given.dataset} is in {builder.data_dir}:',
-        {split: info.num_examples for split, info in builder.info.splits.items()})
-
+from lfg_jax.training.prepare_data import main
 
 if __name__ == '__main__':
   command_line.run(main)

@@ -132,7 +132,7 @@ def test_values_may_be_arguments_of_their_own():
 def test_missing_data_names_the_command(tmp_path, monkeypatch, capsys):
   arguments = [f'--config={ROOT}/configs/mnist.py', f'--config.data_dir={tmp_path}', '--workdir=/nowhere/run']
   message = (f'train.py: dataset mnist is not in {tmp_path}; prepare it with: '
-             f'python experiments/prepare_data.py --dataset=mnist --data_dir={tmp_path}\n')
+             f'python -m lfg_jax.training.prepare_data --dataset=mnist --data_dir={tmp_path}\n')
   assert run(monkeypatch, capsys, arguments) == (2, '', message)
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import io
 import json
 import os
-import pathlib
 import sys
 import time
 
@@ -19,8 +18,7 @@ from PIL import Image
 
 from lfg_jax import data
 from lfg_jax.errors import UserError
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from lfg_jax.training import prepare_data
 
 
 @pytest.fixture(scope='module')
@@ -138,7 +136,7 @@ def test_image_size_of_arrays_is_their_own():
 def test_missing_data_is_refused_with_the_command_that_prepares_it(name, tmp_path):
   assert refusal(FileNotFoundError, name, data_dir=str(tmp_path)) == (
       f'dataset {name} is not in {tmp_path}; prepare it with: '
-      f'python experiments/prepare_data.py --dataset={name} --data_dir={tmp_path}')
+      f'python -m lfg_jax.training.prepare_data --dataset={name} --data_dir={tmp_path}')
 
 
 def test_the_default_folder_is_that_of_tfds(tmp_path, monkeypatch):
@@ -158,7 +156,7 @@ def test_missing_files_and_splits_are_refused(tmp_path):
   folder = write(tmp_path)
   (folder / 'mnist-test.array_record-00000-of-00001').unlink()
   expected = (f'{folder} lacks files of the test split; remove it and run: '
-              f'python experiments/prepare_data.py --dataset=mnist --data_dir={tmp_path}')
+              f'python -m lfg_jax.training.prepare_data --dataset=mnist --data_dir={tmp_path}')
   assert refusal(FileNotFoundError, 'mnist', data_dir=str(tmp_path)) == expected
 
 
@@ -177,9 +175,6 @@ def test_files_without_random_access_are_refused(tmp_path):
 
 
 def test_preparing_checks_what_the_user_has_to_provide(tmp_path, monkeypatch):
-  spec = importlib.util.spec_from_file_location('prepare_data', ROOT / 'experiments/prepare_data.py')
-  prepare_data = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(prepare_data)
   with pytest.raises(UserError, match=r'^imagenet2012 must be .* ILSVRC2012_img_train.tar, .*--manual_dir$'):
     prepare_data.main(['--dataset=imagenet2012', f'--manual_dir={tmp_path}'])
   for tar in prepare_data.TARS:

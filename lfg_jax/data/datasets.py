@@ -3,7 +3,7 @@
 `digits` is part of the package: the 1,797 8×8 images that scikit-learn has, the test part of "Optical
 Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998, UCI Machine Learning Repository,
 doi 10.24432/C50P49, CC BY 4.0). The others are TFDS data sets, prepared as array_record files by
-`experiments/prepare_data.py` and read without TensorFlow.
+`training.prepare_data` and read without TensorFlow.
 """
 
 import importlib.resources
@@ -155,7 +155,7 @@ def _source(name: str, split: str, data_dir: str | None) -> Source:
   import tensorflow_datasets as tfds  # here: half a second that `digits` does without
 
   place = tfds.core.Path(data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')).expanduser()
-  command = f'python experiments/prepare_data.py --dataset={name} --data_dir={place}'
+  command = f'python -m lfg_jax.training.prepare_data --dataset={name} --data_dir={place}'
   folders = [info.parent for info in (place / name).glob('*/dataset_info.json')]
   folders = [folder for folder in folders if tfds.core.Version.is_valid(folder.name)]
   if not folders:
