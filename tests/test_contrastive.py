@@ -282,16 +282,22 @@ def test_direct_feedback_sends_the_error_of_the_projection():
   assert variables['feedback']['stem']['after_channel'].shape[0] == 6
   x, criterion = inputs(s, jax.random.key(5))
   model = LocalMixer(s.spec, project=True)
-  z = model.apply({'params': variables['params']}, x)[1]['head'][0]
-  _, error = info_nce.end_losses((z, z), criterion.weight_B, s.spec.style.contrast)
+  z = jax.jit(lambda params: model.apply({'params': params}, x)[1]['head'][0])(variables['params'])
+  _, error = jax.jit(lambda z: info_nce.end_losses((z, z), criterion.weight_B, s.spec.style.contrast))(z)
   naive_loss = lambda moved: (info_nce.info_nce(moved, z, jnp.ones(8, bool), s.spec.style.contrast) / 8).sum()
-  np.testing.assert_allclose(error, jax.grad(naive_loss)(z), rtol=1e-4, atol=1e-7)
+  np.testing.assert_allclose(error, jax.jit(jax.grad(naive_loss))(z), rtol=1e-4, atol=1e-7)
   grads = jax.jit(algorithm.gradient)(variables, jax.random.key(5), s.batch)[0]
   stem = variables['params']['stem']['channel']
   layer = lambda w: oracle.layer_norm(oracle.layer_norm(x) @ w['kernel'] + w['bias'])
-  out, pull = jax.vjp(layer, stem)
-  signal = jnp.einsum('bk,kpgc->bpgc', error, variables['feedback']['stem']['after_channel']).reshape(out.shape)
-  assert relative_error(grads['stem']['channel'], pull(signal * (out > 0))[0]) < 1e-5
+
+  @jax.jit
+  def expected(matrix):
+    out, pull = jax.vjp(layer, stem)
+    signal = jnp.einsum('bk,kpgc->bpgc', error, matrix).reshape(out.shape)
+    return pull(signal * (out > 0))[0]
+
+  wanted = expected(variables['feedback']['stem']['after_channel'])
+  assert relative_error(grads['stem']['channel'], wanted) < 1e-5
 
 
 def test_views_share_perturbations_or_not():

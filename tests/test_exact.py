@@ -157,14 +157,14 @@ def test_direct_feedback_sends_the_output_error_to_every_layer():
   matrices = jax.jit(algorithm.init)(jax.random.key(3))['feedback']
   grads, _ = jax.jit(algorithm.gradient)({**s.variables, 'feedback': matrices}, jax.random.key(0), s.batch)
   # By hand, for the stem's first linear layer: error × matrix, masked by the ReLU, through norm and linear map.
-  p = s.variables['params']
-  x = s.prepare(s.batch.image)
-  y = x
-  for n, params in enumerate(oracle.unstack(p)):
-    y = oracle.block(params, y, 4, mix=n > 0)
-  logits = oracle.layer_norm(y.mean(1)) @ p['readout']['linear']['kernel'] + p['readout']['linear']['bias']
-  error = (jax.nn.softmax(logits) - jax.nn.one_hot(s.batch.label, 5)) * s.batch.weight[:, None]
-  layer = lambda w: oracle.layer_norm(oracle.layer_norm(x) @ w['kernel'] + w['bias'])
-  z, pull = jax.vjp(layer, p['stem']['channel'])
-  signal = jnp.einsum('bk,kpgc->bpgc', error, matrices['stem']['after_channel']).reshape(z.shape) * (z > 0)
-  assert relative_error(grads['stem']['channel'], pull(signal)[0]) < 1e-5
+  @jax.jit
+  def expected(p, matrix):
+    x = s.prepare(s.batch.image)
+    error = jax.nn.softmax(oracle.logits(p, x, 4)) - jax.nn.one_hot(s.batch.label, 5)
+    layer = lambda w: oracle.layer_norm(oracle.layer_norm(x) @ w['kernel'] + w['bias'])
+    z, pull = jax.vjp(layer, p['stem']['channel'])
+    signal = jnp.einsum('bk,kpgc->bpgc', error * s.batch.weight[:, None], matrix).reshape(z.shape)
+    return pull(signal * (z > 0))[0]
+
+  wanted = expected(s.variables['params'], matrices['stem']['after_channel'])
+  assert relative_error(grads['stem']['channel'], wanted) < 1e-5

@@ -54,12 +54,12 @@ def test_update_is_the_gradient_of_the_whole_batch():
   """Against the algorithm without devices, mesh and optimizer, on examples picked here."""
   config, dataset = tiny(algorithm='BP'), data.load('digits')
   algorithm = algorithms.make(config, dataset)
-  variables = algorithm.init(jax.random.key(0))
+  variables = jax.jit(algorithm.init)(jax.random.key(0))
   row = np.asarray(data.epoch_order(jax.random.fold_in(jax.random.key(1), 0), 1438, 64)[-1])
   row = row[row >= 0]
   images, labels = dataset.train
   batch = data.Batch(images[row], labels[row], jnp.full(len(row), 1 / len(row)))
-  grads, aux = algorithm.gradient(variables, jax.random.key(9), batch)
+  grads, aux = jax.jit(algorithm.gradient)(variables, jax.random.key(9), batch)
   after = updated(config, 8, first_step=STEPS - 1, steps=1)
   expected = jax.tree.map(lambda p, g: p - 0.1 * g, variables['params'], grads)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), after.params, expected)
@@ -86,7 +86,7 @@ def test_errors_are_of_the_whole_sets():
   for split in (dataset.train, dataset.test):
     error = update.make_error(algorithms.make(config, dataset, update.AXIS), mesh(8),
                               update.make_feed(split, mesh(8), 64))
-    predicted = algorithm.predict({'params': params}, jnp.asarray(split.image_NxHxWxC)).argmax(-1)
+    predicted = jax.jit(algorithm.predict)({'params': params}, jnp.asarray(split.image_NxHxWxC)).argmax(-1)
     expected = (predicted != split.label_N).mean()
     np.testing.assert_allclose(error(after._replace(params=params)), expected, rtol=1e-6)
   zero = jax.nn.softmax(jnp.zeros(10)).max()    # heads and read-out start at zero
