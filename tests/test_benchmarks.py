@@ -8,6 +8,8 @@ import pytest
 from lfg_jax.errors import UserError
 from tests.runs import ROOT
 
+pytestmark = pytest.mark.slow
+
 EXPERIMENTS = ROOT / 'experiments'
 
 

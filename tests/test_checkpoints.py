@@ -56,6 +56,7 @@ def has_rows(workdir, number):
   return lambda: path.exists() and path.read_text().count('\n') >= number
 
 
+@pytest.mark.slow
 def test_files_of_a_run(whole):
   assert [row['epoch'] for row in rows(whole)] == list(range(1, 9))
   assert rows(whole)[-1].keys() == {'step', 'epoch', 'train_loss', 'train_error', 'test_error'}
@@ -66,6 +67,7 @@ def test_files_of_a_run(whole):
   assert list((whole / 'tensorboard').iterdir())
 
 
+@pytest.mark.slow
 def test_killed_run_ends_as_if_it_had_not_been(whole, tmp_path):
   """Killed before anything was saved, while a checkpoint is written, and just after a row."""
   workdir = tmp_path / 'run'
@@ -81,6 +83,7 @@ def test_killed_run_ends_as_if_it_had_not_been(whole, tmp_path):
   assert_same_run(workdir, whole)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_first(whole, tmp_path):
   workdir = tmp_path / 'run'
   code, _, err = run_until(workdir, has_rows(workdir, 2), signal.SIGTERM)
@@ -111,6 +114,7 @@ def interrupt_at(monkeypatch, step):
   monkeypatch.setattr(train, '_epoch', epoch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('saved, fields', [
     (32, {'steps_per_dispatch': 9}), (30, {'steps_per_dispatch': 1, 'algorithm': 'FA', 'model__norm': 'batch'}),
 ], ids=['LG-FG-A', 'FA-batch'])
@@ -118,6 +122,7 @@ def test_interrupted_within_an_epoch(saved, fields, tmp_path, monkeypatch):
   _interrupted_within_an_epoch(train.prepare(tiny(**fields)), saved, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_interrupted_within_an_epoch_of_a_stream(tmp_path, monkeypatch):
   monkeypatch.setattr(data, 'load', lambda *_, **__: streamed(load('digits')))
   _interrupted_within_an_epoch(train.prepare(tiny()), 30, tmp_path, monkeypatch)

@@ -92,6 +92,7 @@ def fused(devices, dtype, contrast, cut):
 CUTS = [Cut(), Cut(False, True), Cut(True, False), Cut(False, False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cut', CUTS)
 @pytest.mark.parametrize('stop', [True, False])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.float64])
@@ -203,6 +204,7 @@ def naive_gradient(s, key, name, contrast):
   return jax.jit(jax.value_and_grad(lambda p: objective(p, s, key, name, contrast), has_aux=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stop', [True, False])
 @pytest.mark.parametrize('name', ['BP', 'L-BP', 'LG-BP'])
 def test_backprop_rules_equal_jax_grad_of_the_naive_network(name, stop):
@@ -250,6 +252,7 @@ def test_exact_parts_of_all_algorithms(name):
   assert all(jnp.abs(g).max() > 1e-6 for g in moving)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize('name', ['FA', 'L-FA', 'LG-FA'])
 def test_feedback_alignment_with_transposed_forward_matrices_is_backprop(name):
@@ -264,6 +267,7 @@ def test_feedback_alignment_with_transposed_forward_matrices_is_backprop(name):
   assert relative_error(gradient(variables, key, s.batch)[0], wanted) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize('name', ['FD-A', 'FD-W', 'LG-FD-W', 'LG-FD-A'])
 def test_finite_differences_approach_the_exact_derivative(name):
@@ -275,6 +279,7 @@ def test_finite_differences_approach_the_exact_derivative(name):
   assert errors[0] < 0.01 and errors[1] < 0.2 * errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('float64')
 def test_direct_feedback_sends_the_error_of_the_projection():
   s = contrastive_small()

@@ -145,6 +145,7 @@ def test_figures_are_measured():
   assert drawn == set(figures.FIGURES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path):
   notebook = nbformat.read(path, as_version=4)

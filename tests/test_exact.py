@@ -62,6 +62,7 @@ def test_displaced_replicas_are_the_naive_ones_with_frozen_copies():
 CASES = [('LG-BP', side, groups) for side in (1, 2, 4) for groups in (1, 4, 16)] + [('L-BP', 2, 4), ('BP', 2, 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'side', 'groups', 'dtype'), [(*case, jnp.float64) for case in CASES] + [
     (*case, jnp.float32) for case in (('LG-BP', 1, 16), ('LG-BP', 4, 4), ('L-BP', 2, 4), ('BP', 2, 4))])
 def test_backprop_rules_equal_jax_grad_of_the_naive_network(name, side, groups, dtype):
@@ -97,6 +98,7 @@ def objective_of_stages(params, s, groups, plan):
   return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('options', 'plan'), [
     ({'every': 2}, [(0, 1), (2, 3), (4,)]),
     ({'every': 3}, [(0, 1, 2), (3, 4)]),
@@ -151,6 +153,7 @@ def test_values_and_read_out_are_those_of_backprop(name):
   assert relative_error(grads['readout'], exact['readout']) < 1e-5
 
 
+@pytest.mark.slow
 def test_direct_feedback_sends_the_output_error_to_every_layer():
   s = small(blocks=2)
   algorithm = compose(s, 'DFA')

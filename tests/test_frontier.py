@@ -37,6 +37,7 @@ def frontier(out, *arguments):
   return {(row['variant'], row['passes'], row['layer']): row for row in content['rows']}, content
 
 
+@pytest.mark.slow
 def test_errors_fall_with_passes(tmp_path):
   rows, content = frontier(tmp_path, '--epochs=0', '--variants=joint', '--passes=1,4', '--draws=16')
   assert len(rows) == len(content['rows']) == 2 * len(LAYERS)
@@ -49,6 +50,7 @@ def test_errors_fall_with_passes(tmp_path):
   assert '| joint | hadamard | 4 |' in (tmp_path / 'frontier.md').read_text()
 
 
+@pytest.mark.slow
 def test_trained_network(tmp_path):
   rows, content = frontier(tmp_path, '--epochs=1', '--variants=exact last', '--passes=1',
                            '--draws=2')
@@ -59,6 +61,7 @@ def test_trained_network(tmp_path):
   assert (tmp_path / 'trained' / 'summary.json').exists()
 
 
+@pytest.mark.slow
 def test_errors_of_signals_are_as_theory_says():
   network = importlib.import_module('frontier_network')
   config = configs.base()
@@ -106,6 +109,7 @@ def test_frontier_refuses(argument, message, tmp_path):
 ACCURACY = [f'--config={ROOT}/configs/digits.py', *FLAGS, '--interval=20', '--max_epochs=3']
 
 
+@pytest.mark.slow
 def test_time_to_accuracy(tmp_path, capsys):
   arguments = [*ACCURACY, '--algorithms=BP,LG-FG-A', '--rates=BP=1e-8|1e-2', '--thresholds=60,0',
                f'--out={tmp_path}']

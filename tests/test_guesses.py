@@ -36,6 +36,7 @@ WEIGHTS = {'nothing': zeros, 'random': lambda s: s.variables['guess'],
            'the opposite': lambda s: jax.tree.map(lambda w: -2 * w, kernels(s))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [{'guess': 'after_channel'}, {'guess': 'all'},
                                      {'guess': 'all', 'sharing': 'shared', 'law': 'normal', 'passes': 2}],
                          ids=['one tap', 'all taps', 'shared normal'])
@@ -48,6 +49,7 @@ def test_unbiased_whatever_the_guess(weights, options):
   assert verdict(scores) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('style', [{}, {'norm': 'batch'}, {'norm': 'whole'}, {'mixing': 'conv'}, {'hidden': 32},
                                    {'norms': ('channel_out',)}], ids=str)
 def test_exact_with_the_kernels_for_feedback_and_behind_the_boundary_with_any(style):
@@ -76,6 +78,7 @@ def test_no_kernel_is_read_backwards():
     compose(s, 'LG-FG-A').gradient({'params': s.variables['params']}, jax.random.key(0), s.batch)
 
 
+@pytest.mark.slow
 def test_the_regression_follows_the_gradient_of_what_is_left():
   """On average over tangents; as many orthogonal ones as dimensions have that average."""
   s = model()
@@ -91,6 +94,7 @@ def test_the_regression_follows_the_gradient_of_what_is_left():
       jnp.abs(leaf).max() for leaf in jax.tree.leaves(target))
 
 
+@pytest.mark.slow
 def test_guesses_are_learned():
   """From nothing, with the network held fixed: the noise falls to a hundredth and less of what it was."""
   s = small(groups=2, channels=16, batch=16)

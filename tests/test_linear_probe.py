@@ -11,6 +11,8 @@ from lfg_jax.errors import UserError
 from lfg_jax.training.train import prepare, train
 from tests.runs import ROOT, tiny
 
+pytestmark = pytest.mark.slow
+
 
 def probe(*arguments):
   runpy.run_path(str(ROOT / 'experiments' / 'linear_probe.py'))['main']([str(a) for a in arguments])

@@ -117,6 +117,7 @@ def test_all_orthogonal_passes_of_each_tap_give_the_exact_gradient(name):
   assert relative_error(jax.jit(once)(jax.random.key(1))[1], grads_0) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['mlp', 'gru', 'convnet'])
 def test_unbiased_with_joint_taps_and_with_batch_norm_and_dropout(name):
   model, x, layers, _ = CASES[name]

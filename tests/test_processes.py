@@ -33,6 +33,7 @@ def ends(both):
   return [process.returncode for process in both], [line for line, in lines]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_ends_both_with_what_they_saved(tmp_path):
   """Nine steps are dispatched at once, so that few numbers of steps are looked at."""
   both = two([tmp_path / 'run'] * 2)
@@ -47,6 +48,7 @@ def test_a_signal_to_one_ends_both_with_what_they_saved(tmp_path):
   assert (tmp_path / 'run' / 'checkpoints' / step).is_dir()
 
 
+@pytest.mark.slow
 def test_two_folders_are_noticed(tmp_path):
   codes, lines = ends(two([tmp_path / 'one', tmp_path / 'two']))
   assert codes == [2, 2]
@@ -54,6 +56,7 @@ def test_two_folders_are_noticed(tmp_path):
     assert line.startswith('train.py: processes [1] do not see the folder of process 0; allowed: one --workdir')
 
 
+@pytest.mark.slow
 def test_a_refusal_of_the_first_ends_both(tmp_path):
   (tmp_path / 'thesis.tex').write_text('x')
   codes, lines = ends(two([tmp_path] * 2))

@@ -30,6 +30,7 @@ def updated(config, devices, learning_rate=0.1, first_step=STEPS - 2, steps=2, a
   return jax.device_get(after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('counts, fields', [
     ((2, 8), {'algorithm': 'LG-FG-A'}), ((8,), {'algorithm': 'FG-W'}), ((8,), {'algorithm': 'DFA'}),
     ((8,), {'algorithm': 'LG-BP', 'model__norm': 'batch'}),
@@ -42,6 +43,7 @@ def test_same_update_on_any_number_of_devices(counts, fields):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), several, one)
 
 
+@pytest.mark.slow
 def test_same_steps_however_many_are_dispatched_at_once():
   config = tiny(model__size='S/2/4', model__blocks=2, algorithm='LG-FG-A')
   one = updated(config, 1, first_step=STEPS - 5, steps=5)

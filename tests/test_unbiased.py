@@ -1,5 +1,7 @@
 """Every forward-gradient rule is unbiased for its target, parameter by parameter.
 
+pytestmark = pytest.mark.slow
+
 Means over many estimates are compared with the exact gradient (tests/statistics.py). The same test must reject
 estimators that are biased on purpose.
 """

@@ -22,6 +22,8 @@ import importlib.metadata, importlib.resources, pkgutil, sys
 sys.modules['equinox'] = None
 import lfg_jax
 from lfg_jax import data
+
+pytestmark = pytest.mark.slow
 assert lfg_jax.__file__.startswith(sys.prefix), lfg_jax.__file__
 assert lfg_jax.__version__ == importlib.metadata.version('lfg_jax'), lfg_jax.__version__
 for module in pkgutil.walk_packages(lfg_jax.__path__, 'lfg_jax.'):

@@ -15,6 +15,8 @@ from lfg_jax.errors import UserError
 from lfg_jax.training import configs, run_log, train, workdir
 from tests.runs import STEPS, state, tiny
 
+pytestmark = pytest.mark.slow
+
 COMPILED = {}
 ENDLESS = {'optimizer__schedule': 'constant'}
 
