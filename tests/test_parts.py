@@ -9,6 +9,7 @@ from lfg_jax.training import algorithms, rules
 from tests.small import compose, relative_error, small
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'sharing'), [('BP', 'paper'), ('LG-FG-A', 'paper'), ('LG-FG-A', 'shared'),
                                                ('LG-FG-W', 'independent')])
 def test_gradient_of_parts_is_that_of_the_batch(name, sharing):

@@ -1,7 +1,5 @@
 """Every forward-gradient rule is unbiased for its target, parameter by parameter.
 
-pytestmark = pytest.mark.slow
-
 Means over many estimates are compared with the exact gradient (tests/statistics.py). The same test must reject
 estimators that are biased on purpose.
 """
@@ -18,6 +16,8 @@ from lfg_jax.losses.info_nce import Contrast
 from lfg_jax.training import algorithms, rules
 from tests.small import compose, gradient, relative_error, small
 from tests.statistics import verdict, z_scores
+
+pytestmark = pytest.mark.slow
 
 
 def model(**changes):

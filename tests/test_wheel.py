@@ -14,6 +14,8 @@ import pytest
 
 from tests.runs import FLAGS, ROOT
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = ROOT / 'experiments' / 'notebooks' / 'compose_your_own_estimator.ipynb'
 SOURCES = ('lfg_jax', 'configs', 'pyproject.toml', 'README.md', 'LICENSE')
 # Equinox is for the tests only: to import it is an error.
@@ -22,8 +24,6 @@ import importlib.metadata, importlib.resources, pkgutil, sys
 sys.modules['equinox'] = None
 import lfg_jax
 from lfg_jax import data
-
-pytestmark = pytest.mark.slow
 assert lfg_jax.__file__.startswith(sys.prefix), lfg_jax.__file__
 assert lfg_jax.__version__ == importlib.metadata.version('lfg_jax'), lfg_jax.__version__
 for module in pkgutil.walk_packages(lfg_jax.__path__, 'lfg_jax.'):
