@@ -54,7 +54,7 @@ def test_probe_of_a_contrastive_run_on_what_its_read_out_saw(tmp_path):
                 optimizer__readout_multiplier=10.0)
   folder = tmp_path / 'run'
   train(prepare(config), folder)
-  probe(f'--workdir={folder}', '--pairs=4')
+  probe(f'--workdir={folder}', '--pairs=4', '--iterations=100')
   report = json.loads((folder / 'linear_probe.json').read_text())
   features = np.load(folder / 'features.npz')
   assert features['train_x'].shape == (4 * 2 * 1438, 64) and features['test_x'].shape == (359, 64)
