@@ -144,6 +144,7 @@ def test_the_function_is_traced_once():
     step(W, key)
 
 
+@pytest.mark.slow
 def test_chunks_take_the_memory_of_one_pass():
   def fun(ws, x):
     for n, w in enumerate(ws):

@@ -114,6 +114,7 @@ def test_how_often_a_view_is_changed(field, chance):
   assert abs(changed.mean() - expected) < 4.5 * (expected * (1 - expected) / 1000)**0.5
 
 
+@pytest.mark.slow
 def test_views_of_an_example_depend_on_its_key_only():
   keys = jax.random.split(jax.random.key(0), 4)
   images = jnp.stack([jnp.asarray(np.asarray(photograph(name, 32))) for name in ('china.jpg', 'flower.jpg')] * 2)

@@ -235,6 +235,7 @@ def naive_parts(local):
   return wanted, reported
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize('name', ELEVEN)
 def test_exact_parts_of_all_algorithms(name):

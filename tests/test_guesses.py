@@ -67,6 +67,7 @@ def test_exact_with_the_kernels_for_feedback_and_behind_the_boundary_with_any(st
     assert relative_error(wrong[name]['channel'], exact[name]['channel']) > 0.1
 
 
+@pytest.mark.slow
 def test_no_kernel_is_read_backwards():
   """With feedback weights of zero a guess is zero: the estimate is that without one, draw by draw."""
   s = model()
@@ -218,6 +219,7 @@ def test_guesses_of_a_wrong_shape_or_together_are_refused():
     value_and_activity_grad(losses, guess=lambda *_: {})
 
 
+@pytest.mark.slow
 def test_what_the_names_stand_for():
   """The paper's estimator and ours, by one switch; what a user sets is kept."""
   ours, paper = (rules.Options().of(rules.REGISTRY[name]) for name in ('LG-FG-A', 'LG-FG-A-paper'))

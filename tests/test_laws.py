@@ -1,7 +1,5 @@
 """Tangent laws: second moments, squared errors, and what orthogonal passes make exact."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +9,7 @@ from lfg_jax.estimators import tangents
 from lfg_jax.estimators.sampling import Sampling
 from lfg_jax.estimators.tangents import LAWS, Passes
 from lfg_jax.training import algorithms, rules
-from tests.small import relative_error
-from tests.small import small as small_model
+from tests.small import relative_error, small
 from tests.statistics import SIGMAS, is_mean, z_of_mean
 
 DRAWS = 20_000
@@ -58,14 +55,12 @@ def test_a_part_of_the_passes_is_that_part_of_all(name):
   assert jnp.allclose(part, whole[4:8])
 
 
-small = functools.cache(small_model)
-
-
 def estimate(s, options, name='LG-FG-A-paper', key=0):
   algorithm = algorithms.compose(rules.REGISTRY[name], rules.Options(**options), s.spec, s.prepare)
   return jax.jit(algorithm.gradient)(s.variables, jax.random.key(key), s.batch)[0]
 
 
+@pytest.mark.slow
 def test_as_many_orthogonal_passes_as_dimensions_give_the_exact_gradient():
   """Each tap by itself, 16 / 4 channels in a group (16 after token mixing, which feeds all groups)."""
   options = {'taps': 'separate', 'passes': 4, 'tap_passes': {'after_token': 16}}
@@ -77,6 +72,7 @@ def test_as_many_orthogonal_passes_as_dimensions_give_the_exact_gradient():
   assert relative_error(estimate(s, {**options, 'law': 'hadamard', 'taps': 'joint', 'tap_passes': {}}), exact) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'options'), [
     ('LG-FG-A-paper', {'taps': 'separate', 'law': 'hadamard'}), ('LG-FG-A', {}), ('FG-A', {}), ('LG-FG-W', {}),
     ('LG-FG-W', {'sharing': 'independent'}), ('LG-FD-A', {'step': 1e-2})])

@@ -150,6 +150,7 @@ def test_unbiased(name):
     assert z_of_mean(samples, target).max() < SIGMAS < z_of_mean(samples, 1.3 * target).max()
 
 
+@pytest.mark.slow
 def test_names_are_the_paths_of_layers_and_parameters_keep_theirs():
   def names(fun, *args):
     found = []

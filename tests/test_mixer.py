@@ -160,6 +160,7 @@ def test_read_out_heads_and_biases_start_at_zero():
     assert bool((leaf == 0).all()) == ('bias' in name or 'head' in name or 'readout' in name), name
 
 
+@pytest.mark.slow
 def test_signal_straight_through_the_norm():
   """Without the norm's derivative, estimates differ, exact gradients do not."""
   with_it, without = small(), small(norm_derivative=False)

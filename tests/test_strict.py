@@ -59,6 +59,7 @@ def trace_steps(fields, dataset):
   assert after.params['readout']['linear']['kernel'].shape[-1] == 10
 
 
+@pytest.mark.slow
 def test_a_run_is_trained(tmp_path):
   """All of it, the error and checkpoints too."""
   fields = {'epochs': 1, 'optimizer__warmup_epochs': 0.5}
