@@ -95,7 +95,7 @@ def two_views(key_B, image):
 
 def judge_contrastive(name, shared_views=True, stop_gradient=True):
   s = model(batch=3, contrast=Contrast(projections=4, shared_views=shared_views, stop_gradient=stop_gradient))
-  run, exact = (algorithms.compose(rules.REGISTRY[n], rules.Options(), s.spec, s.prepare, views=two_views)
+  run, exact = (algorithms.compose(rules.REGISTRY[n], rules.Options(), s.model, views=two_views)
                 for n in (name, {'FG-A': 'BP', 'FG-W': 'BP'}.get(name, 'LG-BP')))
   target = jax.jit(exact.gradient)(s.variables, jax.random.key(0), s.batch)[0]
   return verdict(z_scores(lambda key: run.gradient(s.variables, key, s.batch)[0], target))
@@ -159,7 +159,7 @@ def test_finite_differences_follow_the_forward_derivative(name):
 def test_noise_does_not_depend_on_how_the_batch_is_split():
   """Half a batch, at its place in the global one, has the tangents that the whole batch gives it."""
   s = model(batch=4)
-  algorithm = algorithms.compose(rules.REGISTRY['LG-FG-A'], rules.Options(), s.spec, s.prepare, 'data')
+  algorithm = algorithms.compose(rules.REGISTRY['LG-FG-A'], rules.Options(), s.model, 'data')
   whole = gradient(s, 'LG-FG-A')    # the paper's has the same way of drawing
   halves = jax.tree.map(lambda leaf: leaf.reshape(2, 2, *leaf.shape[1:]), s.batch)
   per_device = jax.jit(jax.vmap(functools.partial(algorithm.gradient, s.variables, jax.random.key(0)),
