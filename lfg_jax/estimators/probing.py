@@ -93,12 +93,12 @@ def probe(derivative: Callable[[PyTree, list[jax.Array]], dict[str, jax.Array]],
     losses: shapes of the losses, by name.
     probes: random halves for every tap and axis.
   """
+  random = _generator(key)
   zeros = [jnp.zeros((2 * probes, *tap.scanned, *tap.shape), tap.dtype) for tap in taps]
   found = []
   for n, tap in enumerate(taps):
-    own_key = jax.random.fold_in(key, n)
     alone = lambda u, point, n=n: derivative(point, [*zeros[:n], u, *zeros[n + 1:]])
-    seen = [_see(functools.partial(alone, point=point), tap, losses, own_key, probes)
+    seen = [_see(functools.partial(alone, point=point), tap, losses, random, probes)
             for point in points]
     found.append(_judge(tap, seen[0], seen[1:]))
   return found
@@ -106,19 +106,22 @@ def probe(derivative: Callable[[PyTree, list[jax.Array]], dict[str, jax.Array]],
 
 def moved(point: PyTree, key: jax.Array) -> PyTree:
   """A point near this one: every leaf is moved by a tenth of its root mean square, or of 1."""
-  leaves, treedef = jax.tree.flatten(point)
+  random = _generator(key)
 
-  def one(leaf: jax.Array, key: jax.Array) -> jax.Array:
-    size = jnp.sqrt(jnp.square(leaf.astype(jnp.float32)).mean())
-    noise = jax.random.normal(key, jnp.shape(leaf)) * jnp.where(size > 0, size, 1) / 10
-    return (leaf + noise).astype(leaf.dtype)
-  keys = jax.random.split(key, max(len(leaves), 1))
-  return jax.tree.unflatten(treedef, [one(jnp.asarray(x), k)
-                                      for x, k in zip(leaves, keys, strict=False)])
+  def one(leaf: jax.Array) -> np.ndarray:
+    values = np.asarray(leaf, np.float64)
+    size = np.sqrt(np.square(values).mean()) or 1
+    return (values + size / 10 * random.standard_normal(values.shape)).astype(jnp.result_type(leaf))
+  return jax.tree.map(one, point)
+
+
+def _generator(key: jax.Array) -> np.random.Generator:
+  """Random numbers on the host, where no program must be compiled for every shape."""
+  return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
 
 def _see(derivative: Callable[[jax.Array], dict[str, jax.Array]], tap: Declared,
-         losses: dict[str, Any], key: jax.Array, probes: int) -> Seen:
+         losses: dict[str, Any], random: np.random.Generator, probes: int) -> Seen:
   """Probes of all axes at one point."""
   seen: set[str] = set()
   mixed: set[int] = set()
@@ -126,11 +129,10 @@ def _see(derivative: Callable[[jax.Array], dict[str, jax.Array]], tap: Declared,
   is_finite = True
   axes = min(len(tap.shape), max(loss.ndim for loss in losses.values()))
   for axis in range(max(axes, 1)):
-    value_key, half_key = jax.random.split(jax.random.fold_in(key, axis))
-    mask = _halves(half_key, tap.shape[axis], probes)
+    mask = _halves(random, tap.shape[axis], probes)
     along = [1] * len(tap.shape)
     along[axis] = -1
-    u = jax.random.normal(value_key, (2 * probes, *tap.scanned, *tap.shape))
+    u = random.standard_normal((2 * probes, *tap.scanned, *tap.shape))
     gaps = mask.reshape(len(mask), *[1] * len(tap.scanned), *along)
     for name, dL in derivative((u * gaps).astype(tap.dtype)).items():
       d = np.abs(np.asarray(dL, np.float64))
@@ -146,11 +148,9 @@ def _see(derivative: Callable[[jax.Array], dict[str, jax.Array]], tap: Declared,
   return Seen(frozenset(seen), frozenset(mixed), frozenset(own), is_finite)
 
 
-def _halves(key: jax.Array, size: int, probes: int) -> np.ndarray:
+def _halves(random: np.random.Generator, size: int, probes: int) -> np.ndarray:
   """[2 probes, size]: random halves of `size` entries, and their complements."""
-  keys = jax.random.split(key, probes)
-  order = jax.vmap(lambda key: jax.random.permutation(key, size))(keys)
-  half = np.asarray(order) < size // 2
+  half = np.argsort(random.random((probes, size)), axis=1) < size // 2
   return np.concatenate([half, ~half])
 
 
