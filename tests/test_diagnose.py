@@ -104,7 +104,7 @@ def leaky(w):
 def test_a_bias_in_another_direction_is_found_at_its_tap():
   found = diagnose(leaky, W, draws=3000)
   right, wrong = found.signals
-  assert wrong.is_biased and wrong.sigmas[1] > averaging.SIGMAS
+  assert not right.is_biased and wrong.is_biased and wrong.sigmas[1] > averaging.SIGMAS
   assert wrong.bias == pytest.approx(0.1, abs=0.08)
   assert not found.gradients[2].is_biased    # what follows the tap is exact
 
@@ -208,7 +208,7 @@ def test_statistics_of_draws_with_an_uneven_covariance():
     assert first.bias == pytest.approx(0.2 if first.is_biased else 0, abs=0.005)
     assert abs(first.sigmas[0]) < 4 and second.verdict == 'exact'
     assert first.limit == pytest.approx(1 / np.sqrt(1.04) if first.is_biased else 1, abs=0.003)
-    assert first.visible == pytest.approx(np.sqrt(5 * np.sqrt(2 * traces[1]) / 2000), rel=0.5)
+    assert 1 < first.visible / np.sqrt(5 * np.sqrt(2 * traces[1]) / 2000) < 2
 
 
 @pytest.mark.parametrize(
