@@ -21,7 +21,7 @@ def test_documentation_builds_without_warnings(tmp_path):
 
 
 def test_there_are_notebooks():
-  assert len(NOTEBOOKS) == 3
+  assert len(NOTEBOOKS) == 4
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)

@@ -105,12 +105,12 @@ class Accuracy(NamedTuple):
 
 def sample(estimate: Callable[[jax.Array], list[jax.Array]], truth: list[jax.Array], key: jax.Array,
            draws: int, at_once: int, together: Sequence[bool]) -> Draws:
-  """Statistics of `estimate(key)` over independent keys. Memory is that of `at_once` draws.
+  """Statistics of `estimate(key)` over independent keys, one draw after the other.
 
   Args:
     estimate: of every leaf of `truth`.
     draws: rounded up to whole chunks.
-    at_once: 6 or more, even.
+    at_once: how many draws are kept, to be compared with each other; 6 or more, even.
     together: for every leaf whether it belongs to the last group, that of several leaves.
   """
   norms = [jnp.linalg.norm(t.astype(jnp.float32)) for t in truth]
@@ -120,8 +120,8 @@ def sample(estimate: Callable[[jax.Array], list[jax.Array]], truth: list[jax.Arr
   chunks = -(-draws // at_once)
   with_all = lambda x_L: jnp.concatenate([x_L, jnp.tensordot(shares, x_L, 1)[None]])
 
-  def chunk(total: list[jax.Array], key: jax.Array) -> tuple[list[jax.Array], tuple]:
-    values = jax.vmap(estimate)(jax.random.split(key, at_once))
+  def chunk(total: list[jax.Array], keys: jax.Array) -> tuple[list[jax.Array], tuple]:
+    values = jax.lax.map(estimate, keys)
     errors = [((x.astype(jnp.float32) - t) / unit).reshape(at_once, -1)
               for x, t, unit in zip(values, truth, units, strict=True)]
     along = jnp.stack([e @ (t / unit).ravel()
@@ -133,12 +133,13 @@ def sample(estimate: Callable[[jax.Array], list[jax.Array]], truth: list[jax.Arr
     return total, (with_all(along), with_all(squares), _traces(grams))
 
   @jax.jit
-  def run(key: jax.Array) -> tuple:
+  def run(keys: jax.Array) -> tuple:
     start = [jnp.zeros(t.size) for t in truth]
-    total, stacked = jax.lax.scan(chunk, start, jax.random.split(key, chunks))
+    total, stacked = jax.lax.scan(chunk, start, keys)
     return with_all(jnp.stack([jnp.square(t).sum() for t in total])), stacked
 
-  total, (along, squares, traces) = jax.tree.map(lambda x: np.asarray(x, np.float64), run(key))
+  keys = jax.random.split(key, (chunks, at_once))
+  total, (along, squares, traces) = jax.tree.map(lambda x: np.asarray(x, np.float64), run(keys))
   N = chunks * at_once
   flat = lambda x_CxGxn: np.moveaxis(x_CxGxn, 1, 2).reshape(N, -1)
   squares = flat(squares)

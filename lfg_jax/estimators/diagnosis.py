@@ -46,7 +46,8 @@ def diagnose(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = Fa
     has_aux: whether `fun` returns a pair of losses and anything.
     num_tangents: numbers of tangents K, increasing. Bias is tested with the largest.
     draws: estimates for every K. With more of them a smaller bias is seen.
-    at_once: how many draws are in memory at once, 6 or more and even.
+    at_once: how many estimates are kept in memory and compared with each other, 6 or more and even.
+      They are made one after the other.
     probes: random tangents for every tap and axis, each used twice, that tell which losses it
       influences.
     **options: of `value_and_activity_grad`: `law`, `separate`, `taps`, `mixes_examples`, `guess`, …

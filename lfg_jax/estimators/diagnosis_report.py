@@ -68,10 +68,11 @@ class Diagnosis:
              ('whole gradient', self.overall)]
     for name, one in named:
       fitted = [one.limit, one.noise, one.orthogonal][:len(law)]
-      relative = [*(f'{x:.3f}' for x in one.cosine), *(f'{x:.3g}' for x in one.error),
-                  *(f'{x + 0:.3g}' for x in fitted), f'{one.scale:.3f}±{one.scale_se:.3f}']
+      relative = [*(f'{x:.3f}' for x in one.cosine), *map(_number, one.error),
+                  *map(_number, fitted), f'{one.scale:.3f}±{one.scale_se:.3f}']
       largest = max(one.sigmas, key=abs)
       sigmas = f'{largest:.1f}' if abs(largest) < 100 else '> 100'
+      sigmas = '-' if one.verdict == 'exact' else sigmas
       shown = ['-'] * len(relative) if one.is_zero else relative
       rows.append([name, *shown, sigmas, one.verdict])
     head = ('How good is the estimate with K tangents? cos(K) = c/√(1 + a/K'
@@ -89,7 +90,7 @@ class Diagnosis:
       import matplotlib.pyplot as plt
       _, axes = plt.subplots(layout='constrained')
     K = np.asarray(self.num_tangents, float)
-    fine = np.geomspace(K[0], 16 * K[-1], 100)
+    fine = np.geomspace(K[0], 64 * K[-1], 100)
     named = [(f'signal {one.name}', 'o', one) for one in self.signals]
     for label, marker, one in [*named, ('whole gradient', 's', self.overall)]:
       if one.is_zero:
@@ -100,9 +101,14 @@ class Diagnosis:
       axes.plot(fine, one.cosine_at(fine), color=line[0].get_color(), linewidth=0.9)
     axes.axhline(1, color='0.7', linewidth=0.8, linestyle=':')
     axes.set_xscale('log', base=2)
+    axes.xaxis.set_major_formatter('{x:g}')
     axes.set(xlabel='tangents K', ylabel='cosine with the gradient', ylim=(0, 1.05))
     axes.legend(fontsize='small')
     return axes.figure
+
+
+def _number(x: float) -> str:
+  return '0' if abs(x) < 1e-9 else f'{x:.3g}'
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
