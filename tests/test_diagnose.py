@@ -149,6 +149,18 @@ def test_what_is_zero_by_accident_is_not_called_right():
   assert 'nan' not in str(dead)
 
 
+def test_a_gradient_that_is_zero_but_for_rounding_and_one_that_is_not_finite():
+  """What is subtracted again by the norm of the batch, and a root of negative numbers."""
+  def fun(w, x):
+    h = tap(x @ w['a'] + w['offset'], 'h')
+    return jnp.square((h - h.mean(0)) @ w['b'] - 1).sum(-1)
+  found = diagnose(fun, {**V, 'offset': jnp.ones(C)}, X[:, 0], draws=300)
+  assert found.gradients[2].verdict == 'the gradient is zero here' and found.problems == []
+  bad = diagnose(lambda w, x: jnp.sqrt(tap(x @ w['a'], 'h')).sum(-1), V, X[:, 0], draws=100)
+  assert 'finite' in bad.taps[0].verdict and 'signal of h: not finite' in bad.problems
+  assert 'not finite' in str(bad)
+
+
 def test_losses_that_are_not_seen_are_named():
   def fun(w, x):
     h = tap(x @ w['a'], 'h')
@@ -208,8 +220,10 @@ def test_statistics_of_draws_with_an_uneven_covariance():
     return [truth[0] + first + shift, truth[1] + second]
 
   for shift in (0, off):
-    draws = averaging.sample(functools.partial(estimate, shift=shift), truth, KEY, 2000, 100, (True, True))
-    first, second, whole = averaging.accuracies('abc', [1], [draws], [1e-6] * 3, is_orthogonal=False)
+    shifted = functools.partial(estimate, shift=shift)
+    draws = averaging.sample(shifted, truth, KEY, 2000, 100, (True, True))
+    first, second, whole = averaging.accuracies(
+      'abc', [1], [draws], [1e-6] * 3, is_orthogonal=False)
     assert draws.traces[:, 0] == pytest.approx(np.asarray(first_t[1:]), rel=0.2)
     assert draws.traces[:, 1] == pytest.approx(np.asarray(second_t[1:]), rel=0.2)
     assert draws.traces[0, 2] == pytest.approx(

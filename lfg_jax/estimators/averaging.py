@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SIGMAS = 5.0
+_ZERO = 1e-6    # a leaf with so small a share of the whole gradient is zero up to rounding
 
 
 class Draws(NamedTuple):
@@ -38,7 +39,7 @@ class Draws(NamedTuple):
     squares: [N, G] |e|²/|g|².
     bias: [G] |bias|²/|g|², unbiased (it may be negative).
     traces: [2, G] tr Σ² and tr Σ³, for errors relative to |g|.
-    is_zero: [G] whether g is zero; errors are then as they are, not relative.
+    is_zero: [G] whether g is zero; errors are then relative to the gradient of all leaves.
   """
   along: np.ndarray
   squares: np.ndarray
@@ -87,8 +88,14 @@ class Accuracy(NamedTuple):
     return max(abs(self.sigmas[0]), self.sigmas[1]) > SIGMAS
 
   @property
+  def is_finite(self) -> bool:
+    return math.isfinite(self.scale) and math.isfinite(self.bias)
+
+  @property
   def verdict(self) -> str:
     """In words."""
+    if not self.is_finite:
+      return 'not finite'
     if self.is_zero:
       return 'the gradient is zero here' + ', its estimate is not' * self.is_biased
     if self.error[-1] < 1e-9:
@@ -114,9 +121,10 @@ def sample(estimate: Callable[[jax.Array], list[jax.Array]], truth: list[jax.Arr
     together: for every leaf whether it belongs to the last group, that of several leaves.
   """
   norms = [jnp.linalg.norm(t.astype(jnp.float32)) for t in truth]
-  units = jnp.stack([jnp.where(norm > 0, norm, 1) for norm in norms])
   whole = jnp.sqrt(sum(norm**2 for norm, is_in in zip(norms, together, strict=True) if is_in))
-  shares = jnp.where(jnp.asarray(together), (units / jnp.where(whole > 0, whole, 1))**2, 0)
+  unit_of_all = jnp.where(whole > 0, whole, 1)
+  units = jnp.stack([jnp.where(norm > _ZERO * whole, norm, unit_of_all) for norm in norms])
+  shares = jnp.where(jnp.asarray(together), (units / unit_of_all)**2, 0)
   chunks = -(-draws // at_once)
   with_all = lambda x_L: jnp.concatenate([x_L, jnp.tensordot(shares, x_L, 1)[None]])
 
@@ -144,7 +152,7 @@ def sample(estimate: Callable[[jax.Array], list[jax.Array]], truth: list[jax.Arr
   flat = lambda x_CxGxn: np.moveaxis(x_CxGxn, 1, 2).reshape(N, -1)
   squares = flat(squares)
   bias = (total - squares.sum(0)) / (N * (N - 1))
-  is_zero = np.array([*(float(norm) == 0 for norm in norms), float(whole) == 0])
+  is_zero = np.array([*(float(norm) <= _ZERO * float(whole) for norm in norms), float(whole) == 0])
   return Draws(flat(along), squares, bias, traces.mean(0), is_zero)
 
 
@@ -182,12 +190,11 @@ def _accuracy(name: str, K: np.ndarray, draws: list[Draws], floor: float, is_ort
   along, scale_se = _mean(last.along)
   length = 1 + 2 * along + max(float(last.bias), along**2)    # |E[x]|², at least its part along g
   limit = (1 + along) / math.sqrt(max(length, 1e-12))
-  noise, orthogonal = (math.nan, 0.0) if last.is_zero else _fit(
-      K, cosine, cosine_se, limit, is_orthogonal)
+  noise, orthogonal = _fit(K, cosine, cosine_se, limit, is_orthogonal)
   any_direction, visible = _any_direction(last, floor)
   sigmas = (along / math.hypot(scale_se, floor), any_direction)
   return Accuracy(name, cosine, cosine_se, error, error_se, limit, noise, orthogonal, 1 + along,
-                  scale_se, math.sqrt(max(float(last.bias), 0)), sigmas, visible, bool(last.is_zero))
+                  scale_se, math.sqrt(np.maximum(last.bias, 0)), sigmas, visible, bool(last.is_zero))
 
 
 def _mean(x_N: np.ndarray) -> tuple[float, float]:
@@ -210,6 +217,8 @@ def _cosine(draws: Draws) -> tuple[float, float]:
 def _fit(K: np.ndarray, cosine: np.ndarray, se: np.ndarray, limit: float, is_orthogonal: bool
          ) -> tuple[float, float]:
   """a and b of (c/cos(K))² - 1 = a/K - b, by weighted least squares."""
+  if not np.isfinite(cosine).all():
+    return math.nan, 0.0
   safe = np.maximum(np.abs(cosine), 1e-6)
   y = (limit / safe)**2 - 1
   weight = 1 / ((y + 1) * np.maximum(se, 1e-5) / safe)

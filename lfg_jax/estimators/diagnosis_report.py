@@ -37,7 +37,7 @@ class Diagnosis:
     wrong = [f'tap {tap.declared.name}: {tap.verdict}' for tap in self.taps if tap.is_wrong]
     kinds = {'signal': self.signals, 'gradient': self.gradients}
     return wrong + [f'{kind} of {one.name}: {one.verdict}' for kind, all_ in kinds.items()
-                    for one in all_ if one.is_biased]
+                    for one in all_ if one.is_biased or not one.is_finite]
 
   def __str__(self) -> str:
     refused = [f'value_and_activity_grad refuses: {self.refused}',
@@ -93,7 +93,7 @@ class Diagnosis:
     fine = np.geomspace(K[0], 64 * K[-1], 100)
     named = [(f'signal {one.name}', 'o', one) for one in self.signals]
     for label, marker, one in [*named, ('whole gradient', 's', self.overall)]:
-      if one.is_zero:
+      if one.is_zero or not one.is_finite:
         continue
       line = axes.errorbar(K, one.cosine, one.cosine_se, fmt=marker, capsize=3, markersize=5,
                            color='k' if marker == 's' else None,
