@@ -1,4 +1,4 @@
-"""`diagnose` names a tap that is declared too local, finds planted biases, and accuses nothing else."""
+"""`diagnose` names a tap that is declared too local, finds planted biases, accuses nothing else."""
 
 import functools
 

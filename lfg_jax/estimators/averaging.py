@@ -193,8 +193,9 @@ def _accuracy(name: str, K: np.ndarray, draws: list[Draws], floor: float, is_ort
   noise, orthogonal = _fit(K, cosine, cosine_se, limit, is_orthogonal)
   any_direction, visible = _any_direction(last, floor)
   sigmas = (along / math.hypot(scale_se, floor), any_direction)
+  bias = math.sqrt(np.maximum(last.bias, 0))
   return Accuracy(name, cosine, cosine_se, error, error_se, limit, noise, orthogonal, 1 + along,
-                  scale_se, math.sqrt(np.maximum(last.bias, 0)), sigmas, visible, bool(last.is_zero))
+                  scale_se, bias, sigmas, visible, bool(last.is_zero))
 
 
 def _mean(x_N: np.ndarray) -> tuple[float, float]:
