@@ -117,6 +117,11 @@ def test_without_the_stop_gradient_exact_signals_know_of_the_other_rows():
   assert judge_contrastive('LG-FG-A', stop_gradient=False) == []
 
 
+def test_one_tangent_for_a_batch_that_batch_norm_mixes_is_refused():
+  with pytest.raises(ValueError, match=r"sharing='shared'.*model\.norm='batch' mixes; allowed"):
+    compose(model(norm='batch'), 'LG-FG-A', sharing='shared')
+
+
 def test_the_papers_credit_rule_is_biased_for_the_layer_before_the_groups_only():
   bad = judge(model(), 'LG-FG-W', 'LG-BP', credit='paper')
   assert bad and all("['channel']" in line for line in bad)

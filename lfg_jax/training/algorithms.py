@@ -166,6 +166,9 @@ def _check(rule: Rule, options: Options, model: StagedModel) -> None:
   if model.mixes_examples and independent:
     raise ValueError("estimator.sharing='independent' perturbs weights per example, which "
                      "model.norm='batch' mixes; allowed with batch norm: 'paper', 'shared'")
+  if model.mixes_examples and rule.estimator == 'activity' and options.sharing == 'shared':
+    raise ValueError("estimator.sharing='shared' has one tangent for all examples, which "
+                     "model.norm='batch' mixes; allowed with batch norm: 'paper', 'independent'")
   if options.micro_batch and _depends_on_others(model):
     raise ValueError(f'micro_batch is {options.micro_batch}, and the losses of one example depend '
                      'on others; allowed here: 0')
