@@ -75,7 +75,7 @@ class Bench:
     self.config, self.dataset = config.copy_and_resolve_references(), dataset
     self.config.estimator.tap_passes.update(dict.fromkeys(TAPS, 0))    # a variant has its own
     sizes = dict(config.model)
-    size = sizes.pop('size')
+    size, _, _ = (sizes.pop(field) for field in ('size', 'name', 'module'))
     self.spec = mixer_spec(size, image_shape=dataset.image_shape, classes=dataset.classes, **sizes)
     self.batch = batch_at(dataset, dataset.train.examples - batch, batch)
     prepare = functools.partial(
