@@ -1,4 +1,4 @@
-"""What every staged model must keep to, whichever it is; and models from outside the package."""
+"""What every staged model must keep to, whichever it is; and a model from outside the package."""
 
 import json
 import math
@@ -157,18 +157,8 @@ def test_contrastive_losses(name, rule):
   jax.tree.map(lambda g, p: None, grads, variables['params'])    # of one structure
 
 
-MINE = '''
-from lfg_jax.models import mlp
-
-DEFAULTS = {'blocks': 2, 'width': 16}
-TAPS = mlp.TAPS
-
-
-def make(fields, images, contrast=None):
-  if fields['width'] < 4:
-    raise ValueError(f"model.width is {fields['width']}; allowed: 4 or more")
-  return mlp.make({'blocks': fields['blocks'], 'channels': fields['width'], 'groups': 2}, images, contrast)
-'''
+PAGE = (ROOT / 'docs' / 'bring_a_model.md').read_text()
+MINE = PAGE.split('```python\n')[1].split('```')[0]
 
 
 @pytest.mark.parametrize('rule', ['LG-FG-A', 'LG-BP', 'BP', 'FG-W', 'LG-FA'])
@@ -202,7 +192,7 @@ def test_what_is_wrong_with_a_model_is_one_line(tmp_path):
     with pytest.raises(UserError, match=message):
       configs.use_model(tiny(), name, module)
   path.write_text(MINE)
-  with pytest.raises(UserError, match=r'model\.width is 2; allowed: 4 or more'):
+  with pytest.raises(UserError, match=r'model\.width is 2; allowed: a multiple of 2 groups, 4 or more'):
     prepare(tiny_of('mine', str(path), width=2))
   for name, fields, message in (
     ('mlp', {'groups': 3}, '3 groups do not divide model.channels = 256'),

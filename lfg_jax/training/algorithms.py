@@ -1,7 +1,7 @@
 """Algorithms put together from a rule, options and a model: an estimator × the objective it serves.
 
 Rules are in `lfg_jax.training.rules`, estimators in `lfg_jax.estimators`, objectives (end to end, or stage by stage)
-in `lfg_jax.training.objectives`. With the contrastive loss the batch has two views of every image.
+in `lfg_jax.losses.objectives`. With the contrastive loss the batch has two views of every image.
 """
 
 import functools

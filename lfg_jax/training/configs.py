@@ -23,9 +23,9 @@ from lfg_jax.training import optimizers
 def base() -> ConfigDict:
   """All fields.
 
-  `rules.Options` explains estimator and losses; `sizes.mixer_spec` and `mixer.Style` the model;
-  `optimizers.make` and `optimizers.schedule` the optimizer. With the contrastive loss, a batch has two views of
-  each of its `batch_size` images.
+  `rules.Options` explains estimator and losses; a model's module its fields (those of the mixer are in
+  `sizes.mixer_spec` and `mixer.Style`); `optimizers.make` and `optimizers.schedule` the optimizer. With the
+  contrastive loss, a batch has two views of each of its `batch_size` images.
   """
   return ConfigDict({
       'algorithm': 'LG-FG-A',
