@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 
 from lfg_jax import data
 from lfg_jax.errors import as_user_errors
-from lfg_jax.models.mixer import MixerSpec
+from lfg_jax.losses.staged import StagedModel
+from lfg_jax.models import local_mixer
 from lfg_jax.models.sizes import mixer_spec, parse, patches
 from lfg_jax.training import algorithms, command_line, rules, run_log, timing
 
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> None:
   depths = command_line.numbers('blocks', options.blocks, 1)
   with as_user_errors():
     for blocks in depths:    # all mistakes before any long work
-      spec_of(options.model, blocks)
+      model_of(options.model, blocks)
     options.out.mkdir(parents=True, exist_ok=True)
   origin = run_log.provenance(['experiments/depth.py', *arguments])
   rows: list[Row] = []
@@ -55,19 +56,19 @@ def main(arguments: list[str]) -> None:
   draw(options.out / 'depth.png', rows)
 
 
-def spec_of(model: str, blocks: int) -> MixerSpec:
-  """Of a model for images of CIFAR-10's size."""
+def model_of(size: str, blocks: int) -> StagedModel:
+  """A model for images of CIFAR-10's size."""
   images = data.TFDS['cifar10']
-  return mixer_spec(model, image_shape=images.image_shape, classes=images.classes, blocks=blocks)
+  spec = mixer_spec(size, image_shape=images.image_shape, classes=images.classes, blocks=blocks)
+  prepare = functools.partial(patches, side=parse(size)[1], mean=images.mean, std=images.std)
+  return local_mixer.staged(spec, prepare)
 
 
 def measure(name: str, blocks: int, options: argparse.Namespace) -> Row:
   """Compiles and times one gradient on random images of CIFAR-10's size."""
   images = data.TFDS['cifar10']
-  spec = spec_of(options.model, blocks)
-  prepare = functools.partial(patches, side=parse(options.model)[1], mean=images.mean, std=images.std)
-  algorithm = algorithms.compose(rules.REGISTRY[name], rules.Options(micro_batch=options.micro_batch), spec,
-                                 prepare)
+  model = model_of(options.model, blocks)
+  algorithm = algorithms.compose(rules.REGISTRY[name], rules.Options(micro_batch=options.micro_batch), model)
   keys = jax.random.split(jax.random.key(0), 4)
   batch = data.Batch(jax.random.randint(keys[0], (options.batch, *images.image_shape), 0, 256).astype(jnp.uint8),
                      jax.random.randint(keys[1], (options.batch,), 0, images.classes),
@@ -78,7 +79,7 @@ def measure(name: str, blocks: int, options: argparse.Namespace) -> Row:
   compiled = lowered.compile()
   seconds = time.perf_counter() - begin
   weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables['params']))
-  in_parts = algorithms.number_of_parts(spec, options.batch, options.micro_batch) > 1
+  in_parts = algorithms.number_of_parts(model, options.batch, options.micro_batch) > 1
   return {'algorithm': name, 'model': options.model, 'batch': options.batch, 'micro_batch': options.micro_batch,
           'blocks': blocks, 'parameters_bytes': weights,
           'temporaries_bytes': timing.temporaries(compiled) - in_parts * weights, 'compile_seconds': seconds,

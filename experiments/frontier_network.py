@@ -23,10 +23,13 @@ from lfg_jax.estimators.signature import GradFn, LossFn
 from lfg_jax.estimators.tangents import LAWS
 from lfg_jax.estimators.taps import tap
 from lfg_jax.estimators.traced import Traced, perturb
-from lfg_jax.models.mixer import TAPS, Criterion, Run
+from lfg_jax.losses.greedy import greedy
+from lfg_jax.losses.staged import StagedModel
+from lfg_jax.losses.targets import Targets
+from lfg_jax.models import local_mixer
+from lfg_jax.models.mixer import TAPS, Run
 from lfg_jax.models.sizes import mixer_spec, parse, patches
 from lfg_jax.training import algorithms
-from lfg_jax.training.greedy import greedy
 from lfg_jax.training.rules import REGISTRY, Options
 
 PyTree = Any
@@ -56,10 +59,10 @@ class Variant(NamedTuple):
     """Of config.estimator."""
     return {**VARIANTS[self.name], 'law': self.law, 'passes': self.passes}
 
-  def options(self, config: ConfigDict) -> Options:
+  def options(self, config: ConfigDict, model: StagedModel) -> Options:
     """With the config's fields where the variant has none."""
     fields = {**config.estimator, **config.losses, **self.fields}
-    return Options(**{**fields, 'tap_passes': dict(self.tap_passes)}).of(REGISTRY[RULE])
+    return Options(**{**fields, 'tap_passes': dict(self.tap_passes)}).of(REGISTRY[RULE], model)
 
   def passes_at(self, layer: str) -> int:
     return dict(self.tap_passes).get(f'after_{layer}', self.passes)
@@ -72,10 +75,13 @@ class Bench:
     self.config, self.dataset = config.copy_and_resolve_references(), dataset
     self.config.estimator.tap_passes.update(dict.fromkeys(TAPS, 0))    # a variant has its own
     sizes = dict(config.model)
-    size = sizes.pop('size')
+    size, _, _ = (sizes.pop(field) for field in ('size', 'name', 'module'))
     self.spec = mixer_spec(size, image_shape=dataset.image_shape, classes=dataset.classes, **sizes)
     self.batch = batch_at(dataset, dataset.train.examples - batch, batch)
-    self.tokens = patches(self.batch.image, parse(size)[1], dataset.mean, dataset.std)
+    prepare = functools.partial(
+      patches, side=parse(size)[1], mean=dataset.mean, std=dataset.std
+    )
+    self.model, self.tokens = local_mixer.staged(self.spec, prepare), prepare(self.batch.image)
 
   @property
   def has_tokens(self) -> bool:
@@ -112,20 +118,20 @@ class Bench:
     @jax.jit
     def run(variables: Variables) -> PyTree:
       learned = {name: variables[name] for name in ('params', 'guess') if name in variables}
-      return greedy(_exact, self.spec, Options().cut)(
-        learned, jax.random.key(0), self.tokens, self._criterion
+      return greedy(_exact, self.model, Options().cut)(
+        learned, jax.random.key(0), self.tokens, self._targets
       )[2]
 
     return run(variables)
 
   def errors(self, variant: Variant) -> Callable[[Variables, PyTree, jax.Array], PyTree]:
     """`(variables, exact, keys [N]) -> {layer: {what: [N]}}`: errors of a draw for every key."""
-    options = variant.options(self.config)
-    estimator = algorithms.build_estimator(REGISTRY[RULE], options, self.spec, None, {})
-    stages = greedy(_recording(estimator), self.spec, options.cut)
+    options = variant.options(self.config, self.model)
+    estimator = algorithms.build_estimator(REGISTRY[RULE], options, self.model, None, {})
+    stages = greedy(_recording(estimator), self.model, options.cut)
 
     def one(variables: Variables, exact: PyTree, key: jax.Array) -> PyTree:
-      drawn = stages(variables, key, self.tokens, self._criterion)[2]
+      drawn = stages(variables, key, self.tokens, self._targets)[2]
       return {
         f'{run.name}/{layer}': _errors(run, layer, drawn[run.name], exact[run.name])
         for run, layer in self._layers()
@@ -139,7 +145,7 @@ class Bench:
 
   def predict(self, variant: Variant, exact: PyTree) -> dict[str, float]:
     """Squared error of the signal at every layer's tap, relative to |signal|², mean over blocks."""
-    options, law, joint = variant.options(self.config), LAWS[variant.law], variant.name == 'joint'
+    options, law, joint = variant.options(self.config, self.model), LAWS[variant.law], variant.name == 'joint'
     predicted = {}
     for run, layer in self._layers():
       taps, tap = exact[run.name]['taps'], f'after_{layer}'
@@ -147,7 +153,7 @@ class Bench:
         predicted[f'{run.name}/{layer}'] = 0.0
         continue
       d, K = dims(run)[layer], variant.passes_at(layer)
-      noise = taps[tap]['residual' if tap in options.guessed_taps else 'own']
+      noise = taps[tap]['residual' if tap in options.guessed_taps(self.model) else 'own']
       others = sum(norms['by_group'] for name, norms in taps.items() if name != tap)
       error = variance.predicted_taps(law, [K, K], [d, d], [noise, others], joint=joint)[0]
       predicted[f'{run.name}/{layer}'] = float(jnp.mean(error / taps[tap]['own']))
@@ -156,14 +162,14 @@ class Bench:
   def can(self, variant: str, variables: Variables) -> bool:
     """Whether `variables` have the guesses of a variant."""
     try:
-      self._used(variables, Variant(variant, 'hadamard', 1).options(self.config))
+      self._used(variables, Variant(variant, 'hadamard', 1).options(self.config, self.model))
     except KeyError:
       return False
     return True
 
   @property
-  def _criterion(self) -> Criterion:
-    return Criterion(self.batch.label, self.batch.weight)
+  def _targets(self) -> Targets:
+    return Targets(self.batch.label, self.batch.weight)
 
   def _layers(self) -> list[tuple[Run, str]]:
     return [
@@ -173,7 +179,7 @@ class Bench:
   def _used(self, variables: Variables, options: Options) -> Variables:
     """Those variables that the variant's estimator looks at."""
     used = {'params': variables['params']}
-    if options.guessed_taps:
+    if options.guessed_taps(self.model):
       like = jax.eval_shape(
         self.algorithm(RULE, guess=options.guess, taps='separate').init, jax.random.key(0)
       )

@@ -10,6 +10,7 @@ from types import ModuleType
 
 from lfg_jax import estimators
 from lfg_jax.estimators.activity_gradient import value_and_activity_grad
+from lfg_jax.estimators.diagnosis import diagnose
 from lfg_jax.estimators.forward_gradient import forward_grad, value_and_forward_grad
 from lfg_jax.estimators.marks import mark
 from lfg_jax.estimators.sampling import Sampling
@@ -18,7 +19,7 @@ from lfg_jax.estimators.taps import tap
 __version__ = '0.1.0'
 _LATER = ('losses', 'models', 'data', 'training')
 
-__all__ = ['Sampling', '__version__', 'estimators', 'forward_grad', 'mark', 'tap',
+__all__ = ['Sampling', '__version__', 'diagnose', 'estimators', 'forward_grad', 'mark', 'tap',
            'value_and_activity_grad', 'value_and_forward_grad']
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lfg_jax.data.datasets import Batch
+from lfg_jax.models import local_mixer
 from lfg_jax.models.sizes import mixer_spec, patches
 from lfg_jax.training import algorithms, rules
 
@@ -15,6 +16,7 @@ from lfg_jax.training import algorithms, rules
 class Small(NamedTuple):
   spec: Any
   prepare: Any
+  model: Any
   batch: Batch
   variables: Any
 
@@ -33,7 +35,8 @@ def small(side=2, groups=4, channels=16, blocks=3, batch=4, classes=5, dtype=jnp
   image = jnp.asarray(rng.integers(0, 256, (batch, *image_shape)), jnp.uint8)
   label = jnp.asarray(rng.integers(0, classes, batch), jnp.int32)
   weight = jnp.full((batch,), 1 / batch, dtype)
-  algorithm = algorithms.compose(rules.REGISTRY['BP'], rules.Options(), spec, prepare)
+  model = local_mixer.staged(spec, prepare)
+  algorithm = algorithms.compose(rules.REGISTRY['BP'], rules.Options(), model)
   # By shape alone: compiling the network's own initialisation takes seconds.
   shapes = jax.eval_shape(algorithm.init, jax.random.key(0))
   params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), dtype), shapes['params'])
@@ -42,12 +45,12 @@ def small(side=2, groups=4, channels=16, blocks=3, batch=4, classes=5, dtype=jnp
            for name, block in params.items() if 'group' in block}
   ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, dtype), shapes)
   variables = {**ones, 'params': params, 'guess': guess}
-  return Small(spec, prepare, Batch(image, label, weight), variables)
+  return Small(spec, prepare, model, Batch(image, label, weight), variables)
 
 
 def compose(s, name, **options):
   """The algorithm `name` on the small model."""
-  return algorithms.compose(rules.REGISTRY[name], rules.Options(**options), s.spec, s.prepare)
+  return algorithms.compose(rules.REGISTRY[name], rules.Options(**options), s.model)
 
 
 def gradient(s, name, key=None, **options):

@@ -82,6 +82,12 @@ def test_examples_that_mix_are_noticed(fun):
   assert relative_error(noticed, declared) < 1e-6
 
 
+def test_one_tangent_for_examples_that_mix_is_refused():
+  """It would credit every example with the sum over examples of their gradients."""
+  with pytest.raises(ValueError, match="tap 'a' influences the losses of other examples, and one"):
+    value_and_activity_grad(contrast, shared=True)(W, key=KEYS[5])
+
+
 def test_taps_behind_the_mixing_keep_the_credit_of_their_example():
   fun = functools.partial(bare, middle=batch_normed)
   grads = value_and_activity_grad(fun, **EXACT)(W, key=KEYS[5])[1]

@@ -15,7 +15,8 @@ from lfg_jax.estimators.taps import Tap
 from lfg_jax.losses import info_nce
 from lfg_jax.losses.info_nce import Contrast, replicated_info_nce
 from lfg_jax.losses.replicated import Cut
-from lfg_jax.models.mixer import Criterion, LocalMixer
+from lfg_jax.losses.targets import Targets
+from lfg_jax.models.mixer import LocalMixer
 from lfg_jax.training import algorithms, rules
 from tests import oracle
 from tests.small import keep_kernels, relative_error, small
@@ -154,7 +155,7 @@ def contrastive_small(contrast=Contrast(projections=6), **fields):
 
 
 def composed(s, name, **options):
-  return algorithms.compose(rules.REGISTRY[name], rules.Options(**options), s.spec, s.prepare,
+  return algorithms.compose(rules.REGISTRY[name], rules.Options(**options), s.model,
                             views=noisy_views)
 
 
@@ -174,7 +175,7 @@ def inputs(s, key):
   """Tokens and criterion that the algorithm makes of the batch."""
   _, view_key = jax.random.split(key)
   image = noisy_views(jax.vmap(lambda i: jax.random.fold_in(view_key, i))(jnp.arange(4)), s.batch.image)
-  return s.prepare(image), Criterion(jnp.repeat(s.batch.label, 2), jnp.repeat(s.batch.weight / 2, 2))
+  return s.prepare(image), Targets(jnp.repeat(s.batch.label, 2), jnp.repeat(s.batch.weight / 2, 2))
 
 
 def objective(params, s, key, name, contrast):

@@ -222,14 +222,14 @@ def test_guesses_of_a_wrong_shape_or_together_are_refused():
 @pytest.mark.slow
 def test_what_the_names_stand_for():
   """The paper's estimator and ours, by one switch; what a user sets is kept."""
-  ours, paper = (rules.Options().of(rules.REGISTRY[name]) for name in ('LG-FG-A', 'LG-FG-A-paper'))
+  ours, paper = (rules.Options().of(rules.REGISTRY[name], model().model) for name in ('LG-FG-A', 'LG-FG-A-paper'))
   assert (ours.taps, ours.last_tap, ours.guess) == ('separate', 'exact', 'after_channel')
   assert (paper.taps, paper.last_tap, paper.guess) == ('joint', 'perturbed', 'none')
-  assert rules.Options(taps='joint').of(rules.REGISTRY['LG-FG-A']).guess == 'none'
+  assert rules.Options(taps='joint').of(rules.REGISTRY['LG-FG-A'], model().model).guess == 'none'
   s = model()
   joint = {'taps': 'joint', 'last_tap': 'perturbed', 'guess': 'none', 'law': 'rademacher'}
   assert relative_error(gradient(s, 'LG-FG-A', **joint), gradient(s, 'LG-FG-A-paper')) < 1e-6
-  shapes = jax.eval_shape(algorithms.compose(rules.REGISTRY['LG-FG-A-paper'], rules.Options(), s.spec, s.prepare).init,
+  shapes = jax.eval_shape(algorithms.compose(rules.REGISTRY['LG-FG-A-paper'], rules.Options(), s.model).init,
                           jax.random.key(0))
   assert 'guess' not in shapes
 

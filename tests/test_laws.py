@@ -56,7 +56,7 @@ def test_a_part_of_the_passes_is_that_part_of_all(name):
 
 
 def estimate(s, options, name='LG-FG-A-paper', key=0):
-  algorithm = algorithms.compose(rules.REGISTRY[name], rules.Options(**options), s.spec, s.prepare)
+  algorithm = algorithms.compose(rules.REGISTRY[name], rules.Options(**options), s.model)
   return jax.jit(algorithm.gradient)(s.variables, jax.random.key(key), s.batch)[0]
 
 
@@ -89,7 +89,7 @@ def test_projection_is_shorter_by_k_over_d_and_exact_when_the_span_is_all():
   exact = estimate(s, {}, 'LG-BP')
   options = {'law': 'normal', 'taps': 'separate', 'combine': 'projection'}
   assert relative_error(estimate(s, {**options, 'passes': 4}), exact) < 1e-3
-  algorithm = algorithms.compose(rules.REGISTRY['LG-FG-A-paper'], rules.Options(**options), s.spec, s.prepare)
+  algorithm = algorithms.compose(rules.REGISTRY['LG-FG-A-paper'], rules.Options(**options), s.model)
   one = lambda key: algorithm.gradient(s.variables, key, s.batch)[0]['stem']['channel']['kernel']
   samples = np.asarray(jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=500))(
       jax.random.split(jax.random.key(5), 4000)))
@@ -107,7 +107,7 @@ def test_projection_is_shorter_by_k_over_d_and_exact_when_the_span_is_all():
     ({'chunk': -1}, 'estimator.chunk is -1; allowed: 0 or more')])
 def test_options_that_make_no_sense(options, message):
   with pytest.raises(ValueError, match=message):
-    rules.Options(**options).of(rules.REGISTRY['LG-FG-A-paper'])
+    rules.Options(**options).of(rules.REGISTRY['LG-FG-A-paper'], small().model)
 
 
 def test_sampling_refuses_projection_in_chunks():

@@ -29,7 +29,7 @@ def test_a_micro_batch_is_the_most_that_divides():
 def test_batch_norm_takes_the_whole_batch():
   s = small(norm='batch')
   with pytest.raises(ValueError, match='micro_batch is 1'):
-    algorithms.compose(rules.REGISTRY['BP'], rules.Options(micro_batch=1), s.spec, s.prepare)
+    algorithms.compose(rules.REGISTRY['BP'], rules.Options(micro_batch=1), s.model)
 
 
 def test_automatic_size_keeps_an_activity_in_cache():

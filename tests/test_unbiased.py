@@ -57,7 +57,7 @@ def two_views(key_B, image):
 
 def judge_contrastive(name, shared_views=True, stop_gradient=True):
   s = model(batch=3, contrast=Contrast(projections=4, shared_views=shared_views, stop_gradient=stop_gradient))
-  run, exact = (algorithms.compose(rules.REGISTRY[n], rules.Options(), s.spec, s.prepare, views=two_views)
+  run, exact = (algorithms.compose(rules.REGISTRY[n], rules.Options(), s.model, views=two_views)
                 for n in (name, {'FG-A': 'BP', 'FG-W': 'BP'}.get(name, 'LG-BP')))
   target = jax.jit(exact.gradient)(s.variables, jax.random.key(0), s.batch)[0]
   return verdict(z_scores(lambda key: run.gradient(s.variables, key, s.batch)[0], target))
@@ -77,6 +77,11 @@ def test_without_the_stop_gradient_contrastive_activity_estimates_are_biased():
 def test_without_the_stop_gradient_exact_signals_know_of_the_other_rows():
   """Behind the boundary reverse mode gives the whole gradient, so that ours is unbiased even then."""
   assert judge_contrastive('LG-FG-A', stop_gradient=False) == []
+
+
+def test_one_tangent_for_a_batch_that_batch_norm_mixes_is_refused():
+  with pytest.raises(ValueError, match=r"sharing='shared'.*model\.norm='batch' mixes; allowed"):
+    compose(model(norm='batch'), 'LG-FG-A', sharing='shared')
 
 
 def test_the_papers_credit_rule_is_biased_for_the_layer_before_the_groups_only():
@@ -121,7 +126,7 @@ def test_finite_differences_follow_the_forward_derivative(name):
 def test_noise_does_not_depend_on_how_the_batch_is_split():
   """Half a batch, at its place in the global one, has the tangents that the whole batch gives it."""
   s = model(batch=4)
-  algorithm = algorithms.compose(rules.REGISTRY['LG-FG-A'], rules.Options(), s.spec, s.prepare, 'data')
+  algorithm = algorithms.compose(rules.REGISTRY['LG-FG-A'], rules.Options(), s.model, 'data')
   whole = gradient(s, 'LG-FG-A')    # the paper's has the same way of drawing
   halves = jax.tree.map(lambda leaf: leaf.reshape(2, 2, *leaf.shape[1:]), s.batch)
   per_device = jax.jit(jax.vmap(functools.partial(algorithm.gradient, s.variables, jax.random.key(0)),

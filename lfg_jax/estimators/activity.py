@@ -75,6 +75,11 @@ def activity_perturbation(
     taps = traced.taps
     keys = dict(zip(taps, jax.random.split(key, max(len(taps), 1)), strict=False))
     perturbed = {name: tap for name, tap in taps.items() if is_perturbed(name)}
+    for name, tap in perturbed.items():
+      if sampling.shared and tap.local_axes == 0:
+        raise ValueError(f'tap {name!r} influences the losses of other examples, and one tangent for '
+                         'the whole batch cannot tell the examples apart; allowed: an independent '
+                         'one for every example')
     # Before any tangent is drawn, and without the key.
     guessed: dict[str, jax.Array] = {}
     pull: Callable | None = None

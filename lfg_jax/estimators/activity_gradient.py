@@ -96,8 +96,8 @@ def value_and_activity_grad(
     of_point, point, key = bind(fun, argnums, key, args, kwargs)
     static = Static()
     traced = Traced(_mean_losses(of_point, has_aux, static), point, checkpoint_names=checkpoint_names)
-    perturbed = _perturbed(traced, taps, tap_passes)
-    _credit(traced, perturbed, mixes_examples)
+    perturbed = perturbed_taps(traced, taps, tap_passes)
+    credited(traced, perturbed, mixes_examples)
     of_activities = lambda activities: guess(activities, *args, **kwargs) if guess else {}
     estimator = activity.activity_perturbation(
         of_point, sampling=sampling, derivative=recomputed_jvp, separate=separate,
@@ -128,7 +128,7 @@ def _passes_of(traced: Traced, passes: int, tap_passes: Mapping[str, int]) -> Ca
   return lambda name: tap_passes.get(name, tap_passes.get(traced.calls[name], passes))
 
 
-def _credit(traced: Traced, perturbed: list[str], mixes_examples: bool | None) -> None:
+def credited(traced: Traced, perturbed: list[str], mixes_examples: bool | None) -> None:
   """Checks these taps' shapes, and sets `local_axes` to 0 where examples mix."""
   batch = _batch(traced.shape[0])
   for name in perturbed:
@@ -171,7 +171,7 @@ def _mixes(traced: Traced, name: str, shape: tuple[int, ...]) -> bool:
   return mixed
 
 
-def _perturbed(traced: Traced, chosen: Taps, tap_passes: Mapping[str, int] | None) -> list[str]:
+def perturbed_taps(traced: Traced, chosen: Taps, tap_passes: Mapping[str, int] | None) -> list[str]:
   """Names of the taps that are perturbed."""
   names = {*traced.taps, *traced.calls.values()}
   if not names:

@@ -211,7 +211,8 @@ def _displaced_loss(features: jax.Array, held: jax.Array, kernel_GxCxK: jax.Arra
 
   def one_replica(step_NxK: jax.Array) -> jax.Array:
     moved_NxK = z_NxK + step_NxK
-    return info_nce(moved_NxK, z_NxK if contrast.stop_gradient else moved_NxK, real_N, contrast)
+    candidates_NxK = jax.lax.stop_gradient(z_NxK) if contrast.stop_gradient else moved_NxK
+    return info_nce(moved_NxK, candidates_NxK, real_N, contrast)
 
   N, P, G, K = step_NxPxGxK.shape
   losses_RxN = jax.lax.map(one_replica, jnp.moveaxis(step_NxPxGxK.reshape(N, P * G, K), 1, 0))

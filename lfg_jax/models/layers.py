@@ -129,7 +129,8 @@ def _learn_forward(linear: Callable, feedback: jax.Array, ct: jax.Array, x: jax.
 def _learn_backward(linear: Callable, residuals: tuple, moved: jax.Array) -> tuple[jax.Array, ...]:
   """moved · (Fᵀ ct) = (F moved) · ct: the gradient by F is a kernel's, for the input `moved`."""
   feedback, ct, x = residuals
-  stride = LEARNING_STRIDE if moved.shape[1] > LEARNING_STRIDE**2 else 1
+  is_by_patch = linear in (dense, grouped)
+  stride = LEARNING_STRIDE if is_by_patch and moved.shape[1] > LEARNING_STRIDE**2 else 1
   moved, some_ct = moved[:, ::stride], ct[:, ::stride]
   (d_feedback,) = jax.vjp(lambda f: linear(moved, f), feedback)[1](some_ct)
   return d_feedback, jnp.zeros_like(ct), jnp.zeros_like(x)
@@ -167,6 +168,12 @@ def depthwise(x_BxPxC: jax.Array, kernel_KxKx1xC: jax.Array) -> jax.Array:
   out = jax.lax.conv_general_dilated(x_BxPxC.reshape(B, side, side, C), kernel_KxKx1xC, (1, 1), 'SAME',
                                      dimension_numbers=('NHWC', 'HWIO', 'NHWC'), feature_group_count=C)
   return out.reshape(B, P, C)
+
+
+def convolution(x_BxHxWxC: jax.Array, kernel_KxKxCxD: jax.Array, stride: int = 1) -> jax.Array:
+  """k×k convolution with zero padding, at every `stride`-th position."""
+  return jax.lax.conv_general_dilated(x_BxHxWxC, kernel_KxKxCxD, (stride, stride), 'SAME',
+                                      dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
 def initializer(kind: str, fan_in: int) -> Callable:

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.estimators.taps import tap
-from lfg_jax.losses.info_nce import Contrast, replicated_info_nce
-from lfg_jax.losses.replicated import Cut, replicated_cross_entropy, scale_gradient
+from lfg_jax.losses.heads import local_losses
+from lfg_jax.losses.info_nce import Contrast
+from lfg_jax.losses.replicated import Cut
+from lfg_jax.losses.targets import Targets
 from lfg_jax.models import layers
 from lfg_jax.promotion import upcast
 
@@ -46,8 +48,7 @@ class Style(NamedTuple):
     contrast: of contrastive heads; None: heads classify.
     precision: 'bfloat16': blocks compute in it, with parameters, statistics of norms, heads, losses and read-out in
       float32; 'float32': all is of the parameters' type.
-    fused: local losses have a derivative of their own, at the cost of one plain loss. Finite differences see no
-      derivative: for them every replica is written out, with the others' features behind a stop-gradient.
+    fused: whether local losses are; see `heads.local_losses`.
   """
   mixing: str = 'linear'
   conv_size: int = 3
@@ -89,17 +90,6 @@ class BlockSpec(NamedTuple):
     return self.residual and not self.pool
 
 
-class Criterion(NamedTuple):
-  """A pytree with all that a local head must know to compute its losses.
-
-  Attributes:
-    label_B: integer classes; contrastive heads do not look at them.
-    weight_B: of each example in the objective; sums to 1 over the global batch.
-  """
-  label_B: jax.Array
-  weight_B: jax.Array
-
-
 class _Unit(NamedTuple):
   """Norm → linear → norm: what the linear layer returns, and the second norm of it."""
   linear: jax.Array
@@ -125,9 +115,9 @@ class LocalBlock(nn.Module):
   last: bool = False
 
   @nn.compact
-  def __call__(self, x_BxPxC: jax.Array, criterion: Criterion | None, weight_B: jax.Array
+  def __call__(self, x_BxPxC: jax.Array, targets: Targets | None, weight_B: jax.Array
                ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the output [B, P, C] and the weighted local losses [B, P, G] (None without a criterion)."""
+    """Returns the output [B, P, C] and the weighted local losses [B, P, G] (None without a targets)."""
     s, (B, *_) = self.spec, x_BxPxC.shape
     x = self._pool(x_BxPxC) if s.pool else x_BxPxC
     h = x
@@ -142,7 +132,7 @@ class LocalBlock(nn.Module):
     z = self._unit('group', grouped, h, weight_B)
     skip = x.reshape(z.out.shape) if s.residual else jnp.zeros((), z.out.dtype)
     out_BxPxGxC = nn.relu(self._tap('after_group', z, z.out + skip > 0, 3) + skip)
-    losses = Head(s, self.style, self.head_outputs, self.cut, name='head')(out_BxPxGxC, criterion, weight_B)
+    losses = Head(s, self.style, self.head_outputs, self.cut, name='head')(out_BxPxGxC, targets, weight_B)
     return out_BxPxGxC.reshape(B, s.tokens, s.channels), losses
 
   def _local_axes(self, axes: int) -> int:
@@ -195,42 +185,35 @@ class Head(nn.Module):
   cut: Cut
 
   @nn.compact
-  def __call__(self, x_BxPxGxC: jax.Array, criterion: Criterion | None, weight_B: jax.Array) -> jax.Array | None:
+  def __call__(self, x_BxPxGxC: jax.Array, targets: Targets | None, weight_B: jax.Array) -> jax.Array | None:
     G, C = self.spec.groups, self.spec.channels // self.spec.groups
     # The direction of a projection of zeros would be undefined.
     init = 'zero' if self.style.contrast is None else self.style.init
     kernel = self.param('kernel', layers.initializer(init, C * G), (G, C, self.outputs))
     bias = self.param('bias', nn.initializers.zeros_init(), (self.outputs,))
     features = _norm(self.style, 'head', x_BxPxGxC, weight_B)
-    if criterion is None:
+    if targets is None:
       return None
-    # The head learns from the mean of the replicas, while the block takes their sum.
-    share = 1 / self.cut.replicas(features)
-    backward = self.get_variable('feedback', 'kernel') if self.has_variable('feedback', 'kernel') else None
-    held = None if self.style.fused else jax.lax.stop_gradient(features)
-    kernel, bias = scale_gradient(kernel, share), scale_gradient(bias, share)
-    if self.style.contrast is None:
-      losses_BxPxG = replicated_cross_entropy(features, kernel, bias, criterion.label_B, self.cut,
-                                              backward_GxCxK=backward, held_BxPxGxC=held)
-    else:
-      losses_BxPxG = replicated_info_nce(features, kernel, bias, criterion.weight_B > 0, self.style.contrast, self.cut,
-                                         backward_GxCxK=backward, held_NxPxGxC=held)
-    return losses_BxPxG * criterion.weight_B[:, None, None]
+    feedback = self.get_variable('feedback', 'kernel') if self.has_variable('feedback', 'kernel') else None
+    return local_losses(features, {'kernel': kernel, 'bias': bias}, targets, self.cut, contrast=self.style.contrast,
+                        fused=self.style.fused, feedback_GxCxK=feedback)
 
 
 class Projection(nn.Module):
-  """Mean over tokens → linear, and no local loss: the head of a network that learns end to end."""
-  contrast: Contrast
-  init_kind: str
+  """Group norm, mean over tokens → linear, and no local loss: the head of a network that learns end to end."""
+  style: Style
+  groups: int
 
   @nn.compact
-  def __call__(self, features_NxPxGxC: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, x_NxPxC: jax.Array, weight_N: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Projections [N, K] as anchors, and as candidates (behind the stop-gradient, if there is one)."""
-    N, _, G, C = features_NxPxGxC.shape
-    K = self.contrast.projections
-    linear = layers.Linear(layers.dense, (G * C, K), (K,), G * C, self.init_kind, name='linear')
-    z_NxK = linear(upcast(features_NxPxGxC).mean(1).reshape(N, G * C))
-    return z_NxK, jax.lax.stop_gradient(z_NxK) if self.contrast.stop_gradient else z_NxK
+    contrast, (N, P, C) = self.style.contrast, x_NxPxC.shape
+    assert contrast
+    features = _norm(self.style, 'head', x_NxPxC.reshape(N, P, self.groups, -1), weight_N)
+    linear = layers.Linear(layers.dense, (C, contrast.projections), (contrast.projections,), C, self.style.init,
+                           name='linear')
+    z_NxK = linear(upcast(features).mean(1).reshape(N, C))
+    return z_NxK, jax.lax.stop_gradient(z_NxK) if contrast.stop_gradient else z_NxK
 
 
 class ReadOut(nn.Module):
@@ -287,9 +270,9 @@ class LocalMixer(nn.Module):
   project: bool = False
 
   @nn.compact
-  def __call__(self, tokens_BxPxD: jax.Array, criterion: Criterion | None = None, weight_B: jax.Array | None = None
+  def __call__(self, tokens_BxPxD: jax.Array, targets: Targets | None = None, weight_B: jax.Array | None = None
                ) -> tuple[jax.Array, dict[str, Any]]:
-    """Returns logits [B, classes] and the local losses [n, B, P, G] of every stack (None without a criterion).
+    """Returns logits [B, classes] and the local losses [n, B, P, G] of every stack (None without a targets).
 
     With `project`, what it returns is among the latter as `head`.
     """
@@ -302,10 +285,9 @@ class LocalMixer(nn.Module):
                       in_axes=(nn.broadcast, nn.broadcast), length=run.count)
       block = (stack if run.spec.stacked else LocalBlock)(
           run.spec, self.spec.style, self.spec.head_outputs, self.cut, name=run.name)
-      x, local[run.name] = block(x, criterion, weight_B)
-    if self.project and self.spec.style.contrast:
-      features = _norm(self.spec.style, 'head', x.reshape(*x.shape[:2], self.spec.runs[-1].spec.groups, -1), weight_B)
-      local['head'] = Projection(self.spec.style.contrast, self.spec.style.init, name='head')(features)
+      x, local[run.name] = block(x, targets, weight_B)
+    if self.project:
+      local['head'] = Projection(self.spec.style, self.spec.runs[-1].spec.groups, name='head')(x, weight_B)
     x = jax.lax.stop_gradient(x) if self.detach_readout else x
     return ReadOut(self.spec.style, self.spec.classes, name='readout')(x, weight_B), local
 

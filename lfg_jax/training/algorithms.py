@@ -1,10 +1,9 @@
 """Algorithms put together from a rule, options and a model: an estimator × the objective it serves.
 
 Rules are in `lfg_jax.training.rules`, estimators in `lfg_jax.estimators`, objectives (end to end, or stage by stage)
-in `lfg_jax.training.objectives`. With the contrastive loss the batch has two views of every image.
+in `lfg_jax.losses.objectives`. With the contrastive loss the batch has two views of every image.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -29,22 +28,20 @@ from lfg_jax.estimators.signature import GradFn, LossFn
 from lfg_jax.estimators.taps import Tap
 from lfg_jax.estimators.traced import Traced
 from lfg_jax.estimators.weight import weight_perturbation
+from lfg_jax.losses import staged
 from lfg_jax.losses.info_nce import VIEWS, Contrast
-from lfg_jax.models import layers
-from lfg_jax.models.mixer import BOUNDARY, TAPS, Criterion, LocalMixer, MixerSpec
-from lfg_jax.models.sizes import mixer_spec, parse, patches
+from lfg_jax.losses.objectives import end_to_end, stage_by_stage
+from lfg_jax.losses.staged import StagedModel, Variables
+from lfg_jax.losses.targets import Targets
+from lfg_jax.models import layers, registry
+from lfg_jax.models.registry import Images
 from lfg_jax.training import optimizers
-from lfg_jax.training.objectives import end_to_end, stage_by_stage
 from lfg_jax.training.rules import REGISTRY, Options, Rule
 
 PyTree = Any
 
 
 LOSSES = ('supervised', 'contrastive')
-LAST_TAP = 'last/after_group'    # of the block under a stage's losses, see `greedy.block_names`
-# The layer through which a tap's guess comes.
-_GUESS_LAYERS = {'after_channel': 'group', 'after_token': 'channel'}
-
 
 class Algorithm(NamedTuple):
   """What training needs of a rule and a model; pure functions.
@@ -77,12 +74,12 @@ def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorit
   options = Options(**config.estimator, **config.losses, micro_batch=config.micro_batch)
   one_of('loss', config.loss, LOSSES)
   contrast = _contrast(config.contrastive, axis_name) if config.loss == 'contrastive' else None
-  sizes = dict(config.model)
-  spec = mixer_spec(sizes.pop('size'), image_shape=dataset.image_shape, classes=dataset.classes,
-                    axis_name=axis_name, contrast=contrast, **sizes)
-  prepare = functools.partial(patches, side=parse(config.model.size)[1], mean=dataset.mean, std=dataset.std)
+  fields = dict(config.model)
+  module = registry.find(fields.pop('name'), fields.pop('module'))
+  images = Images(dataset.image_shape, dataset.classes, dataset.mean, dataset.std, axis_name)
+  model = module.make(fields, images, contrast)
   views = functools.partial(augmentation.views, min_area=config.contrastive.min_area)
-  return compose(REGISTRY[config.algorithm], options, spec, prepare, axis_name, views)
+  return compose(REGISTRY[config.algorithm], options, model, axis_name, views)
 
 
 def _contrast(config: Any, axis_name: str | None) -> Contrast:
@@ -93,120 +90,124 @@ def _contrast(config: Any, axis_name: str | None) -> Contrast:
   return Contrast(config.temperature, config.stop_gradient, config.shared_views, axis_name=axis_name)
 
 
-def compose(rule: Rule, options: Options, spec: MixerSpec, prepare: Callable[[jax.Array], jax.Array],
-            axis_name: str | None = None, views: Callable | None = None) -> Algorithm:
+def compose(rule: Rule, options: Options, model: StagedModel, axis_name: str | None = None,
+            views: Callable | None = None) -> Algorithm:
   """`Rule` × options × model.
 
-  `prepare` turns images of pixels 0 … 255 into tokens [B, P, D]. With contrastive heads, `views` is
-  `(key [B], image [B, H, W, C]) -> [2B, H, W, C]`, views of an example one after the other.
+  With contrastive heads, `views` is `(key [B], image [B, H, W, C]) -> [2B, H, W, C]`, views of an
+  example one after the other.
   """
-  if spec.style.norm == 'batch' and rule.estimator == 'weight' and options.sharing == 'independent':
-    raise ValueError("estimator.sharing='independent' perturbs weights per example, which model.norm='batch' mixes; "
-                     "allowed with batch norm: 'paper', 'shared'")
-  if options.micro_batch and mixes_examples(spec):
-    raise ValueError(f'micro_batch is {options.micro_batch}, and the losses of one example depend on others; '
-                     'allowed here: 0')
-  if spec.style.dtype and rule.finite:
-    raise ValueError("model.precision is 'bfloat16', whose rounding hides finite differences; allowed with them: "
-                     "'float32'")
-  if rule.finite:
-    spec = dataclasses.replace(spec, style=spec.style._replace(fused=False))
-  contrast = spec.style.contrast
-  if contrast and rule.estimator == 'weight' and options.sharing == 'independent':
-    raise ValueError("estimator.sharing='independent' perturbs weights per example, and loss='contrastive' compares "
-                     "examples; allowed with it: 'paper', 'shared'")
-  options = options.of(rule)
-  stem = spec.runs[0].spec
-  project = contrast is not None and not rule.local
+  _check(rule, options, model)
+  contrast = model.contrast
+  model = model.variant(fused=not rule.finite, project=contrast is not None and not rule.local)
+  still = model.variant(train=False)
+  options = options.of(rule, model)
+  guessed = options.guessed_taps(model)
   guess_optimizer = optimizers.lenient(optax.adam(options.guess_rate))
 
-  def init(key: jax.Array) -> dict[str, PyTree]:
+  def init(key: jax.Array) -> Variables:
     model_key, feedback_key = jax.random.split(key)
-    variables = LocalMixer(spec, project=project).init(model_key, jnp.zeros((1, stem.tokens, stem.inputs)))
-    kept = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
+    kept = dict(model.init(model_key))
     if rule.feedback:
       kept['feedback'] = layers.like_kernels(feedback_key, kept['params'])
     if rule.estimator == 'direct_feedback':
-      kept['feedback'] = _tap_matrices(feedback_key, spec, kept['params'])
-    if options.guessed_taps:
-      kept['guess'] = _guess_weights(kept['params'], options)
+      kept['feedback'] = _tap_matrices(feedback_key, model, kept)
+    if guessed:
+      kept['guess'] = _guess_weights(kept['params'], model, guessed)
       kept['guess_optimizer'] = guess_optimizer.init(kept['guess'])
     return kept
 
-  def advance(variables: dict[str, PyTree], aux: dict[str, Any]) -> dict[str, PyTree]:
+  def advance(variables: Variables, aux: dict[str, Any]) -> Variables:
     new = {name: aux[name] for name in ('batch_stats',) if name in variables}
     if 'guess' in variables:
-      updates, new['guess_optimizer'] = guess_optimizer.update(aux['guess_gradient'], variables['guess_optimizer'])
+      updates, new['guess_optimizer'] = guess_optimizer.update(
+          aux['guess_gradient'], variables['guess_optimizer'])
       new['guess'] = optax.apply_updates(variables['guess'], updates)
     return {**variables, **new}
 
-  def part_gradient(variables: dict[str, PyTree], key: jax.Array, part: Part, batch: Batch
+  def part_gradient(variables: Variables, key: jax.Array, part: Part, batch: Batch
                     ) -> tuple[PyTree, dict[str, Any]]:
-    if options.guessed_taps and not variables.get('guess'):
-      raise ValueError("the guess has no feedback weights; allowed: variables with 'guess', as the algorithm's init "
-                       'makes them')
-    estimator = build_estimator(rule, options, spec, axis_name, variables, part)
+    if guessed and not variables.get('guess'):
+      raise ValueError("the guess has no feedback weights; allowed: variables with 'guess', as the "
+                       "algorithm's init makes them")
+    estimator = build_estimator(rule, options, model, axis_name, variables, part)
     image, label, weight = map(jnp.asarray, batch)
     if contrast and views:
       key, view_key = jax.random.split(key)
-      image = views(tangents.fold_in_all(view_key, tangents.example_ids(len(label), axis_name)), image)
+      ids_B = tangents.example_ids(len(label), axis_name)
+      image = views(tangents.fold_in_all(view_key, ids_B), image)
       label, weight = jnp.repeat(label, VIEWS), jnp.repeat(weight / VIEWS, VIEWS)
-    used = ('params', 'batch_stats', *['feedback'] * rule.feedback, *['guess'] * bool(options.guessed_taps))
+    used = ('params', 'batch_stats', *['feedback'] * rule.feedback, *['guess'] * bool(guessed))
     known = {name: variables[name] for name in used if name in variables}
     if rule.cut:
-      run = stage_by_stage(spec, estimator, options.cut, every=options.every, overlap=options.overlap)
+      run = stage_by_stage(model, estimator, options.cut, every=options.every,
+                           overlap=options.overlap)
     else:
-      run = end_to_end(spec, estimator, local=rule.local)
-    return run(known, key, prepare(image), Criterion(label, weight))
+      run = end_to_end(model, estimator, local=rule.local)
+    return run(known, key, model.prepare(image), Targets(label, weight))
 
-  def gradient(variables: dict[str, PyTree], key: jax.Array, batch: Batch) -> tuple[PyTree, dict[str, Any]]:
+  def gradient(variables: Variables, key: jax.Array, batch: Batch) -> tuple[PyTree, dict[str, Any]]:
     batch = Batch(*map(jnp.asarray, batch))
-    number = number_of_parts(spec, len(batch.label), options.micro_batch)
+    number = number_of_parts(model, len(batch.label), options.micro_batch)
     return parts.sum_over_parts(functools.partial(part_gradient, variables, key), batch, number)
 
-  still = LocalMixer(dataclasses.replace(spec, style=spec.style._replace(train=False)))
-
-  def evaluate(variables: dict[str, PyTree], image: jax.Array, **options: Any) -> tuple:
-    seen: dict[str, PyTree] = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
-    return still.apply(seen, prepare(image), **options)
-
-  def predict(variables: dict[str, PyTree], image: jax.Array) -> jax.Array:
-    return evaluate(variables, image)[0]
-
-  def features(variables: dict[str, PyTree], image: jax.Array) -> jax.Array:
-    return evaluate(variables, image, mutable='features')[1]['features']['readout']['mean'][0]
+  def evaluate(variables: Variables, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    seen = {kind: tree for kind, tree in variables.items() if kind in ('params', 'batch_stats')}
+    return staged.evaluate(still, seen, model.prepare(image))
 
   metrics = ('loss', 'error', 'contrastive_loss') if contrast else ('loss', 'error')
-  return Algorithm(init, gradient, predict, features, advance, metrics)
+  return Algorithm(init, gradient, lambda variables, image: evaluate(variables, image)[0],
+                   lambda variables, image: evaluate(variables, image)[1], advance, metrics)
 
 
-def mixes_examples(spec: MixerSpec) -> bool:
+def _check(rule: Rule, options: Options, model: StagedModel) -> None:
+  """Raises ValueError, in one line, for a rule and options that the model makes impossible."""
+  independent = rule.estimator == 'weight' and options.sharing == 'independent'
+  if model.mixes_examples and independent:
+    raise ValueError("estimator.sharing='independent' perturbs weights per example, which "
+                     "model.norm='batch' mixes; allowed with batch norm: 'paper', 'shared'")
+  if model.mixes_examples and rule.estimator == 'activity' and options.sharing == 'shared':
+    raise ValueError("estimator.sharing='shared' has one tangent for all examples, which "
+                     "model.norm='batch' mixes; allowed with batch norm: 'paper', 'independent'")
+  if options.micro_batch and _depends_on_others(model):
+    raise ValueError(f'micro_batch is {options.micro_batch}, and the losses of one example depend '
+                     'on others; allowed here: 0')
+  if model.rounds and rule.finite:
+    raise ValueError("model.precision is 'bfloat16', whose rounding hides finite differences; "
+                     "allowed with them: 'float32'")
+  if model.contrast and independent:
+    raise ValueError("estimator.sharing='independent' perturbs weights per example, and "
+                     "loss='contrastive' compares examples; allowed with it: 'paper', 'shared'")
+
+
+def _depends_on_others(model: StagedModel) -> bool:
   """Whether the losses of one example depend on others, so that a batch is more than its parts."""
-  return spec.style.norm == 'batch' or spec.style.contrast is not None
+  return model.mixes_examples or model.contrast is not None
 
 
-def number_of_parts(spec: MixerSpec, batch_size: int, micro_batch: int) -> int:
+def number_of_parts(model: StagedModel, batch_size: int, micro_batch: int) -> int:
   """In how many parts a device takes its share of the batch, of `batch_size` examples."""
-  activity_bytes = (2 if spec.style.dtype else 4) * max(run.spec.tokens * run.spec.channels for run in spec.runs)
-  return 1 if mixes_examples(spec) else parts.number_of_parts(batch_size, micro_batch, activity_bytes)
+  if _depends_on_others(model):
+    return 1
+  return parts.number_of_parts(batch_size, micro_batch, model.activity_bytes)
 
 
-def build_estimator(rule: Rule, options: Options, spec: MixerSpec, axis_name: str | None,
+def build_estimator(rule: Rule, options: Options, model: StagedModel, axis_name: str | None,
                     variables: dict[str, PyTree], part: Part = WHOLE) -> Estimator:
   """The rule's estimator, `(fun, learned) -> grad_fn`."""
   weight = rule.estimator == 'weight'
   shared = weight if options.sharing == 'paper' else options.sharing == 'shared'
-  contrast = spec.style.contrast
+  contrast = model.contrast
   rows = VIEWS if contrast and contrast.shared_views else 1
   sampling = Sampling(tangents.LAWS[options.law], options.passes, shared, axis_name, options.chunk or None,
                       options.combine, part, rows)
   derivative = finite_difference(options.step) if rule.finite else jvp_derivative
   if weight:
-    group_axis = functools.partial(_group_axis, options, rule.cut and spec.style.norm == 'layer')
+    group_axis = functools.partial(_group_axis, model, options.credit) if rule.cut else lambda path: None
     return _never_guessed(functools.partial(weight_perturbation, sampling=sampling, derivative=derivative,
                                             is_exact=_under_a_loss, group_axis=group_axis))
   if rule.estimator == 'activity':
-    return _activity_estimator(options, sampling, derivative)
+    return _activity_estimator(options, model, sampling, derivative)
   if rule.estimator == 'direct_feedback':
     matrices = flatten_dict(variables['feedback'], sep='/')
     return _never_guessed(functools.partial(direct_feedback, matrices=matrices))
@@ -217,16 +218,18 @@ def _never_guessed(estimator: Callable[[LossFn], GradFn]) -> Estimator:
   return lambda fun, _: estimator(fun)
 
 
-def _activity_estimator(options: Options, sampling: Sampling, derivative: Derivative) -> Estimator:
+def _activity_estimator(options: Options, model: StagedModel, sampling: Sampling, derivative: Derivative) -> Estimator:
   own_passes = {tap: n for tap, n in options.tap_passes.items() if n}
   passes_of = lambda name: own_passes.get(_in_block(name), options.passes)
   activity = functools.partial(
       activity_perturbation, sampling=sampling, derivative=derivative, separate=options.taps == 'separate',
-      passes_of=passes_of if own_passes else None, is_guessed=lambda name: _in_block(name) in options.guessed_taps)
-  if options.last_tap == 'perturbed':
-    return functools.partial(activity, is_perturbed=lambda name: _in_block(name) in TAPS)
-  before = functools.partial(activity, is_perturbed=lambda name: _in_block(name) in TAPS and name != LAST_TAP)
-  return functools.partial(exact_behind, estimator=before, is_boundary=lambda name: _in_block(name) == BOUNDARY)
+      passes_of=passes_of if own_passes else None,
+      is_guessed=lambda name: _in_block(name) in options.guessed_taps(model))
+  if options.last_tap == 'perturbed' or not model.boundary:
+    return functools.partial(activity, is_perturbed=lambda name: _in_block(name) in model.taps)
+  boundary, behind = (f'last/{tap}' for tap in model.boundary)    # of the block under a stage's losses
+  before = functools.partial(activity, is_perturbed=lambda name: _in_block(name) in model.taps and name != behind)
+  return functools.partial(exact_behind, estimator=before, is_boundary=boundary.__eq__)
 
 
 def _in_block(name: str) -> str:
@@ -239,36 +242,31 @@ def _under_a_loss(path: tuple) -> bool:
   return any(p.key in ('head', 'readout') for p in path)
 
 
-def _group_axis(options: Options, groups_are_separate: bool, path: tuple) -> int | None:
+def _group_axis(model: StagedModel, credit: str, path: tuple) -> int | None:
   """The axis of a weight that runs over groups with losses of their own; see `weight_perturbation`."""
-  stage, layer, leaf = path[0].key, path[1].key, path[-1].key
-  if not groups_are_separate or stage != 'last':
-    return None
-  if layer == 'group':
-    return 0
-  if layer == 'channel' and options.credit == 'paper':
-    return 1 if leaf == 'kernel' else 0
-  return None
+  stage, *rest = (part.key for part in path)
+  return model.group_axis(tuple(rest), credit) if stage == 'last' else None
 
 
-def _guess_weights(params: PyTree, options: Options) -> PyTree:
+def _guess_weights(params: PyTree, model: StagedModel, guessed: tuple[str, ...]) -> PyTree:
   """Zeros, the guess of nothing, for the kernels of the layers through which guesses come."""
-  layers_of = lambda block: [_GUESS_LAYERS[tap] for tap in options.guessed_taps
-                             if tap != 'after_token' or 'token' in block]
-  return {name: {layer: {'kernel': jnp.zeros_like(block[layer]['kernel'])} for layer in layers_of(block)}
-          for name, block in params.items() if 'group' in block}
+  weights: dict[str, PyTree] = {}
+  for stack in model.stacks:
+    own = params[stack.name]
+    names = [model.guessed[tap] for tap in guessed if tap in stack.flop]
+    weights[stack.name] = {name: {'kernel': jnp.zeros_like(own[name]['kernel'])} for name in names}
+  return weights
 
 
-def _tap_matrices(key: jax.Array, spec: MixerSpec, params: PyTree) -> PyTree:
-  """Fixed matrices [*scan, classes, ...] for every tap, scaled so that a signal is about as long as the error."""
-  stem = spec.runs[0].spec
-  tokens = jax.ShapeDtypeStruct((1, stem.tokens, stem.inputs), jnp.float32)
-  forward = lambda params, x: LocalMixer(spec).apply({'params': params}, x, mutable='batch_stats')
-  taps = Traced(forward, params, tokens).taps
+def _tap_matrices(key: jax.Array, model: StagedModel, variables: Variables) -> PyTree:
+  """Fixed matrices [*scan, K, ...] for every tap, scaled so that a signal is about as long as the error."""
+  x = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.result_type(float))
+  taps = Traced(functools.partial(staged.evaluate, model), variables, x).taps
+  outputs = model.contrast.projections if model.contrast else model.classes
 
   def matrix(key: jax.Array, tap: Tap) -> jax.Array:
     scan, rest = tap.shape[:tap.scanned], tap.shape[tap.scanned + 1:]
-    return jax.random.normal(key, (*scan, spec.head_outputs, *rest)) / math.prod(rest)**0.5
+    return jax.random.normal(key, (*scan, outputs, *rest)) / math.prod(rest)**0.5
 
   keys = jax.random.split(key, len(taps))
   matrices = {name: matrix(k, tap) for k, (name, tap) in zip(keys, taps.items(), strict=True)}

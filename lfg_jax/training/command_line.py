@@ -74,7 +74,7 @@ def override(config: ConfigDict, arguments: list[str], known: Iterable[str] = ()
   >>> override(configs.base(), ['--config.model.norms=head,readout']).model.norms
   ('head', 'readout')
   """
-  config, rest, open_fields = copy.deepcopy(config), [], []
+  config, rest, open_fields = _with_model(copy.deepcopy(config), arguments), [], []
   for argument in arguments:
     match = re.fullmatch(r'--?(?:no)?config\.([^=]*)(?:=(.*))?', argument, re.DOTALL)
     if match:
@@ -98,6 +98,20 @@ def override(config: ConfigDict, arguments: list[str], known: Iterable[str] = ()
     raise _unexpected(unused[0], known)
   values.config.update_from_flattened_dict(dict.fromkeys(open_fields))
   return values.config
+
+
+def _with_model(config: ConfigDict, arguments: Iterable[str]) -> ConfigDict:
+  """The config with the fields of the model that flags choose, of which others may speak."""
+  chosen: dict[str, str] = {}
+  for argument in arguments:
+    if match := re.fullmatch(r'--?config\.model\.(name|module)=(.*)', argument, re.DOTALL):
+      chosen[match[1]] = match[2]
+  module = chosen.get('module', config.model.module)
+  module = None if module in (None, 'None') else module
+  name = pathlib.Path(module).stem if module else chosen.get('name', config.model.name)
+  if chosen and (name, module) != (config.model.name, config.model.module):
+    configs.use_model(config, name, module)
+  return config
 
 
 def _explained(error: Exception, config: ConfigDict) -> UserError:

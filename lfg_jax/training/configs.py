@@ -17,7 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from lfg_jax.errors import UserError
-from lfg_jax.models import mixer
+from lfg_jax.models import registry
 from lfg_jax.training import optimizers
 
 
@@ -25,7 +25,8 @@ def base() -> ConfigDict:
   """All fields, with their defaults.
 
   The docstrings of `rules.Options` explain those of estimator and losses, `sizes.mixer_spec` and `mixer.Style` those
-  of the model, `info_nce.Contrast` those of the contrastive loss. What is left is explained here; `--help` prints all.
+  of the mixer, `model_fields` those that every model has, `info_nce.Contrast` those of the contrastive loss. What is
+  left is explained here; `--help` prints all.
 
   Attributes:
     algorithm: a rule of the paper or ours, of `rules.REGISTRY`.
@@ -64,20 +65,13 @@ def base() -> ConfigDict:
       'image_size': config_dict.placeholder(int),
       'images': config_dict.placeholder(int),
       'init_from': config_dict.placeholder(str),
-      'model': {
-          'size': 'M/8/16',
-          'blocks': config_dict.placeholder(int), 'channels': config_dict.placeholder(int),
-          'hidden': config_dict.placeholder(int),
-          'pool_every': 0, 'channel_ratio': 2, 'group_ratio': 2, 'pool': 'average',
-          'norm': 'layer', 'norm_derivative': True, 'mixing': 'linear', 'conv_size': 3, 'init': 'lecun',
-          'norms': mixer.NORMS, 'precision': 'float32',
-      },
+      'model': model_fields('mixer'),
       'losses': {'patch': True, 'group': True, 'every': 1, 'overlap': False},
       'contrastive': {'temperature': 0.5, 'stop_gradient': True, 'shared_views': True, 'min_area': 0.08},
       'estimator': {
           'law': 'hadamard', 'passes': 1, 'chunk': 4, 'combine': 'mean',
           'taps': 'auto', 'last_tap': 'auto', 'guess': 'auto', 'guess_rate': 3e-3,
-          'tap_passes': dict.fromkeys(mixer.TAPS, 0),
+          'tap_passes': dict.fromkeys(registry.find('mixer').TAPS, 0),
           'sharing': 'paper', 'credit': 'exact', 'step': 1e-3,
       },
       'optimizer': {
@@ -95,6 +89,48 @@ def base() -> ConfigDict:
       'keep': 2,
       'distributed': False,
   })
+
+
+def model_fields(name: str, module: str | None = None) -> dict[str, Any]:
+  """The fields of config.model: those of the model of this name, or of the one in a file.
+
+  Attributes:
+    name: of the model: 'mixer', 'mlp' or 'resnet'; each has further fields of its own.
+    module: a Python file with a model of your own; None: the one of that name.
+
+  Raises:
+    UserError: there is no such model.
+  """
+  defaults = registry.find(name, module).DEFAULTS
+  as_placeholder = lambda v: config_dict.placeholder(v) if isinstance(v, type) else v
+  path = config_dict.placeholder(str)
+  path.set(module)
+  return {'name': name, 'module': path, **{f: as_placeholder(v) for f, v in defaults.items()}}
+
+
+def use_model(config: ConfigDict, name: str = 'mixer', module: str | None = None, **fields: Any
+              ) -> None:
+  """Another model for the config, with the defaults of its fields but for those that are given.
+
+  >>> config = base()
+  >>> use_model(config, 'mlp', blocks=2)
+  >>> sorted(config.model.to_dict())
+  ['blocks', 'channels', 'groups', 'module', 'name']
+  """
+  with config.unlocked():
+    config.model = ConfigDict(model_fields(name, module))
+    taps = registry.find(name, module).TAPS
+    config.estimator.tap_passes = ConfigDict(dict.fromkeys(taps, 0))
+  config.model.update(fields)
+
+
+def _base_of(config: ConfigDict) -> ConfigDict:
+  """The defaults, with those of the config's own model."""
+  wanted = base()
+  model = config.get('model')
+  if isinstance(model, ConfigDict) and isinstance(model.get('name'), str):
+    use_model(wanted, model.name, model.get('module'))
+  return wanted
 
 
 def may_be_none(field: str) -> bool:
@@ -131,7 +167,7 @@ def validate(config: ConfigDict) -> None:
   Raises:
     UserError: what is wrong, what was given, what is allowed.
   """
-  _same_fields(config, base(), '')
+  _same_fields(config, _base_of(config), '')
   given = dict(flatten(config))
   for field, (test, allowed) in _RANGES.items():
     if not test(given[field]):

@@ -11,8 +11,9 @@ from lfg_jax.training import configs, rules
 
 # Who explains the fields of a part of the config; what they do not explain, `configs.base` does.
 EXPLAINED: dict[str, tuple[Any, ...]] = {
-    'model': (sizes.mixer_spec, mixer.Style), 'losses': (rules.Options,),
-    'estimator': (rules.Options,), 'contrastive': (info_nce.Contrast,),
+    'model': (sizes.mixer_spec, mixer.Style, configs.model_fields),
+    'losses': (rules.Options,), 'estimator': (rules.Options,),
+    'contrastive': (info_nce.Contrast,),
 }
 _ENTRY = re.compile(r'^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)', re.M)
 

@@ -11,7 +11,7 @@ from lfg_jax.errors import one_of
 from lfg_jax.estimators import tangents
 from lfg_jax.estimators.sampling import COMBINATIONS
 from lfg_jax.losses.replicated import Cut
-from lfg_jax.models.mixer import TAPS
+from lfg_jax.losses.staged import StagedModel
 
 
 class Rule(NamedTuple):
@@ -56,9 +56,6 @@ REGISTRY: dict[str, Rule] = {
 }
 
 
-GUESSES = {'none': (), 'after_channel': ('after_channel',), 'all': ('after_channel', 'after_token')}
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
   """Fields of config.estimator and config.losses.
@@ -72,8 +69,8 @@ class Options:
       what the rule says.
     last_tap: of a block under a local loss: 'perturbed', or 'exact', which lets the exact signal through. Between it
       and the loss are a norm, a ReLU and the head, and no other linear map.
-    guess: which taps have a learned guess (see `guesses`): 'none', 'after_channel' (through the grouped layer), or
-      'all', the tap of token mixing too (through the layer between).
+    guess: which taps have a learned guess (see `guesses`): 'none', the name of a tap, or 'all' for which the model has
+      some. In the LocalMixer 'after_channel' is guessed through the grouped layer, 'after_token' through the other one.
     guess_rate: learning rate (Adam's) of what guesses go through.
     tap_passes: with separate taps, numbers of passes of their own for taps of these names; 0: `passes`.
     sharing: 'paper' (weights' tangents shared by the batch, activities' not), 'shared' or 'independent'.
@@ -110,9 +107,6 @@ class Options:
     one_of('estimator.combine', self.combine, COMBINATIONS)
     one_of('estimator.taps', self.taps, ('auto', 'joint', 'separate'))
     one_of('estimator.last_tap', self.last_tap, ('auto', 'perturbed', 'exact'))
-    one_of('estimator.guess', self.guess, ('auto', *GUESSES))
-    for tap in self.tap_passes:
-      one_of('tap of estimator.tap_passes', tap, TAPS)
     one_of('estimator.credit', self.credit, ('exact', 'paper'))
     for field, value, low in (('estimator.passes', self.passes, 1), ('estimator.chunk', self.chunk, 0),
                               *((f'estimator.tap_passes.{tap}', n, 0) for tap, n in self.tap_passes.items()),
@@ -129,32 +123,31 @@ class Options:
   def cut(self) -> Cut:
     return Cut(self.patch, self.group)
 
-  @property
-  def guessed_taps(self) -> tuple[str, ...]:
+  def guessed_taps(self, model: StagedModel) -> tuple[str, ...]:
     """Names of the taps that have a guess."""
-    return GUESSES[self.guess]
+    return tuple(model.guessed) if self.guess == 'all' else tuple(tap for tap in model.guessed if tap == self.guess)
 
-  def of(self, rule: Rule) -> 'Options':
-    """With the rule's own choice for what is 'auto'.
+  def of(self, rule: Rule, model: StagedModel) -> 'Options':
+    """With the rule's own choice for what is 'auto', as far as the model has it.
 
     Raises:
-      ValueError: fields that contradict each other, or that the rule has no use for.
-
-    >>> Options().of(REGISTRY['LG-FG-A']).taps, Options().of(REGISTRY['LG-FG-A-paper']).taps
-    ('separate', 'joint')
+      ValueError: fields that contradict each other, or that rule or model have no use for.
     """
+    one_of('estimator.guess', self.guess, ('auto', 'none', *model.guessed, 'all'))
+    for tap in self.tap_passes:
+      one_of('tap of estimator.tap_passes', tap, model.taps)
     one_block = rule.cut and self.every == 1 and not self.overlap
     quiet = rule.quiet and self.taps != 'joint'
     choice: dict[str, Any] = {'taps': 'separate' if quiet else 'joint',
-                              'last_tap': 'exact' if rule.quiet else 'perturbed',
-                              'guess': 'after_channel' if quiet and one_block else 'none'}
+                              'last_tap': 'exact' if rule.quiet and model.boundary else 'perturbed',
+                              'guess': next(iter(model.guessed), 'none') if quiet and one_block else 'none'}
     open_fields = {field: value for field, value in choice.items() if getattr(self, field) == 'auto'}
     options = dataclasses.replace(self, **open_fields)
-    options._check_activity(rule, one_block)
+    options._check_activity(rule, model, one_block)
     return options
 
-  def _check_activity(self, rule: Rule, one_block: bool) -> None:
-    if self.last_tap == 'exact' and not (rule.estimator == 'activity' and rule.cut):
+  def _check_activity(self, rule: Rule, model: StagedModel, one_block: bool) -> None:
+    if self.last_tap == 'exact' and not (rule.estimator == 'activity' and rule.cut and model.boundary):
       raise ValueError("estimator.last_tap='exact' is for activity perturbation with losses per block; allowed: "
                        "'auto', 'perturbed'")
     if self.guess != 'none' and not (rule.estimator == 'activity' and one_block and self.taps == 'separate'):

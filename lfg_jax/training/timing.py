@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.models.mixer import BlockSpec, MixerSpec
+from lfg_jax.losses.staged import StagedModel
 from lfg_jax.training.rules import Options, Rule
 
 Name = TypeVar('Name', bound=Hashable)
@@ -66,21 +66,7 @@ def matmul(dtype: Any = jnp.float32) -> tuple[Callable[[], jax.Array], int]:
   return lambda: product(a, b), 2 * size**3
 
 
-def block_flop(spec: BlockSpec, conv_size: int | None = None) -> dict[str, int]:
-  """Floating-point operations per example of a block's linear maps, by the tap behind each.
-
-  A multiplication and an addition count as two; norms and ReLU, which are no matter of matmuls, count nothing.
-
-  >>> block_flop(BlockSpec(tokens=64, inputs=512, hidden=512, channels=512, groups=16))
-  {'after_token': 4194304, 'after_channel': 33554432, 'after_group': 2097152}
-  """
-  token = 2 * spec.tokens * spec.inputs * (conv_size**2 if conv_size else spec.tokens)
-  channel = 2 * spec.tokens * spec.inputs * spec.hidden
-  group = 2 * spec.tokens * spec.hidden * spec.channels // spec.groups
-  return {**({'after_token': token} if spec.mix else {}), 'after_channel': channel, 'after_group': group}
-
-
-def gradient_flop(spec: MixerSpec, rule: Rule, options: Options) -> int:
+def gradient_flop(model: StagedModel, rule: Rule, options: Options) -> int:
   """Operations per example that a rule's gradient cannot do without, whatever the program; heads not counted.
 
   With F for all linear maps and F₁ for those whose input is not to be differentiated (the first of the network;
@@ -96,19 +82,18 @@ def gradient_flop(spec: MixerSpec, rule: Rule, options: Options) -> int:
 
   A guess takes the map through which it comes once backward, and once more for what it learns.
   """
-  conv_size = spec.style.conv_size if spec.style.mixing == 'conv' else None
-  blocks = [block_flop(run.spec, conv_size) for run in spec.runs for _ in range(run.count)]
+  blocks = [dict(stack.flop) for stack in model.stacks for _ in range(stack.count)]
   # What is differentiated by itself: every block, or the network.
   stages = [list(block.items()) for block in blocks] if rule.cut else [[m for block in blocks for m in block.items()]]
   behind = [sum(flop for _, flop in stage[n + 1:]) for stage in stages for n in range(len(stage))]
   whole = sum(sum(block.values()) for block in blocks)
   first = sum(stage[0][1] for stage in stages)
-  K, own = options.passes, options.of(rule)
+  K, own = options.passes, options.of(rule, model)
   if rule.estimator == 'activity' and own.taps == 'separate':
     names = [name for stage in stages for name, _ in stage]
     derivatives = sum((own.tap_passes.get(name) or K) * flop for name, flop in zip(names, behind, strict=True))
     following = [block[after] for block in blocks for tap, after in zip(block, list(block)[1:], strict=False)
-                 if tap in own.guessed_taps]
+                 if tap in own.guessed_taps(model)]
     return 2 * whole + derivatives + 2 * sum(following)
   return {'backprop': 3 * whole - first, 'activity': (2 + K) * whole - K * first,
           'weight': (1 + 2 * K) * whole - K * first, 'direct_feedback': 2 * whole}[rule.estimator]

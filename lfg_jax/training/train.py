@@ -252,7 +252,8 @@ def _finish(job: Job, workdir: pathlib.Path, state: TrainState, rows: list[run_l
             ) -> dict[str, Any]:
   """Writes curves.png and, last, summary.json."""
   last = rows[-1]
-  summary = {'algorithm': job.config.algorithm, 'model': job.config.model.size, 'dataset': job.dataset.name,
+  model = job.config.model.get('size', job.config.model.name)
+  summary = {'algorithm': job.config.algorithm, 'model': model, 'dataset': job.dataset.name,
              'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)), 'steps': int(state.step),
              'train_error': last['train_error'], 'test_error': last['test_error'],
              'seconds': round(seconds, 2)}

@@ -1,0 +1,244 @@
+"""What many draws of an estimate say: how noisy it is, and whether it is biased.
+
+One draw says nothing about bias: a noisy estimate and a biased one have the same small cosine. The
+mean of N draws does, if it is farther from the truth g than its own noise explains. Two tests look
+at it, and a bias is one that either sees at `SIGMAS` standard deviations. (That is one false alarm
+in a million; a diagnosis makes two tests for every tap and every leaf.)
+
+*Along the gradient.* The scale <x, g>/|g|² has the mean 1. Its standard error comes from the draws.
+This test is the strong one for a signal that is too long or too short.
+
+*In any direction.* Over pairs n ≠ m of draws with errors e = x - g, the mean of <e_n, e_m> is an
+unbiased estimate of |bias|², since different draws have independent noise. Without bias its
+variance is 2 tr Σ²/N², where Σ is the covariance of a draw, and its law that of a weighted sum of
+χ². Pearson's approximation by one χ² with ν = (tr Σ²)³/(tr Σ³)² degrees of freedom matches three
+moments; Wilson and Hilferty's cube root then turns it into standard deviations. Halves of
+differences of draws, which have no mean, give the traces: h and h' are independent with covariance
+Σ, so that E<h, h'>² = tr Σ², and around triples E<h, h'><h', h''><h'', h> = tr Σ³.
+
+All numbers are relative to g.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SIGMAS = 5.0
+_ZERO = 1e-6    # a leaf with so small a share of the whole gradient is zero up to rounding
+
+
+class Draws(NamedTuple):
+  """Statistics of N draws for G groups: every leaf, then all leaves that belong together.
+
+  Attributes:
+    along: [N, G] <e, g>/|g|².
+    squares: [N, G] |e|²/|g|².
+    bias: [G] |bias|²/|g|², unbiased (it may be negative).
+    traces: [2, G] tr Σ² and tr Σ³, for errors relative to |g|.
+    is_zero: [G] whether g is zero; errors are then relative to the gradient of all leaves.
+  """
+  along: np.ndarray
+  squares: np.ndarray
+  bias: np.ndarray
+  traces: np.ndarray
+  is_zero: np.ndarray
+
+
+class Accuracy(NamedTuple):
+  """An estimate beside the true gradient, for the numbers of tangents K of a diagnosis.
+
+  Attributes:
+    name: of a tap, or of a leaf of the differentiated arguments.
+    cosine: for every K, E<x, g> / √(E|x|² |g|²).
+    cosine_se: its standard error.
+    error: for every K, E|x - g|² / |g|².
+    error_se: its standard error.
+    limit: c in the law cos(K) = c/√(1 + a/K - b), the cosine for very many tangents; below 1: the
+      mean of the estimate has another direction than the gradient.
+    noise: a, fitted.
+    orthogonal: b, fitted for laws of orthogonal tangents (where it is about 1), else 0.
+    scale: E<x, g>/|g|² for the largest K; 1 without bias.
+    scale_se: its standard error.
+    bias: |E[x] - g|/|g| for the largest K, without what noise explains.
+    sigmas: of the two tests for bias, along the gradient and in any direction.
+    visible: the smallest bias, relative to |g|, that would be seen in any direction.
+    is_zero: the gradient is zero, so that little can be said.
+  """
+  name: str
+  cosine: np.ndarray
+  cosine_se: np.ndarray
+  error: np.ndarray
+  error_se: np.ndarray
+  limit: float
+  noise: float
+  orthogonal: float
+  scale: float
+  scale_se: float
+  bias: float
+  sigmas: tuple[float, float]
+  visible: float
+  is_zero: bool
+
+  @property
+  def is_biased(self) -> bool:
+    return max(abs(self.sigmas[0]), self.sigmas[1]) > SIGMAS
+
+  @property
+  def is_finite(self) -> bool:
+    return math.isfinite(self.scale) and math.isfinite(self.bias)
+
+  @property
+  def verdict(self) -> str:
+    """In words."""
+    if not self.is_finite:
+      return 'not finite'
+    if self.is_zero:
+      return 'the gradient is zero here' + ', its estimate is not' * self.is_biased
+    if self.error[-1] < 1e-9:
+      return 'exact'
+    if not self.is_biased:
+      return f'no bias above {self.visible:.1%}'
+    return f'biased by {max(self.bias, abs(self.scale - 1)):.1%}'
+
+  def cosine_at(self, K: np.ndarray) -> np.ndarray:
+    """The fitted law."""
+    squared = np.maximum(1 + self.noise / K - self.orthogonal, 1e-12)
+    return np.minimum(self.limit / np.sqrt(squared), 1)
+
+
+def sample(estimate: Callable[[jax.Array], list[jax.Array]], truth: list[jax.Array], key: jax.Array,
+           draws: int, at_once: int, together: Sequence[bool]) -> Draws:
+  """Statistics of `estimate(key)` over independent keys, one draw after the other.
+
+  Args:
+    estimate: of every leaf of `truth`.
+    draws: rounded up to whole chunks.
+    at_once: how many draws are kept, to be compared with each other; 6 or more, even.
+    together: for every leaf whether it belongs to the last group, that of several leaves.
+  """
+  norms = [jnp.linalg.norm(t.astype(jnp.float32)) for t in truth]
+  whole = jnp.sqrt(sum(norm**2 for norm, is_in in zip(norms, together, strict=True) if is_in))
+  unit_of_all = jnp.where(whole > 0, whole, 1)
+  units = jnp.stack([jnp.where(norm > _ZERO * whole, norm, unit_of_all) for norm in norms])
+  shares = jnp.where(jnp.asarray(together), (units / unit_of_all)**2, 0)
+  chunks = -(-draws // at_once)
+  with_all = lambda x_L: jnp.concatenate([x_L, jnp.tensordot(shares, x_L, 1)[None]])
+
+  def chunk(total: list[jax.Array], keys: jax.Array) -> tuple[list[jax.Array], tuple]:
+    values = jax.lax.map(estimate, keys)
+    errors = [((x.astype(jnp.float32) - t) / unit).reshape(at_once, -1)
+              for x, t, unit in zip(values, truth, units, strict=True)]
+    along = jnp.stack([e @ (t / unit).ravel()
+                       for e, t, unit in zip(errors, truth, units, strict=True)])
+    squares = jnp.stack([jnp.square(e).sum(-1) for e in errors])
+    halves = [(e[::2] - e[1::2]) / math.sqrt(2) for e in errors]
+    grams = with_all(jnp.stack([h @ h.T for h in halves]))
+    total = [so_far + e.sum(0) for so_far, e in zip(total, errors, strict=True)]
+    return total, (with_all(along), with_all(squares), _traces(grams))
+
+  @jax.jit
+  def run(keys: jax.Array) -> tuple:
+    start = [jnp.zeros(t.size) for t in truth]
+    total, stacked = jax.lax.scan(chunk, start, keys)
+    return with_all(jnp.stack([jnp.square(t).sum() for t in total])), stacked
+
+  keys = jax.random.split(key, (chunks, at_once))
+  total, (along, squares, traces) = jax.tree.map(lambda x: np.asarray(x, np.float64), run(keys))
+  N = chunks * at_once
+  flat = lambda x_CxGxn: np.moveaxis(x_CxGxn, 1, 2).reshape(N, -1)
+  squares = flat(squares)
+  bias = (total - squares.sum(0)) / (N * (N - 1))
+  is_zero = np.array([*(float(norm) <= _ZERO * float(whole) for norm in norms), float(whole) == 0])
+  return Draws(flat(along), squares, bias, traces.mean(0), is_zero)
+
+
+def _traces(gram_Gxmxm: jax.Array) -> jax.Array:
+  """[2, G] tr Σ² and tr Σ³ from inner products of m independent vectors."""
+  m = gram_Gxmxm.shape[-1]
+  others = gram_Gxmxm * (1 - jnp.eye(m))
+  pairs, triples = m * (m - 1), m * (m - 1) * (m - 2)
+  cube = jnp.einsum('gij,gjk,gki->g', others, others, others)
+  return jnp.stack([jnp.square(others).sum((1, 2)) / pairs, cube / triples])
+
+
+def accuracies(names: Sequence[str], num_tangents: Sequence[int], draws: Sequence[Draws],
+               rounding: Sequence[float], *, is_orthogonal: bool) -> list[Accuracy]:
+  """What the draws for every K say about every group.
+
+  Args:
+    rounding: for every group, errors of the mean relative to |g| that floats explain.
+    is_orthogonal: whether b is fitted too.
+  """
+  K = np.asarray(num_tangents)
+  return [_accuracy(name, K, [_group(d, n) for d in draws], floor, is_orthogonal)
+          for n, (name, floor) in enumerate(zip(names, rounding, strict=True))]
+
+
+def _group(draws: Draws, n: int) -> Draws:
+  return Draws(*(x[..., n] for x in draws))
+
+
+def _accuracy(name: str, K: np.ndarray, draws: list[Draws], floor: float, is_orthogonal: bool
+              ) -> Accuracy:
+  cosine, cosine_se = np.transpose([_cosine(d) for d in draws])
+  error, error_se = np.transpose([_mean(d.squares) for d in draws])
+  last = draws[-1]
+  along, scale_se = _mean(last.along)
+  length = 1 + 2 * along + max(float(last.bias), along**2)    # |E[x]|², at least its part along g
+  limit = (1 + along) / math.sqrt(max(length, 1e-12))
+  noise, orthogonal = _fit(K, cosine, cosine_se, limit, is_orthogonal)
+  any_direction, visible = _any_direction(last, floor)
+  sigmas = (along / math.hypot(scale_se, floor), any_direction)
+  bias = math.sqrt(np.maximum(last.bias, 0))
+  return Accuracy(name, cosine, cosine_se, error, error_se, limit, noise, orthogonal, 1 + along,
+                  scale_se, bias, sigmas, visible, bool(last.is_zero))
+
+
+def _mean(x_N: np.ndarray) -> tuple[float, float]:
+  """Mean and its standard error."""
+  return float(x_N.mean()), float(x_N.std(ddof=1) / math.sqrt(x_N.size))
+
+
+def _cosine(draws: Draws) -> tuple[float, float]:
+  """Cosine, and its standard error by first-order propagation."""
+  if draws.is_zero:
+    return math.nan, math.nan
+  dot_N = 1 + draws.along
+  square_N = 1 + 2 * draws.along + draws.squares
+  dot, square = dot_N.mean(), max(square_N.mean(), 1e-30)
+  cosine = dot / math.sqrt(square)
+  change_N = dot_N / math.sqrt(square) - cosine * square_N / (2 * square)
+  return float(cosine), _mean(change_N)[1]
+
+
+def _fit(K: np.ndarray, cosine: np.ndarray, se: np.ndarray, limit: float, is_orthogonal: bool
+         ) -> tuple[float, float]:
+  """a and b of (c/cos(K))² - 1 = a/K - b, by weighted least squares."""
+  if not np.isfinite(cosine).all():
+    return math.nan, 0.0
+  safe = np.maximum(np.abs(cosine), 1e-6)
+  y = (limit / safe)**2 - 1
+  weight = 1 / ((y + 1) * np.maximum(se, 1e-5) / safe)
+
+  def solve(columns: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.linalg.lstsq(columns * weight[:, None], y * weight, rcond=None)[0]
+  orthogonal = 0.0
+  if is_orthogonal and K.size > 1:
+    orthogonal = float(np.clip(solve(np.stack([1 / K, -np.ones(K.size)], 1), y)[1], 0, 1))
+  return float(solve(1 / K[:, None], y + orthogonal)[0]), orthogonal
+
+
+def _any_direction(draws: Draws, floor: float) -> tuple[float, float]:
+  """Standard deviations of the squared bias, and the smallest bias that reaches `SIGMAS`."""
+  N, (second, third) = draws.squares.size, draws.traces
+  spread = math.hypot(math.sqrt(2 * max(second, 0)) / N, floor**2)
+  freedom = float(np.clip(second**3 / max(third, 1e-30)**2, 1, 1e6))
+  width = math.sqrt(2 / (9 * freedom))
+  chi2 = max(1 + float(draws.bias - floor**2) / spread * math.sqrt(2 / freedom), 0)    # over ν
+  sigmas = (chi2**(1 / 3) - 1 + width**2) / width
+  needed = ((1 - width**2 + SIGMAS * width)**3 - 1) / math.sqrt(2 / freedom)
+  return float(sigmas), math.sqrt(max(needed * spread + floor**2, 0))

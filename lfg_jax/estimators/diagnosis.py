@@ -1,0 +1,109 @@
+"""`diagnose`: is the credit right, and how good is the estimate?
+
+A tap that is declared too local (`local_axes`, `mixes_examples`) is credited with fewer losses than
+it influences. Its estimate is then biased, and nothing shows it: the loss still falls, and the
+cosine of one estimate with the gradient is small for unbiased ones too. `diagnose` finds out by
+derivatives.
+
+*Influence* (`probing`). Which losses does every tap really influence, and which does it declare?
+
+*Accuracy* (`averaging`). Against the exact gradient, for several numbers of tangents K: the cosine
+and the squared error, with the law that they follow. Write x = E[x] + noise. The noise of K
+independent tangents has the variance a |E[x]|²/K, so that |x|² is (1 + a/K) |E[x]|² on average, and
+
+    cos(K) = c / √(1 + a/K),
+
+where c is the cosine of E[x] with the gradient. An unbiased estimate has c = 1, and for one tap and
+`rademacher` a = d - 1. Orthogonal tangents have less noise, with 1 + a/K - 1 under the root.
+
+*Bias* (`averaging`). Is the mean of many draws farther from the gradient than their noise explains?
+
+The estimate that is diagnosed is that of `value_and_activity_grad` itself (`shifted`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.estimators import averaging, probing, shifted, tangents
+from lfg_jax.estimators.diagnosis_report import Diagnosis
+
+
+def diagnose(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
+             num_tangents: Sequence[int] = (1, 4, 16), draws: int = 1000, at_once: int = 20,
+             probes: int = 8, **options: Any) -> Callable[..., Diagnosis]:
+  """What `value_and_activity_grad(fun, …)` makes of a function, measured at a point.
+
+  Call it once for a new model, before training, on a small batch. It costs about
+  `draws · sum(num_tangents)` evaluations. The function is evaluated as it is, with the same dropout
+  masks in all draws. A diagnosis is for people: call it outside of `jax.jit`.
+
+  Args:
+    fun: as for `value_and_activity_grad`.
+    argnums: which positional arguments to differentiate.
+    has_aux: whether `fun` returns a pair of losses and anything.
+    num_tangents: numbers of tangents K, increasing. Bias is tested with the largest.
+    draws: estimates for every K. With more of them a smaller bias is seen.
+    at_once: how many estimates are kept in memory and compared with each other, 6 or more and even.
+      They are made one after the other.
+    probes: random tangents for every tap and axis, each used twice, that tell which losses it
+      influences.
+    **options: of `value_and_activity_grad`: `law`, `separate`, `taps`, `mixes_examples`, `guess`, …
+
+  Returns:
+    `(*args, key, **kwargs) -> Diagnosis`. Printed it is two tables, and `plot()` draws the cosines.
+    If the function's equations contradict what a tap declares, `value_and_activity_grad` refuses.
+    The diagnosis says so then, and is that of the estimate as declared, with
+    `mixes_examples=False`.
+
+  Raises:
+    ValueError: numbers that make no sense; whatever else `value_and_activity_grad` refuses.
+    TypeError: as `value_and_activity_grad`.
+
+  >>> from lfg_jax import tap
+  >>> def losses(w, x):                       # the mean over the batch is not the example's own
+  ...   h = tap(x @ w, 'h')
+  ...   return ((h - h.mean(0)) ** 2).sum(1)
+  >>> w, x = jnp.ones((3, 4)), jax.random.normal(jax.random.key(0), (8, 3))
+  >>> check = diagnose(losses, num_tangents=(4,), mixes_examples=False)
+  >>> check(w, x, key=jax.random.key(1)).problems[0]
+  'tap h: too local: declares local_axes=1, influences along axis 0'
+  """
+  num_tangents = tuple(num_tangents)
+  if 'passes' in options:
+    raise ValueError(f'passes is {options["passes"]}; allowed here: num_tangents=({options["passes"]},)')
+  if not num_tangents or num_tangents[0] < 1 or list(num_tangents) != sorted(set(num_tangents)):
+    raise ValueError(f'num_tangents is {num_tangents}; allowed: increasing numbers, 1 or more')
+  if at_once < 6 or at_once % 2 or draws < 1 or probes < 1:
+    raise ValueError(f'at_once={at_once}, draws={draws}, probes={probes}; allowed: an even at_once '
+                     'of 6 or more, and 1 or more')
+
+  def run(*args: Any, key: jax.Array, **kwargs: Any) -> Diagnosis:
+    accepted, refused = shifted.accepted(fun, argnums, has_aux, options, args, key, kwargs)
+    function = shifted.shifted(fun, argnums, has_aux, accepted, args, key, kwargs)
+    probe_key, near_key, draw_key = jax.random.split(jax.random.fold_in(key, 1), 3)
+    points = [function.point, probing.moved(function.point, near_key)]
+    taps = probing.probe(jax.jit(function.derivative), points, function.taps,
+                         shifted.named(function.losses, 'the losses'), probe_key, probes)
+    count, exact = len(taps), function.exact()
+    belongs = [False] * count + [True] * (len(exact) - count)
+    sampled = [averaging.sample(function.estimate(K), exact, key, draws, at_once, belongs)
+               for K, key in zip(num_tangents, jax.random.split(draw_key, len(num_tangents)),
+                                 strict=True)]
+    leaves = shifted.named(function.point, 'gradient')
+    names = [*(tap.name for tap in function.taps), *leaves, 'all']
+    law = options.get('law', tangents.rademacher)
+    found = averaging.accuracies(names, num_tangents, sampled, _rounding(exact),
+                                 is_orthogonal=law.excess(64, 64) == 0)
+    return Diagnosis(num_tangents, len(sampled[0].along), tuple(taps), tuple(found[:count]),
+                     tuple(found[count:-1]), found[-1], refused)
+  return run
+
+
+def _rounding(leaves: list[jax.Array]) -> list[float]:
+  """Errors of the mean that floats explain, relative to each leaf, and to all together."""
+  least = 16 * float(jnp.finfo(jnp.float32).eps)
+  eps = [max(float(jnp.finfo(leaf.dtype).eps), least) for leaf in leaves]
+  return [*eps, max(eps)]

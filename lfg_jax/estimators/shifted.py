@@ -1,0 +1,141 @@
+"""A function with a shift of zero before every tap: its signals are gradients.
+
+The gradient with respect to a shift before a tap is the signal that the tap receives. So the
+estimate of all signals is `value_and_activity_grad` of this function, the exact ones are `jax.grad`
+of it, and its derivatives along a shift tell what a tap influences. All that `diagnose` needs to
+know of a function is in this module.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.estimators.activity_gradient import credited, perturbed_taps, value_and_activity_grad
+from lfg_jax.estimators.calls import bind, with_aux
+from lfg_jax.estimators.mixing import Influence
+from lfg_jax.estimators.probing import Declared
+from lfg_jax.estimators.traced import Traced
+from lfg_jax.estimators.walk import bind as bind_equation
+
+PyTree = Any
+
+
+def _shift(eqn: Any, ins: list, given: jax.Array | None) -> tuple[list, None]:
+  """Visit of a walk that leaves the tap where it is."""
+  if given is None:
+    return bind_equation(eqn, ins), None
+  moved = {0, 1 + eqn.params['further'].index('source')} if (
+      'source' in eqn.params.get('further', ())) else {0}    # where the signal goes
+  ins = [x + given.astype(x.dtype) if n in moved else x for n, x in enumerate(ins)]
+  return bind_equation(eqn, ins), None
+
+
+class Shifted(NamedTuple):
+  """A function of shifts before its taps, and of its differentiated arguments.
+
+  Attributes:
+    traced: the function of the differentiated arguments.
+    point: their values.
+    taps: those that are perturbed.
+    options: of `value_and_activity_grad`.
+  """
+  traced: Traced
+  point: PyTree
+  taps: list[Declared]
+  options: dict[str, Any]
+
+  @property
+  def losses(self) -> PyTree:
+    """What the function returns, a tree of shapes."""
+    return self.traced.shape[0]
+
+  def __call__(self, shifts: list[jax.Array], point: PyTree) -> PyTree:
+    """The losses."""
+    given = {t.name: x for t, x in zip(self.taps, shifts, strict=True)}
+    return self.traced.evaluate(_shift, given, point)[0][0]
+
+  @property
+  def zeros(self) -> list[jax.Array]:
+    """Shifts of zero."""
+    return [jnp.zeros((*t.scanned, *t.shape), t.dtype) for t in self.taps]
+
+  def derivative(self, point: PyTree, shifts: list[jax.Array]) -> dict[str, jax.Array]:
+    """Derivatives [n, ...] of the losses, by name, along n shifts of every tap."""
+    losses = lambda shifts: jax.tree.leaves(self(shifts, point))
+    along = lambda u: jax.jvp(losses, (self.zeros,), (u,))[1]
+    return dict(zip(named(self.losses, 'the losses'), jax.vmap(along)(shifts), strict=True))
+
+  def exact(self) -> list[jax.Array]:
+    """The gradient with respect to the shifts, then to the leaves of the point."""
+    batch = jax.tree.leaves(self.losses)[0].shape[0]
+    objective = lambda *x: sum(jnp.sum(loss) for loss in jax.tree.leaves(self(*x))) / batch
+    return jax.tree.leaves(jax.jit(jax.grad(objective, (0, 1)))(self.zeros, self.point))
+
+  def estimate(self, num_tangents: int) -> Callable[[jax.Array], list[jax.Array]]:
+    """`key -> ` the estimate of what `exact` returns."""
+    step = value_and_activity_grad(self.__call__, (0, 1), passes=num_tangents, **self.options)
+    return lambda key: jax.tree.leaves(step(self.zeros, self.point, key=key)[1])
+
+
+def shifted(fun: Callable, argnums: int | Sequence[int], has_aux: bool, options: dict, args: tuple,
+            key: jax.Array, kwargs: dict) -> Shifted:
+  """The function that `value_and_activity_grad` differentiates, at these arguments."""
+  of_point, point, _ = bind(fun, argnums, key, args, kwargs)
+
+  def of_losses(point: tuple) -> tuple[PyTree, dict]:
+    return with_aux(of_point(point), has_aux)[0], {}
+
+  traced = Traced(of_losses, point, checkpoint_names=options.get('checkpoint_names', False))
+  perturbed = perturbed_taps(traced, options.get('taps'), options.get('tap_passes'))
+  declared = dict(traced.taps)
+  credited(traced, perturbed, options.get('mixes_examples'))
+  guess = options.get('guess')
+  if guess is not None:
+    options = {**options, 'guess': lambda activities, *_: guess(activities, *args, **kwargs)}
+  point = point[0] if isinstance(argnums, int) else point
+  taps = [_declared(traced, name, declared[name].local_axes) for name in perturbed]
+  return Shifted(traced, point, taps, options)
+
+
+def accepted(fun: Callable, argnums: int | Sequence[int], has_aux: bool, options: dict, args: tuple,
+             key: jax.Array, kwargs: dict) -> tuple[dict, str | None]:
+  """Options that `value_and_activity_grad` accepts for a call, and why not these (None: it does).
+
+  Raises:
+    ValueError, TypeError: as `value_and_activity_grad`, with `mixes_examples=False` too.
+  """
+  def check(options: dict) -> None:
+    step = value_and_activity_grad(fun, argnums, has_aux, **options)
+    jax.eval_shape(lambda: step(*args, key=key, **kwargs)[1])
+
+  try:
+    check(options)
+    return options, None
+  except ValueError as error:
+    as_declared = {**options, 'mixes_examples': False}
+    if options.get('mixes_examples') is not None:
+      raise
+    try:
+      check(as_declared)
+    except ValueError:
+      raise error from None
+    return as_declared, str(error)
+
+
+def named(tree: PyTree, whole: str) -> dict[str, Any]:
+  """Leaves by path; a tree that is one leaf is called `whole`."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='/') or whole: leaf
+          for path, leaf in leaves}
+
+
+def _declared(traced: Traced, name: str, local_axes: int) -> Declared:
+  tap = traced.taps[name]
+  shape = tap.shape[tap.scanned:]
+  is_seed = [other == name for other in traced.taps]
+  labels = Influence(traced.walk, 0, shape[0]).of(traced.jaxpr, is_seed)
+  losses = named(traced.shape[0], 'the losses')
+  reaches = tuple(loss for loss, label in zip(losses, labels, strict=False) if label is not None)
+  return Declared(name, shape, tap.shape[:tap.scanned], tap.dtype, local_axes, tap.local_axes, reaches)

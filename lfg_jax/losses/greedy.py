@@ -1,0 +1,206 @@
+"""Greedy training: the network in stages, each learning from its own local losses, with nothing flowing back.
+
+A stage is one block (or k blocks, or overlapping pairs) with the losses at its end. Any estimator serves a stage,
+and each stage is done with before the next begins: equal stages are scanned, so memory does not grow with depth.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.estimators.boundary import Estimator
+from lfg_jax.estimators.guesses import Learned
+from lfg_jax.losses.replicated import Cut
+from lfg_jax.losses.staged import Block, Stack, StagedModel, Variables, own
+from lfg_jax.losses.targets import Targets
+
+PyTree = Any
+
+
+def stage_loss(blocks: Sequence[Block], cut: Cut) -> Callable:
+  """The loss function of consecutive blocks with local losses after the last.
+
+  Returns:
+    `(fixed, params, x, targets) -> (losses [B, P, G], aux)`: params and the other variables `fixed`
+    have the blocks by name; aux has the blocks' 'outputs', and what of `fixed` they update.
+  """
+  names = block_names(len(blocks))
+
+  def loss(fixed: Variables, params: PyTree, x: jax.Array, targets: Targets
+           ) -> tuple[jax.Array | None, dict[str, Any]]:
+    variables: Variables = {'params': params, **fixed}
+    outputs: list[jax.Array] = []
+    updates: Variables = {}
+    losses = None
+    for name, block in zip(names, blocks, strict=True):
+      is_last = name == 'last'
+      x, losses, new = block(own(variables, name), x, targets, name=name, last=is_last,
+                             cut=cut if is_last else None)
+      outputs.append(x)
+      for kind, tree in new.items():
+        updates.setdefault(kind, {})[name] = tree
+    return losses, {'outputs': tuple(outputs), **updates}
+  return loss
+
+
+def block_names(size: int) -> list[str]:
+  """Names of a stage's blocks: `inner_0`, …, and `last`, the one under the losses."""
+  return [*(f'inner_{i}' for i in range(size - 1)), 'last']
+
+
+class Stages(NamedTuple):
+  """Equal stages in a row.
+
+  Attributes:
+    blocks: for every stage, the positions in the network of its blocks.
+    advance: how many of its blocks the next stage's input has passed.
+  """
+  blocks: tuple[tuple[int, ...], ...]
+  advance: int
+
+
+def stages(depth: int, every: int = 1, overlap: bool = False) -> list[tuple[tuple[int, ...], int]]:
+  """(blocks, advance) of every stage.
+
+  Args:
+    depth: number of blocks.
+    every: blocks per stage; the last stage takes what is left.
+    overlap: pairs of neighbours, so that a block also learns from the next block's losses (Xiong et al. 2020).
+
+  >>> stages(4)
+  [((0,), 1), ((1,), 1), ((2,), 1), ((3,), 1)]
+  >>> stages(3, every=2)
+  [((0, 1), 2), ((2,), 1)]
+  >>> stages(3, overlap=True)
+  [((0,), 0), ((0, 1), 1), ((1, 2), 1)]
+  """
+  if overlap:
+    return [((0,), 0), *(((n - 1, n), 1) for n in range(1, depth))]
+  cut = [tuple(range(n, min(n + every, depth))) for n in range(0, depth, every)]
+  return [(blocks, len(blocks)) for blocks in cut]
+
+
+def _grouped(homes: Sequence[tuple[Stack, int]], plan: Sequence[tuple[tuple[int, ...], int]]
+             ) -> list[Stages]:
+  """Consecutive stages of equal blocks together, if they can be scanned."""
+  groups: list[Stages] = []
+  signature = None
+  for blocks, advance in plan:
+    stacks = [homes[n][0] for n in blocks]
+    previous, signature = signature, ([stack.name for stack in stacks], advance)
+    if signature == previous and all(stack.is_stacked for stack in stacks):
+      groups[-1] = groups[-1]._replace(blocks=(*groups[-1].blocks, blocks))
+    else:
+      groups.append(Stages((blocks,), advance))
+  return groups
+
+
+class Member(NamedTuple):
+  """The blocks of a stack that stand at one position in each of several equal stages."""
+  stack: Stack
+  indices: list[int]
+
+  @property
+  def _whole(self) -> bool:
+    return self.indices == list(range(self.stack.count))
+
+  def take(self, tree: PyTree) -> PyTree:
+    """Their part of the stack's variables, stacked."""
+    if not self.stack.is_stacked:
+      return jax.tree.map(lambda leaf: leaf[None], tree)
+    return tree if self._whole else jax.tree.map(lambda leaf: leaf[jnp.array(self.indices)], tree)
+
+  def add_to(self, tree: PyTree | None, part: PyTree) -> PyTree:
+    """The stack's gradients (None: zero so far) with `part` added at these blocks."""
+    if not self.stack.is_stacked:
+      part = jax.tree.map(lambda leaf: leaf[0], part)
+    elif not self._whole:
+      zeros = jax.tree.map(lambda leaf: jnp.zeros((self.stack.count, *leaf.shape[1:]), leaf.dtype), part)
+      part = self.put_in(zeros, part)
+    return part if tree is None else jax.tree.map(jnp.add, tree, part)
+
+  def put_in(self, tree: PyTree, part: PyTree) -> PyTree:
+    """The stack's tree with `part` at these blocks."""
+    if not self.stack.is_stacked:
+      return jax.tree.map(lambda leaf: leaf[0], part)
+    return jax.tree.map(lambda leaf, new: leaf.at[jnp.array(self.indices)].set(new), tree, part)
+
+
+def greedy(estimator: Estimator, model: StagedModel, cut: Cut, *, every: int = 1,
+           overlap: bool = False) -> Callable:
+  """Gradients of all blocks, stage by stage.
+
+  Returns:
+    `(variables, key, x, targets) -> (x, losses_B, grads, updates)`: the last block's output, the
+    sum over stages of the mean local loss (weighted, per example), gradients of all stacks, and
+    further trees of the variables' structure: 'batch_stats', batch norm's updated statistics, and
+    'guess_gradient', of what guesses learn.
+  """
+  homes = [(stack, i) for stack in model.stacks for i in range(stack.count)]
+  plan = _grouped(homes, stages(model.depth, every, overlap))
+
+  def run_stages(variables: Variables, key: jax.Array, x: jax.Array, targets: Targets
+                 ) -> tuple[jax.Array, jax.Array, PyTree, PyTree]:
+    grads: dict[str, PyTree] = {}
+    guess_grads: dict[str, PyTree] = {}
+    stats = dict(variables.get('batch_stats', {}))
+    loss_B, out = jnp.zeros(x.shape[0]), x
+    for number, group in enumerate(plan):
+      members = [Member(homes[ns[0]][0], [homes[n][1] for n in ns])
+                 for ns in zip(*group.blocks, strict=True)]
+      named = dict(zip(block_names(len(members)), members, strict=True))
+      keys = jax.random.split(jax.random.fold_in(key, number), len(group.blocks))
+      inputs = (keys, *(_gathered(variables.get(kind, {}), named)
+                        for kind in ('params', 'batch_stats', 'feedback', 'guess')))
+      loss = stage_loss([member.stack.block for member in members], cut)
+      body = _stage_body(estimator, loss, targets, group.advance)
+      (x, out), (losses_SxB, part, new_stats, guess_part) = _scan(body, x, inputs, len(keys))
+      loss_B = loss_B + losses_SxB.sum(0)
+      for name, member in named.items():
+        grads[member.stack.name] = member.add_to(grads.get(member.stack.name), part[name])
+        if name in guess_part:
+          guess_grads[member.stack.name] = member.add_to(
+              guess_grads.get(member.stack.name), guess_part[name])
+      # Of overlapping stages a block is in two: its statistics are those of its own losses' stage.
+      for name in {'last'} if overlap else set(named):
+        if name in new_stats:
+          stack = named[name].stack.name
+          stats[stack] = named[name].put_in(stats[stack], new_stats[name])
+    return out, loss_B, grads, {'batch_stats': stats, 'guess_gradient': guess_grads}
+  return run_stages
+
+
+def _gathered(tree: PyTree, members: Mapping[str, Member]) -> PyTree:
+  """By a stage's names the parts of a kind of variables that are its blocks'."""
+  return {name: member.take(tree[member.stack.name]) for name, member in members.items()
+          if member.stack.name in tree}
+
+
+def _stage_body(estimator: Estimator, loss: Callable, targets: Targets, advance: int) -> Callable:
+  """One stage, for `jax.lax.scan`. Carries the next stage's input and the last block's output."""
+  def body(carry: tuple[jax.Array, jax.Array], inputs: tuple
+           ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    x, _ = carry
+    key, params, stats, feedback, guess_weights = inputs
+    fixed = {kind: tree for kind, tree in (('batch_stats', stats), ('feedback', feedback)) if tree}
+
+    guessing = lambda weights, *args: loss({**fixed, 'feedback': weights}, *args)
+    learned = Learned(guess_weights, guessing) if guess_weights else None
+    (losses, aux), grads = estimator(functools.partial(loss, fixed), learned)(
+        params, key, x, targets)
+    outputs = (x, *aux['outputs'])
+    new_stats = aux.get('batch_stats', {})
+    return (outputs[advance], outputs[-1]), (losses.mean((1, 2)), grads, new_stats,
+                                             aux.get('guess_gradient', {}))
+  return body
+
+
+def _scan(body: Callable, x: jax.Array, inputs: PyTree, length: int) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
+  """`jax.lax.scan`; a single stage may change the shape of x."""
+  if length > 1:
+    return jax.lax.scan(body, (x, x), inputs)
+  carry, out = body((x, x), jax.tree.map(lambda leaf: leaf[0], inputs))
+  return carry, jax.tree.map(lambda leaf: leaf[None], out)

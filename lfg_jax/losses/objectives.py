@@ -1,0 +1,116 @@
+"""What a network learns from, and how an estimator is led through it.
+
+| | losses | gradient flows between blocks |
+|---|---|---|
+| `end_to_end` | the read-out's, and with `local=True` all local ones | yes |
+| `stage_by_stage` | local ones; the read-out learns on top, detached | no |
+
+With the contrastive loss, the local losses are contrastive, and where there are none, that of a projection at the
+end of the network. The read-out is always detached.
+
+Both return `run(variables, key, x, targets) -> (grads, aux)`; aux has 'batch_stats', stage by stage
+also 'guess_gradient' (see `greedy`), and the sums over this device's examples of
+'loss', 'error' and, where there is one, 'contrastive_loss'.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.estimators.boundary import Estimator
+from lfg_jax.losses import info_nce, staged
+from lfg_jax.losses.greedy import greedy, stages
+from lfg_jax.losses.info_nce import Contrast
+from lfg_jax.losses.replicated import Cut, cross_entropy
+from lfg_jax.losses.staged import StagedModel, Variables, own
+from lfg_jax.losses.targets import Targets
+
+PyTree = Any
+Run = Callable[[Variables, jax.Array, jax.Array, Targets], tuple[PyTree, dict[str, Any]]]
+_UNCUT = Cut(patch=False, group=False)
+
+
+def end_to_end(model: StagedModel, estimator: Estimator, *, local: bool) -> Run:
+  """The whole network as one loss function: the read-out's loss, or detached and all local ones."""
+  contrast = model.contrast
+  project = contrast is not None and not local
+
+  def run(variables: Variables, key: jax.Array, x: jax.Array, targets: Targets
+          ) -> tuple[PyTree, dict]:
+    fixed = {kind: tree for kind, tree in variables.items() if kind != 'params'}
+
+    def loss(params: PyTree, x: jax.Array, targets: Targets) -> tuple[tuple, dict]:
+      now = {**fixed, 'params': params}
+      y, local_losses, updates = staged.apply(model, now, x, targets, _UNCUT if local else None)
+      end = None
+      if contrast and project:
+        assert model.project
+        anchors, candidates, updates_of_head = model.project(
+            own(now, 'head'), y, targets.weight_B)
+        end, output_error = info_nce.end_losses((anchors, candidates), targets.weight_B, contrast)
+        local_losses = [*local_losses, end[None, :, None, None]]
+        _merge(updates, 'head', updates_of_head)
+      y = jax.lax.stop_gradient(y) if local or contrast else y
+      logits, _, updates_of_readout = model.read_out(own(now, 'readout'), y, targets.weight_B)
+      _merge(updates, 'readout', updates_of_readout)
+      aux = _summary(logits, targets)
+      if end is not None:
+        aux['output_error'] = output_error
+      stacks = [losses.sum(0) for losses in local_losses]
+      aux['local_loss'] = sum((losses.mean((1, 2)) for losses in stacks), jnp.zeros(()))
+      return (aux['loss'][:, None, None], *stacks), {**aux, **updates}
+
+    (_, aux), grads = estimator(loss, None)(variables['params'], key, x, targets)
+    heads = 1 if project else model.depth
+    metrics = _metrics(aux, aux['local_loss'], heads, contrast)
+    return grads, metrics | {'batch_stats': aux.get('batch_stats', {})}
+  return run
+
+
+def _merge(updates: Variables, name: str, new: Variables) -> None:
+  for kind, tree in new.items():
+    updates.setdefault(kind, {})[name] = tree
+
+
+def stage_by_stage(model: StagedModel, estimator: Estimator, cut: Cut, *, every: int = 1,
+                   overlap: bool = False) -> Run:
+  """Stage after stage by their local losses, then the read-out on what comes out."""
+  run_stages = greedy(estimator, model, cut, every=every, overlap=overlap)
+  heads = len(stages(model.depth, every, overlap))
+
+  def run(variables: Variables, key: jax.Array, x: jax.Array, targets: Targets
+          ) -> tuple[PyTree, dict]:
+    x, local_loss_B, grads, updates_of_stages = run_stages(variables, key, x, targets)
+    stats = updates_of_stages['batch_stats']
+    readout = own(variables, 'readout')
+    if 'readout' in stats:
+      readout['batch_stats'] = stats['readout']
+
+    def objective(params: PyTree) -> tuple[jax.Array, tuple[dict, Variables]]:
+      logits, _, updates = model.read_out({**readout, 'params': params}, x, targets.weight_B)
+      aux = _summary(logits, targets)
+      return aux['loss'].sum(), (aux, updates)
+
+    grads['readout'], (aux, updates) = jax.grad(objective, has_aux=True)(readout['params'])
+    if 'batch_stats' in updates:
+      stats['readout'] = updates['batch_stats']
+    return grads, _metrics(aux, local_loss_B, heads, model.contrast) | updates_of_stages
+  return run
+
+
+def _summary(logits_BxK: jax.Array, targets: Targets) -> dict[str, jax.Array]:
+  """Weighted loss and error of the read-out, per example, and the loss's derivative by the logits."""
+  label_B, weight_B = targets
+  one_hot_BxK = jax.nn.one_hot(label_B, logits_BxK.shape[-1], dtype=logits_BxK.dtype)
+  return {'loss': cross_entropy(logits_BxK, label_B) * weight_B,
+          'error': jnp.where(logits_BxK.argmax(-1) != label_B, weight_B, 0),
+          'output_error': (jax.nn.softmax(logits_BxK) - one_hot_BxK) * weight_B[:, None]}
+
+
+def _metrics(aux: dict[str, Any], local_loss_B: jax.Array, heads: int, contrast: Contrast | None
+             ) -> dict[str, jax.Array]:
+  """Sums over this device's examples; the contrastive loss is the mean over heads."""
+  means = {'loss': aux['loss'].sum(), 'error': aux['error'].sum()}
+  return {**means, 'contrastive_loss': local_loss_B.sum() / heads} if contrast else means

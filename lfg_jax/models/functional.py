@@ -1,0 +1,79 @@
+"""Layers as pure functions of their parameters, for models that are written without modules.
+
+Parameters are {'kernel', 'bias'}. With `feedback` {'kernel'}, a fixed or learned matrix takes the
+kernel's place where gradients are sent to the layer's input.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.losses.info_nce import Contrast
+from lfg_jax.models import layers
+
+Params = dict[str, jax.Array]
+
+
+def init(key: jax.Array, kernel: tuple[int, ...], bias: tuple[int, ...], fan_in: int,
+         kind: str = 'lecun') -> Params:
+  """A normal kernel (see `layers.initializer`) and a bias of zeros.
+
+  >>> jax.tree.map(jnp.shape, init(jax.random.key(0), (3, 4), (4,), 3))
+  {'bias': (4,), 'kernel': (3, 4)}
+  """
+  return {'kernel': layers.initializer(kind, fan_in)(key, kernel), 'bias': jnp.zeros(bias)}
+
+
+def init_head(key: jax.Array, groups: int, width: int, outputs: int, contrast: Contrast | None
+              ) -> Params:
+  """A local head on `groups` groups of `width` channels: zeros, or random for contrastive losses.
+
+  (The direction of a projection of zeros would be undefined.)
+  """
+  kind = 'zero' if contrast is None else 'lecun'
+  return init(key, (groups, width, outputs), (outputs,), groups * width, kind)
+
+
+def affine(linear: Callable, params: Params, x: jax.Array, feedback: Any = None) -> jax.Array:
+  """linear(x, kernel) + bias, for one of `layers.dense`, `grouped`, `convolution`, …."""
+  if feedback:
+    out = layers.with_feedback(linear, x, params['kernel'], feedback['kernel'])
+  else:
+    out = linear(x, params['kernel'])
+  bias = params['bias']
+  return out + jnp.expand_dims(bias, tuple(range(out.ndim - bias.ndim)))
+
+
+def read_out(variables: dict[str, Any], x_BxPxC: jax.Array, weight_B: jax.Array
+             ) -> tuple[jax.Array, jax.Array, dict]:
+  """Mean over patches → norm → linear: logits, features [B, C], no updates. For `StagedModel`."""
+  del weight_B
+  features = layers.layer_norm(x_BxPxC.mean(1))
+  feedback = variables.get('feedback', {}).get('linear')
+  logits = affine(layers.dense, variables['params']['linear'], features, feedback)
+  return logits, features, {}
+
+
+def stacked(init_one: Callable[[jax.Array], Any], key: jax.Array, count: int) -> Any:
+  """Parameters of `count` equal blocks, with the blocks in front."""
+  return jax.vmap(init_one)(jax.random.split(key, count))
+
+
+def init_projection(key: jax.Array, width: int, contrast: Contrast) -> Any:
+  """Parameters of `projection`."""
+  outputs = contrast.projections
+  return {'linear': init(key, (width, outputs), (outputs,), width)}
+
+
+def projection(contrast: Contrast) -> Callable:
+  """Mean over positions → linear, for `StagedModel.project`."""
+  def project(variables: dict[str, Any], x: jax.Array, weight_B: jax.Array
+              ) -> tuple[jax.Array, jax.Array, dict]:
+    del weight_B
+    mean_BxC = layers.layer_norm(x.reshape(x.shape[0], -1, x.shape[-1]).mean(1))
+    feedback = variables.get('feedback', {}).get('linear')
+    z_BxK = affine(layers.dense, variables['params']['linear'], mean_BxC, feedback)
+    return z_BxK, jax.lax.stop_gradient(z_BxK) if contrast.stop_gradient else z_BxK, {}
+  return project

@@ -1,0 +1,110 @@
+"""Models by name, or from a file of one's own; and what they are told of the images.
+
+A model is a module with `DEFAULTS`, the fields of config.model with their defaults (a type stands
+for a field that may be None), `TAPS`, names of its taps, and `make`, see `Model`.
+"""
+
+import importlib
+import importlib.util
+import pathlib
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.errors import UserError
+from lfg_jax.losses.info_nce import Contrast
+from lfg_jax.losses.staged import StagedModel
+
+MODELS = {'mixer': 'local_mixer', 'mlp': 'mlp', 'resnet': 'resnet'}
+
+
+class Images(NamedTuple):
+  """What a model must know of a data set.
+
+  Attributes:
+    shape: (height, width, colours).
+    mean, std: by which colours are normalised.
+    axis_name: mesh axis over which the batch is sharded.
+  """
+  shape: tuple[int, int, int]
+  classes: int
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  axis_name: str | None = None
+
+  @property
+  def size(self) -> int:
+    """Numbers in an image."""
+    height, width, colours = self.shape
+    return height * width * colours
+
+
+class Model(Protocol):
+  """A module with a model."""
+  DEFAULTS: dict[str, Any]
+  TAPS: tuple[str, ...]
+
+  def make(self, fields: dict[str, Any], images: Images, contrast: Contrast | None = None
+           ) -> StagedModel:
+    """The staged model with these fields, which have the types of the defaults.
+
+    Raises:
+      ValueError: one line, for a value that is not allowed, which it calls 'model.FIELD'.
+    """
+
+
+def find(name: str, path: str | None = None) -> Model:
+  """The model of a name, or the one that is in the file `path`.
+
+  Raises:
+    UserError: there is no such model, or the file has none.
+
+  >>> find('mlp').TAPS
+  ('hidden', 'out')
+  """
+  if path is None:
+    if name not in MODELS:
+      raise UserError(f'model.name is {name!r}; allowed: {", ".join(MODELS)}, or a file of your '
+                      'own: --config.model.module=FILE.py')
+    return importlib.import_module(f'lfg_jax.models.{MODELS[name]}')    # type: ignore[return-value]
+  if not pathlib.Path(path).is_file():
+    raise UserError(f'model.module is {path!r}; allowed: a Python file that exists')
+  spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+  assert spec and spec.loader
+  module: Any = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:    # whatever the user's file raises
+    reason = ' '.join(str(error).split())
+    raise UserError(f'model.module {path}: {type(error).__name__}: {reason}') from error
+  for part in ('DEFAULTS', 'TAPS', 'make'):
+    if not hasattr(module, part):
+      raise UserError(f'model.module {path} has no {part}; it needs DEFAULTS, TAPS and make')
+  return module
+
+
+def pixels(image_BxHxWxC: jax.Array, images: Images) -> jax.Array:
+  """Pixels 0 … 255 → normalised floating-point numbers.
+
+  >>> pixels(jnp.full((1, 1, 1, 1), 255, jnp.uint8), Images((1, 1, 1), 2, (0.5,), (0.5,))).item()
+  1.0
+  """
+  mean, std = (jnp.array(numbers)[None, None, None] for numbers in (images.mean, images.std))
+  return (image_BxHxWxC.astype(jnp.result_type(float)) / 255 - mean) / std
+
+
+def check_range(field: str, value: int, low: int, high: int = 10_000) -> None:
+  """Raises ValueError for a field outside of low … high."""
+  if not low <= value <= high:
+    raise ValueError(f'model.{field} is {value!r}; allowed: {low} … {high}')
+
+
+def check_divides(groups: int, field: str, width: int) -> None:
+  """Raises ValueError if groups do not divide a width."""
+  check_range('groups', groups, 1)
+  check_range(field, width, 1, 10**6)
+  if width % groups:
+    raise ValueError(f'{groups} groups do not divide model.{field} = {width}')
+
+

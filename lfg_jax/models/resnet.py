@@ -1,0 +1,149 @@
+"""A small residual network for images, with losses per block, patch and channel group.
+
+A block is conv 3×3 → group norm → ReLU → conv 3×3 → group norm → + input → ReLU. Its first block in
+every stage but the first halves the image and doubles the channels; there the input is averaged and
+filled up with zeros (He et al. 2016, option A). Two blocks in each of four stages of 64, 128, 256
+and 512 channels are ResNet-18.
+
+Convolutions carry an activity to other patches, so a perturbation of the first layer is credited
+with all losses of the example: its noise grows with the size of the whole image.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.estimators.taps import tap
+from lfg_jax.losses.heads import local_losses
+from lfg_jax.losses.info_nce import Contrast
+from lfg_jax.losses.replicated import Cut
+from lfg_jax.losses.staged import Block, Stack, StagedModel, Variables
+from lfg_jax.losses.targets import Targets
+from lfg_jax.models import functional, layers
+from lfg_jax.models.registry import Images, check_divides, check_range, pixels
+
+DEFAULTS: dict[str, Any] = {'stages': (1, 1, 1), 'channels': 16, 'groups': 4, 'patches': 4}
+TAPS = ('first', 'second')
+
+
+def make(fields: dict[str, Any], images: Images, contrast: Contrast | None = None,
+         fused: bool = True, project: bool = False) -> StagedModel:
+  """The model for images of some data set; see `registry.Model`."""
+  _check(fields, images)
+  G, side = fields['groups'], fields['patches']
+  outputs = contrast.projections if contrast else images.classes
+  shapes = list(_shapes(fields, images))
+  new_block = functools.partial(_block, G, side, contrast, fused)
+  stacks = tuple(
+      Stack(name, count, new_block(stride), name.startswith('rest'), _flop(height, C, D, stride))
+      for name, count, height, C, D, stride in shapes)
+
+  def init(key: jax.Array) -> Variables:
+    *keys, readout, head = jax.random.split(key, len(shapes) + 2)
+    params: Variables = {}
+    for k, (name, count, _, C, D, _) in zip(keys, shapes, strict=True):
+      one = functools.partial(_init_block, C=C, D=D, G=G, outputs=outputs, contrast=contrast)
+      params[name] = functional.stacked(one, k, count) if name.startswith('rest') else one(k)
+    D = shapes[-1][4]
+    params['readout'] = {'linear': functional.init(
+        readout, (D, images.classes), (images.classes,), D, 'zero')}
+    if contrast and project:
+      params['head'] = functional.init_projection(head, D, contrast)
+    return {'params': params}
+
+  def read_out(variables: Variables, x: jax.Array, weight_B: jax.Array) -> tuple:
+    return functional.read_out(variables, x.reshape(x.shape[0], -1, x.shape[-1]), weight_B)
+
+  def variant(*, train: bool = True, fused: bool = True, project: bool = False) -> StagedModel:
+    del train    # no running statistics
+    return make(fields, images, contrast, fused, project)
+
+  return StagedModel(
+      stacks=stacks, init=init, prepare=functools.partial(pixels, images=images),
+      read_out=read_out, variant=variant, input_shape=images.shape, classes=images.classes,
+      taps=TAPS, guessed={'first': 'second'}, boundary=('second', 'second'),
+      activity_bytes=4 * images.shape[0] * images.shape[1] * fields['channels'], contrast=contrast,
+      project=functional.projection(contrast) if contrast and project else None)
+
+
+def _check(fields: dict[str, Any], images: Images) -> None:
+  check_divides(fields['groups'], 'channels', fields['channels'])
+  counts, height = fields['stages'], images.shape[0]
+  if not counts or not all(isinstance(n, int) and n >= 1 for n in counts):
+    raise ValueError(f'model.stages is {counts!r}; allowed: numbers of blocks, each 1 or more')
+  check_range('patches', fields['patches'], 1, height)
+  smallest = height // 2**(len(counts) - 1)
+  if images.shape[0] != images.shape[1] or height % 2**(len(counts) - 1) or (
+      smallest % fields['patches']):
+    raise ValueError(f'model.stages has {len(counts)} stages, and model.patches is '
+                     f'{fields["patches"]}: an image of {height}x{images.shape[1]} cannot be halved '
+                     'so often and then cut into so many patches')
+
+
+def _shapes(fields: dict[str, Any], images: Images) -> Any:
+  """(name, blocks, height, channels in, channels out, stride) of every stack."""
+  height, channels = images.shape[0], images.shape[2]
+  for stage, count in enumerate(fields['stages']):
+    width, stride = fields['channels'] * 2**stage, 2 if stage else 1
+    yield f'first_{stage}', 1, height, channels, width, stride
+    height, channels = height // stride, width
+    if count > 1:
+      yield f'rest_{stage}', count - 1, height, width, width, 1
+
+
+def _flop(height: int, C: int, D: int, stride: int) -> dict[str, int]:
+  positions = (height // stride)**2
+  return {'first': 2 * 9 * positions * C * D, 'second': 2 * 9 * positions * D * D}
+
+
+def _init_block(key: jax.Array, C: int, D: int, G: int, outputs: int, contrast: Contrast | None
+                ) -> Any:
+  first, second, head = jax.random.split(key, 3)
+  return {'first': functional.init(first, (3, 3, C, D), (D,), 9 * C, 'kaiming'),
+          'second': functional.init(second, (3, 3, D, D), (D,), 9 * D, 'kaiming'),
+          'head': functional.init_head(head, G, D // G, outputs, contrast)}
+
+
+def _block(G: int, side: int, contrast: Contrast | None, fused: bool, stride: int) -> Block:
+  first, second = (functools.partial(layers.convolution, stride=s) for s in (stride, 1))
+
+  def block(variables: Variables, x_BxHxWxC: jax.Array, targets: Targets, *, name: str,
+            cut: Cut | None, last: bool) -> tuple[jax.Array, jax.Array | None, Variables]:
+    del last    # convolutions and norms carry an activity to all patches and groups
+    params, feedback = variables['params'], variables.get('feedback', {})
+    y = functional.affine(first, params['first'], x_BxHxWxC, feedback.get('first'))
+    h = _group_norm(y, G)
+    h = jax.nn.relu(tap(h, f'{name}/first', active=h > 0))
+    y = functional.affine(second, params['second'], h, feedback.get('second'))
+    y = _group_norm(tap(y, f'{name}/second'), G)
+    out = jax.nn.relu(y + _shortcut(x_BxHxWxC, y.shape[-1], stride))
+    if cut is None:
+      return out, None, {}
+    losses = local_losses(
+        layers.layer_norm(_patches(out, side, G)), params['head'], targets, cut, contrast=contrast,
+        fused=fused, feedback_GxCxK=feedback.get('head', {}).get('kernel'))
+    return out, losses, {}
+  return block
+
+
+def _group_norm(x_BxHxWxC: jax.Array, G: int) -> jax.Array:
+  grouped = x_BxHxWxC.reshape(*x_BxHxWxC.shape[:3], G, -1)
+  return layers.layer_norm(grouped, (1, 2, 4)).reshape(x_BxHxWxC.shape)
+
+
+def _shortcut(x_BxHxWxC: jax.Array, channels: int, stride: int) -> jax.Array:
+  """The input, averaged to the output's size and filled up with channels of zeros."""
+  B, H, W, C = x_BxHxWxC.shape
+  if channels < C or (stride == 1 and channels != C):
+    return jnp.zeros((), x_BxHxWxC.dtype)    # the first block of all: colours are no channels
+  cells = x_BxHxWxC.reshape(B, H // stride, stride, W // stride, stride, C).mean((2, 4))
+  return jnp.pad(cells, ((0, 0), (0, 0), (0, 0), (0, channels - C)))
+
+
+def _patches(x_BxHxWxC: jax.Array, side: int, G: int) -> jax.Array:
+  """[B, P, G, C/G]: means over the cells of a grid of side × side patches."""
+  B, H, W, _ = x_BxHxWxC.shape
+  cells = x_BxHxWxC.reshape(B, side, H // side, side, W // side, -1).mean((2, 4))
+  return cells.reshape(B, side * side, G, -1)

@@ -1,0 +1,204 @@
+"""What every staged model must keep to, whichever it is; and a model from outside the package."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lfg_jax.data import Batch
+from lfg_jax.errors import UserError
+from lfg_jax.losses import staged
+from lfg_jax.losses.info_nce import Contrast
+from lfg_jax.losses.replicated import Cut, cross_entropy
+from lfg_jax.losses.staged import own
+from lfg_jax.losses.targets import Targets
+from lfg_jax.models import registry
+from lfg_jax.models.registry import Images
+from lfg_jax.training import algorithms, configs, rules
+from lfg_jax.training.train import prepare, train
+from tests.runs import ROOT, tiny
+from tests.small import relative_error
+
+IMAGES = Images((4, 4, 1), 3, (0.5,), (0.3,))
+FIELDS = {
+  'mixer': {'size': 'S/2/2', 'channels': 8, 'blocks': 3},
+  'mlp': {'channels': 8, 'groups': 2, 'blocks': 3},
+  'resnet': {'stages': (2, 1), 'channels': 4, 'groups': 2, 'patches': 2},
+}
+KEYS = jax.random.split(jax.random.key(0), 4)
+BATCH = Batch(
+  jax.random.randint(KEYS[0], (4, *IMAGES.shape), 0, 256).astype(jnp.uint8),
+  jnp.array([0, 1, 2, 1]),
+  jnp.array([0.3, 0.3, 0.3, 0.1]),
+)
+
+
+def model_of(name, contrast=None):
+  defaults = {f: None if isinstance(v, type) else v for f, v in registry.find(name).DEFAULTS.items()}
+  return registry.find(name).make({**defaults, **FIELDS[name]}, IMAGES, contrast)
+
+
+def composed(name, rule, axis_name=None, **options):
+  """An algorithm, and random variables (heads start at zero, which would hide errors)."""
+  algorithm = algorithms.compose(
+    rules.REGISTRY[rule], rules.Options(**options), model_of(name), axis_name
+  )
+
+  def random(tree):    # the same parameters for all rules, whatever else they have
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), leaf.dtype), tree)
+
+  shapes = jax.eval_shape(algorithm.init, KEYS[1])
+  return algorithm, {kind: random(tree) for kind, tree in shapes.items()}
+
+
+def gradient(name, rule, key=KEYS[2], **options):
+  algorithm, variables = composed(name, rule, **options)
+  return jax.jit(algorithm.gradient)(variables, key, BATCH)[0]
+
+
+def unrolled(name, params, *, greedy, cut):
+  """The objective, block by block in a plain loop: local losses, and that of the read-out."""
+  model, targets = model_of(name), Targets(BATCH.label, BATCH.weight)
+  x, value = model.prepare(BATCH.image), 0.0
+  for stack in model.stacks:
+    for n in range(stack.count):
+      variables = {'params': params[stack.name]}
+      if stack.is_stacked:
+        variables = jax.tree.map(lambda leaf, n=n: leaf[n], variables)
+      x = jax.lax.stop_gradient(x) if greedy else x
+      x, losses, _ = stack.block(variables, x, targets, name='b', cut=cut, last=greedy)
+      value += 0.0 if losses is None else losses.sum()
+  x = jax.lax.stop_gradient(x) if cut else x
+  logits, _, _ = model.read_out(own({'params': params}, 'readout'), x, targets.weight_B)
+  return value + (cross_entropy(logits, targets.label_B) * targets.weight_B).sum()
+
+
+@pytest.mark.parametrize('name', FIELDS)
+@pytest.mark.parametrize(
+  ('rule', 'greedy', 'cut'),
+  [('BP', False, None), ('L-BP', False, Cut(False, False)), ('LG-BP', True, Cut())],
+)
+def test_exact_rules_are_the_gradient_of_the_blocks_one_by_one(name, rule, greedy, cut):
+  _, variables = composed(name, rule)
+  objective = lambda params: unrolled(name, params, greedy=greedy, cut=cut)
+  exact = jax.jit(jax.grad(objective))(variables['params'])
+  assert relative_error(gradient(name, rule), exact) < 1e-5
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_as_many_orthogonal_tangents_as_dimensions_are_exact(name):
+  """With the paper's estimator, one tap at a time; and what ours lets through is exact by itself."""
+  exact = gradient(name, 'LG-BP')
+  passes = {'mixer': 8, 'mlp': 4, 'resnet': 64}[name]
+  options = {'taps': 'separate', 'law': 'hadamard', 'passes': passes}
+  assert relative_error(gradient(name, 'LG-FG-A-paper', **options), exact) < 3e-5
+  ours = gradient(name, 'LG-FG-A')
+  assert relative_error(ours, exact) > 0.01
+  last = {'mixer': 'group', 'mlp': 'out', 'resnet': 'second'}[name]
+  for stack in model_of(name).stacks:
+    assert relative_error(ours[stack.name][last], exact[stack.name][last]) < 1e-5
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_a_guess_through_the_kernels_leaves_nothing(name):
+  """Then one pass is exact in the layers behind which there is a guess."""
+  algorithm, variables = composed(name, 'LG-FG-A', guess='all')
+  for stack, layers in variables['guess'].items():
+    variables['guess'][stack] = {
+      layer: {'kernel': variables['params'][stack][layer]['kernel']} for layer in layers
+    }
+  ours = jax.jit(algorithm.gradient)(variables, KEYS[2], BATCH)[0]
+  assert relative_error(ours, gradient(name, 'LG-BP')) < 3e-5
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_an_example_has_its_noise_wherever_it_is_computed(name):
+  """Two devices with half of the batch each: the same gradient."""
+  algorithm, variables = composed(name, 'LG-FG-A', axis_name='data')
+  halves = jax.tree.map(lambda leaf: leaf.reshape(2, 2, *leaf.shape[1:]), BATCH)
+  run = lambda batch: algorithm.gradient(variables, KEYS[2], batch)[0]
+  parts = jax.jit(jax.vmap(run, axis_name='data'))(halves)
+  summed = jax.tree.map(lambda leaf: leaf.sum(0), parts)
+  assert relative_error(summed, gradient(name, 'LG-FG-A')) < 1e-5
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_shapes_flops_and_taps_are_what_the_model_says(name):
+  model = model_of(name)
+  variables = jax.eval_shape(model.init, KEYS[0])
+  x = jax.ShapeDtypeStruct((2, *model.input_shape), jnp.float32)
+  assert jax.eval_shape(model.prepare, BATCH.image).shape[1:] == model.input_shape
+  logits, features = jax.eval_shape(lambda v, x: staged.evaluate(model, v, x), variables, x)
+  assert logits.shape == (2, model.classes) and features.ndim == 2
+  names = {stack.name for stack in model.stacks}
+  assert {*variables['params']} == {*names, 'readout'}
+  for stack in model.stacks:
+    assert {*stack.flop} <= {*model.taps} and min(stack.flop.values()) > 0
+    params = variables['params'][stack.name]
+    assert params['head']['kernel'].shape[-1] == model.classes
+    assert not stack.is_stacked or params['head']['bias'].shape[0] == stack.count
+
+
+@pytest.mark.parametrize('name', ['mlp', 'resnet'])
+@pytest.mark.parametrize('rule', ['BP', 'LG-BP', 'LG-FG-A', 'DFA'])
+def test_contrastive_losses(name, rule):
+  algorithm = algorithms.compose(
+    rules.REGISTRY[rule], rules.Options(), model_of(name, Contrast(projections=4)),
+    views=lambda key_B, image: jnp.repeat(image, 2, 0),
+  )
+  variables = jax.jit(algorithm.init)(KEYS[0])
+  grads, aux = jax.jit(algorithm.gradient)(variables, KEYS[1], BATCH)
+  assert 0 < aux['contrastive_loss'] < 2 * math.log(7)
+  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+  jax.tree.map(lambda g, p: None, grads, variables['params'])    # of one structure
+
+
+PAGE = (ROOT / 'docs' / 'bring_a_model.md').read_text()
+MINE = PAGE.split('```python\n')[1].split('```')[0]
+
+
+@pytest.mark.parametrize('rule', ['LG-FG-A', 'LG-BP', 'BP', 'FG-W', 'LG-FA'])
+def test_a_model_of_ones_own_trains(tmp_path, rule):
+  path = tmp_path / 'mine.py'
+  path.write_text(MINE)
+  config = tiny_of('mine', str(path), width=8)
+  config.algorithm = rule
+  config.estimator.tap_passes.hidden = 2 if rule == 'LG-FG-A' else 0
+  train(prepare(config), tmp_path / 'run')
+  summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  assert summary['model'] == 'mine' and 0 < summary['test_error'] < 0.95
+
+
+def tiny_of(name, module=None, **fields):
+  config = configs.load(str(ROOT / 'configs' / 'digits.py'))
+  configs.use_model(config, name, module, **fields)
+  config.epochs, config.batch_size, config.images = 1, 64, 256
+  return config
+
+
+def test_what_is_wrong_with_a_model_is_one_line(tmp_path):
+  path = tmp_path / 'mine.py'
+  for name, module, text, message in (
+    ('mlq', None, '', "model.name is 'mlq'; allowed: mixer, mlp, resnet, or a file of your own"),
+    ('mine', 'nowhere.py', '', "model.module is 'nowhere.py'; allowed: a Python file that exists"),
+    ('mine', str(path), '1/0', 'ZeroDivisionError: division by zero'),
+    ('mine', str(path), 'TAPS = ()', 'has no DEFAULTS; it needs DEFAULTS, TAPS and make'),
+  ):
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+      configs.use_model(tiny(), name, module)
+  path.write_text(MINE)
+  with pytest.raises(UserError, match=r'model\.width is 2; allowed: a multiple of 2 groups, 4 or more'):
+    prepare(tiny_of('mine', str(path), width=2))
+  for name, fields, message in (
+    ('mlp', {'groups': 3}, '3 groups do not divide model.channels = 256'),
+    ('mlp', {'blocks': 0}, 'model.blocks is 0; allowed: 1'),
+    ('resnet', {'stages': ()}, r'model.stages is \(\); allowed: numbers of blocks'),
+    ('resnet', {'stages': (1, 1, 1, 1, 1)}, 'cannot be halved'),
+  ):
+    with pytest.raises(UserError, match=message):
+      prepare(tiny_of(name, **fields))
