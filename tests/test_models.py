@@ -89,6 +89,7 @@ def test_exact_rules_are_the_gradient_of_the_blocks_one_by_one(name, rule, greed
   assert relative_error(gradient(name, rule), exact) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FIELDS)
 def test_as_many_orthogonal_tangents_as_dimensions_are_exact(name):
   """With the paper's estimator, one tap at a time; and what ours lets through is exact by itself."""
@@ -143,6 +144,7 @@ def test_shapes_flops_and_taps_are_what_the_model_says(name):
     assert not stack.is_stacked or params['head']['bias'].shape[0] == stack.count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['mlp', 'resnet'])
 @pytest.mark.parametrize('rule', ['BP', 'LG-BP', 'LG-FG-A', 'DFA'])
 def test_contrastive_losses(name, rule):
@@ -161,6 +163,7 @@ PAGE = (ROOT / 'docs' / 'bring_a_model.md').read_text()
 MINE = PAGE.split('```python\n')[1].split('```')[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rule', ['LG-FG-A', 'LG-BP', 'BP', 'FG-W', 'LG-FA'])
 def test_a_model_of_ones_own_trains(tmp_path, rule):
   path = tmp_path / 'mine.py'

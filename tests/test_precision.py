@@ -30,6 +30,7 @@ def cosine(a, b):
 
 # Backprop adds up the rounding, and ReLUs that flip, of all blocks behind. Forward gradients, at the same tangents,
 # have the error of a derivative that is a sum with cancellation.
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'least'), [('LG-BP', 0.999), ('BP', 0.98), ('LG-FG-A', 0.99), ('FG-W', 0.99)])
 def test_gradients_agree_and_are_float32(models, name, least):
   exact, rounded = (gradient(model, name, KEY) for model in models)

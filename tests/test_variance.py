@@ -33,6 +33,7 @@ def z_score(estimator, law, passes, shared, p, q, batch, draws=1000):
   return z(expected), z(2 * expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('kind', 'p', 'q', 'batch'), ROWS)
 def test_rows_of_table_1(kind, p, q, batch):
   estimator, law, shared = kind
