@@ -68,7 +68,7 @@ def find(name: str, path: str | None = None) -> Model:
       raise UserError(f'model.name is {name!r}; allowed: {", ".join(MODELS)}, or a file of your '
                       'own: --config.model.module=FILE.py')
     return importlib.import_module(f'lfg_jax.models.{MODELS[name]}')    # type: ignore[return-value]
-  if not pathlib.Path(path).is_file():
+  if '\0' in path or not path.endswith('.py') or not pathlib.Path(path).is_file():
     raise UserError(f'model.module is {path!r}; allowed: a Python file that exists')
   spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
   assert spec and spec.loader

@@ -107,7 +107,7 @@ def _with_model(config: ConfigDict, arguments: Iterable[str]) -> ConfigDict:
     if match := re.fullmatch(r'--?config\.model\.(name|module)=(.*)', argument, re.DOTALL):
       chosen[match[1]] = match[2]
   module = chosen.get('module', config.model.module)
-  module = None if module in (None, 'None') else module
+  module = None if module is None or module.lower() == 'none' else module
   name = pathlib.Path(module).stem if module else chosen.get('name', config.model.name)
   if chosen and (name, module) != (config.model.name, config.model.module):
     configs.use_model(config, name, module)

@@ -128,7 +128,8 @@ def _base_of(config: ConfigDict) -> ConfigDict:
   """The defaults, with those of the config's own model."""
   wanted = base()
   model = config.get('model')
-  if isinstance(model, ConfigDict) and isinstance(model.get('name'), str):
+  if isinstance(model, ConfigDict) and isinstance(model.get('name'), str) and (
+      isinstance(model.get('module'), str | None)):
     use_model(wanted, model.name, model.get('module'))
   return wanted
 
