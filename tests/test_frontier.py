@@ -111,13 +111,14 @@ ACCURACY = [f'--config={ROOT}/configs/digits.py', *FLAGS, '--interval=20', '--ma
 
 @pytest.mark.slow
 def test_time_to_accuracy(tmp_path, capsys):
-  arguments = [*ACCURACY, '--algorithms=BP,LG-FG-A', '--rates=BP=1e-8|1e-2', '--thresholds=60,0',
+  # At a rate of next to nothing the read-out's first step is still worth an error of 49 %.
+  arguments = [*ACCURACY, '--algorithms=BP,LG-FG-A', '--rates=BP=1e-8|1e-2', '--thresholds=40,0',
                f'--out={tmp_path}']
   run('time_to_accuracy', *arguments, '--seeds=0')
   content = json.loads((tmp_path / 'time_to_accuracy.json').read_text())
   rows = {(row['algorithm'], row['rate'], row['threshold']): row for row in content['rows']}
-  assert not rows['BP', 1e-8, 60]['best'] and rows['BP', 1e-2, 60]['best']
-  fast, forward = rows['BP', 1e-2, 60], rows['LG-FG-A', 2e-3, 60]
+  assert not rows['BP', 1e-8, 40]['best'] and rows['BP', 1e-2, 40]['best']
+  fast, forward = rows['BP', 1e-2, 40], rows['LG-FG-A', 2e-3, 40]
   assert fast['seconds'] > 0 and fast['ratio_to_bp'] == 1
   assert forward['ratio_to_bp'] == pytest.approx(forward['seconds'] / fast['seconds'])
   assert rows['BP', 1e-2, 0]['seconds'] is None and rows['BP', 1e-2, 0]['ratio_to_bp'] is None
