@@ -76,7 +76,7 @@ class StagedModel:
     classes: of the read-out.
     taps: names of a block's taps, without the block's.
     guessed: of those that can have a learned guess, the layer in `params` through whose feedback
-      matrix it comes; the best one first. See `guesses`.
+      matrix it comes, the nearest to the loss first. See `guesses`.
     boundary: name of a last block's tap behind which exact signals are cheap (see `boundary`), and
       of the tap behind it, which then needs no perturbation; None: there is none.
     group_axis: `(path in a block's params, credit) -> axis`: the axis of a weight that runs over

@@ -69,8 +69,9 @@ class Options:
       what the rule says.
     last_tap: of a block under a local loss: 'perturbed', or 'exact', which lets the exact signal through. Between it
       and the loss are a norm, a ReLU and the head, and no other linear map.
-    guess: which taps have a learned guess (see `guesses`): 'none', the name of a tap, or 'all' for which the model has
-      some. In the LocalMixer 'after_channel' is guessed through the grouped layer, 'after_token' through the other one.
+    guess: which taps have a learned guess (see `guesses`): 'none', the name of the first that the model has a guess for,
+      or 'all'. In the LocalMixer the first is 'after_channel', guessed through the grouped layer; 'after_token' is
+      guessed through that and the one before.
     guess_rate: learning rate (Adam's) of what guesses go through.
     tap_passes: with separate taps, numbers of passes of their own for taps of these names; 0: `passes`.
     sharing: 'paper' (weights' tangents shared by the batch, activities' not), 'shared' or 'independent'.
@@ -133,7 +134,8 @@ class Options:
     Raises:
       ValueError: fields that contradict each other, or that rule or model have no use for.
     """
-    one_of('estimator.guess', self.guess, ('auto', 'none', *model.guessed, 'all'))
+    # A tap further away needs the guesses of all between: its own alone would come through their kernels.
+    one_of('estimator.guess', self.guess, ('auto', 'none', *tuple(model.guessed)[:1], 'all'))
     for tap in self.tap_passes:
       one_of('tap of estimator.tap_passes', tap, model.taps)
     one_block = rule.cut and self.every == 1 and not self.overlap
