@@ -69,9 +69,9 @@ class Options:
       what the rule says.
     last_tap: of a block under a local loss: 'perturbed', or 'exact', which lets the exact signal through. Between it
       and the loss are a norm, a ReLU and the head, and no other linear map.
-    guess: which taps have a learned guess (see `guesses`): 'none', the name of the first that the model has a guess for,
-      or 'all'. In the LocalMixer the first is 'after_channel', guessed through the grouped layer; 'after_token' is
-      guessed through that and the one before.
+    guess: which taps have a learned guess (see `guesses`): 'none', the name of the first that the model has one for, or
+      'all'. In the LocalMixer the first is 'after_channel', guessed through the grouped layer; 'after_token' is guessed
+      through that and the one before.
     guess_rate: learning rate (Adam's) of what guesses go through.
     tap_passes: with separate taps, numbers of passes of their own for taps of these names; 0: `passes`.
     sharing: 'paper' (weights' tangents shared by the batch, activities' not), 'shared' or 'independent'.
