@@ -12,7 +12,7 @@ from lfg_jax.models import layers
 from lfg_jax.models.mixer import NORMS, LocalMixer
 from lfg_jax.models.sizes import mixer_spec
 from tests import oracle
-from tests.small import gradient, relative_error, small
+from tests.small import compose, gradient, relative_error, small
 
 MNIST, CIFAR10, IMAGENET = (28, 28, 1), (32, 32, 3), (224, 224, 3)
 
@@ -166,3 +166,14 @@ def test_signal_straight_through_the_norm():
   with_it, without = small(), small(norm_derivative=False)
   assert relative_error(gradient(without, 'LG-BP'), gradient(with_it, 'LG-BP')) < 1e-6
   assert relative_error(gradient(without, 'LG-FG-A'), gradient(with_it, 'LG-FG-A')) > 0.01
+
+
+def test_every_block_of_a_stage_updates_its_statistics():
+  """Batch norm's, in stages of two blocks: also in the one that is not under the losses."""
+  s = small(norm='batch', blocks=4)
+  _, aux = jax.jit(compose(s, 'LG-BP', every=2).gradient)(s.variables, jax.random.key(0), s.batch)
+  moved = jax.tree.map(lambda new, old: jnp.abs(new - old).max(-1) > 1e-3, aux['batch_stats'],
+                       s.variables['batch_stats'])
+  assert {'stem', 'blocks'} <= {*moved}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(moved):
+    assert leaf.all(), jax.tree_util.keystr(path)
