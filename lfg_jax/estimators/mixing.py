@@ -28,12 +28,7 @@ from lfg_jax.estimators.walk import Walk, bind, inner_jaxprs, opened
 
 
 class Mixed(NamedTuple):
-  """Entries of several examples have come together.
-
-  Attributes:
-    primitive: where.
-    is_known: whether this primitive is known to mix them; otherwise nothing is known about it.
-  """
+  """Entries of several examples have come together, in a primitive known to mix them or not."""
   primitive: str
   is_known: bool
 
@@ -65,8 +60,7 @@ class Influence(NamedTuple):
 
   Attributes:
     walk: what counts as a tap.
-    axis: of the taps as the function sees them, without scanned axes.
-    size: its length.
+    axis, size: of the taps as the function sees them, without scanned axes.
   """
   walk: Walk
   axis: int
@@ -197,7 +191,7 @@ def _fixed_point(body: Callable[[list[Label]], list[Label]], carry: list[Label])
 def _reshape(before: tuple, after: tuple, label: Label, size: int) -> Label:
   """Examples stay together if the axes in front keep their product.
 
-  The axis that follows them must hold all examples.
+  The axis that follows must hold all examples.
   """
   assert isinstance(label, int)
   front = math.prod(before[:label])
@@ -208,7 +202,6 @@ def _reshape(before: tuple, after: tuple, label: Label, size: int) -> Label:
 
 
 # Primitives that move axes: `(params, shapes, labels, name) -> label`, one operand labelled at least.
-
 def _dot_general(params: dict, shapes: list, ins: list, name: str) -> Label:
   contracted, batch = params['dimension_numbers']
   outs: list[Label] = []
