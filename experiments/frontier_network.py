@@ -24,7 +24,7 @@ from lfg_jax.estimators.tangents import LAWS
 from lfg_jax.estimators.taps import tap
 from lfg_jax.estimators.traced import Traced, perturb
 from lfg_jax.losses.greedy import greedy
-from lfg_jax.losses.staged import StagedModel
+from lfg_jax.losses.staged import StagedModel, in_block
 from lfg_jax.losses.targets import Targets
 from lfg_jax.models import local_mixer
 from lfg_jax.models.mixer import TAPS, Run
@@ -238,7 +238,7 @@ def _exact(fun: LossFn, learned: Learned) -> GradFn:
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple, PyTree]:
     out, grads = backprop(fun)(params, key, *args)
     traced = Traced(fun, params, *args)
-    taps = {name: tap for name, tap in traced.taps.items() if _in_block(name) in TAPS}
+    taps = {name: tap for name, tap in traced.taps.items() if in_block(name) in TAPS}
     exact = Learned({}, lambda _, *args: fun(*args))
     signal, guess = (cotangents(g, g.weights, list(taps), params, *args) for g in (exact, learned))
     zeros = {name: jnp.zeros(tap.shape, tap.dtype) for name, tap in taps.items()}
@@ -249,14 +249,14 @@ def _exact(fun: LossFn, learned: Learned) -> GradFn:
 
     by_group = jax.vmap(of_group)(jnp.arange(out[0].shape[-1]))
     norms = {
-      _in_block(name): {
+      in_block(name): {
         'own': _square(g),
         'residual': _square(g - guess[name]),
         'by_group': by_group[name].sum(),
       }
       for name, g in signal.items()
     }
-    signal = {_in_block(name): g for name, g in signal.items()}
+    signal = {in_block(name): g for name, g in signal.items()}
     return out, {'last': {'gradient': grads['last'], 'signal': signal, 'taps': norms}}
 
   return run
@@ -289,16 +289,12 @@ def _recording(estimator: Estimator) -> Estimator:
         )
       )
       out, grads = estimator(moved, guess)({'own': params, 'shift': shift}, key, *args)
-      signal = {_in_block(name): g for name, g in grads['shift'].items()}
+      signal = {in_block(name): g for name, g in grads['shift'].items()}
       return out, {'last': {'gradient': grads['own']['last'], 'signal': signal}}
 
     return run
 
   return of_loss
-
-
-def _in_block(name: str) -> str:
-  return name.rsplit('/')[-1]
 
 
 def _errors(run: Run, layer: str, drawn: PyTree, exact: PyTree) -> dict[str, jax.Array]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.estimators.signature import GradFn, Losses, LossFn, PyTree, objective
-from lfg_jax.estimators.traced import Traced, replace_cotangent
+from lfg_jax.estimators.traced import Traced, keep, replace_cotangent
 
 
 def backprop(fun: LossFn) -> GradFn:
@@ -45,7 +45,8 @@ def direct_feedback(fun: LossFn, *, matrices: Mapping[str, jax.Array]) -> GradFn
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
     del key
     traced = Traced(fun, params, *args)
-    error_BxK = fun(params, *args)[1]['output_error']
+    (_, aux), _ = traced.evaluate(keep, {}, params, *args)
+    error_BxK = aux['output_error']
 
     def signal(name: str) -> jax.Array:
       project = lambda matrix: jnp.tensordot(error_BxK, matrix, 1)

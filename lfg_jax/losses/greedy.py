@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from lfg_jax.estimators.boundary import Estimator
 from lfg_jax.estimators.guesses import Learned
 from lfg_jax.losses.replicated import Cut
-from lfg_jax.losses.staged import Block, Stack, StagedModel, Variables, own
+from lfg_jax.losses.staged import Block, Stack, StagedModel, Variables, merge, own
 from lfg_jax.losses.targets import Targets
 
 PyTree = Any
@@ -40,8 +40,7 @@ def stage_loss(blocks: Sequence[Block], cut: Cut) -> Callable:
       x, losses, new = block(own(variables, name), x, targets, name=name, last=is_last,
                              cut=cut if is_last else None)
       outputs.append(x)
-      for kind, tree in new.items():
-        updates.setdefault(kind, {})[name] = tree
+      merge(updates, name, new)
     return losses, {'outputs': tuple(outputs), **updates}
   return loss
 

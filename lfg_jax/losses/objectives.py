@@ -51,10 +51,10 @@ def end_to_end(model: StagedModel, estimator: Estimator, *, local: bool) -> Run:
             own(now, 'head'), y, targets.weight_B)
         end, output_error = info_nce.end_losses((anchors, candidates), targets.weight_B, contrast)
         local_losses = [*local_losses, end[None, :, None, None]]
-        _merge(updates, 'head', updates_of_head)
+        staged.merge(updates, 'head', updates_of_head)
       y = jax.lax.stop_gradient(y) if local or contrast else y
       logits, _, updates_of_readout = model.read_out(own(now, 'readout'), y, targets.weight_B)
-      _merge(updates, 'readout', updates_of_readout)
+      staged.merge(updates, 'readout', updates_of_readout)
       aux = _summary(logits, targets)
       if end is not None:
         aux['output_error'] = output_error
@@ -67,11 +67,6 @@ def end_to_end(model: StagedModel, estimator: Estimator, *, local: bool) -> Run:
     metrics = _metrics(aux, aux['local_loss'], heads, contrast)
     return grads, metrics | {'batch_stats': aux.get('batch_stats', {})}
   return run
-
-
-def _merge(updates: Variables, name: str, new: Variables) -> None:
-  for kind, tree in new.items():
-    updates.setdefault(kind, {})[name] = tree
 
 
 def stage_by_stage(model: StagedModel, estimator: Estimator, cut: Cut, *, every: int = 1,

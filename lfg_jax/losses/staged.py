@@ -120,6 +120,21 @@ def own(variables: Variables, name: str) -> Variables:
   return {kind: tree[name] for kind, tree in variables.items() if name in tree}
 
 
+def in_block(tap_name: str) -> str:
+  """A tap's name without its block's.
+
+  >>> in_block('blocks/after_token')
+  'after_token'
+  """
+  return tap_name.rsplit('/')[-1]
+
+
+def merge(updates: Variables, name: str, new: Variables) -> None:
+  """Puts the updated variables of one block, stack or layer among the others'."""
+  for kind, tree in new.items():
+    updates.setdefault(kind, {})[name] = tree
+
+
 def apply(model: StagedModel, variables: Variables, x: jax.Array, targets: Targets,
           cut: Cut | None) -> tuple[jax.Array, list[jax.Array], Variables]:
   """All blocks, one after the other.
@@ -140,8 +155,7 @@ def apply(model: StagedModel, variables: Variables, x: jax.Array, targets: Targe
     x, (losses, new) = step(x, own(variables, stack.name))
     if losses is not None:
       local.append(losses if stack.is_stacked else losses[None])
-    for kind, tree in new.items():
-      updates.setdefault(kind, {})[stack.name] = tree
+    merge(updates, stack.name, new)
   return x, local, updates
 
 

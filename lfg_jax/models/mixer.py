@@ -117,7 +117,7 @@ class LocalBlock(nn.Module):
   @nn.compact
   def __call__(self, x_BxPxC: jax.Array, targets: Targets | None, weight_B: jax.Array
                ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the output [B, P, C] and the weighted local losses [B, P, G] (None without a targets)."""
+    """Returns the output [B, P, C] and the weighted local losses [B, P, G] (None without targets)."""
     s, (B, *_) = self.spec, x_BxPxC.shape
     x = self._pool(x_BxPxC) if s.pool else x_BxPxC
     h = x
@@ -255,7 +255,6 @@ class LocalMixer(nn.Module):
 
   Attributes:
     cut: how the local heads' losses are replicated.
-    detach_readout: the read-out sends no gradient into the network.
     project: there is a `Projection` at the end, `head`.
 
   >>> from lfg_jax.models.sizes import mixer_spec
@@ -266,13 +265,12 @@ class LocalMixer(nn.Module):
   """
   spec: MixerSpec
   cut: Cut = Cut(patch=False, group=False)
-  detach_readout: bool = False
   project: bool = False
 
   @nn.compact
   def __call__(self, tokens_BxPxD: jax.Array, targets: Targets | None = None, weight_B: jax.Array | None = None
                ) -> tuple[jax.Array, dict[str, Any]]:
-    """Returns logits [B, classes] and the local losses [n, B, P, G] of every stack (None without a targets).
+    """Returns logits [B, classes] and the local losses [n, B, P, G] of every stack (None without targets).
 
     With `project`, what it returns is among the latter as `head`.
     """
@@ -288,7 +286,6 @@ class LocalMixer(nn.Module):
       x, local[run.name] = block(x, targets, weight_B)
     if self.project:
       local['head'] = Projection(self.spec.style, self.spec.runs[-1].spec.groups, name='head')(x, weight_B)
-    x = jax.lax.stop_gradient(x) if self.detach_readout else x
     return ReadOut(self.spec.style, self.spec.classes, name='readout')(x, weight_B), local
 
 

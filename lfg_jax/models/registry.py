@@ -85,13 +85,19 @@ def find(name: str, path: str | None = None) -> Model:
 
 
 def pixels(image_BxHxWxC: jax.Array, images: Images) -> jax.Array:
-  """Pixels 0 … 255 → normalised floating-point numbers.
+  """Pixels 0 … 255 → normalised floating-point numbers, for images of some data set."""
+  return normalised(image_BxHxWxC, images.mean, images.std)
 
-  >>> pixels(jnp.full((1, 1, 1, 1), 255, jnp.uint8), Images((1, 1, 1), 2, (0.5,), (0.5,))).item()
+
+def normalised(image_BxHxWxC: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
+               ) -> jax.Array:
+  """Pixels 0 … 255 → floating-point numbers, by each colour's mean and standard deviation.
+
+  >>> normalised(jnp.full((1, 1, 1, 1), 255, jnp.uint8), (0.5,), (0.5,)).item()
   1.0
   """
-  mean, std = (jnp.array(numbers)[None, None, None] for numbers in (images.mean, images.std))
-  return (image_BxHxWxC.astype(jnp.result_type(float)) / 255 - mean) / std
+  mean_1x1x1xC, std_1x1x1xC = (jnp.array(numbers)[None, None, None] for numbers in (mean, std))
+  return (image_BxHxWxC.astype(jnp.result_type(float)) / 255 - mean_1x1x1xC) / std_1x1x1xC
 
 
 def check_range(field: str, value: int, low: int, high: int = 10_000) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import einops
 import jax
-import jax.numpy as jnp
 
+from lfg_jax.errors import one_of
 from lfg_jax.models.mixer import NORMS, BlockSpec, MixerSpec, Run, Style
+from lfg_jax.models.registry import normalised
 
 CHANNELS = {'S': 256, 'M': 512, 'L': 2048}
 MOST_BLOCKS = 10_000
@@ -17,10 +18,6 @@ MOST_BLOCKS = 10_000
 def _check(ok: bool, message: str) -> None:
   if not ok:
     raise ValueError(message)
-
-
-def _one_of(field: str, given: Any, allowed: Any) -> None:
-  _check(given in allowed, f'model.{field} is {given!r}; allowed: {", ".join(map(str, allowed))}')
 
 
 def parse(name: str) -> tuple[str, int, int]:
@@ -67,12 +64,12 @@ def mixer_spec(size: str = 'M/8/16', *, image_shape: tuple[int, int, int], class
          f'model.size asks for {side}x{side} patches, which do not divide an image of {height}x{width}')
   _check_groups(channels, hidden, groups)
   for norm in norms:
-    _one_of('norms', norm, NORMS)
+    one_of('model.norms', norm, NORMS)
   full = Style(norms=tuple(norms), **style)
   for field, allowed in (('mixing', ('linear', 'conv')), ('norm', ('layer', 'whole', 'batch')),
                          ('init', ('kaiming', 'lecun', 'constant')), ('pool', ('average', 'max')),
                          ('precision', ('float32', 'bfloat16'))):
-    _one_of(field, getattr(full, field), allowed)
+    one_of(f'model.{field}', getattr(full, field), allowed)
   _check(full.mixing != 'conv' or 1 <= full.conv_size <= height,
          f'model.conv_size is {full.conv_size}; allowed: 1 … {height}, the height of an image')
   stem = BlockSpec(side * side, height * width * colours // side**2, hidden, channels, groups, mix=False)
@@ -107,9 +104,8 @@ def _pooled(spec: BlockSpec, channel_ratio: int, group_ratio: int) -> BlockSpec:
 def patches(image_BxHxWxC: jax.Array, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
   """uint8 images [B, H, W, C] → normalised patches [B, side·side, (H/side)·(W/side)·C].
 
-  >>> patches(jnp.zeros((2, 8, 8, 1), jnp.uint8), 4, (0.5,), (0.5,))[0, 0].tolist()
+  >>> patches(jax.numpy.zeros((2, 8, 8, 1), jax.numpy.uint8), 4, (0.5,), (0.5,))[0, 0].tolist()
   [-1.0, -1.0, -1.0, -1.0]
   """
-  mean_1x1x1xC, std_1x1x1xC = (jnp.array(numbers)[None, None, None] for numbers in (mean, std))
-  x = (image_BxHxWxC.astype(jnp.result_type(float)) / 255 - mean_1x1x1xC) / std_1x1x1xC
+  x = normalised(image_BxHxWxC, mean, std)
   return einops.rearrange(x, 'b (p h) (q w) c -> b (p q) (h w c)', p=side, q=side)

@@ -31,7 +31,7 @@ from lfg_jax.estimators.weight import weight_perturbation
 from lfg_jax.losses import staged
 from lfg_jax.losses.info_nce import VIEWS, Contrast
 from lfg_jax.losses.objectives import end_to_end, stage_by_stage
-from lfg_jax.losses.staged import StagedModel, Variables
+from lfg_jax.losses.staged import StagedModel, Variables, in_block
 from lfg_jax.losses.targets import Targets
 from lfg_jax.models import layers, registry
 from lfg_jax.models.registry import Images
@@ -42,6 +42,7 @@ PyTree = Any
 
 
 LOSSES = ('supervised', 'contrastive')
+
 
 class Algorithm(NamedTuple):
   """What training needs of a rule and a model; pure functions.
@@ -220,21 +221,16 @@ def _never_guessed(estimator: Callable[[LossFn], GradFn]) -> Estimator:
 
 def _activity_estimator(options: Options, model: StagedModel, sampling: Sampling, derivative: Derivative) -> Estimator:
   own_passes = {tap: n for tap, n in options.tap_passes.items() if n}
-  passes_of = lambda name: own_passes.get(_in_block(name), options.passes)
+  passes_of = lambda name: own_passes.get(in_block(name), options.passes)
   activity = functools.partial(
       activity_perturbation, sampling=sampling, derivative=derivative, separate=options.taps == 'separate',
       passes_of=passes_of if own_passes else None,
-      is_guessed=lambda name: _in_block(name) in options.guessed_taps(model))
+      is_guessed=lambda name: in_block(name) in options.guessed_taps(model))
   if options.last_tap == 'perturbed' or not model.boundary:
-    return functools.partial(activity, is_perturbed=lambda name: _in_block(name) in model.taps)
+    return functools.partial(activity, is_perturbed=lambda name: in_block(name) in model.taps)
   boundary, behind = (f'last/{tap}' for tap in model.boundary)    # of the block under a stage's losses
-  before = functools.partial(activity, is_perturbed=lambda name: _in_block(name) in model.taps and name != behind)
+  before = functools.partial(activity, is_perturbed=lambda name: in_block(name) in model.taps and name != behind)
   return functools.partial(exact_behind, estimator=before, is_boundary=boundary.__eq__)
-
-
-def _in_block(name: str) -> str:
-  """A tap's name without its block's."""
-  return name.rsplit('/')[-1]
 
 
 def _under_a_loss(path: tuple) -> bool:
