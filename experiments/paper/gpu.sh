@@ -2,53 +2,100 @@
 # What to measure in ten minutes on one GPU, offline. The most telling comes first, and each step
 # writes its results when it ends.
 #
-#     DATA_DIR=DIR [OUT=runs/gpu] [PYTHON=python] [EPOCHS=30] bash experiments/paper/gpu.sh
-#     SMALL=1 bash experiments/paper/gpu.sh     # tries the script: digits, tiny models, two minutes
+#     DATA_DIR=DIR [OUT=runs/gpu] [SECONDS_IN_ALL=560] [JOBS=4] [EPOCHS=60] [PYTHON=python] \
+#       bash experiments/paper/gpu.sh
+#     SMALL=1 bash experiments/paper/gpu.sh     # tries the script: digits, tiny models
 #
-# DATA_DIR has cifar10 as TFDS prepares it. A step that hangs is ended at its limit, and the next one
-# begins. Run again with the same OUT, training goes on where it stopped.
+# DATA_DIR has cifar10 as TFDS prepares it. First come the timings, alone on the GPU, then training,
+# JOBS runs at a time: one network this small leaves most of a GPU idle. When the seconds are up,
+# runs save their state and end. Run again with the same OUT, what is done stays, and training goes
+# on where it stopped.
 set -u
 cd "$(dirname "$0")/../.." || exit
-out=${OUT:-runs/gpu} python=${PYTHON:-python} epochs=${EPOCHS:-30}
+out=${OUT:-runs/gpu} python=${PYTHON:-python} epochs=${EPOCHS:-60} in_all=${SECONDS_IN_ALL:-560}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} MPLBACKEND=agg CI=1
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/cache}
 if [ -n "${SMALL:-}" ]; then
-  model=S/2/4 batch=64 repetitions=2
-  training=(--epochs=2 --config.dataset=digits --config.model.size=S/2/4)
+  model=S/2/4 batch=64 repetitions=2 epochs=2 few=2
+  training=(--config.dataset=digits --config.model.size=S/2/4)
+  accuracy=(--config.dataset=digits --config.model.size=S/2/4 --thresholds=60,40)
+  figures=(--config.dataset=digits --images=256 --epochs=1) groups=1
 else
   : "${DATA_DIR:?names the folder of TFDS data sets}"
   export TFDS_DATA_DIR=$DATA_DIR
-  model=L/8/64 batch=512 repetitions=20
-  training=(--epochs="$epochs" --config.batch_size=256 --config.steps_per_dispatch=20)
+  model=L/8/64 batch=512 repetitions=20 few=30
+  training=(--config.steps_per_dispatch=100)
+  accuracy=(--max_epochs=10) figures=() groups=1,2,4,8,16,32,64
 fi
 mkdir -p "$out"
-failed=0
 
 step() {    # NAME LIMIT COMMAND…
-  local name=$1 limit=$2 begin=$SECONDS code
+  local name=$1 limit=$2 begin=$SECONDS left=$((in_all - SECONDS)) code
   shift 2
-  timeout --signal=TERM --kill-after=10 "$limit" "$python" "$@" > "$out/$name.log" 2>&1
+  [ -e "$out/$name.done" ] && return
+  [ "$left" -lt "$limit" ] && limit=$left
+  [ "$limit" -lt 5 ] && return
+  timeout --signal=TERM --kill-after=15 "$limit" "$python" "$@" > "$out/$name.log" 2>&1
   code=$?
-  [ "$code" = 0 ] || failed=1
   printf '%s: exit code %s, %s s: python %s\n' "$name" "$code" $((SECONDS - begin)) "$*" |
     tee -a "$out/steps.log"
-  tail -n 25 "$out/$name.log"
+  tail -n 6 "$out/$name.log"
+  if [ "$code" = 0 ]; then touch "$out/$name.done"; rm -f "$out/$name.failed"
+  else touch "$out/$name.failed"; fi
 }
 
-speed() {    # PRECISION LIMIT
-  step "step_time_$1" "$2" experiments/step_time.py --model="$model" --batch="$batch" \
-    --precision="$1" --algorithms=BP,LG-FG-A-paper,LG-FG-A --repetitions="$repetitions" \
+speed() {    # PRECISION
+  step "step_time_$1" 110 experiments/step_time.py --model="$model" --batch="$batch" \
+    --precision="$1" --algorithms=BP,LG-BP,LG-FG-A-paper,LG-FG-A --repetitions="$repetitions" \
     --out="$out/step_time_$1"
 }
 
-errors() {    # RULE LIMIT
-  step "cifar10_$1" "$2" experiments/paper/reproduce.py cifar10-M-8-16 --rules="$1" \
-    "${training[@]}" --out="$out/cifar10-M-8-16"
+errors() {    # NAME RULES EPOCHS FIELDS…
+  local name=$1 rules=$2 number=$3
+  shift 3
+  step "$name-$rules" 9999 experiments/paper/reproduce.py cifar10-M-8-16 --rules="$rules" \
+    --epochs="$number" "${training[@]}" "$@" --out="$out/$name"
 }
 
-speed bfloat16 110
-speed tensorfloat32 100
-errors LG-FG-A 120
-errors BP 80
-errors LG-BP 80
-errors LG-FG-A-paper 90
-exit "$failed"
+figure() {    # NUMBER RULE OPTIONS…
+  local name=figure$1 rule=$2
+  shift 2
+  step "$name-$rule" 9999 experiments/paper/reproduce.py "$name" --rules="$rule" "${figures[@]}" \
+    --config.steps_per_dispatch=20 "$@" --out="$out/$name"
+}
+
+together() {    # reads commands, and runs JOBS of them at a time, the first ones first
+  export XLA_PYTHON_CLIENT_PREALLOCATE=false
+  local command
+  while read -r command; do
+    while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-4}" ]; do wait -n; done
+    eval "$command" &
+    sleep 4    # two that begin a folder at the same moment could take each other for strangers
+  done
+  wait
+}
+
+speed bfloat16
+speed tensorfloat32
+step time_to_accuracy 100 experiments/time_to_accuracy.py --config=configs/cifar10.py --seeds=0 \
+  "${accuracy[@]}" --config.steps_per_dispatch=100 --out="$out/time_to_accuracy"
+together <<END
+errors cifar10-M-8-16 LG-FG-A $epochs
+errors cifar10-M-8-16 LG-FG-A-paper $epochs
+errors cifar10-M-8-16 LG-BP $epochs
+errors cifar10-M-8-16 BP $epochs
+errors decay LG-FG-A $epochs --config.optimizer.name=adamw --config.optimizer.weight_decay=0.3
+figure 6 LG-FG-A
+figure 6 LG-FG-A-paper
+figure 7 LG-FG-A --groups=$groups
+figure 7 LG-FG-A-paper --groups=$groups
+errors cifar10-M-8-16 LG-FG-W $few
+errors cifar10-M-8-16 FG-A $few
+errors cifar10-M-8-16 LG-FA $few
+errors cifar10-M-8-16 L-BP $few
+errors cifar10-M-8-16 FG-W $few
+errors cifar10-M-8-16 L-FA $few
+errors cifar10-M-8-16 FA $few
+errors cifar10-M-8-16 DFA $few
+END
+! ls "$out"/*.failed 2> /dev/null

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from lfg_jax.estimators.walk import Walk, bind, inner_jaxprs, opened
+from lfg_jax.estimators.walk import Walk, bind, inner_jaxprs, opened, scan_counts
 
 
 class Mixed(NamedTuple):
@@ -143,7 +143,7 @@ class Influence(NamedTuple):
     return [next(labels) if m else None for m in moved]
 
   def _scan(self, params: dict, ins: list[Label], seeds: list[bool]) -> list[Label]:
-    constants, carried = params['num_consts'], params['num_carry']
+    constants, carried = scan_counts(params)
     consts, ins = ins[:constants], ins[constants:]
     carry, xs = ins[:carried], ins[carried:]
     inside = [Mixed('scan', True) if x == 0 else x - 1 if isinstance(x, int) else x for x in xs]

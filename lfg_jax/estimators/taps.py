@@ -84,8 +84,7 @@ def tap(z: jax.Array, name: str, *, local_axes: int = 1, active: jax.Array | Non
 
 def _batch(operands: tuple, axes: tuple, **params: Any) -> tuple[jax.Array, int]:
   """The mapped axis goes to the front of all operands."""
-  size = next(x.shape[a] for x, a in zip(operands, axes, strict=True)
-              if a is not batching.not_mapped)
+  size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
   front = [batching.bdim_at_front(x, a, size) for x, a in zip(operands, axes, strict=True)]
   return tap_p.bind(*front, **params), 0
 

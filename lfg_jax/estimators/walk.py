@@ -112,7 +112,7 @@ class Walk(NamedTuple):
 
   def _scan(self, params: dict, ins: list, given: list, visit: Visit) -> tuple[list, list]:
     """What is given goes in with the scanned inputs, records come out with the scanned outputs."""
-    constants, carried = params['num_consts'], params['num_carry']
+    constants, carried = scan_counts(params)
     consts, ins = ins[:constants], ins[constants:]
     init, xs = ins[:carried], ins[carried:]
 
@@ -144,6 +144,14 @@ class Walk(NamedTuple):
         return outs, [record for branch in records for record in branch]
       return run
     return jax.lax.switch(index, [padded(n) for n in range(len(branches))], ins, given)
+
+
+def scan_counts(params: dict) -> tuple[int, int]:
+  """How many of a scan's inputs are constants, and how many are carried, by its parameters."""
+  if 'ft_in' in params:    # since jax 0.11
+    constants, carried, _ = params['ft_in'].unpack()
+    return len(constants), len(carried)
+  return params['num_consts'], params['num_carry']
 
 
 def opened(jaxpr: Any) -> Jaxpr:
