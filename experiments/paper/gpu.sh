@@ -44,9 +44,9 @@ step() {    # NAME LIMIT COMMAND…
   else touch "$out/$name.failed"; fi
 }
 
-speed() {    # PRECISION
-  step "step_time_$1" 110 experiments/step_time.py --model="$model" --batch="$batch" \
-    --precision="$1" --algorithms=BP,LG-BP,LG-FG-A-paper,LG-FG-A --repetitions="$repetitions" \
+speed() {    # PRECISION LIMIT
+  step "step_time_$1" "$2" experiments/step_time.py --model="$model" --batch="$batch" \
+    --precision="$1" --algorithms=BP,LG-FG-A-paper,LG-FG-A --repetitions="$repetitions" \
     --out="$out/step_time_$1"
 }
 
@@ -75,8 +75,8 @@ together() {    # reads commands, and runs JOBS of them at a time, the first one
   wait
 }
 
-speed bfloat16
-speed tensorfloat32
+speed bfloat16 150
+speed tensorfloat32 110
 step time_to_accuracy 100 experiments/time_to_accuracy.py --config=configs/cifar10.py --seeds=0 \
   "${accuracy[@]}" --config.steps_per_dispatch=100 --out="$out/time_to_accuracy"
 together <<END
