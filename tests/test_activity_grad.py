@@ -153,13 +153,15 @@ def test_chunks_take_the_memory_of_one_pass():
 
   ws, x = [jnp.zeros((32, 32))] * 12, jnp.zeros((512, 32))
   bytes_of = lambda f: jax.jit(f).lower(ws, x).compile().memory_analysis().temp_size_in_bytes
-  one, chunks = (
+  one, eight, sixteen = (
     bytes_of(
       lambda ws, x, p=p: value_and_activity_grad(fun, passes=p, chunk=1)(ws, x, key=KEYS[5])[1]
     )
-    for p in (1, 8)
+    for p in (1, 8, 16)
   )
-  assert chunks < 1.5 * one
+  # The loop keeps a sum besides: 1.43 times one pass by jax 0.10's compiler, 1.72 by 0.11's.
+  assert eight < 1.8 * one
+  assert sixteen <= eight
 
 
 @jax.custom_jvp
