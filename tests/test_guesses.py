@@ -178,7 +178,7 @@ def test_a_guess_that_sees_the_tangent_is_biased_and_the_test_sees_it():
     def guess(activities, params, x, y):
       keys = dict(zip(activities, jax.random.split(key, len(activities)), strict=True))
       tap = Tap((4, 8), jnp.float32, 2, 1)
-      u = activity.draw_at_tap(Sampling(), keys[FIRST], tap, Passes(1))[0]
+      u = activity.draw_at_tap(Sampling(), jax.random.fold_in(keys[FIRST], 0), tap, Passes(1))[0]
       return {FIRST: (u @ a)[:, None] * u}
     run = value_and_activity_grad(losses, separate=True, guess=guess)
     return run(VARIABLES['params'], X, Y, key=key)[1]['first']['bias']

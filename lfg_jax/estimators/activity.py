@@ -11,7 +11,7 @@ from lfg_jax.estimators import tangents
 from lfg_jax.estimators.derivatives import Derivative, jvp_derivative
 from lfg_jax.estimators.feedback import reverse_with_signals
 from lfg_jax.estimators.guesses import Guess, Learned, corrected, cotangents, regression
-from lfg_jax.estimators.sampling import Sampling, combine, sum_over_chunks
+from lfg_jax.estimators.sampling import Sampling, after, combine, each_chunk, sum_over_chunks
 from lfg_jax.estimators.signature import GradFn, Losses, LossFn, PyTree
 from lfg_jax.estimators.tangents import Passes
 from lfg_jax.estimators.taps import Tap
@@ -25,7 +25,7 @@ def activity_perturbation(
     derivative: Derivative = jvp_derivative, separate: bool = False,
     passes_of: Callable[[str], int] | None = None, is_perturbed: Names = lambda name: True,
     guess: Guess | None = None, is_guessed: Names = lambda name: True,
-    trace: Callable[..., Traced] = Traced) -> GradFn:
+    redraw: bool = False, trace: Callable[..., Traced] = Traced) -> GradFn:
   """g_a(w_ij) = x_i (∇z·u) u_j, with z the activity at a tap.
 
   The loss's derivative along u, times u, is each tapped activity's signal; layers before the tap
@@ -56,6 +56,8 @@ def activity_perturbation(
     is_perturbed: of a tap's name; the others let the exact signal pass.
     guess: with `separate`, another guess of taps' gradients.
     is_guessed: for which taps' names `learned` is a guess.
+    redraw: whether tangents are drawn twice, the second time when a layer's turn has come in the
+      reverse sweep, so that those of all taps are never in memory together.
     trace: makes the jaxpr of `fun`.
 
   >>> from lfg_jax.estimators.taps import tap
@@ -94,11 +96,19 @@ def activity_perturbation(
 
     evaluate = lambda u: traced.evaluate(perturb, u, params, *args)[0][0]
     together = [[name] for name in perturbed] if separate else [list(perturbed)]
-    residual: dict[str, jax.Array] = {}
+    early = {name: after(key, None) for name, key in keys.items()} if redraw else keys
+    slopes: dict[str, Losses] = {}
     for names in filter(None, together):
       own = own_sampling(names[0]) if separate else sampling
       own_taps = {name: taps[name] for name in names}
-      residual.update(_signals(evaluate, derivative, own, own_taps, keys, guessed))
+      slopes |= dict.fromkeys(names, _slopes(evaluate, derivative, own, own_taps, early))
+
+    residual: dict[str, jax.Array] = {}
+    before: PyTree = slopes
+    for name in reversed(perturbed):
+      own = own_sampling(name) if separate else sampling
+      again = after(keys[name], before) if redraw else keys[name]
+      before = residual[name] = _signal(own, taps[name], again, slopes[name], guessed.get(name))
 
     signal = {name: corrected(guessed[name], r) if name in guessed else r
               for name, r in residual.items()}
@@ -131,32 +141,32 @@ def _check_guess(guessed: Mapping[str, jax.Array], taps: Mapping[str, Tap]) -> N
       raise ValueError(f'the guess has {h.shape} for the tap {name!r}; allowed: {shapes}')
 
 
-def _signals(evaluate: Callable, derivative: Derivative, sampling: Sampling,
-             taps: Mapping[str, Tap], keys: Mapping[str, jax.Array],
-             guessed: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """Estimates, for taps that are perturbed together, of their gradients less what was guessed."""
+def _slopes(evaluate: Callable, derivative: Derivative, sampling: Sampling, taps: Mapping[str, Tap],
+            keys: Mapping[str, jax.Array]) -> Losses:
+  """Derivatives [K, ...] of the losses along tangents at taps that are perturbed together."""
   draw = lambda passes: {name: draw_at_tap(sampling, keys[name], tap, passes)
                          for name, tap in taps.items()}
   shapes = jax.eval_shape(lambda: draw(Passes(1)))
   at_rest = {name: jnp.zeros(u.shape[1:], u.dtype) for name, u in shapes.items()}
   along = derivative(evaluate, at_rest, sampling.at_once < sampling.passes)
+  return each_chunk(lambda passes: jax.vmap(along)(draw(passes)), sampling)
 
-  def part(passes: Passes) -> dict[str, jax.Array]:
-    u_K = draw(passes)
-    dL_K = jax.vmap(along)(u_K)
 
-    def signal(name: str, tap: Tap, u_K: jax.Array) -> jax.Array:
-      slope_K = jax.vmap(lambda dL: credit(tap, dL, sampling.axis_name))(dL_K)
-      front = (1,) * (u_K.ndim - slope_K.ndim)
-      slope_K = slope_K.reshape(slope_K.shape[0], *front, *slope_K.shape[1:])
-      if name in guessed:
-        slope_K = slope_K - _guessed_slope(tap, guessed[name], u_K, sampling.axis_name)
-      own_axes = tap.ndim - max(tap.local_axes, 1)
-      return combine(sampling.combine, slope_K, u_K, sampling.passes, own_axes)
-    return {name: signal(name, tap, u_K[name]) for name, tap in taps.items()}
+def _signal(sampling: Sampling, tap: Tap, key: jax.Array, slopes: Losses,
+            guessed: jax.Array | None) -> jax.Array:
+  """The estimate of a tap's gradient less what was guessed, from the slopes along its tangents."""
+  def part(passes: Passes) -> jax.Array:
+    u_K = draw_at_tap(sampling, key, tap, passes)
+    dL_K = jax.tree.map(lambda d: passes.of(d), slopes)
+    slope_K = jax.vmap(lambda dL: credit(tap, dL, sampling.axis_name))(dL_K)
+    front = (1,) * (u_K.ndim - slope_K.ndim)
+    slope_K = slope_K.reshape(slope_K.shape[0], *front, *slope_K.shape[1:])
+    if guessed is not None:
+      slope_K = slope_K - _guessed_slope(tap, guessed, u_K, sampling.axis_name)
+    own_axes = tap.ndim - max(tap.local_axes, 1)
+    return combine(sampling.combine, slope_K, u_K, sampling.passes, own_axes)
 
-  total = sum_over_chunks(part, sampling)
-  return {name: jnp.broadcast_to(total[name], tap.shape) for name, tap in taps.items()}
+  return jnp.broadcast_to(sum_over_chunks(part, sampling), tap.shape)
 
 
 def _guessed_slope(tap: Tap, guessed: jax.Array, u_K: jax.Array, axis_name: str | None

@@ -103,7 +103,7 @@ def value_and_activity_grad(
         of_point, sampling=sampling, derivative=recomputed_jvp, separate=separate,
         passes_of=_passes_of(traced, passes, tap_passes) if tap_passes else None,
         is_perturbed=perturbed.__contains__, guess=of_activities if guess else None,
-        trace=lambda *_: traced)
+        redraw=True, trace=lambda *_: traced)
     try:
       (losses, aux), gradient = estimator(point, key)
     except TypeError as error:

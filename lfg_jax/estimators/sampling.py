@@ -53,6 +53,29 @@ class Sampling(NamedTuple):
       raise ValueError(f"combine='projection' needs all {self.passes} tangents at once; allowed: chunk=None")
 
 
+def after(key: jax.Array, x: PyTree) -> jax.Array:
+  """A key for what must not be drawn before x is known; the same one whatever x is.
+
+  XLA draws early and keeps what it has drawn. An optimization barrier does not stop it on CPUs,
+  where barriers are dropped before operations are put in order. A zero that is computed from x
+  does: no compiler sees that a number of 16 bits is less than 65537.
+  """
+  leaves = jax.tree.leaves(x)
+  if not leaves:
+    return jax.random.fold_in(key, 0)
+  first = jax.lax.bitcast_convert_type(leaves[0].astype(jnp.float32).ravel()[0], jnp.uint32)
+  return jax.random.fold_in(key, (first >> 16) // 65537)
+
+
+def each_chunk(part: Callable[[Passes], PyTree], sampling: Sampling) -> PyTree:
+  """part(passes) for all passes, [K, ...], a chunk after the other."""
+  total, count = sampling.passes, sampling.at_once
+  if count == total:
+    return part(Passes(total))
+  chunks = jax.lax.map(lambda first: part(Passes(total, first, count)), jnp.arange(0, total, count))
+  return jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), chunks)
+
+
 def sum_over_chunks(part: Callable[[Passes], PyTree], sampling: Sampling) -> PyTree:
   """Σ part(passes) over chunks of passes, one after the other: memory does not grow with their number."""
   total, count = sampling.passes, sampling.at_once

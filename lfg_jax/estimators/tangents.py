@@ -56,6 +56,12 @@ class Passes(NamedTuple):
     """Numbers of these passes."""
     return self.first + jnp.arange(self.total if self.size is None else self.size)
 
+  def of(self, x_K: jax.Array) -> jax.Array:
+    """The rows of these passes among those of all."""
+    if self.size is None:
+      return x_K
+    return jax.lax.dynamic_slice_in_dim(x_K, self.first, self.size)
+
 
 class Law(NamedTuple):
   """A law of tangents with E[u uᵀ] = I.
