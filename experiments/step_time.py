@@ -136,9 +136,10 @@ def draw(path: pathlib.Path, rows: list[Row]) -> None:
   for offset, key in ((-0.2, 'ms_gradient'), (0.2, 'ms_update')):
     time_axes.bar([x + offset for x in places], [r[key] for r in rows], 0.4, label=key.removeprefix('ms_'))
   floor = [r['ms_gradient'] / r['ratio_to_floor'] for r in rows]
-  time_axes.plot(places, floor, 'k_', markersize=40, label='floor')
+  time_axes.hlines(floor, [x - 0.4 for x in places], [x + 0.4 for x in places], 'k', label='floor')
   memory_axes.bar(places, [r['temporaries_bytes'] / 2**20 for r in rows])
   time_axes.set(ylabel='ms')
+  time_axes.margins(y=0.3)    # room for the legend
   memory_axes.set(ylabel='temporaries of the gradient, MiB')
   for axes in (time_axes, memory_axes):
     axes.set_xticks(places, names, rotation=30)
