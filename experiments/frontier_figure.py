@@ -6,9 +6,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from lfg_jax.training import plots
+
 Row = dict[str, Any]
-# Okabe and Ito's colours, which differ for colour-blind eyes too.
-COLOURS = ('#000000', '#E69F00', '#56B4E9', '#009E73', '#D55E00', '#CC79A7')
 STYLES = {'hadamard': '-', 'rademacher': '--'}  # a law with one pass only is a cross
 EXACT = 1e-9  # errors below are rounding
 
@@ -39,7 +39,7 @@ def _panel(axes: Any, rows: list[Row], names: list[str]) -> dict[str, Any]:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter('{x:g}')
     axis.set_minor_formatter(NullFormatter())
-  for colour, name in zip(COLOURS, names, strict=False):
+  for colour, name in zip(plots.COLOURS, names, strict=False):
     for law in dict.fromkeys(row['law'] for row in rows if row['variant'] == name):
       every = [row for row in rows if (row['variant'], row['law']) == (name, law)]
       own = sorted(

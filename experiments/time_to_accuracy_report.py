@@ -8,10 +8,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from lfg_jax.training import plots
+
 Row = dict[str, Any]
 Curve = dict[str, Any]
-# Okabe and Ito's colours, which differ for colour-blind eyes too.
-COLOURS = ('#000000', '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00')
 
 
 def rows(curves: list[Curve], thresholds: list[float]) -> list[Row]:
@@ -108,13 +108,11 @@ def draw(path: pathlib.Path, curves: list[Curve], found: list[Row], thresholds: 
   for threshold in thresholds:
     axes.axhline(threshold, color='0.6', linewidth=0.6)
   best = dict.fromkeys((row['algorithm'], row['rate']) for row in found if row['best'])
-  for colour, (name, rate) in zip(COLOURS, best, strict=False):
+  for colour, (name, rate) in zip(plots.COLOURS, best, strict=False):
     own = [curve for curve in curves if (curve['algorithm'], curve['rate']) == (name, rate)]
-    for number, curve in enumerate(own):
+    for curve in own:
       errors = [max(100 * error, 1e-2) for error in curve['test_error'][1:]]
-      label = f'{name}, rate {rate:g}' if number == 0 else None
-      axes.loglog(curve['seconds'][1:], errors, '.-', color=colour, markersize=3, linewidth=1,
-                  label=label)
+      axes.loglog(curve['seconds'][1:], errors, '.-', color=colour, markersize=3, linewidth=1)
   axes.set(xlabel='seconds of training, without evaluation', ylabel='test error, %')
   others = [tick for tick in (10, 20, 50, 90)
             if all(abs(math.log(tick / t)) > 0.2 for t in thresholds if t > 0)]
@@ -124,5 +122,7 @@ def draw(path: pathlib.Path, curves: list[Curve], found: list[Row], thresholds: 
     axis.set_major_formatter('{x:g}')
   axes.minorticks_off()
   axes.grid(axis='x', alpha=0.3)
-  axes.legend(loc='center left', bbox_to_anchor=(1.01, 0.5))
+  ends = [next(100 * curve['test_error'][-1] for curve in curves
+               if (curve['algorithm'], curve['rate']) == case) for case in best]
+  plots.name_lines(axes, [f'{name}, rate {rate:g}' for name, rate in best], ends)
   figure.savefig(path, dpi=120)

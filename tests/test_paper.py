@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import command_line, configs, rules
+from lfg_jax.training import command_line, configs, plots, rules
 from tests.runs import ROOT
 
 PAPER = ROOT / 'experiments' / 'paper'
@@ -175,7 +175,7 @@ def test_folders_of_others_stay(tmp_path):
 
 
 def test_names_beside_the_lines_keep_apart():
-  places = report.spread([0.5, 0.5, 0.52, 1.0, 0.0, 0.99], 0.1)
+  places = plots.spread([0.5, 0.5, 0.52, 1.0, 0.0, 0.99], 0.1)
   ordered = sorted(places)
   assert all(high - low > 0.0999 for low, high in itertools.pairwise(ordered))
   assert max(places) <= 1 and places[4] == 0.0

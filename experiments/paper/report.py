@@ -1,18 +1,15 @@
 """The report of a study, from the folders of its finished runs: STUDY.json, .md and .png."""
 
-import itertools
 import json
 import pathlib
 import re
 import statistics
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from studies import Run, Study
 
-from lfg_jax.training import run_log
+from lfg_jax.training import plots, run_log
 
 Row = dict[str, Any]
 ORIGIN = 'provenance.json'  # in a run's folder
@@ -20,10 +17,6 @@ JPEG = 'CIFAR-10 in experiments/results: the pixels had been through JPEG (quali
 EXPLANATION = '''Errors in %, test / training, after the last epoch; ± standard error over seeds.
 Training error: mean over the last epoch, while it was learnt.
 Contrastive: errors of the linear read-out.'''
-# Of Okabe and Ito: colour-blind people tell them apart. Yellow is left out: it is faint on white.
-COLOURS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
-STYLES = ('-', '--', ':')
-FLOOR = 0.01  # %: a logarithmic axis has no zero
 PANELS = {
   'test_error': ('test error, %', 100),
   'train_error': ('training error, %', 100),
@@ -136,45 +129,13 @@ def draw(path: pathlib.Path, study: Study, rows: list[Row]) -> None:
   figure.suptitle(study.title)
   for axes, key in zip(figure.subplots(1, 2), ('test_error', study.loss), strict=True):
     label, scale = PANELS[key]
-    panel(axes, rows, key, scale)
+    lines = [
+      (name, *plots.means(row['curves'], key, scale))
+      for name, row in zip(names(rows), rows, strict=True)
+    ]
+    plots.panel(axes, lines, errors=scale == 100)
     axes.set(xlabel='epoch', ylabel=label)
   figure.savefig(path, dpi=110)
-
-
-def panel(axes: Axes, rows: list[Row], key: str, scale: float) -> None:
-  """Means over seeds by epoch. A dotted line goes on from the end of a shorter run to its name."""
-  lines = [mean_curve(row['curves'], key, scale) for row in rows]
-  values = [value for _, own in lines for value in own]
-  last = max(epochs[-1] for epochs, _ in lines)
-  if logarithmic := scale == 100 and max(values) > 4 * max(min(values), FLOOR):
-    lines = [(epochs, [max(value, FLOOR) for value in own]) for epochs, own in lines]
-    axes.set_yscale('log')
-    axes.yaxis.set(
-      major_locator=LogLocator(subs=(1, 2, 5)),
-      major_formatter=StrMethodFormatter('{x:g}'),
-      minor_locator=NullLocator(),
-    )
-  if logarithmic and min(values) < FLOOR:
-    axes.set_title(f'{FLOOR} stands for {FLOOR} % and less', fontsize='small')
-  for index, (epochs, own) in enumerate(lines):
-    colour, style = COLOURS[index % len(COLOURS)], STYLES[index // len(COLOURS) % len(STYLES)]
-    axes.plot(epochs, own, style, marker='.', color=colour)
-    axes.plot([epochs[-1], last], [own[-1]] * 2, ':', color=colour, linewidth=0.8)
-  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-  axes.margins(x=0)
-  axes.grid(alpha=0.3)
-  name_lines(axes, names(rows), [own[-1] for _, own in lines])
-
-
-def mean_curve(
-  curves: list[list[run_log.Row]], key: str, scale: float
-) -> tuple[list[int], list[float]]:
-  """Epochs, and means over seeds where all of them have a value."""
-  known = [
-    {row['epoch']: scale * row[key] for row in rows if row[key] is not None} for rows in curves
-  ]
-  epochs = sorted(set.intersection(*map(set, known)))
-  return epochs, [statistics.mean(own[epoch] for own in known) for epoch in epochs]
 
 
 def names(rows: list[Row]) -> list[str]:
@@ -186,47 +147,3 @@ def names(rows: list[Row]) -> list[str]:
     else f'{label}, {row["epochs"]} epochs, {row["images"] or "all"} images'
     for label, row in zip(labels, rows, strict=True)
   ]
-
-
-def name_lines(axes: Axes, labels: list[str], ends: list[float]) -> None:
-  """Writes the names beside the axes, in the order of the lines' ends, none over another."""
-  axes.autoscale_view()  # the limits, which are else not known before the figure is drawn
-  to_axes = axes.transData + axes.transAxes.inverted()
-  heights = [float(to_axes.transform((0, end))[1]) for end in ends]
-  gap = 0.19 / axes.figure.get_size_inches()[1]
-  for index, place in enumerate(spread(heights, gap)):
-    colour = COLOURS[index % len(COLOURS)]
-    axes.annotate(
-      labels[index],
-      (1, heights[index]),
-      (1.04, place),
-      xycoords='axes fraction',
-      va='center',
-      fontsize=8,
-      color=colour,
-      annotation_clip=False,
-      arrowprops={
-        'arrowstyle': '-',
-        'color': colour,
-        'linewidth': 0.6,
-        'relpos': (0, 0.5),
-        'shrinkA': 1,
-        'shrinkB': 0,
-      },
-    )
-
-
-def spread(heights: list[float], gap: float) -> list[float]:
-  """Places near these heights, at least a gap apart, and not above 1 where they fit below.
-
-  >>> spread([0.5, 0.5, 1.0], 0.25)
-  [0.5, 0.75, 1.0]
-  """
-  order = sorted(range(len(heights)), key=heights.__getitem__)
-  places = list(heights)
-  for low, high in itertools.pairwise(order):
-    places[high] = max(places[high], places[low] + gap)
-  places[order[-1]] = min(places[order[-1]], 1.0)
-  for high, low in itertools.pairwise(order[::-1]):
-    places[low] = min(places[low], places[high] - gap)
-  return places

@@ -1,29 +1,107 @@
-"""Error curves."""
+"""One style for all figures: error curves by epoch, each line named where it ends."""
 
+import itertools
 import pathlib
+import statistics
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from lfg_jax.training.run_log import Row
 
+# Of Okabe and Ito: colour-blind people tell them apart. Yellow is left out: it is faint on white.
+COLOURS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+STYLES = ('-', '--', ':')
+FLOOR = 0.01    # %: a logarithmic axis has no zero
+
+Line = tuple[str, Sequence[float], Sequence[float]]    # name, x, y
+
 
 def curves(path: pathlib.Path, runs: dict[str, Sequence[Sequence[Row]]]) -> None:
-  """Draws test (solid) and training (dotted) error by epoch into a PNG file.
+  """Draws test and training error by epoch, means over repeated runs, into a PNG file.
 
   Args:
     path: of the file.
     runs: by name, which gets a colour, the rows of one or more runs.
   """
-  figure = Figure(figsize=(8, 5), layout='constrained')
-  axes = figure.subplots()
-  for index, (name, repeats) in enumerate(runs.items()):
-    for number, rows in enumerate(repeats):
-      for key, style in (('test_error', '-'), ('train_error', ':')):
-        known = [(row['epoch'], 100 * row[key]) for row in rows if row[key] is not None]
-        label = name if number == 0 and key == 'test_error' else None
-        axes.plot(*zip(*known, strict=True), style, color=f'C{index % 10}', label=label)
-  axes.set(xlabel='epoch', ylabel='error, % (solid: test, dotted: training)', ylim=(0, None))
+  figure = Figure(figsize=(11, 4), layout='constrained')
+  for axes, key in zip(figure.subplots(1, 2), ('test_error', 'train_error'), strict=True):
+    panel(axes, [(name, *means(own, key, 100)) for name, own in runs.items()], errors=True)
+    axes.set(xlabel='epoch', ylabel=f'{"test" if key == "test_error" else "training"} error, %')
+  figure.savefig(path, dpi=110)
+
+
+def means(runs: Sequence[Sequence[Row]], key: str, scale: float) -> tuple[list[int], list[float]]:
+  """Epochs, and means over runs where all of them have a value.
+
+  >>> means([[{'epoch': 1, 'e': 0.5}], [{'epoch': 1, 'e': 0.25}, {'epoch': 2, 'e': 0.1}]], 'e', 100)
+  ([1], [37.5])
+  """
+  known = [{row['epoch']: scale * row[key] for row in rows if row[key] is not None} for rows in runs]
+  epochs = sorted(set.intersection(*map(set, known)))
+  return epochs, [statistics.mean(own[epoch] for own in known) for epoch in epochs]
+
+
+def panel(axes: Axes, lines: Sequence[Line], *, errors: bool) -> None:
+  """Lines over epochs. A dotted one goes on from the end of a shorter line to its name.
+
+  Args:
+    errors: values are errors in %: the axis is logarithmic where they differ much.
+  """
+  values = [value for _, _, own in lines for value in own]
+  last = max(epochs[-1] for _, epochs, _ in lines)
+  logarithmic = errors and max(values) > 4 * max(min(values), FLOOR)
+  if logarithmic:
+    lines = [(name, epochs, [max(value, FLOOR) for value in own]) for name, epochs, own in lines]
+    logarithmic_errors(axes)
+  if logarithmic and min(values) < FLOOR:
+    axes.set_title(f'{FLOOR} stands for {FLOOR} % and less', fontsize='small')
+  for index, (_, epochs, own) in enumerate(lines):
+    colour, style = COLOURS[index % len(COLOURS)], STYLES[index // len(COLOURS) % len(STYLES)]
+    axes.plot(epochs, own, style, marker='.', color=colour)
+    axes.plot([epochs[-1], last], [own[-1]] * 2, ':', color=colour, linewidth=0.8)
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+  axes.margins(x=0)
   axes.grid(alpha=0.3)
-  axes.legend()
-  figure.savefig(path, dpi=120)
+  name_lines(axes, [name for name, _, _ in lines], [own[-1] for _, _, own in lines])
+
+
+def logarithmic_errors(axes: Axes) -> None:
+  """A logarithmic axis of errors, with ticks at 1, 2, 5, 10 … written out."""
+  axes.set_yscale('log')
+  axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(),
+                 major_formatter=StrMethodFormatter('{x:g}'))
+
+
+def name_lines(axes: Axes, names: Sequence[str], ends: Sequence[float]) -> None:
+  """Writes names beside the axes, in the order of the lines' ends, none over another."""
+  axes.autoscale_view()    # the limits, which are else not known before the figure is drawn
+  to_axes = axes.transData + axes.transAxes.inverted()
+  heights = [float(to_axes.transform((0, end))[1]) for end in ends]
+  figure = axes.get_figure(root=True)
+  assert figure
+  gap = 0.19 / figure.get_size_inches()[1]
+  for index, place in enumerate(spread(heights, gap)):
+    colour = COLOURS[index % len(COLOURS)]
+    arrow = {'arrowstyle': '-', 'color': colour, 'linewidth': 0.6, 'relpos': (0, 0.5),
+             'shrinkA': 1, 'shrinkB': 0}
+    axes.annotate(names[index], (1, heights[index]), (1.04, place), xycoords='axes fraction',
+                  va='center', fontsize=8, color=colour, annotation_clip=False, arrowprops=arrow)
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+  """Places near these heights, at least a gap apart, and not above 1 where they fit below.
+
+  >>> spread([0.5, 0.5, 1.0], 0.25)
+  [0.5, 0.75, 1.0]
+  """
+  order = sorted(range(len(heights)), key=heights.__getitem__)
+  places = list(heights)
+  for low, high in itertools.pairwise(order):
+    places[high] = max(places[high], places[low] + gap)
+  places[order[-1]] = min(places[order[-1]], 1.0)
+  for high, low in itertools.pairwise(order[::-1]):
+    places[low] = min(places[low], places[high] - gap)
+  return places
