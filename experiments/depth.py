@@ -79,7 +79,7 @@ def measure(name: str, blocks: int, options: argparse.Namespace) -> Row:
   compiled = lowered.compile()
   seconds = time.perf_counter() - begin
   weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables['params']))
-  in_parts = algorithms.number_of_parts(model, options.batch, options.micro_batch) > 1
+  in_parts = algorithm.made_of.parts(options.batch) > 1
   return {'algorithm': name, 'model': options.model, 'batch': options.batch, 'micro_batch': options.micro_batch,
           'blocks': blocks, 'parameters_bytes': weights,
           'temporaries_bytes': timing.temporaries(compiled) - in_parts * weights, 'compile_seconds': seconds,

@@ -50,14 +50,27 @@ def sum_over_parts(gradient: Callable[[Part, PyTree], PyTree], batch: PyTree, pa
   >>> sum_over_parts(lambda part, x: (x**2).sum(), jnp.arange(4.), 2).item()
   14.0
   """
+  return sum_and_join(lambda *args: (gradient(*args), None), batch, parts)[0]
+
+
+def sum_and_join(gradient: Callable[[Part, PyTree], tuple[PyTree, PyTree]], batch: PyTree, parts: int
+                 ) -> tuple[PyTree, PyTree]:
+  """As `sum_over_parts`; what `gradient` gives second has a row for every example, and is joined.
+
+  >>> total, rows = sum_and_join(lambda part, x: ((x**2).sum(), x + 1), jnp.arange(4.), 2)
+  >>> total.item(), rows.tolist()
+  (14.0, [1.0, 2.0, 3.0, 4.0])
+  """
   if parts == 1:
     return gradient(WHOLE, batch)
   shares = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
 
-  def add(total: PyTree, numbered: tuple[jax.Array, PyTree]) -> tuple[PyTree, None]:
+  def add(total: PyTree, numbered: tuple[jax.Array, PyTree]) -> tuple[PyTree, PyTree]:
     index, share = numbered
-    return jax.tree.map(jnp.add, total, gradient((index, parts), share)), None
+    term, rows = gradient((index, parts), share)
+    return jax.tree.map(jnp.add, total, term), rows
 
-  shapes = jax.eval_shape(lambda shares: gradient((0, parts), jax.tree.map(lambda x: x[0], shares)), shares)
+  shapes = jax.eval_shape(lambda shares: gradient((0, parts), jax.tree.map(lambda x: x[0], shares))[0], shares)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  return jax.lax.scan(add, zeros, (jnp.arange(parts), shares))[0]
+  total, rows = jax.lax.scan(add, zeros, (jnp.arange(parts), shares))
+  return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)

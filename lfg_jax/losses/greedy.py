@@ -4,6 +4,7 @@ A stage is one block (or k blocks, or overlapping pairs) with the losses at its 
 and each stage is done with before the next begins: equal stages are scanned, so memory does not grow with depth.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -56,9 +57,11 @@ class Stages(NamedTuple):
   Attributes:
     blocks: for every stage, the positions in the network of its blocks.
     advance: how many of its blocks the next stage's input has passed.
+    taken: those of the stages that are run.
   """
   blocks: tuple[tuple[int, ...], ...]
   advance: int
+  taken: slice = slice(None)
 
 
 def stages(depth: int, every: int = 1, overlap: bool = False) -> list[tuple[tuple[int, ...], int]]:
@@ -97,6 +100,29 @@ def _grouped(homes: Sequence[tuple[Stack, int]], plan: Sequence[tuple[tuple[int,
   return groups
 
 
+def _within(plan: Sequence[Stages], span: range) -> list[Stages]:
+  """The same groups, of which the stages in `span` are taken."""
+  begins = [sum(len(group.blocks) for group in plan[:n]) for n in range(len(plan))]
+  return [group._replace(taken=slice(max(span.start - begin, 0), max(span.stop - begin, 0)))
+          for begin, group in zip(begins, plan, strict=True)]
+
+
+def owned(model: StagedModel, span: range, every: int = 1) -> dict[str, range]:
+  """By a stack's name those of its blocks that are in the stages of `span`, which do not overlap.
+
+  >>> from lfg_jax.models import registry
+  >>> images = registry.Images((8, 8, 1), 10, (0.5,), (0.3,))
+  >>> owned(registry.find('mlp').make({'blocks': 4, 'channels': 8, 'groups': 2}, images), range(2))
+  {'stem': range(0, 1), 'blocks': range(0, 1)}
+  """
+  homes = [(stack.name, i) for stack in model.stacks for i in range(stack.count)]
+  mine: dict[str, list[int]] = {}
+  for blocks, _ in stages(model.depth, every)[span.start:span.stop]:
+    for name, i in (homes[n] for n in blocks):
+      mine.setdefault(name, []).append(i)
+  return {name: range(indices[0], indices[-1] + 1) for name, indices in mine.items()}
+
+
 class Member(NamedTuple):
   """The blocks of a stack that stand at one position in each of several equal stages."""
   stack: Stack
@@ -129,8 +155,11 @@ class Member(NamedTuple):
 
 
 def greedy(estimator: Estimator, model: StagedModel, cut: Cut, *, every: int = 1,
-           overlap: bool = False) -> Callable:
+           overlap: bool = False, span: range | None = None) -> Callable:
   """Gradients of all blocks, stage by stage.
+
+  Args:
+    span: the stages that are run; the variables then have their blocks only, see `owned`. None: all.
 
   Returns:
     `(variables, key, x, targets) -> (x, losses_B, grads, updates)`: the last block's output, the
@@ -140,6 +169,10 @@ def greedy(estimator: Estimator, model: StagedModel, cut: Cut, *, every: int = 1
   """
   homes = [(stack, i) for stack in model.stacks for i in range(stack.count)]
   plan = _grouped(homes, stages(model.depth, every, overlap))
+  if span is not None:
+    plan, mine = _within(plan, span), owned(model, span, every)
+    homes = [(dataclasses.replace(stack, count=len(mine.get(stack.name, ()))),
+              i - mine[stack.name].start if stack.name in mine else i) for stack, i in homes]
 
   def run_stages(variables: Variables, key: jax.Array, x: jax.Array, targets: Targets
                  ) -> tuple[jax.Array, jax.Array, PyTree, PyTree]:
@@ -148,10 +181,13 @@ def greedy(estimator: Estimator, model: StagedModel, cut: Cut, *, every: int = 1
     stats = dict(variables.get('batch_stats', {}))
     loss_B, out = jnp.zeros(x.shape[0]), x
     for number, group in enumerate(plan):
+      taken = group.blocks[group.taken]
+      if not taken:
+        continue
       members = [Member(homes[ns[0]][0], [homes[n][1] for n in ns])
-                 for ns in zip(*group.blocks, strict=True)]
+                 for ns in zip(*taken, strict=True)]
       named = dict(zip(block_names(len(members)), members, strict=True))
-      keys = jax.random.split(jax.random.fold_in(key, number), len(group.blocks))
+      keys = jax.random.split(jax.random.fold_in(key, number), len(group.blocks))[group.taken]
       inputs = (keys, *(_gathered(variables.get(kind, {}), named)
                         for kind in ('params', 'batch_stats', 'feedback', 'guess')))
       loss = stage_loss([member.stack.block for member in members], cut)

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from lfg_jax.estimators.boundary import Estimator
 from lfg_jax.losses import info_nce, staged
 from lfg_jax.losses.greedy import greedy, stages
-from lfg_jax.losses.info_nce import Contrast
 from lfg_jax.losses.replicated import Cut, cross_entropy
 from lfg_jax.losses.staged import StagedModel, Variables, own
 from lfg_jax.losses.targets import Targets
@@ -63,8 +62,9 @@ def end_to_end(model: StagedModel, estimator: Estimator, *, local: bool) -> Run:
       return (aux['loss'][:, None, None], *stacks), {**aux, **updates}
 
     (_, aux), grads = estimator(loss, None)(variables['params'], key, x, targets)
-    heads = 1 if project else model.depth
-    metrics = _metrics(aux, aux['local_loss'], heads, contrast)
+    metrics = _sums(aux)
+    if contrast:
+      metrics['contrastive_loss'] = aux['local_loss'].sum() / (1 if project else model.depth)
     return grads, metrics | {'batch_stats': aux.get('batch_stats', {})}
   return run
 
@@ -73,26 +73,47 @@ def stage_by_stage(model: StagedModel, estimator: Estimator, cut: Cut, *, every:
                    overlap: bool = False) -> Run:
   """Stage after stage by their local losses, then the read-out on what comes out."""
   run_stages = greedy(estimator, model, cut, every=every, overlap=overlap)
-  heads = len(stages(model.depth, every, overlap))
 
   def run(variables: Variables, key: jax.Array, x: jax.Array, targets: Targets
           ) -> tuple[PyTree, dict]:
-    x, local_loss_B, grads, updates_of_stages = run_stages(variables, key, x, targets)
-    stats = updates_of_stages['batch_stats']
-    readout = own(variables, 'readout')
-    if 'readout' in stats:
-      readout['batch_stats'] = stats['readout']
-
-    def objective(params: PyTree) -> tuple[jax.Array, tuple[dict, Variables]]:
-      logits, _, updates = model.read_out({**readout, 'params': params}, x, targets.weight_B)
-      aux = _summary(logits, targets)
-      return aux['loss'].sum(), (aux, updates)
-
-    grads['readout'], (aux, updates) = jax.grad(objective, has_aux=True)(readout['params'])
-    if 'batch_stats' in updates:
-      stats['readout'] = updates['batch_stats']
-    return grads, _metrics(aux, local_loss_B, heads, model.contrast) | updates_of_stages
+    x, local_loss_B, grads, updates = run_stages(variables, key, x, targets)
+    aux = with_read_out(model, variables, x, targets, grads, updates)
+    return grads, aux | local_metrics(model, local_loss_B, every, overlap)
   return run
+
+
+def with_read_out(model: StagedModel, variables: Variables, x: jax.Array, targets: Targets,
+                  grads: PyTree, updates: PyTree) -> dict[str, Any]:
+  """The read-out learns on top of the last block's output x, detached.
+
+  Args:
+    grads, updates: of `greedy`; those of the read-out are put among them.
+
+  Returns:
+    The updates, and the sums over this device's examples of 'loss' and 'error'.
+  """
+  stats = updates['batch_stats']
+  readout = own(variables, 'readout')
+  if 'readout' in stats:
+    readout['batch_stats'] = stats['readout']
+
+  def objective(params: PyTree) -> tuple[jax.Array, tuple[dict, Variables]]:
+    logits, _, updates = model.read_out({**readout, 'params': params}, x, targets.weight_B)
+    aux = _summary(logits, targets)
+    return aux['loss'].sum(), (aux, updates)
+
+  grads['readout'], (aux, new) = jax.grad(objective, has_aux=True)(readout['params'])
+  if 'batch_stats' in new:
+    stats['readout'] = new['batch_stats']
+  return _sums(aux) | updates
+
+
+def local_metrics(model: StagedModel, local_loss_B: jax.Array, every: int = 1,
+                  overlap: bool = False) -> dict[str, jax.Array]:
+  """The contrastive loss, if that is what stages learn from: the mean over them."""
+  if model.contrast is None:
+    return {}
+  return {'contrastive_loss': local_loss_B.sum() / len(stages(model.depth, every, overlap))}
 
 
 def _summary(logits_BxK: jax.Array, targets: Targets) -> dict[str, jax.Array]:
@@ -104,8 +125,6 @@ def _summary(logits_BxK: jax.Array, targets: Targets) -> dict[str, jax.Array]:
           'output_error': (jax.nn.softmax(logits_BxK) - one_hot_BxK) * weight_B[:, None]}
 
 
-def _metrics(aux: dict[str, Any], local_loss_B: jax.Array, heads: int, contrast: Contrast | None
-             ) -> dict[str, jax.Array]:
-  """Sums over this device's examples; the contrastive loss is the mean over heads."""
-  means = {'loss': aux['loss'].sum(), 'error': aux['error'].sum()}
-  return {**means, 'contrastive_loss': local_loss_B.sum() / heads} if contrast else means
+def _sums(aux: dict[str, Any]) -> dict[str, jax.Array]:
+  """Over this device's examples."""
+  return {'loss': aux['loss'].sum(), 'error': aux['error'].sum()}

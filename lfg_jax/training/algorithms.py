@@ -44,6 +44,47 @@ PyTree = Any
 LOSSES = ('supervised', 'contrastive')
 
 
+class Composition(NamedTuple):
+  """What an algorithm is made of; `options` and `model` are as the rule has them."""
+  rule: Rule
+  options: Options
+  model: StagedModel
+  axis_name: str | None
+  views: Callable | None
+
+  def keys(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of a step: the estimator's and that of the views, if there are views."""
+    return tuple(jax.random.split(key)) if self.model.contrast and self.views else (key, key)
+
+  def seen(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, Targets]:
+    """Images with their targets; in contrastive learning two views of each."""
+    image, label, weight = map(jnp.asarray, batch)
+    if self.model.contrast and self.views:
+      ids_B = tangents.example_ids(len(label), self.axis_name)
+      image = self.views(tangents.fold_in_all(self.keys(key)[1], ids_B), image)
+      label, weight = jnp.repeat(label, VIEWS), jnp.repeat(weight / VIEWS, VIEWS)
+    return image, Targets(label, weight)
+
+  def known(self, variables: Variables) -> Variables:
+    """What objectives see of the variables."""
+    guessed = self.options.guessed_taps(self.model)
+    used = ('params', 'batch_stats', *['feedback'] * self.rule.feedback, *['guess'] * bool(guessed))
+    if guessed and not variables.get('guess'):
+      raise ValueError("the guess has no feedback weights; allowed: variables with 'guess', as the "
+                       "algorithm's init makes them")
+    return {name: variables[name] for name in used if name in variables}
+
+  def estimator(self, variables: Variables, part: Part) -> Estimator:
+    """`build_estimator` for a part of the batch."""
+    return build_estimator(self.rule, self.options, self.model, self.axis_name, variables, part)
+
+  def parts(self, examples: int) -> int:
+    """In how many parts a device takes its share, of so many examples, of the batch."""
+    if _depends_on_others(self.model):
+      return 1
+    return parts.number_of_parts(examples, self.options.micro_batch, self.model.activity_bytes)
+
+
 class Algorithm(NamedTuple):
   """What training needs of a rule and a model; pure functions.
 
@@ -55,6 +96,7 @@ class Algorithm(NamedTuple):
     advance: `(variables, aux) -> variables`, those of them, without 'params', after a step.
     predict: `(variables, image [B, H, W, C]) -> logits [B, classes]`.
     features: `(variables, image [B, H, W, C]) -> [B, C]`, what the read-out's linear layer sees.
+    made_of: rule, options and model.
     metrics: the scalars in aux that are means over the global batch.
   """
   init: Callable[[jax.Array], dict[str, PyTree]]
@@ -62,6 +104,7 @@ class Algorithm(NamedTuple):
   predict: Callable[[dict[str, PyTree], jax.Array], jax.Array]
   features: Callable[[dict[str, PyTree], jax.Array], jax.Array]
   advance: Callable[[dict[str, PyTree], dict[str, Any]], dict[str, PyTree]]
+  made_of: Composition
   metrics: tuple[str, ...] = ('loss', 'error')
 
 
@@ -104,7 +147,7 @@ def compose(rule: Rule, options: Options, model: StagedModel, axis_name: str | N
   still = model.variant(train=False)
   options = options.of(rule, model)
   guessed = options.guessed_taps(model)
-  guess_optimizer = optimizers.lenient(optax.adam(options.guess_rate))
+  guess_optimizer = optimizers.adam_of_guesses(options.guess_rate)
 
   def init(key: jax.Array) -> Variables:
     model_key, feedback_key = jax.random.split(key)
@@ -126,31 +169,23 @@ def compose(rule: Rule, options: Options, model: StagedModel, axis_name: str | N
       new['guess'] = optax.apply_updates(variables['guess'], updates)
     return {**variables, **new}
 
-  def part_gradient(variables: Variables, key: jax.Array, part: Part, batch: Batch
-                    ) -> tuple[PyTree, dict[str, Any]]:
-    if guessed and not variables.get('guess'):
-      raise ValueError("the guess has no feedback weights; allowed: variables with 'guess', as the "
-                       "algorithm's init makes them")
-    estimator = build_estimator(rule, options, model, axis_name, variables, part)
-    image, label, weight = map(jnp.asarray, batch)
-    if contrast and views:
-      key, view_key = jax.random.split(key)
-      ids_B = tangents.example_ids(len(label), axis_name)
-      image = views(tangents.fold_in_all(view_key, ids_B), image)
-      label, weight = jnp.repeat(label, VIEWS), jnp.repeat(weight / VIEWS, VIEWS)
-    used = ('params', 'batch_stats', *['feedback'] * rule.feedback, *['guess'] * bool(guessed))
-    known = {name: variables[name] for name in used if name in variables}
+  made_of = Composition(rule, options, model, axis_name, views)
+
+  def part_gradient(variables: Variables, key: jax.Array, part: Part,
+                    examples: tuple[jax.Array, Targets]) -> tuple[PyTree, dict[str, Any]]:
+    estimator = made_of.estimator(variables, part)
     if rule.cut:
       run = stage_by_stage(model, estimator, options.cut, every=options.every,
                            overlap=options.overlap)
     else:
       run = end_to_end(model, estimator, local=rule.local)
-    return run(known, key, model.prepare(image), Targets(label, weight))
+    image, targets = examples
+    return run(made_of.known(variables), key, model.prepare(image), targets)
 
   def gradient(variables: Variables, key: jax.Array, batch: Batch) -> tuple[PyTree, dict[str, Any]]:
-    batch = Batch(*map(jnp.asarray, batch))
-    number = number_of_parts(model, len(batch.label), options.micro_batch)
-    return parts.sum_over_parts(functools.partial(part_gradient, variables, key), batch, number)
+    image, targets = made_of.seen(key, batch)
+    of_part = functools.partial(part_gradient, variables, made_of.keys(key)[0])
+    return parts.sum_over_parts(of_part, (image, targets), made_of.parts(len(targets.label_B)))
 
   def evaluate(variables: Variables, image: jax.Array) -> tuple[jax.Array, jax.Array]:
     seen = {kind: tree for kind, tree in variables.items() if kind in ('params', 'batch_stats')}
@@ -158,7 +193,7 @@ def compose(rule: Rule, options: Options, model: StagedModel, axis_name: str | N
 
   metrics = ('loss', 'error', 'contrastive_loss') if contrast else ('loss', 'error')
   return Algorithm(init, gradient, lambda variables, image: evaluate(variables, image)[0],
-                   lambda variables, image: evaluate(variables, image)[1], advance, metrics)
+                   lambda variables, image: evaluate(variables, image)[1], advance, made_of, metrics)
 
 
 def _check(rule: Rule, options: Options, model: StagedModel) -> None:
@@ -184,13 +219,6 @@ def _check(rule: Rule, options: Options, model: StagedModel) -> None:
 def _depends_on_others(model: StagedModel) -> bool:
   """Whether the losses of one example depend on others, so that a batch is more than its parts."""
   return model.mixes_examples or model.contrast is not None
-
-
-def number_of_parts(model: StagedModel, batch_size: int, micro_batch: int) -> int:
-  """In how many parts a device takes its share of the batch, of `batch_size` examples."""
-  if _depends_on_others(model):
-    return 1
-  return parts.number_of_parts(batch_size, micro_batch, model.activity_bytes)
 
 
 def build_estimator(rule: Rule, options: Options, model: StagedModel, axis_name: str | None,

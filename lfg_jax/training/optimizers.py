@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lfg_jax import promotion
@@ -55,6 +56,24 @@ def make(config: Any, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
   }[config.name]()
   multipliers = {'readout': config.readout_multiplier, 'head': config.head_multiplier}
   return lenient(optax.chain(optimizer, _multiply(multipliers)))
+
+
+def adam_of_guesses(rate: float) -> optax.GradientTransformation:
+  """Adam, rounded alike however many leaves there are, so that stages of a pipeline may share them out.
+
+  optax divides the moments by 1 - bⁿ, which XLA turns into a product for one leaf and not for two.
+  Here those numbers are part of the rate.
+  """
+  b1, b2, eps = 0.9, 0.999, 1e-8
+  plain = optax.scale_by_adam(b1, b2, eps)
+
+  def update(updates: PyTree, state: optax.ScaleByAdamState, _: PyTree = None) -> tuple[PyTree, Any]:
+    _, new = plain.update(updates, state)
+    shrunk = jnp.sqrt(1 - b2**new.count)
+    scale = shrunk / (1 - b1**new.count)
+    return jax.tree.map(lambda m, v: scale * m / (jnp.sqrt(v) + eps * shrunk), new.mu, new.nu), new
+
+  return lenient(optax.chain(optax.GradientTransformation(plain.init, update), optax.scale(-rate)))
 
 
 def lenient(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -20,6 +20,7 @@ from lfg_jax.training.algorithms import Algorithm
 
 PyTree = Any
 AXIS = 'data'
+STAGE = 'stage'    # of the block pipeline, see `pipeline`
 
 
 class TrainState(NamedTuple):
@@ -42,9 +43,16 @@ class TrainState(NamedTuple):
   bad_step: jax.Array
 
 
-def make_mesh() -> Mesh:
-  """All devices on one axis."""
-  return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+def make_mesh(stages: int = 1) -> Mesh:
+  """All devices on one axis; with several stages those of a pipeline are neighbours on a second."""
+  count, axes = jax.device_count(), (AXIS, STAGE) if stages > 1 else (AXIS,)
+  shape = (count // stages, stages)[:len(axes)]
+  return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def flat(mesh: Mesh) -> Mesh:
+  """The same devices on one axis."""
+  return Mesh(mesh.devices.reshape(-1), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def init_state(algorithm: Algorithm, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh
@@ -148,12 +156,12 @@ def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, m
     examples = aux.pop('examples')
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     is_finite = jnp.isfinite(aux['loss']) & jnp.isfinite(optax.tree.norm(updates))
-    means = {**{name: aux[name] * examples for name in algorithm.metrics}, 'examples': examples}
+    means = {name: aux[name] for name in algorithm.metrics}
     is_first = state.step % feed.steps == 0
     return TrainState(
         state.step + 1, optax.apply_updates(state.params, updates),
         algorithm.advance(state.rest, aux), opt_state,
-        {name: jnp.where(is_first, 0, state.sums[name]) + mean for name, mean in means.items()},
+        add_to_sums(state.sums, means, examples, is_first),
         jnp.where((state.bad_step < 0) & ~is_finite, state.step + 1, state.bad_step))
 
   def update(state: TrainState, key: jax.Array, steps: jax.Array, *inputs: Any) -> TrainState:
@@ -162,6 +170,13 @@ def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, m
     return jax.lax.fori_loop(0, steps, lambda _, state: one_step(state, key, *inputs), state)
 
   return jax.jit(update, donate_argnums=0, out_shardings=NamedSharding(mesh, P()))
+
+
+def add_to_sums(sums: dict[str, jax.Array], means: dict[str, jax.Array], examples: jax.Array,
+                is_first: jax.Array) -> dict[str, jax.Array]:
+  """An epoch's sums with those of a batch of so many examples; the epoch's first begins anew."""
+  new = {**{name: mean * examples for name, mean in means.items()}, 'examples': examples}
+  return {name: jnp.where(is_first, 0, sums[name]) + value for name, value in new.items()}
 
 
 def make_error(algorithm: Algorithm, mesh: Mesh, feed: Feed) -> Callable[[TrainState], float]:

@@ -1,0 +1,267 @@
+"""The block pipeline: blocks on different devices work at once, on consecutive batches.
+
+A stage that has passed its output on is done with the batch: no gradient comes back. At tick t,
+stage s has batch t - s. It computes the gradient of its own losses, updates its own blocks, and
+hands its output with the targets to the next stage; the read-out is at the end. Every stage sees
+the weights that the sequential update would have used, so the result is the sequential one's. The
+mesh has a second axis, `stage`; each stage may have several devices along `data`.
+
+A device holds its stage's part of the state only, as vectors (see `packing`). Within a tick it
+sends one activity, with its targets, to its neighbour, and sums its gradients over `data`.
+Filling and draining take S - 1 ticks, once per epoch, however many steps are dispatched at once.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lfg_jax.data.streams import Batch
+from lfg_jax.training import packing, stage_work, update
+from lfg_jax.training.algorithms import Algorithm
+from lfg_jax.training.packing import Rows
+from lfg_jax.training.stage_work import Message, Own, Stage
+from lfg_jax.training.update import AXIS, STAGE, Feed, TrainState
+
+PyTree = Any
+Carry = tuple[Rows, Message, dict[str, jax.Array], jax.Array]
+
+
+class PipelineState(NamedTuple):
+  """What the pipeline goes on from.
+
+  Attributes:
+    step: batches that have entered.
+    own: of every stage its part of the state, [S, n] by dtype; a device has its stage's row.
+    message: to every stage, [S, ...]: what it is to work on in the next tick.
+    sums, bad_step: as in `TrainState`, of the batches that have left.
+  """
+  step: jax.Array
+  own: Rows
+  message: Message
+  sums: dict[str, jax.Array]
+  bad_step: jax.Array
+
+
+class Pipeline(NamedTuple):
+  """Jitted functions of a run.
+
+  Attributes:
+    begin: `TrainState -> PipelineState`, with no batch on its way.
+    steps: `(state, key, batches, inputs of the feed) -> state`: so many batches enter. Takes over
+      the memory of `state`, as all but `whole` do.
+    finish: `(state, key, inputs) -> state`: all batches that have entered leave.
+    whole: `PipelineState -> TrainState`, with no batch on its way.
+  """
+  begin: Callable[[TrainState], PipelineState]
+  steps: Callable[..., PipelineState]
+  finish: Callable[..., PipelineState]
+  whole: Callable[[PipelineState], TrainState]
+
+
+class _Plan(NamedTuple):
+  """What the functions of a pipeline know; shapes stage by stage.
+
+  Attributes:
+    own: of each stage's part of the state.
+    summed, stats: of what `stage_work.gradient` gives.
+    ends: of each stage's output, but the last's.
+    between: of a message between stages, on one device.
+  """
+  algorithm: Algorithm
+  optimizer: optax.GradientTransformation
+  mesh: Mesh
+  feed: Feed
+  stages: tuple[Stage, ...]
+  own: list[Own]
+  summed: list[dict[str, PyTree]]
+  stats: list[PyTree]
+  ends: list[jax.ShapeDtypeStruct]
+  between: Message
+
+  def total(self, x: PyTree) -> PyTree:
+    """The sum over devices with other examples."""
+    return jax.lax.psum(x, AXIS) if self.mesh.shape[AXIS] > 1 else x
+
+
+def make(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Mesh, feed: Feed,
+         spans: Sequence[range], like: TrainState, batch: Batch) -> Pipeline:
+  """The functions of a run in stages.
+
+  Args:
+    algorithm: made with AXIS as its axis_name.
+    mesh: with the axes AXIS and STAGE.
+    spans: each stage's greedy stages, see `stage_plan`.
+    like: shapes of the run's state.
+    batch: shapes of a global batch.
+  """
+  plan = _plan(algorithm, optimizer, mesh, feed, spans, like, batch)
+  last = len(spans) - 1
+  specs = PipelineState(P(), P(STAGE), _message_specs(plan), P(), P())
+  dispatch = jax.jit(jax.shard_map(
+      functools.partial(_dispatch, plan), mesh=mesh,
+      in_specs=(specs, P(), P(), P(), *feed.specs), out_specs=specs, check_vma=False), donate_argnums=0)
+  place = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs,
+                       is_leaf=lambda spec: isinstance(spec, P))
+  return Pipeline(
+      jax.jit(functools.partial(_begin, plan), out_shardings=place),
+      lambda state, key, count, inputs: dispatch(state, key, count, count, *inputs),
+      lambda state, key, inputs: dispatch(state, key, last, 0, *inputs),
+      jax.jit(functools.partial(_whole, plan), out_shardings=NamedSharding(mesh, P())))
+
+
+def _plan(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Mesh, feed: Feed,
+          spans: Sequence[range], like: TrainState, batch: Batch) -> _Plan:
+  made_of = algorithm.made_of
+  stages = stage_work.make_stages(made_of, spans)
+  own = [jax.eval_shape(functools.partial(stage_work.own, stage=stage, made_of=made_of), like)
+         for stage in stages]
+  scalar = jax.ShapeDtypeStruct((), jnp.result_type(float))
+  summed = [{'grads': mine.params, 'guess_gradient': mine.rest.get('guess', {}),
+             **({'metrics': dict.fromkeys(algorithm.metrics, scalar)} if stage.is_last else {})}
+            for stage, mine in zip(stages, own, strict=True)]
+  stats = [mine.rest.get('batch_stats', {}) for mine in own]
+  ends, between = _between(algorithm, stages, like, batch, mesh.shape[AXIS])
+  return _Plan(algorithm, optimizer, mesh, feed, stages, own, summed, stats, ends, between)
+
+
+def _between(algorithm: Algorithm, stages: Sequence[Stage], like: TrainState, batch: Batch,
+             devices: int) -> tuple[list[Any], Message]:
+  """Shapes of every stage's output but the last's, and of a message that has room for each."""
+  made_of = algorithm.made_of
+  local = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // devices, *x.shape[1:]), x.dtype), batch)
+  seeing = made_of._replace(axis_name=None).seen
+  image, targets = jax.eval_shape(seeing, jax.random.key(0), local)
+  shapes = stage_work.output_shapes(made_of, {'params': like.params, **like.rest}, image)
+  ends = [shapes[list(stage.owned)[-1]] for stage in stages[:-1]]
+  width = max(math.prod(end.shape[1:]) for end in ends)
+  x = jax.ShapeDtypeStruct((len(targets.label_B), width), jnp.result_type(*(end.dtype for end in ends)))
+  whole = jax.ShapeDtypeStruct((), jnp.int32)
+  message = Message(whole, jax.ShapeDtypeStruct((), targets.weight_B.dtype), targets, x,
+                    targets.weight_B if made_of.model.contrast else None)
+  return ends, message
+
+
+def _message_specs(plan: _Plan) -> Message:
+  return jax.tree.map(lambda leaf: P(STAGE, AXIS) if leaf.ndim else P(STAGE), plan.between)
+
+
+def _begin(plan: _Plan, state: TrainState) -> PipelineState:
+  """Every stage's part in its row; no batch is on its way."""
+  own = [packing.pack(stage_work.own(state, stage, plan.algorithm.made_of), packing.widths(plan.own))
+         for stage in plan.stages]
+  devices, stages = plan.mesh.shape[AXIS], len(plan.stages)
+
+  def empty(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    rows = (leaf.shape[0] * devices, *leaf.shape[1:]) if leaf.ndim else ()
+    return jnp.zeros((stages, *rows), leaf.dtype)
+
+  message = jax.tree.map(empty, plan.between)
+  return PipelineState(state.step, jax.tree.map(lambda *rows: jnp.stack(rows), *own),
+                       message._replace(number=message.number - 1), state.sums, state.bad_step)
+
+
+def _whole(plan: _Plan, state: PipelineState) -> TrainState:
+  """The sequential run's state."""
+  rows = [jax.tree.map(lambda x, s=s: x[s], state.own) for s in range(len(plan.stages))]
+  own = [packing.unpack(row, like) for row, like in zip(rows, plan.own, strict=True)]
+  return TrainState(state.step, *packing.join(own, *stage_work.names(plan.algorithm.made_of)),
+                    state.sums, state.bad_step)
+
+
+def _dispatch(plan: _Plan, state: PipelineState, key: jax.Array, ticks: jax.Array, fresh: jax.Array,
+              *inputs: Any) -> PipelineState:
+  """So many ticks of one device; in the first `fresh` of them a batch enters."""
+  mine = jax.tree.map(lambda x: x[0], (state.own, state.message))
+
+  def tick(t: jax.Array, carry: Carry) -> Carry:
+    own, message, sums, bad = carry
+    stage = jax.lax.axis_index(STAGE)
+    entering = jnp.where(t < fresh, state.step + t, -1)
+    message = message._replace(number=jnp.where(stage == 0, entering, message.number))
+    message = message._replace(examples=jnp.where(
+        stage == 0, plan.total(_fetch(plan, message, inputs).weight.sum()), message.examples))
+    branch = jnp.where(message.number < 0, 0, 1 + stage)
+    gradients = [functools.partial(_gradient, plan, s, key) for s in range(len(plan.stages))]
+    summed, stats, output = jax.lax.switch(
+        branch, [functools.partial(_nothing, plan), *gradients], own, message, inputs)
+    updates = [functools.partial(_updated, plan, s) for s in range(len(plan.stages))]
+    own, sums, bad = jax.lax.switch(branch, [lambda now, *_: now, *updates], (own, sums, bad),
+                                    plan.total(summed), stats, message)
+    onward = [(s, s + 1) for s in range(len(plan.stages) - 1)]
+    return own, jax.lax.ppermute(output, STAGE, onward), sums, bad
+
+  own, message, sums, bad = jax.lax.fori_loop(0, ticks, tick, (*mine, state.sums, state.bad_step))
+  own, message = jax.tree.map(lambda x: x[None], (own, message))
+  return PipelineState(state.step + fresh, own, message, *_told(len(plan.stages), sums, bad))
+
+
+def _fetch(plan: _Plan, message: Message, inputs: tuple) -> Batch:
+  return plan.feed.fetch(*inputs, jnp.maximum(message.number, 0) % plan.feed.steps)
+
+
+def _nothing(plan: _Plan, own: Rows, message: Message, inputs: tuple) -> tuple[Rows, Rows, Message]:
+  """What a stage without a batch does."""
+  zeros = [packing.pack({}, packing.widths(trees)) for trees in (plan.summed, plan.stats)]
+  return *zeros, message
+
+
+def _gradient(plan: _Plan, s: int, key: jax.Array, own: Rows, message: Message, inputs: tuple
+              ) -> tuple[Rows, Rows, Message]:
+  """What stage s sums over devices, its new statistics, and what it hands on."""
+  made_of, key = plan.algorithm.made_of, jax.random.fold_in(key, message.number)
+  seen = message
+  if s == 0:
+    batch = _fetch(plan, message, inputs)
+    batch = batch._replace(weight=batch.weight / message.examples)
+    image, targets = made_of.seen(key, batch)
+    seen = message._replace(x=image, targets=targets,
+                            local_loss_B=jax.tree.map(jnp.zeros_like, message.local_loss_B))
+  else:
+    shape = plan.ends[s - 1].shape
+    x = message.x[:, :math.prod(shape[1:])].reshape(shape).astype(plan.ends[s - 1].dtype)
+    seen = message._replace(x=x)
+  result = stage_work.gradient(made_of, plan.stages[s], packing.unpack(own, plan.own[s]), key, seen)
+  output = message
+  if s < len(plan.stages) - 1:
+    x = result.x.reshape(len(result.x), -1).astype(message.x.dtype)
+    x = jnp.pad(x, ((0, 0), (0, message.x.shape[1] - x.shape[1])))
+    output = seen._replace(x=x, local_loss_B=result.local_loss_B)
+  return (packing.pack(result.summed, packing.widths(plan.summed)),
+          packing.pack(result.stats, packing.widths(plan.stats)), output)
+
+
+def _updated(plan: _Plan, s: int, now: tuple[Rows, dict[str, jax.Array], jax.Array], summed: Rows,
+             stats: Rows, message: Message) -> tuple[Rows, dict[str, jax.Array], jax.Array]:
+  """The rows of stage s after the step; and of the last stage the metrics."""
+  own, sums, bad = now
+  total = packing.unpack(summed, plan.summed[s])
+  new, is_finite = stage_work.updated(plan.algorithm, plan.optimizer, packing.unpack(own, plan.own[s]),
+                                      total, packing.unpack(stats, plan.stats[s]))
+  if plan.stages[s].is_last:
+    is_first = message.number % plan.feed.steps == 0
+    sums = update.add_to_sums(sums, total['metrics'], message.examples, is_first)
+  bad = jnp.where((bad < 0) & ~is_finite, message.number + 1, bad)
+  return packing.pack(new, packing.widths(plan.own)), sums, bad
+
+
+def _told(stages: int, sums: dict[str, jax.Array], bad: jax.Array
+          ) -> tuple[dict[str, jax.Array], jax.Array]:
+  """The last stage's sums, and the first bad step of all stages, for every stage: round the ring."""
+  ring = [(s, (s + 1) % stages) for s in range(stages)]
+  is_last = jax.lax.axis_index(STAGE) == stages - 1
+
+  def hop(_: jax.Array, news: tuple) -> tuple:
+    there = jax.lax.ppermute(news, STAGE, ring)
+    sums = jax.tree.map(lambda mine, other: jnp.where(is_last, mine, other), news[0], there[0])
+    return sums, jnp.minimum(news[1], there[1])
+
+  # As an unsigned number, -1 (none) is the largest.
+  sums, first = jax.lax.fori_loop(0, stages - 1, hop, (sums, bad.astype(jnp.uint32)))
+  return sums, first.astype(jnp.int32)

@@ -1,0 +1,99 @@
+"""Which blocks each stage of the pipeline has, and what cannot be staged.
+
+A stage has consecutive greedy stages (blocks with the local losses at their end). The slowest stage
+sets the pace, so the cost model balances them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from lfg_jax.losses.greedy import owned, stages
+from lfg_jax.losses.staged import StagedModel
+from lfg_jax.training import timing
+from lfg_jax.training.algorithms import Composition
+from lfg_jax.training.rules import REGISTRY
+
+
+def spans(made_of: Composition, number: int) -> tuple[range, ...]:
+  """The greedy stages of each of `number` stages, so that the slowest takes as little as can be.
+
+  >>> from lfg_jax.models import registry
+  >>> from lfg_jax.training import algorithms, rules
+  >>> images = registry.Images((8, 8, 1), 10, (0.5,), (0.3,))
+  >>> fields = {'blocks': 5, 'channels': 8, 'groups': 2}
+  >>> model = registry.find('mlp').make(fields, images)
+  >>> made_of = algorithms.compose(rules.REGISTRY['LG-BP'], rules.Options(), model).made_of
+  >>> spans(made_of, 2)
+  (range(0, 2), range(2, 5))
+  """
+  ends = _balanced(tuple(costs(made_of)), number)
+  return tuple(range(*pair) for pair in zip((0, *ends), ends, strict=False))
+
+
+def costs(made_of: Composition) -> list[int]:
+  """Operations per example of every greedy stage; one at least, also where a model says nothing."""
+  model, every = made_of.model, made_of.options.every
+  homes = [dataclasses.replace(stack, count=1) for stack in model.stacks for _ in range(stack.count)]
+  of = lambda blocks: dataclasses.replace(model, stacks=tuple(homes[n] for n in blocks))
+  return [1 + timing.gradient_flop(of(blocks), made_of.rule, made_of.options)
+          for blocks, _ in stages(model.depth, every)]
+
+
+def _balanced(cost: Sequence[int], number: int) -> tuple[int, ...]:
+  """Ends of `number` consecutive parts, none empty, whose largest sum is the smallest.
+
+  >>> _balanced((4, 1, 1, 1, 1), 2)
+  (1, 5)
+  """
+  @functools.cache
+  def best(end: int, parts: int) -> tuple[int, tuple[int, ...]]:
+    if parts == 1:
+      return sum(cost[:end]), (end,)
+    options = []
+    for last in range(parts - 1, end):
+      slowest, ends = best(last, parts - 1)
+      options.append((max(slowest, sum(cost[last:end])), (*ends, end)))
+    return min(options)
+
+  return best(len(cost), number)[1]
+
+
+def check(config: Any, made_of: Composition, devices: int) -> None:
+  """Whether a run can have `config.stages` stages.
+
+  Raises:
+    ValueError: one line with the reason why not.
+  """
+  number, rule = config.stages, made_of.rule
+  if devices % number:
+    raise ValueError(f'stages is {number}; allowed: divisors of {devices}, the number of devices')
+  if number == 1:
+    return
+  given = f'stages is {number}, but '
+  if not rule.cut:
+    greedy = ', '.join(name for name, other in REGISTRY.items() if other.cut)
+    raise ValueError(f'{given}{config.algorithm} {_way_back(rule.local)}; allowed: 1, or one of {greedy}')
+  if made_of.options.overlap:
+    raise ValueError(f'{given}losses.overlap=True lets every block learn from the next one; allowed: 1')
+  most = len(stages(made_of.model.depth, made_of.options.every))
+  if number > most:
+    raise ValueError(f'stages is {number}; allowed: 1 … {most}, the number of parts of the network '
+                     'with losses of their own')
+  if config.optimizer.name == 'lars' and (name := _cut(made_of.model, spans(made_of, number),
+                                                       made_of.options.every)):
+    raise ValueError(f"{given}optimizer.name='lars' takes one ratio for all blocks of {name!r}, which are "
+                     'not all in one stage; allowed: 1, or sgd, adam, adamw')
+
+
+def _way_back(local: bool) -> str:
+  return ('sends a gradient from block to block' if local else
+          'learns from a loss at the end of the network, which all blocks must wait for')
+
+
+def _cut(model: StagedModel, parts: Sequence[range], every: int) -> str | None:
+  """The name of a stack whose blocks are in more than one stage."""
+  mine = [owned(model, part, every) for part in parts]
+  return next((stack.name for stack in model.stacks
+               if sum(stack.name in names for names in mine) > 1), None)

@@ -1,0 +1,161 @@
+"""What a stage of the pipeline does with one batch: its gradient, and then its own update.
+
+A stage's variables, optimizer state and gradients are as in the sequential run, of its own blocks
+only (`packing.take`). What it computes is what the sequential run computes for these blocks.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lfg_jax.estimators.parts import Part, sum_and_join
+from lfg_jax.losses import staged
+from lfg_jax.losses.greedy import greedy, owned
+from lfg_jax.losses.objectives import local_metrics, with_read_out
+from lfg_jax.losses.targets import Targets
+from lfg_jax.training import packing
+from lfg_jax.training.algorithms import Algorithm, Composition
+from lfg_jax.training.update import TrainState
+
+PyTree = Any
+
+
+class Own(NamedTuple):
+  """A stage's part of `TrainState`."""
+  params: PyTree
+  rest: dict[str, PyTree]
+  opt_state: PyTree
+
+
+class Message(NamedTuple):
+  """What a stage hands to the next.
+
+  Attributes:
+    number: of the step in which the sequential run has this batch; negative: there is no batch.
+    examples: in the global batch.
+    targets: of this device's rows.
+    x: [B, ...], the input of the stage's first block; [B, F] between stages.
+    local_loss_B: the sum of the local losses so far; only in contrastive learning, else None.
+  """
+  number: jax.Array
+  examples: jax.Array
+  targets: Targets
+  x: jax.Array
+  local_loss_B: jax.Array | None
+
+
+class Result(NamedTuple):
+  """Of a stage's gradient.
+
+  Attributes:
+    summed: what is to be summed over devices with other examples: 'grads', 'guess_gradient' and
+      'metrics'.
+    stats: 'batch_stats' after the batch, the same on all of them.
+    x: [B, ...], output of the last block.
+    local_loss_B: as in `Message`.
+  """
+  summed: dict[str, PyTree]
+  stats: PyTree
+  x: jax.Array
+  local_loss_B: jax.Array | None
+
+
+class Stage(NamedTuple):
+  """One stage.
+
+  Attributes:
+    span: its greedy stages.
+    owned: blocks by stack; the last stage's also has 'readout'.
+    is_last: whether it has the read-out, and with it the metrics.
+  """
+  span: range
+  owned: packing.Owned
+  is_last: bool
+
+
+def make_stages(made_of: Composition, spans: Sequence[range]) -> tuple[Stage, ...]:
+  """The stages with these greedy stages."""
+  of = lambda span: owned(made_of.model, span, made_of.options.every)
+  *first, last = (Stage(span, of(span), is_last=False) for span in spans)
+  readout = {**last.owned, 'readout': range(1)}
+  return (*first, last._replace(owned=readout, is_last=True))
+
+
+def own(state: TrainState, stage: Stage, made_of: Composition) -> Own:
+  """What of a run's state is a stage's."""
+  return packing.take(Own(state.params, state.rest, state.opt_state), stage.owned, *names(made_of))
+
+
+def names(made_of: Composition) -> tuple[frozenset[str], frozenset[str]]:
+  """Of the stacks and the read-out; of those stacks whose variables have the blocks in front."""
+  stacks = made_of.model.stacks
+  return (frozenset({'readout', *(stack.name for stack in stacks)}),
+          frozenset(stack.name for stack in stacks if stack.is_stacked))
+
+
+def gradient(made_of: Composition, stage: Stage, mine: Own, key: jax.Array, message: Message
+             ) -> Result:
+  """The gradient of a stage's own losses.
+
+  Args:
+    key: the step's, as the sequential run has it.
+    message: with x as the first block wants it; of the first stage the images.
+  """
+  model, options = made_of.model, made_of.options
+  variables = {'params': mine.params, **mine.rest}
+  known, key = made_of.known(variables), made_of.keys(key)[0]
+
+  def of_part(part: Part, share: tuple[jax.Array, Targets]) -> tuple[PyTree, PyTree]:
+    x, targets = share
+    run = greedy(made_of.estimator(variables, part), model, options.cut, every=options.every,
+                 span=stage.span)
+    x = x if stage.span.start else model.prepare(x)
+    y, loss_B, grads, aux = run(known, key, x, targets)
+    if stage.is_last:
+      aux = with_read_out(model, known, y, targets, grads, aux)
+    return {'grads': grads, **aux}, (y, loss_B)
+
+  examples = message.x, message.targets
+  total, (y, loss_B) = sum_and_join(of_part, examples, made_of.parts(len(message.targets.label_B)))
+  if message.local_loss_B is not None:
+    loss_B = loss_B + message.local_loss_B
+  summed = {name: total[name] for name in ('grads', 'guess_gradient')}
+  if stage.is_last:
+    local = local_metrics(model, loss_B, options.every)
+    summed['metrics'] = {'loss': total['loss'], 'error': total['error'], **local}
+  kept = loss_B if message.local_loss_B is not None else None
+  return Result(summed, total['batch_stats'], y, kept)
+
+
+def updated(algorithm: Algorithm, optimizer: optax.GradientTransformation, mine: Own,
+            summed: dict[str, PyTree], stats: PyTree) -> tuple[Own, jax.Array]:
+  """A stage's part of the state after the step, and whether the update is finite."""
+  updates, opt_state = optimizer.update(summed['grads'], mine.opt_state, mine.params)
+  aux = {'batch_stats': stats, 'guess_gradient': summed['guess_gradient']}
+  is_finite = jnp.isfinite(optax.tree.norm(updates))
+  if 'metrics' in summed:
+    is_finite &= jnp.isfinite(summed['metrics']['loss'])
+  new = Own(optax.apply_updates(mine.params, updates), algorithm.advance(mine.rest, aux), opt_state)
+  return new, is_finite
+
+
+def output_shapes(made_of: Composition, variables: PyTree, image: Any) -> dict[str, Any]:
+  """By a stack's name the shape and dtype of a block's output, for images [B, H, W, C]."""
+  model = made_of.model.variant(train=False)
+  found: dict[str, jax.Array] = {}
+
+  def run(variables: PyTree, image: jax.Array) -> dict[str, jax.Array]:
+    x = model.prepare(image)
+    targets = Targets(jnp.zeros(len(x), jnp.int32), jnp.ones(len(x)))
+    for stack in model.stacks:
+      mine = staged.own(variables, stack.name)
+      mine = jax.tree.map(lambda leaf: leaf[0], mine) if stack.is_stacked else mine
+      x = stack.block(mine, x, targets, name=stack.name, cut=None, last=False)[0]
+      found[stack.name] = x
+    return found
+
+  seen = {kind: variables[kind] for kind in ('params', 'batch_stats') if kind in variables}
+  return jax.eval_shape(run, seen, image)
