@@ -51,6 +51,7 @@ def base() -> ConfigDict:
     batch_size: of all devices together.
     micro_batch: most examples computed at once on a device; 0: what suits the machine.
     steps_per_dispatch: steps that a device does by itself; signals and progress wait for them.
+    stages: of the block pipeline: groups of devices with blocks of their own, see `pipeline`.
     seed: of parameters, order and tangents.
     eval_every: epochs between test errors.
     checkpoint_every: epochs between checkpoints.
@@ -83,6 +84,7 @@ def base() -> ConfigDict:
       'batch_size': 128,
       'micro_batch': 0,
       'steps_per_dispatch': 1,
+      'stages': 1,
       'seed': 0,
       'eval_every': 1,
       'checkpoint_every': 1,
@@ -148,7 +150,8 @@ def _from(low: float) -> tuple[Any, str]:
 
 # field: (test, what is allowed)
 _RANGES: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(('epochs', 'batch_size', 'steps_per_dispatch', 'eval_every', 'checkpoint_every', 'keep'), _from(1)),
+    **dict.fromkeys(('epochs', 'batch_size', 'steps_per_dispatch', 'stages', 'eval_every', 'checkpoint_every',
+                     'keep'), _from(1)),
     'image_size': (lambda v: v is None or v >= 1, '1 or more, None'),
     **dict.fromkeys(('seed', 'optimizer.weight_decay', 'optimizer.warmup_epochs',
                      'optimizer.readout_multiplier', 'optimizer.head_multiplier'), _from(0)),

@@ -60,15 +60,28 @@ def _balanced(cost: Sequence[int], number: int) -> tuple[int, ...]:
   return best(len(cost), number)[1]
 
 
-def check(config: Any, made_of: Composition, devices: int) -> None:
-  """Whether a run can have `config.stages` stages.
+def check_devices(config: Any, devices: int) -> None:
+  """Whether so many devices can share out the batch, in `config.stages` stages.
+
+  Raises:
+    ValueError: one line with the reason why not.
+  """
+  number, batch_size = config.stages, config.batch_size
+  if devices % number:
+    raise ValueError(f'stages is {number}; allowed: divisors of {devices}, the number of devices')
+  if batch_size % (devices // number):
+    of_stage = ' of a stage' if number > 1 else ''
+    raise ValueError(f'batch_size is {batch_size}; allowed: multiples of {devices // number}, the number of '
+                     f'devices{of_stage}')
+
+
+def check(config: Any, made_of: Composition) -> None:
+  """Whether a rule and a model can have `config.stages` stages.
 
   Raises:
     ValueError: one line with the reason why not.
   """
   number, rule = config.stages, made_of.rule
-  if devices % number:
-    raise ValueError(f'stages is {number}; allowed: divisors of {devices}, the number of devices')
   if number == 1:
     return
   given = f'stages is {number}, but '

@@ -3,6 +3,7 @@
 A run is a pure function of its config, so a run that was stopped, in any way, ends as if it had not been.
 """
 
+import functools
 import json
 import pathlib
 import signal
@@ -19,12 +20,25 @@ from ml_collections import ConfigDict
 from lfg_jax import data
 from lfg_jax.data.streams import BadExample
 from lfg_jax.errors import UserError, as_user_errors
-from lfg_jax.training import algorithms, configs, optimizers, plots, processes, run_log, start, update
+from lfg_jax.training import (
+  algorithms,
+  configs,
+  optimizers,
+  pipeline,
+  plots,
+  processes,
+  run_log,
+  stage_plan,
+  start,
+  update,
+)
 from lfg_jax.training import workdir as folders
 from lfg_jax.training.checkpoints import Checkpoints
+from lfg_jax.training.pipeline import PipelineState
 from lfg_jax.training.run_log import RunLog
 from lfg_jax.training.update import Feed, TrainState
 
+State = TrainState | PipelineState
 REFRESH_SECONDS = 1.0    # between looks at the running state, which wait for the device
 
 
@@ -58,13 +72,12 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
   with as_user_errors():
     if config.distributed:
       processes.connect()
-    if config.batch_size % jax.device_count():
-      raise ValueError(f'batch_size is {config.batch_size}; allowed: multiples of {jax.device_count()}, '
-                       'the number of devices')
+    stage_plan.check_devices(config, jax.device_count())
     dataset = dataset or data.load(config.dataset, data_dir=config.data_dir, image_size=config.image_size,
                                    seed=config.seed, whole_images=config.loss == 'contrastive')
     algorithm = algorithms.make(config, dataset, update.AXIS)
-  return first_images(Job(config, dataset, algorithm, update.make_mesh()), config.images)
+    stage_plan.check(config, algorithm.made_of)
+  return first_images(Job(config, dataset, algorithm, update.make_mesh(config.stages)), config.images)
 
 
 def first_images(job: Job, images: int | None) -> Job:
@@ -89,7 +102,7 @@ def load(workdir: pathlib.Path, data_dir: str | None = None) -> tuple[Job, Train
   """
   config = configs.base()
   stored = {name: tuple(value) if isinstance(value, list) else value for name, value in folders.stored(workdir).items()}
-  config.update_from_flattened_dict({**stored, **({'data_dir': data_dir} if data_dir else {})})
+  config.update_from_flattened_dict({**stored, **({'data_dir': data_dir} if data_dir else {}), 'stages': 1})
   job = prepare(config)
   state = build(job)[1]
   with Checkpoints(workdir / 'checkpoints', config.keep) as checkpoints:
@@ -159,10 +172,11 @@ def _train(job: Job, workdir: pathlib.Path, begin: float) -> dict[str, Any]:
       print(f'resuming {workdir} at step {int(state.step)}')
     elif job.config.init_from:
       state = start.from_run(pathlib.Path(job.config.init_from), state)
+    state = functions.begin(state)
     total, batch_size = job.config.epochs * functions.feed.steps, job.config.batch_size
     with RunLog(workdir, int(state.step), total, batch_size, active=active) as log, Signals() as signals:
       state = _epochs(job.config, functions, state, checkpoints, log, signals, begin)
-  return _finish(job, workdir, state, log.rows, time.monotonic() - begin)
+  return _finish(job, workdir, functions.whole(state), log.rows, time.monotonic() - begin)
 
 
 class Functions(NamedTuple):
@@ -171,11 +185,17 @@ class Functions(NamedTuple):
   Attributes:
     feed: the training data.
     steps: `(state, how many, inputs of the feed) -> state`.
-    test_error: `state -> float`.
+    test_error: `TrainState -> float`.
+    begin: `TrainState -> state`, what `steps` go on from: in stages every device has a part of it.
+    finish: `(state, inputs) -> state` with all steps done that have begun.
+    whole: `state -> TrainState`, after `finish`.
   """
   feed: Feed
-  steps: Callable[[TrainState, int, tuple], TrainState]
+  steps: Callable[[State, int, tuple], State]
   test_error: Callable[[TrainState], float]
+  begin: Callable[[TrainState], State] = lambda state: state
+  finish: Callable[[State, tuple], State] = lambda state, inputs: state
+  whole: Callable[[State], TrainState] = lambda state: state
 
 
 def build(job: Job) -> tuple[Functions, TrainState]:
@@ -185,10 +205,16 @@ def build(job: Job) -> tuple[Functions, TrainState]:
   feed = update.make_feed(dataset.train, mesh, config.batch_size, order_key, at_once=config.steps_per_dispatch)
   rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs, config.batch_size)
   optimizer = optimizers.make(config.optimizer, rate)
+  flat = update.flat(mesh)
+  whole_rows = -(-config.batch_size // flat.size) * flat.size
+  test_error = update.make_error(algorithm, flat, update.make_feed(dataset.test, flat, whole_rows))
+  state = update.init_state(algorithm, optimizer, init_key, mesh)
+  if config.stages > 1:
+    stages = pipeline.make(job, optimizer, feed, state)
+    return Functions(feed, functools.partial(stages.steps, noise_key), test_error, stages.begin,
+                     functools.partial(stages.finish, noise_key), stages.whole), state
   step = update.make_update(algorithm, optimizer, mesh, feed)
-  test_error = update.make_error(algorithm, mesh, update.make_feed(dataset.test, mesh, config.batch_size))
-  functions = Functions(feed, lambda state, count, inputs: step(state, noise_key, count, *inputs), test_error)
-  return functions, update.init_state(algorithm, optimizer, init_key, mesh)
+  return Functions(feed, lambda state, count, inputs: step(state, noise_key, count, *inputs), test_error), state
 
 
 def _epochs(config: ConfigDict, functions: Functions, state: TrainState, checkpoints: Checkpoints,
@@ -204,11 +230,11 @@ def _epochs(config: ConfigDict, functions: Functions, state: TrainState, checkpo
     is_whole, is_last = step == done * steps, step == config.epochs * steps
     error = None
     if is_whole:
-      error = functions.test_error(state) if is_last or done % config.eval_every == 0 else None
+      error = functions.test_error(functions.whole(state)) if is_last or done % config.eval_every == 0 else None
       log.write({'step': step, 'epoch': done, **_means(state), 'test_error': error,
                  'examples_per_second': speed})
     if is_last or signals.received or (is_whole and done % config.checkpoint_every == 0):
-      checkpoints.save(step, state, time.monotonic() - begin, error)
+      checkpoints.save(step, functions.whole(state), time.monotonic() - begin, error)
     if signals.received and not is_last:
       raise Interrupted(step, signals.received)
   return state
@@ -237,6 +263,7 @@ def _epoch(functions: Functions, state: TrainState, epoch: int, batch_size: int,
       shown = time.monotonic()
     if signals.ask_to_stop():
       break
+  state = functions.finish(state, inputs)
   log.progress(int(state.step), epoch=epoch + 1, **_means(state))
   timed = step - first - untimed
   return state, timed * batch_size / (time.monotonic() - begin) if timed else None

@@ -120,10 +120,21 @@ def _stream_feed(stream: Stream, mesh: Mesh, batch_size: int, steps: int) -> Fee
   to_devices = functools.partial(jax.make_array_from_process_local_data, NamedSharding(mesh, P(AXIS)))
 
   def epochs(epoch: int, first_step: int) -> Iterator[tuple[int, tuple]]:
-    batches = stream.epoch(epoch, first_step, batch_size, jax.process_index(), jax.process_count())
+    batches = stream.epoch(epoch, first_step, batch_size, *_share(mesh))
     return ((1, (jax.tree.map(to_devices, batch),)) for batch in batches)
 
   return Feed(steps, lambda batch, step: batch, (P(AXIS),), epochs, at_once=1, is_stream=True)
+
+
+def _share(mesh: Mesh) -> tuple[int, int]:
+  """(index, number of parts): the part of every batch that this process reads.
+
+  Processes that are stages of one pipeline read the same.
+  """
+  if STAGE not in mesh.axis_names:
+    return jax.process_index(), jax.process_count()
+  here = [any(device.process_index == jax.process_index() for device in row) for row in mesh.devices]
+  return here.index(True) // sum(here), len(here) // sum(here)
 
 
 def make_gradient(algorithm: Algorithm, mesh: Mesh, feed: Feed) -> Callable[..., tuple[PyTree, dict[str, Any]]]:
