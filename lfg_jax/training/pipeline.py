@@ -14,7 +14,7 @@ Filling and draining take S - 1 ticks, once per epoch, however many steps are di
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,8 @@ def make(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Me
   """
   plan = _plan(algorithm, optimizer, mesh, feed, spans, like, batch)
   last = len(spans) - 1
-  specs = PipelineState(P(), P(STAGE), _message_specs(plan), P(), P())
+  everywhere, of_stage = cast(Any, P()), cast(Any, P(STAGE))
+  specs = PipelineState(everywhere, of_stage, _message_specs(plan), everywhere, everywhere)
   dispatch = jax.jit(jax.shard_map(
       functools.partial(_dispatch, plan), mesh=mesh,
       in_specs=(specs, P(), P(), P(), *feed.specs), out_specs=specs, check_vma=False), donate_argnums=0)
@@ -142,8 +143,8 @@ def _between(algorithm: Algorithm, stages: Sequence[Stage], like: TrainState, ba
   ends = [shapes[list(stage.owned)[-1]] for stage in stages[:-1]]
   width = max(math.prod(end.shape[1:]) for end in ends)
   x = jax.ShapeDtypeStruct((len(targets.label_B), width), jnp.result_type(*(end.dtype for end in ends)))
-  whole = jax.ShapeDtypeStruct((), jnp.int32)
-  message = Message(whole, jax.ShapeDtypeStruct((), targets.weight_B.dtype), targets, x,
+  scalar = lambda dtype: cast(Any, jax.ShapeDtypeStruct((), dtype))
+  message = Message(scalar(jnp.int32), scalar(targets.weight_B.dtype), targets, cast(Any, x),
                     targets.weight_B if made_of.model.contrast else None)
   return ends, message
 
@@ -171,8 +172,8 @@ def _whole(plan: _Plan, state: PipelineState) -> TrainState:
   """The sequential run's state."""
   rows = [jax.tree.map(lambda x, s=s: x[s], state.own) for s in range(len(plan.stages))]
   own = [packing.unpack(row, like) for row, like in zip(rows, plan.own, strict=True)]
-  return TrainState(state.step, *packing.join(own, *stage_work.names(plan.algorithm.made_of)),
-                    state.sums, state.bad_step)
+  whole: Own = packing.join(own, *stage_work.names(plan.algorithm.made_of))
+  return TrainState(state.step, whole.params, whole.rest, whole.opt_state, state.sums, state.bad_step)
 
 
 def _dispatch(plan: _Plan, state: PipelineState, key: jax.Array, ticks: jax.Array, fresh: jax.Array,
@@ -208,8 +209,8 @@ def _fetch(plan: _Plan, message: Message, inputs: tuple) -> Batch:
 
 def _nothing(plan: _Plan, own: Rows, message: Message, inputs: tuple) -> tuple[Rows, Rows, Message]:
   """What a stage without a batch does."""
-  zeros = [packing.pack({}, packing.widths(trees)) for trees in (plan.summed, plan.stats)]
-  return *zeros, message
+  zeros = lambda trees: packing.pack({}, packing.widths(trees))
+  return zeros(plan.summed), zeros(plan.stats), message
 
 
 def _gradient(plan: _Plan, s: int, key: jax.Array, own: Rows, message: Message, inputs: tuple

@@ -3,7 +3,6 @@
 A run is a pure function of its config, so a run that was stopped, in any way, ends as if it had not been.
 """
 
-import functools
 import json
 import pathlib
 import signal
@@ -34,11 +33,10 @@ from lfg_jax.training import (
 )
 from lfg_jax.training import workdir as folders
 from lfg_jax.training.checkpoints import Checkpoints
-from lfg_jax.training.pipeline import PipelineState
 from lfg_jax.training.run_log import RunLog
 from lfg_jax.training.update import Feed, TrainState
 
-State = TrainState | PipelineState
+State = Any    # TrainState, in stages PipelineState
 REFRESH_SECONDS = 1.0    # between looks at the running state, which wait for the device
 
 
@@ -210,15 +208,17 @@ def build(job: Job) -> tuple[Functions, TrainState]:
   test_error = update.make_error(algorithm, flat, update.make_feed(dataset.test, flat, whole_rows))
   state = update.init_state(algorithm, optimizer, init_key, mesh)
   if config.stages > 1:
-    stages = pipeline.make(job, optimizer, feed, state)
-    return Functions(feed, functools.partial(stages.steps, noise_key), test_error, stages.begin,
-                     functools.partial(stages.finish, noise_key), stages.whole), state
+    spans = stage_plan.spans(algorithm.made_of, config.stages)
+    stages = pipeline.make(algorithm, optimizer, mesh, feed, spans, state,
+                           update.batch_like(dataset.image_shape, config.batch_size))
+    return Functions(feed, lambda state, count, inputs: stages.steps(state, noise_key, count, inputs), test_error,
+                     stages.begin, lambda state, inputs: stages.finish(state, noise_key, inputs), stages.whole), state
   step = update.make_update(algorithm, optimizer, mesh, feed)
   return Functions(feed, lambda state, count, inputs: step(state, noise_key, count, *inputs), test_error), state
 
 
-def _epochs(config: ConfigDict, functions: Functions, state: TrainState, checkpoints: Checkpoints,
-            log: RunLog, signals: Signals, begin: float) -> TrainState:
+def _epochs(config: ConfigDict, functions: Functions, state: State, checkpoints: Checkpoints,
+            log: RunLog, signals: Signals, begin: float) -> State:
   """The epochs that are left."""
   steps = functions.feed.steps
   for epoch in range(int(state.step) // steps, config.epochs):
@@ -240,8 +240,8 @@ def _epochs(config: ConfigDict, functions: Functions, state: TrainState, checkpo
   return state
 
 
-def _epoch(functions: Functions, state: TrainState, epoch: int, batch_size: int, log: RunLog,
-           signals: Signals) -> tuple[TrainState, float | None]:
+def _epoch(functions: Functions, state: State, epoch: int, batch_size: int, log: RunLog,
+           signals: Signals) -> tuple[State, float | None]:
   """Steps to the end of an epoch, to a signal, or to what is not finite.
 
   Also returns the speed in examples per second. What is dispatched first, which may include compilation, is not part
@@ -269,7 +269,7 @@ def _epoch(functions: Functions, state: TrainState, epoch: int, batch_size: int,
   return state, timed * batch_size / (time.monotonic() - begin) if timed else None
 
 
-def _means(state: TrainState) -> dict[str, float]:
+def _means(state: State) -> dict[str, float]:
   """Of the epoch so far."""
   return {f'train_{name}': float(value / state.sums['examples'])
           for name, value in state.sums.items() if name != 'examples'}

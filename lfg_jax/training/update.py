@@ -6,7 +6,7 @@ that is random is keyed by step and by position in the global batch, so the numb
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +124,12 @@ def _stream_feed(stream: Stream, mesh: Mesh, batch_size: int, steps: int) -> Fee
     return ((1, (jax.tree.map(to_devices, batch),)) for batch in batches)
 
   return Feed(steps, lambda batch, step: batch, (P(AXIS),), epochs, at_once=1, is_stream=True)
+
+
+def batch_like(image_shape: tuple[int, int, int], batch_size: int) -> Batch:
+  """Shapes of a global batch."""
+  of = lambda shape, dtype: cast(Any, jax.ShapeDtypeStruct((batch_size, *shape), dtype))
+  return Batch(of(image_shape, jnp.uint8), of((), jnp.int32), of((), jnp.float32))
 
 
 def _share(mesh: Mesh) -> tuple[int, int]:
