@@ -53,16 +53,24 @@ class Pipeline(NamedTuple):
   """Jitted functions of a run.
 
   Attributes:
+    stages: how many.
     begin: `TrainState -> PipelineState`, with no batch on its way.
-    steps: `(state, key, batches, inputs of the feed) -> state`: so many batches enter. Takes over
-      the memory of `state`, as all but `whole` do.
-    finish: `(state, key, inputs) -> state`: all batches that have entered leave.
+    dispatch: `(state, key, ticks, fresh, *inputs of the feed) -> state` after so many ticks, in the
+      first `fresh` of which a batch enters. Takes over the memory of `state`.
     whole: `PipelineState -> TrainState`, with no batch on its way.
   """
+  stages: int
   begin: Callable[[TrainState], PipelineState]
-  steps: Callable[..., PipelineState]
-  finish: Callable[..., PipelineState]
+  dispatch: Callable[..., PipelineState]
   whole: Callable[[PipelineState], TrainState]
+
+  def steps(self, state: PipelineState, key: jax.Array, count: int, inputs: tuple) -> PipelineState:
+    """So many batches enter."""
+    return self.dispatch(state, key, count, count, *inputs)
+
+  def finish(self, state: PipelineState, key: jax.Array, inputs: tuple) -> PipelineState:
+    """All batches that have entered leave; of the inputs only the shapes matter."""
+    return self.dispatch(state, key, self.stages - 1, 0, *inputs)
 
 
 class _Plan(NamedTuple):
@@ -102,7 +110,6 @@ def make(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Me
     batch: shapes of a global batch.
   """
   plan = _plan(algorithm, optimizer, mesh, feed, spans, like, batch)
-  last = len(spans) - 1
   everywhere, of_stage = cast(Any, P()), cast(Any, P(STAGE))
   specs = PipelineState(everywhere, of_stage, _message_specs(plan), everywhere, everywhere)
   dispatch = jax.jit(jax.shard_map(
@@ -111,9 +118,7 @@ def make(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Me
   place = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs,
                        is_leaf=lambda spec: isinstance(spec, P))
   return Pipeline(
-      jax.jit(functools.partial(_begin, plan), out_shardings=place),
-      lambda state, key, count, inputs: dispatch(state, key, count, count, *inputs),
-      lambda state, key, inputs: dispatch(state, key, last, 0, *inputs),
+      len(spans), jax.jit(functools.partial(_begin, plan), out_shardings=place), dispatch,
       jax.jit(functools.partial(_whole, plan), out_shardings=NamedSharding(mesh, P())))
 
 

@@ -26,7 +26,7 @@ def spans(made_of: Composition, number: int) -> tuple[range, ...]:
   >>> model = registry.find('mlp').make(fields, images)
   >>> made_of = algorithms.compose(rules.REGISTRY['LG-BP'], rules.Options(), model).made_of
   >>> spans(made_of, 2)
-  (range(0, 2), range(2, 5))
+  (range(0, 1), range(1, 5))
   """
   ends = _balanced(tuple(costs(made_of)), number)
   return tuple(range(*pair) for pair in zip((0, *ends), ends, strict=False))

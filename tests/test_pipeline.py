@@ -1,0 +1,181 @@
+"""The block pipeline: equal to the sequential run, neighbours only, and refused where it cannot be."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lfg_jax import data
+from lfg_jax.errors import UserError
+from lfg_jax.training import algorithms, configs, hlo, optimizers, pipeline, stage_plan, train, update
+from tests.runs import STEPS, state, tiny
+
+BATCH = 64
+MIXER = {'model__size': 'S/2/4', 'model__blocks': 4}
+
+
+def perceptron(**fields):
+  """Eight blocks of a perceptron; the mixer is what `fields` of the model make of `tiny`."""
+  if any(name.startswith('model__') for name in fields):
+    return tiny(**fields)
+  config = tiny()
+  configs.use_model(config, 'mlp', blocks=8, channels=16, groups=4)
+  config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in fields.items()})
+  return config
+
+
+def mesh_of(devices, stages):
+  """The first devices, as `update.make_mesh` arranges all."""
+  shape, axes = ((devices, stages), ('data', 'stage')) if stages > 1 else ((devices,), ('data',))
+  return jax.make_mesh(shape, axes, axis_types=(jax.sharding.AxisType.Auto,) * len(axes),
+                       devices=jax.devices()[:devices * stages])
+
+
+def build(config, devices, stages):
+  """(feed, state before the first step, how to make steps): as `train.build`, on some of the devices."""
+  dataset, mesh = data.load('digits'), mesh_of(devices, stages)
+  algorithm = algorithms.make(config, dataset, update.AXIS)
+  stage_plan.check(config, algorithm.made_of)
+  feed = update.make_feed(dataset.train, mesh, BATCH, jax.random.key(1), at_once=config.steps_per_dispatch)
+  rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs)
+  optimizer = optimizers.make(config.optimizer, rate)
+  before = update.init_state(algorithm, optimizer, jax.random.key(0), mesh)
+  if stages == 1:
+    return feed, before, update.make_update(algorithm, optimizer, mesh, feed)
+  spans = stage_plan.spans(algorithm.made_of, stages)
+  batch = update.batch_like(dataset.image_shape, BATCH)
+  return feed, before, pipeline.make(algorithm, optimizer, mesh, feed, spans, before, batch)
+
+
+def after(config, devices, stages, steps):
+  """The state after the last steps of an epoch, of which the very last has padding."""
+  feed, before, made = build(config, devices, stages)
+  first, key = STEPS - steps, jax.random.key(2)
+  before = before._replace(step=jax.device_put(jnp.int32(first), before.step.sharding))
+  if stages == 1:
+    for count, inputs in feed.epoch(0, first):
+      before = made(before, key, count, *inputs)
+    return jax.device_get(before)
+  now = made.begin(before)
+  for count, inputs in feed.epoch(0, first):
+    now = made.steps(now, key, count, inputs)
+  return jax.device_get(made.whole(made.finish(now, key, inputs)))
+
+
+@functools.cache
+def sequential(text, devices, steps):
+  return after(configs_by_text[text], devices, 1, steps)
+
+
+configs_by_text = {}
+
+
+def assert_equal(config, devices, stages, steps):
+  """Bit by bit: parameters, optimizer, guesses, metrics."""
+  text = configs.to_json(config)
+  configs_by_text[text] = config
+  one, several = sequential(text, devices, steps), after(config, devices, stages, steps)
+  assert one.step == STEPS and one.bad_step == -1 and one.sums['loss'] > 0
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one.params, build(config, 1, 1)[1].params)
+  assert min(jax.tree.leaves(moved)) > 0 or 'blocks' in moved
+  jax.tree_util.tree_map_with_path(
+      lambda path, a, b: np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path)), one, several)
+
+
+@pytest.mark.parametrize('stages', [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
+def test_equal_after_twenty_steps(stages):
+  assert_equal(perceptron(steps_per_dispatch=7), 1, stages, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stages, fields', [
+    (2, {'algorithm': 'LG-BP'}), (8, {'algorithm': 'LG-BP'}), (4, {'algorithm': 'LG-FG-W'}),
+    (2, {'algorithm': 'LG-FA', 'losses__every': 3}), (3, {'algorithm': 'LG-FD-A'}),
+    (4, {'algorithm': 'LG-FG-A', **MIXER}), (4, {'algorithm': 'LG-BP', **MIXER, 'micro_batch': 16}),
+    (2, {'algorithm': 'LG-FG-A-paper', **MIXER, 'model__norm': 'batch'}),
+    (4, {'algorithm': 'LG-FG-A', 'loss': 'contrastive', 'optimizer__name': 'sgd'}),
+    (2, {'algorithm': 'LG-BP', 'optimizer__name': 'adamw', 'optimizer__weight_decay': 0.1}),
+], ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else str(value))
+def test_equal_for_rules_models_and_losses(stages, fields):
+  assert_equal(perceptron(steps_per_dispatch=7, **fields), 1, stages, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('devices, stages, fields', [
+    (2, 4, {'algorithm': 'LG-FG-A'}), (2, 2, {'algorithm': 'LG-FG-A', 'loss': 'contrastive'})])
+def test_equal_with_data_parallelism_beside_it(devices, stages, fields):
+  assert_equal(perceptron(steps_per_dispatch=7, **fields), devices, stages, 8)
+
+
+@pytest.mark.slow
+def test_outputs_of_different_shapes():
+  config = tiny(algorithm='LG-BP')
+  configs.use_model(config, 'resnet', stages=(1, 2), channels=8, groups=2, patches=2)
+  assert_equal(config, 1, 3, 3)
+
+
+def compiled(config, devices, stages):
+  feed, before, made = build(config, devices, stages)
+  shapes = jax.eval_shape(made.begin, before)
+  _, inputs = next(feed.epoch(0, 0))
+  return made.dispatch.lower(shapes, jax.random.key(0), 1, 1, *inputs).compile()
+
+
+def test_neighbours_send_one_activity_and_nothing_else():
+  """Per tick x, labels, weights, the number of examples and that of the step; then the metrics, round the ring."""
+  text = compiled(perceptron(algorithm='LG-BP'), 1, 4).as_text()
+  assert set(re.findall(rf' ({"|".join(hlo.COLLECTIVES)})(?:-start)?\(', text)) == {'collective-permute'}
+  of_tick = BATCH * (16 + 1 + 1) * 4 + 8
+  metrics = 3 * (4 * 4)    # hops × (loss, error, examples, bad step)
+  assert hlo.collectives(text)['collective-permute'].sent == of_tick + metrics
+
+
+def test_a_device_holds_its_own_stage():
+  config = perceptron(algorithm='LG-BP')
+  held = compiled(config, 1, 4).memory_analysis().argument_size_in_bytes
+  feed, before, _ = build(config, 1, 1)
+  own = sum(leaf.nbytes for leaf in jax.tree.leaves((before.params, before.opt_state)))
+  data_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(next(feed.epoch(0, 0))[1]))
+  assert held - data_bytes < 0.5 * own
+
+
+# --- runs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_stages(tmp_path, monkeypatch):
+  """Stopped within an epoch by a signal, with batches on their way."""
+  fields = {'algorithm': 'LG-BP', 'optimizer__schedule': 'constant', 'steps_per_dispatch': 5}
+  monkeypatch.setattr(jax, 'device_count', lambda: 4)
+  monkeypatch.setattr(update, 'make_mesh', lambda stages=1: mesh_of(4 // stages, stages))
+  for epochs, stages in ((1, 4), (2, 2), (3, 1)):
+    folder = tmp_path / 'changing'
+    train.train(train.prepare(perceptron(epochs=epochs, stages=stages, **fields)), folder)
+  train.train(train.prepare(perceptron(epochs=3, stages=2, **fields)), tmp_path / 'same')
+  for there, here in zip(state(tmp_path / 'changing'), state(tmp_path / 'same'), strict=True):
+    np.testing.assert_allclose(there, here, rtol=2e-3, atol=2e-4)
+  job, variables = train.load(tmp_path / 'same')
+  assert job.config.stages == 1 and variables.step == 3 * STEPS
+
+
+@pytest.mark.parametrize('fields, message', [
+    ({'stages': 3}, 'stages is 3; allowed: divisors of 8, the number of devices'),
+    ({'stages': 2, 'batch_size': 6}, 'batch_size is 6; allowed: multiples of 4, the number of devices of a stage'),
+    ({'stages': 2, 'algorithm': 'BP'}, 'stages is 2, but BP learns from a loss at the end of the network, which all '
+                                       'blocks must wait for; allowed: 1, or one of LG-BP, LG-FA, '),
+    ({'stages': 2, 'algorithm': 'L-FA'}, 'stages is 2, but L-FA sends a gradient from block to block; allowed: 1, or'),
+    ({'stages': 2, 'algorithm': 'DFA'}, 'stages is 2, but DFA learns from a loss at the end'),
+    ({'stages': 2, 'algorithm': 'FG-W'}, 'stages is 2, but FG-W learns from a loss at the end'),
+    ({'stages': 2, 'algorithm': 'LG-BP', 'losses__overlap': True}, 'stages is 2, but losses.overlap=True lets every'),
+    ({'stages': 8, 'losses__every': 2}, 'stages is 8; allowed: 1 … 4, the number of parts of the network with losses'),
+    ({'stages': 4, 'optimizer__name': 'lars'}, "stages is 4, but optimizer.name='lars' takes one ratio for all blocks "
+                                               "of 'blocks', which are not all in one stage; allowed: 1, or sgd,"),
+    ({'stages': 0}, 'stages is 0; allowed: 1 or more'),
+], ids=str)
+def test_refused_in_one_line(fields, message):
+  with pytest.raises(UserError) as error:
+    train.prepare(perceptron(**fields))
+  assert str(error.value).startswith(message) and '\n' not in str(error.value)
