@@ -85,7 +85,10 @@ def assert_equal(config, devices, stages, steps):
       lambda path, a, b: np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path)), one, several)
 
 
-@pytest.mark.parametrize('stages', [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize('stages', [2, pytest.param(4, marks=SLOW), pytest.param(8, marks=SLOW)])
 def test_equal_after_twenty_steps(stages):
   assert_equal(perceptron(steps_per_dispatch=7), 1, stages, 20)
 

@@ -54,14 +54,16 @@ class Pipeline(NamedTuple):
 
   Attributes:
     stages: how many.
+    place: where the state's arrays are, a tree of shardings.
     begin: `TrainState -> PipelineState`, with no batch on its way.
     dispatch: `(state, key, ticks, fresh, *inputs of the feed) -> state` after so many ticks, in the
       first `fresh` of which a batch enters. Takes over the memory of `state`.
     whole: `PipelineState -> TrainState`, with no batch on its way.
   """
   stages: int
+  place: PipelineState
   begin: Callable[[TrainState], PipelineState]
-  dispatch: Callable[..., PipelineState]
+  dispatch: Any
   whole: Callable[[PipelineState], TrainState]
 
   def steps(self, state: PipelineState, key: jax.Array, count: int, inputs: tuple) -> PipelineState:
@@ -118,7 +120,7 @@ def make(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Me
   place = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs,
                        is_leaf=lambda spec: isinstance(spec, P))
   return Pipeline(
-      len(spans), jax.jit(functools.partial(_begin, plan), out_shardings=place), dispatch,
+      len(spans), place, jax.jit(functools.partial(_begin, plan), out_shardings=place), dispatch,
       jax.jit(functools.partial(_whole, plan), out_shardings=NamedSharding(mesh, P())))
 
 

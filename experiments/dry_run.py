@@ -1,0 +1,109 @@
+"""What a training step would take of each of N devices, without them: memory, arithmetic, bytes sent, time.
+
+    python experiments/dry_run.py --devices=N[,N …] [--stages=S[,S …]] [--batch_per_device=B] [--flops=1e14]
+        [--link=1e11] [--config=NAME or FILE] [--config.field=value …] [--out=DIR]
+
+Compiles the step for N virtual devices on one CPU and runs nothing. The batch is config.batch_size, or N·B.
+Predicted time: operations / --flops (that a device attains per second) + bits sent / --link (that it sends per second).
+Nothing overlaps, and latency is not counted. In stages, a step is a tick of the pipeline, whose filling and draining
+takes S - 1 ticks per epoch. DIR gets dry_run.json and dry_run.md.
+"""
+
+import copy
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from lfg_jax.errors import UserError, as_user_errors
+from lfg_jax.training import command_line, configs, dry_run, run_log
+
+Row = dict[str, Any]
+
+
+def main(arguments: list[str]) -> None:
+  """Compiles, prints and writes."""
+  parser = command_line.Parser(description=__doc__)
+  parser.add_argument('--config', default='imagenet', help='name of a config, or a file; default: imagenet')
+  parser.add_argument('--devices', default='8', help='numbers, with commas; default: 8')
+  parser.add_argument('--stages', default='1', help='numbers, with commas; default: 1')
+  parser.add_argument('--batch_per_device', type=int, help='default: config.batch_size of all devices together')
+  parser.add_argument('--flops', type=float, default=1e14, help='operations per second; default: 1e14')
+  parser.add_argument('--link', type=float, default=1e11, help='bits per second; default: 1e11')
+  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/dry_run'))
+  options, config = command_line.parse(parser, arguments)
+  command_line.at_least(options, flops=1, link=1)
+  devices = command_line.numbers('devices', options.devices, 1)
+  stages = command_line.numbers('stages', options.stages, 1)
+  if options.batch_per_device is not None:
+    command_line.at_least(options, batch_per_device=1)
+  configs.validate(config)
+  virtual_devices(max(devices))
+  origin = run_log.provenance(['experiments/dry_run.py', *arguments])
+  rows = []
+  for count in devices:
+    for number in stages:
+      rows.append(row(config, count, number, options.batch_per_device, options.flops, options.link))
+      print(table(rows[-1:]) if len(rows) == 1 else table(rows[-1:]).splitlines()[-1], flush=True)
+  options.out.mkdir(parents=True, exist_ok=True)
+  content = {**origin, 'flops': options.flops, 'link': options.link, 'rows': rows}
+  run_log.write_atomically(options.out / 'dry_run.json', json.dumps(content, indent=2) + '\n')
+  run_log.write_atomically(options.out / 'dry_run.md', table(rows) + '\n')
+
+
+def virtual_devices(count: int) -> None:
+  """Makes the CPU so many devices, if it is not yet in use.
+
+  Raises:
+    UserError: it is, and has fewer.
+  """
+  try:
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', count)
+  except RuntimeError as error:
+    if len(jax.devices()) < count:
+      raise UserError(f'devices is {count}; allowed: 1 … {len(jax.devices())}') from error
+
+
+def row(config: ConfigDict, devices: int, stages: int, batch_per_device: int | None, flops: float, link: float) -> Row:
+  """Of one number of devices and of stages."""
+  config = copy.deepcopy(config)
+  config.stages = stages
+  if batch_per_device:
+    config.batch_size = devices * batch_per_device
+  begin = time.perf_counter()
+  with as_user_errors():
+    cost = dry_run.cost(config, devices)
+  seconds = cost.seconds(flops, link)
+  return {'algorithm': config.algorithm, 'model': config.model.get('size', config.model.name), 'devices': devices,
+          'stages': stages, 'batch_size': config.batch_size, 'parameters': cost.parameters, 'state_bytes': cost.state,
+          'temporaries_bytes': cost.temporaries, 'flop': cost.flop, 'sent_bytes': cost.sent,
+          'collectives': {kind: sent._asdict() for kind, sent in cost.collectives.items()},
+          'step_seconds': seconds, 'examples_per_second': config.batch_size / seconds,
+          'compile_seconds': round(time.perf_counter() - begin, 1)}
+
+
+def table(rows: list[Row]) -> str:
+  """In markdown, per device."""
+  first = rows[0]
+  lines = [f'{first["model"]}, {first["algorithm"]}; per device and step', '',
+           '| devices | stages | batch | parameters, M | state, MiB | temporaries, MiB | GFLOP | sent, MiB | step, ms '
+           '| steps/s | examples/s |', '|' + '---|' * 11]
+  lines += [f'| {r["devices"]} | {r["stages"]} | {r["batch_size"]} | {r["parameters"] / 1e6:.2f} '
+            f'| {r["state_bytes"] / 2**20:.1f} | {r["temporaries_bytes"] / 2**20:.0f} | {r["flop"] / 1e9:.2f} '
+            f'| {sent(r)} | {1e3 * r["step_seconds"]:.1f} | {1 / r["step_seconds"]:.2f} '
+            f'| {r["examples_per_second"]:.0f} |' for r in rows]
+  return '\n'.join(lines)
+
+
+def sent(row: Row) -> str:
+  """MiB of each kind of collective."""
+  parts = [f'{kind} {found["sent"] / 2**20:.2f}' for kind, found in row['collectives'].items()]
+  return ', '.join(parts) or '0'
+
+
+if __name__ == '__main__':
+  command_line.run(main)

@@ -1,0 +1,127 @@
+"""What a training step would take of N devices: compiled for as many virtual ones, not run.
+
+Parameters and images are shapes only, so that a model of any size is compiled without its memory.
+A step is an update of all devices; in stages it is a tick, in which one batch enters and one leaves.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from lfg_jax import data
+from lfg_jax.errors import UserError
+from lfg_jax.training import algorithms, hlo, optimizers, pipeline, stage_plan, stage_work, update
+from lfg_jax.training.update import AXIS, STAGE, Feed, TrainState
+
+PyTree = Any
+STEPS = 1000    # of an epoch: only schedules look at it
+
+
+class Cost(NamedTuple):
+  """Of one step, on the device that has the most of each.
+
+  Attributes:
+    parameters: how many numbers.
+    state: bytes of parameters, optimizer and all else that stays.
+    temporaries: bytes that the compiled step needs besides its arguments, as XLA for CPUs lays it out.
+    flop: of matrix products and convolutions.
+    collectives: what is sent, by kind.
+  """
+  parameters: int
+  state: int
+  temporaries: int
+  flop: int
+  collectives: dict[str, hlo.Sent]
+
+  @property
+  def sent(self) -> int:
+    """Bytes."""
+    return sum(kind.sent for kind in self.collectives.values())
+
+  def seconds(self, flops: float, link: float) -> float:
+    """Of a step for so many operations per second and so many *bits* per second, one after the other."""
+    return self.flop / flops + 8 * self.sent / link
+
+
+def mesh(devices: int, stages: int = 1) -> Mesh:
+  """So many of the devices that there are.
+
+  Raises:
+    UserError: there are fewer.
+  """
+  if len(jax.devices()) < devices:
+    raise UserError(f'devices is {devices}; allowed: 1 … {len(jax.devices())}, as many as there are')
+  shape, axes = ((devices // stages, stages), (AXIS, STAGE)) if stages > 1 else ((devices,), (AXIS,))
+  return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes), devices=jax.devices()[:devices])
+
+
+def images_of(config: ConfigDict) -> data.Dataset:
+  """The data set of a config, without its images."""
+  if config.dataset == 'digits':
+    return data.load('digits')
+  facts = data.TFDS[config.dataset]
+  side = config.image_size or facts.image_shape[0]
+  shape = (side, side, facts.image_shape[2])
+  nothing: Any = None
+  return data.Dataset(config.dataset, facts.classes, shape, facts.mean, facts.std, nothing, nothing)
+
+
+def cost(config: ConfigDict, devices: int) -> Cost:
+  """Of a step of a config's run on so many devices.
+
+  Raises:
+    ValueError: the config's stages or batch do not fit the devices, the rule or the model.
+    UserError: there are fewer devices.
+  """
+  stage_plan.check_devices(config, devices)
+  dataset, on = images_of(config), mesh(devices, config.stages)
+  algorithm = algorithms.make(config, dataset, AXIS)
+  stage_plan.check(config, algorithm.made_of)
+  rate = optimizers.schedule(config.optimizer, STEPS, config.epochs, config.batch_size)
+  optimizer = optimizers.make(config.optimizer, rate)
+  whole = jax.eval_shape(lambda key: update.init_state(algorithm, optimizer, key, on), jax.random.key(0))
+  batch = update.batch_like(dataset.image_shape, config.batch_size)
+  feed = Feed(STEPS, lambda batch, step: batch, (P(AXIS),), lambda epoch, step: iter(()), 1, is_stream=True)
+  placed = functools.partial(_placed, on)
+  inputs = placed(batch, P(AXIS))
+  key, number = placed(jax.eval_shape(lambda: jax.random.key(0)), P()), 1
+  if config.stages == 1:
+    state = placed(whole, P())
+    made: Any = update.make_update(algorithm, optimizer, on, feed)
+    step = made.lower(state, key, number, inputs)
+    return _cost(step.compile(), _size(whole.params), state)
+  spans = stage_plan.spans(algorithm.made_of, config.stages)
+  made = pipeline.make(algorithm, optimizer, on, feed, spans, whole, batch)
+  state = jax.eval_shape(made.begin, whole)
+  state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state,
+                       jax.tree.broadcast(made.place, state))
+  step = made.dispatch.lower(state, key, number, number, inputs)
+  return _cost(step.compile(), _largest(algorithm.made_of, spans, whole), state)
+
+
+def _cost(compiled: jax.stages.Compiled, parameters: int, state: PyTree) -> Cost:
+  text, memory = compiled.as_text(), compiled.memory_analysis()
+  assert text and memory
+  of_device = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+  return Cost(parameters, sum(map(of_device, jax.tree.leaves(state))), int(memory.temp_size_in_bytes),
+              hlo.flop(text), hlo.collectives(text))
+
+
+def _placed(on: Mesh, tree: PyTree, spec: P) -> PyTree:
+  place = NamedSharding(on, spec)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
+def _size(tree: PyTree) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _largest(made_of: algorithms.Composition, spans: tuple[range, ...], whole: TrainState) -> int:
+  """Parameters of the stage with the most."""
+  return max(_size(jax.eval_shape(functools.partial(stage_work.own, stage=stage, made_of=made_of), whole).params)
+             for stage in stage_work.make_stages(made_of, spans))
