@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from lfg_jax import data
 from lfg_jax.errors import UserError
 from lfg_jax.training import algorithms, configs, hlo, optimizers, pipeline, run_log, stage_plan, train, update
-from tests.runs import STEPS, state, tiny
+from tests.runs import FLAGS, STEPS, free_port, start, state, tiny
 
 BATCH = 64
 MIXER = {'model__size': 'S/2/4', 'model__blocks': 4}
@@ -34,12 +35,13 @@ def mesh_of(devices, stages):
                        devices=jax.devices()[:devices * stages])
 
 
-def build(config, devices, stages):
+def build(config, devices, stages, feed=None):
   """(feed, state before the first step, how to make steps): as `train.build`, on some of the devices."""
   dataset, mesh = data.load('digits'), mesh_of(devices, stages)
   algorithm = algorithms.make(config, dataset, update.AXIS)
   stage_plan.check(config, algorithm.made_of)
-  feed = update.make_feed(dataset.train, mesh, BATCH, jax.random.key(1), at_once=config.steps_per_dispatch)
+  feed = feed or update.make_feed(dataset.train, mesh, BATCH, jax.random.key(1),
+                                  at_once=config.steps_per_dispatch)
   rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs)
   optimizer = optimizers.make(config.optimizer, rate)
   before = update.init_state(algorithm, optimizer, jax.random.key(0), mesh)
@@ -198,6 +200,36 @@ def test_a_run_goes_on_with_other_stages(tmp_path, monkeypatch):
     go('changing', epochs, stages)
   assert go('changing', 3, 1) == go('same', 3, 1)
   for there, here in zip(state(tmp_path / 'changing'), state(tmp_path / 'same'), strict=True):
+    np.testing.assert_array_equal(there, here)
+
+
+@pytest.mark.slow
+def test_batches_that_come_one_by_one():
+  """As those of a stream: one tick per dispatch, and the pipeline stays full."""
+  config, steps = perceptron(algorithm='LG-BP', steps_per_dispatch=1), 6
+  one = after(config, 1, 1, steps)
+  feed, before, made = build(config, 1, 4)
+  (_, (arrays, order)), *_ = feed.epoch(0, 0)
+  streamed = feed._replace(fetch=lambda batch, step: batch, specs=(P(update.AXIS),), is_stream=True)
+  _, _, made = build(config, 1, 4, streamed)
+  now = made.begin(before._replace(step=jax.device_put(jnp.int32(STEPS - steps), before.step.sharding)))
+  for step in range(STEPS - steps, STEPS):
+    batch = data.datasets.take(arrays, order[step])
+    now = made.steps(now, jax.random.key(2), 1, (batch,))
+  now = made.finish(now, jax.random.key(2), (jax.tree.map(jnp.zeros_like, batch),))
+  assert_same(jax.device_get(made.whole(now)), one)
+
+
+@pytest.mark.slow
+def test_two_processes_are_two_stages(tmp_path):
+  address = f'localhost:{free_port()}'
+  flags = ['--config.algorithm=LG-BP', '--config.model.blocks=2', '--config.epochs=1', *FLAGS]
+  both = [start('train.py', f'--workdir={tmp_path / "two"}', '--config.stages=2', f'--coordinator={address}',
+                '--processes=2', f'--process={i}', *flags) for i in range(2)]
+  alone = start('train.py', f'--workdir={tmp_path / "one"}', *flags)
+  errors = [process.communicate(timeout=300)[1] for process in (*both, alone)]
+  assert [process.returncode for process in (*both, alone)] == [0, 0, 0], errors
+  for there, here in zip(state(tmp_path / 'two'), state(tmp_path / 'one'), strict=True):
     np.testing.assert_array_equal(there, here)
 
 
