@@ -15,10 +15,9 @@ import pathlib
 import time
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from lfg_jax.errors import UserError, as_user_errors
+from lfg_jax.errors import as_user_errors
 from lfg_jax.training import command_line, configs, dry_run, run_log
 
 Row = dict[str, Any]
@@ -41,7 +40,7 @@ def main(arguments: list[str]) -> None:
   if options.batch_per_device is not None:
     command_line.at_least(options, batch_per_device=1)
   configs.validate(config)
-  virtual_devices(max(devices))
+  dry_run.virtual_devices(max(devices))
   origin = run_log.provenance(['experiments/dry_run.py', *arguments])
   rows = []
   for count in devices:
@@ -52,20 +51,6 @@ def main(arguments: list[str]) -> None:
   content = {**origin, 'flops': options.flops, 'link': options.link, 'rows': rows}
   run_log.write_atomically(options.out / 'dry_run.json', json.dumps(content, indent=2) + '\n')
   run_log.write_atomically(options.out / 'dry_run.md', table(rows) + '\n')
-
-
-def virtual_devices(count: int) -> None:
-  """Makes the CPU so many devices, if it is not yet in use.
-
-  Raises:
-    UserError: it is, and has fewer.
-  """
-  try:
-    jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', count)
-  except RuntimeError as error:
-    if len(jax.devices()) < count:
-      raise UserError(f'devices is {count}; allowed: 1 … {len(jax.devices())}') from error
 
 
 def row(config: ConfigDict, devices: int, stages: int, batch_per_device: int | None, flops: float, link: float) -> Row:

@@ -6,6 +6,7 @@ A step is an update of all devices; in stages it is a tick, in which one batch e
 
 import functools
 import math
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -48,14 +49,21 @@ class Cost(NamedTuple):
     return self.flop / flops + 8 * self.sent / link
 
 
-def mesh(devices: int, stages: int = 1) -> Mesh:
-  """So many of the devices that there are.
+def virtual_devices(count: int) -> None:
+  """Makes the CPU so many devices, before it is used; where XLA_FLAGS says how many, they must do.
 
   Raises:
     UserError: there are fewer.
   """
-  if len(jax.devices()) < devices:
-    raise UserError(f'devices is {devices}; allowed: 1 … {len(jax.devices())}, as many as there are')
+  if 'device_count' not in os.environ.get('XLA_FLAGS', ''):
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', count)
+  if len(jax.devices()) < count:
+    raise UserError(f'devices is {count}; allowed: 1 … {len(jax.devices())}, as many as there are')
+
+
+def mesh(devices: int, stages: int = 1) -> Mesh:
+  """So many of the devices that there are."""
   shape, axes = ((devices // stages, stages), (AXIS, STAGE)) if stages > 1 else ((devices,), (AXIS,))
   return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes), devices=jax.devices()[:devices])
 
@@ -76,7 +84,6 @@ def cost(config: ConfigDict, devices: int) -> Cost:
 
   Raises:
     ValueError: the config's stages or batch do not fit the devices, the rule or the model.
-    UserError: there are fewer devices.
   """
   stage_plan.check_devices(config, devices)
   dataset, on = images_of(config), mesh(devices, config.stages)
