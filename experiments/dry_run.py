@@ -1,12 +1,13 @@
-"""What a training step would take of each of N devices, without them: memory, arithmetic, bytes sent, time.
+"""What a training step would take of each of N devices, without them: memory, operations, bytes, time.
 
-    python experiments/dry_run.py --devices=N[,N …] [--stages=S[,S …]] [--batch_per_device=B] [--flops=1e14]
-        [--link=1e11] [--config=NAME or FILE] [--config.field=value …] [--out=DIR]
+    python experiments/dry_run.py --devices=N[,N …] [--stages=S[,S …]] [--batch_per_device=B]
+        [--flops=1e14] [--link=1e11] [--config=NAME or FILE] [--config.field=value …] [--out=DIR]
 
-Compiles the step for N virtual devices on one CPU and runs nothing. The batch is config.batch_size, or N·B.
-Predicted time: operations / --flops (that a device attains per second) + bits sent / --link (that it sends per second).
-Nothing overlaps, and latency is not counted. In stages, a step is a tick of the pipeline, whose filling and draining
-takes S - 1 ticks per epoch. DIR gets dry_run.json and dry_run.md.
+Compiles the step for N virtual devices on one CPU and runs nothing. The batch is config.batch_size,
+or N·B. Predicted time: operations / --flops (that a device attains per second) + bits sent / --link
+(that it sends per second). Nothing overlaps, and latency is not counted. In stages, a step is a tick
+of the pipeline, whose filling and draining takes S - 1 ticks per epoch. DIR gets dry_run.json and
+dry_run.md.
 """
 
 import copy
@@ -26,11 +27,17 @@ Row = dict[str, Any]
 def main(arguments: list[str]) -> None:
   """Compiles, prints and writes."""
   parser = command_line.Parser(description=__doc__)
-  parser.add_argument('--config', default='imagenet', help='name of a config, or a file; default: imagenet')
+  parser.add_argument(
+    '--config', default='imagenet', help='name of a config, or a file; default: imagenet'
+  )
   parser.add_argument('--devices', default='8', help='numbers, with commas; default: 8')
   parser.add_argument('--stages', default='1', help='numbers, with commas; default: 1')
-  parser.add_argument('--batch_per_device', type=int, help='default: config.batch_size of all devices together')
-  parser.add_argument('--flops', type=float, default=1e14, help='operations per second; default: 1e14')
+  parser.add_argument(
+    '--batch_per_device', type=int, help='default: config.batch_size of all devices together'
+  )
+  parser.add_argument(
+    '--flops', type=float, default=1e14, help='operations per second; default: 1e14'
+  )
   parser.add_argument('--link', type=float, default=1e11, help='bits per second; default: 1e11')
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/dry_run'))
   options, config = command_line.parse(parser, arguments)
@@ -53,7 +60,14 @@ def main(arguments: list[str]) -> None:
   run_log.write_atomically(options.out / 'dry_run.md', table(rows) + '\n')
 
 
-def row(config: ConfigDict, devices: int, stages: int, batch_per_device: int | None, flops: float, link: float) -> Row:
+def row(
+  config: ConfigDict,
+  devices: int,
+  stages: int,
+  batch_per_device: int | None,
+  flops: float,
+  link: float,
+) -> Row:
   """Of one number of devices and of stages."""
   config = copy.deepcopy(config)
   config.stages = stages
@@ -63,24 +77,43 @@ def row(config: ConfigDict, devices: int, stages: int, batch_per_device: int | N
   with as_user_errors():
     cost = dry_run.cost(config, devices)
   seconds = cost.seconds(flops, link)
-  return {'algorithm': config.algorithm, 'model': config.model.get('size', config.model.name), 'devices': devices,
-          'stages': stages, 'batch_size': config.batch_size, 'parameters': cost.parameters, 'state_bytes': cost.state,
-          'temporaries_bytes': cost.temporaries, 'flop': cost.flop, 'sent_bytes': cost.sent,
-          'collectives': {kind: sent._asdict() for kind, sent in cost.collectives.items()},
-          'step_seconds': seconds, 'examples_per_second': config.batch_size / seconds,
-          'compile_seconds': round(time.perf_counter() - begin, 1)}
+  return {
+    'algorithm': config.algorithm,
+    'model': config.model.get('size', config.model.name),
+    'devices': devices,
+    'stages': stages,
+    'batch_size': config.batch_size,
+    'parameters': cost.parameters,
+    'state_bytes': cost.state,
+    'temporaries_bytes': cost.temporaries,
+    'flop': cost.flop,
+    'sent_bytes': cost.sent,
+    'collectives': {kind: sent._asdict() for kind, sent in cost.collectives.items()},
+    'step_seconds': seconds,
+    'examples_per_second': config.batch_size / seconds,
+    'compile_seconds': round(time.perf_counter() - begin, 1),
+  }
 
 
 def table(rows: list[Row]) -> str:
   """In markdown, per device."""
   first = rows[0]
-  lines = [f'{first["model"]}, {first["algorithm"]}; per device and step', '',
-           '| devices | stages | batch | parameters, M | state, MiB | temporaries, MiB | GFLOP | sent, MiB | step, ms '
-           '| steps/s | examples/s |', '|' + '---|' * 11]
-  lines += [f'| {r["devices"]} | {r["stages"]} | {r["batch_size"]} | {r["parameters"] / 1e6:.2f} '
-            f'| {r["state_bytes"] / 2**20:.1f} | {r["temporaries_bytes"] / 2**20:.0f} | {r["flop"] / 1e9:.2f} '
-            f'| {sent(r)} | {1e3 * r["step_seconds"]:.1f} | {1 / r["step_seconds"]:.2f} '
-            f'| {r["examples_per_second"]:.0f} |' for r in rows]
+  lines = [
+    f'{first["model"]}, {first["algorithm"]}; per device and step',
+    '',
+    '| devices | stages | batch | parameters, M | state, MiB | temporaries, MiB | GFLOP '
+    '| sent, MiB | step, ms '
+    '| steps/s | examples/s |',
+    '|' + '---|' * 11,
+  ]
+  lines += [
+    f'| {r["devices"]} | {r["stages"]} | {r["batch_size"]} | {r["parameters"] / 1e6:.2f} '
+    f'| {r["state_bytes"] / 2**20:.1f} | {r["temporaries_bytes"] / 2**20:.0f} '
+    f'| {r["flop"] / 1e9:.2f} '
+    f'| {sent(r)} | {1e3 * r["step_seconds"]:.1f} | {1 / r["step_seconds"]:.2f} '
+    f'| {r["examples_per_second"]:.0f} |'
+    for r in rows
+  ]
   return '\n'.join(lines)
 
 

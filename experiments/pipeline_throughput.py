@@ -1,17 +1,18 @@
 """The block pipeline on two processes of one core each, against what the machine can give.
 
-    python experiments/pipeline_throughput.py [--model=M/8/16] [--batch=64] [--steps=40] [--repetitions=3]
-        [--algorithm=LG-FG-A] [--cores=0,1] [--link=1e9] [--out=DIR]
+    python experiments/pipeline_throughput.py [--model=M/8/16] [--batch=64] [--steps=40]
+        [--repetitions=3] [--algorithm=LG-FG-A] [--cores=0,1] [--link=1e9] [--out=DIR]
 
 Three ways to do --steps steps on two cores, in turn, --repetitions times, in processes that stay:
 
-- limit: two processes that know nothing of each other, each with half of the steps. This is what the machine can give:
-  its cores may be two threads of one.
+- limit: two processes that know nothing of each other, each with half of the steps. This is what
+  the machine can give: its cores may be two threads of one.
 - pipeline: two stages, over gloo.
 - data: data parallel, each process with half of every batch, over gloo.
 
-Bytes are those of the compiled step (see dry_run). What becomes of the times when the link has --link bits per second
-is computed from them: measured time + bits / link, nothing overlapping. DIR gets pipeline_throughput.json.
+Bytes are those of the compiled step (see dry_run). What becomes of the times when the link has
+--link bits per second is computed from them: measured time + bits / link, nothing overlapping. DIR
+gets pipeline_throughput.json.
 """
 
 import argparse
@@ -32,7 +33,17 @@ from ml_collections import ConfigDict
 from lfg_jax import data
 from lfg_jax.errors import UserError
 from lfg_jax.models.sizes import parse
-from lfg_jax.training import algorithms, command_line, configs, dry_run, processes, rules, run_log, train, update
+from lfg_jax.training import (
+  algorithms,
+  command_line,
+  configs,
+  dry_run,
+  processes,
+  rules,
+  run_log,
+  train,
+  update,
+)
 from lfg_jax.training.dry_run import virtual_devices
 
 WAYS = ('limit', 'pipeline', 'data')
@@ -49,12 +60,14 @@ def main(arguments: list[str]) -> None:
   parser.add_argument('--cores', default='0,1', help='of the two processes; default: 0,1')
   parser.add_argument('--link', type=float, default=1e9, help='bits per second; default: 1e9')
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/pipeline_throughput'))
-  parser.add_argument('--way', choices=WAYS, help=argparse.SUPPRESS)    # of one process
+  parser.add_argument('--way', choices=WAYS, help=argparse.SUPPRESS)  # of one process
   parser.add_argument('--coordinator', help=argparse.SUPPRESS)
   parser.add_argument('--process', type=int, help=argparse.SUPPRESS)
   options = parser.parse_args(arguments)
   command_line.at_least(options, batch=2, steps=2, repetitions=1, link=1)
-  command_line.names('algorithm', options.algorithm, [name for name, rule in rules.REGISTRY.items() if rule.cut])
+  command_line.names(
+    'algorithm', options.algorithm, [name for name, rule in rules.REGISTRY.items() if rule.cut]
+  )
   if len(command_line.numbers('cores', options.cores, 0)) != 2:
     raise UserError(f'--cores is {options.cores}; allowed: two numbers with a comma between them')
   if options.way:
@@ -63,21 +76,27 @@ def main(arguments: list[str]) -> None:
   seconds = measure(options, arguments)
   result = report(options, seconds, arguments)
   options.out.mkdir(parents=True, exist_ok=True)
-  run_log.write_atomically(options.out / 'pipeline_throughput.json', json.dumps(result, indent=2) + '\n')
+  run_log.write_atomically(
+    options.out / 'pipeline_throughput.json', json.dumps(result, indent=2) + '\n'
+  )
   print(json.dumps(result['rows'], indent=1))
 
 
 def config_of(options: argparse.Namespace, way: str) -> ConfigDict:
   """One epoch of so many steps, dispatched at once."""
   config = configs.base()
-  config.algorithm, config.model.size, config.batch_size = options.algorithm, options.model, options.batch
+  config.algorithm, config.model.size, config.batch_size = (
+    options.algorithm,
+    options.model,
+    options.batch,
+  )
   config.dataset = 'mnist' if parse(options.model)[1] == 1 else 'cifar10'
   config.steps_per_dispatch = options.steps
   config.stages = 2 if way == 'pipeline' else 1
   return config
 
 
-# --- one process ------------------------------------------------------------------------------------
+# --- one process ----------------------------------------------------------------------------------
 
 
 def work(options: argparse.Namespace) -> None:
@@ -92,8 +111,11 @@ def work(options: argparse.Namespace) -> None:
   facts = dry_run.images_of(config)
   keys = jax.random.split(jax.random.key(0))
   split = data.Arrays(
-      jax.device_get(jax.random.randint(keys[0], (steps * options.batch, *facts.image_shape), 0, 256)).astype('uint8'),
-      jax.device_get(jax.random.randint(keys[1], (steps * options.batch,), 0, facts.classes)))
+    jax.device_get(
+      jax.random.randint(keys[0], (steps * options.batch, *facts.image_shape), 0, 256)
+    ).astype('uint8'),
+    jax.device_get(jax.random.randint(keys[1], (steps * options.batch,), 0, facts.classes)),
+  )
   dataset = facts._replace(train=split, test=split)
   algorithm = algorithms.make(config, dataset, update.AXIS)
   job = train.Job(config, dataset, algorithm, update.make_mesh(config.stages))
@@ -107,7 +129,7 @@ def work(options: argparse.Namespace) -> None:
     print(f'{line.strip()} {time.perf_counter() - begin}', flush=True)
 
 
-# --- all of them ------------------------------------------------------------------------------------
+# --- all of them ----------------------------------------------------------------------------------
 
 
 def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, list[float]]:
@@ -115,10 +137,12 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, list
   started: dict[str, list[subprocess.Popen]] = {}
   seconds: dict[str, list[float]] = {way: [] for way in WAYS}
   try:
-    for way in WAYS:    # one after the other: processes that wait for each other give up after half a minute
+    for way in (
+      WAYS
+    ):  # one after the other: processes that wait for each other give up after half a minute
       started[way] = start(way, arguments)
       for process in started[way]:
-        answer(process)    # it has compiled
+        answer(process)  # it has compiled
     for _ in range(options.repetitions):
       for way, both in started.items():
         for process in both:
@@ -137,11 +161,27 @@ def start(way: str, arguments: list[str]) -> list[subprocess.Popen]:
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
   flags = os.environ.get('XLA_FLAGS', '').split()
-  environment = {**os.environ, 'XLA_FLAGS': ' '.join(flag for flag in flags if 'device_count' not in flag)}
-  command = [sys.executable, str(pathlib.Path(__file__).resolve()), *arguments, f'--way={way}',
-             f'--coordinator={address}']
-  return [subprocess.Popen([*command, f'--process={i}'], env=environment, stdin=subprocess.PIPE,
-                           stdout=subprocess.PIPE, text=True) for i in range(2)]
+  environment = {
+    **os.environ,
+    'XLA_FLAGS': ' '.join(flag for flag in flags if 'device_count' not in flag),
+  }
+  command = [
+    sys.executable,
+    str(pathlib.Path(__file__).resolve()),
+    *arguments,
+    f'--way={way}',
+    f'--coordinator={address}',
+  ]
+  return [
+    subprocess.Popen(
+      [*command, f'--process={i}'],
+      env=environment,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
 
 
 def answer(process: subprocess.Popen) -> float:
@@ -152,17 +192,32 @@ def answer(process: subprocess.Popen) -> float:
   raise UserError('one of the processes ended; see what it says above')
 
 
-def report(options: argparse.Namespace, seconds: dict[str, list[float]], arguments: list[str]) -> dict[str, Any]:
+def report(
+  options: argparse.Namespace, seconds: dict[str, list[float]], arguments: list[str]
+) -> dict[str, Any]:
   """Medians per step, against the limit, and at the speed of the link."""
   virtual_devices(2)
   origin = run_log.provenance(['experiments/pipeline_throughput.py', *arguments])
-  sent = {'limit': 0, **{way: dry_run.cost(config_of(options, way), 2).sent for way in ('pipeline', 'data')}}
+  sent = {
+    'limit': 0,
+    **{way: dry_run.cost(config_of(options, way), 2).sent for way in ('pipeline', 'data')},
+  }
   median = {way: statistics.median(times) / options.steps for way, times in seconds.items()}
   on_link = {way: median[way] + 8 * sent[way] / options.link for way in WAYS}
-  rows = [{'way': way, 'model': options.model, 'batch': options.batch, 'ms_per_step': 1e3 * median[way],
-           'part_of_limit': median['limit'] / median[way], 'sent_bytes': sent[way],
-           'ms_per_step_on_link': 1e3 * on_link[way], 'part_of_limit_on_link': median['limit'] / on_link[way],
-           'seconds': seconds[way]} for way in WAYS]
+  rows = [
+    {
+      'way': way,
+      'model': options.model,
+      'batch': options.batch,
+      'ms_per_step': 1e3 * median[way],
+      'part_of_limit': median['limit'] / median[way],
+      'sent_bytes': sent[way],
+      'ms_per_step_on_link': 1e3 * on_link[way],
+      'part_of_limit_on_link': median['limit'] / on_link[way],
+      'seconds': seconds[way],
+    }
+    for way in WAYS
+  ]
   return {**origin, 'link': options.link, 'rows': rows}
 
 

@@ -11,7 +11,7 @@ from lfg_jax.training import algorithms, configs, dry_run, rules, timing
 from tests.runs import ROOT
 
 BATCH, WIDTH = 64, 16
-SCALARS = 3    # loss, error, and the number of examples
+SCALARS = 3  # loss, error, and the number of examples
 
 
 def config_of(stages=1, algorithm='LG-BP'):
@@ -26,7 +26,9 @@ def model_of(config):
 
 
 def parameters(config):
-  return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model_of(config).init, jax.random.key(0))))
+  return sum(
+    leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model_of(config).init, jax.random.key(0)))
+  )
 
 
 def test_data_parallel_sums_gradients_and_nothing_else():
@@ -35,13 +37,16 @@ def test_data_parallel_sums_gradients_and_nothing_else():
   assert set(cost.collectives) == {'all-reduce'}
   assert cost.collectives['all-reduce'].payload == 4 * (parameters(config) + SCALARS)
   assert cost.sent == pytest.approx(2 * 3 / 4 * 4 * parameters(config), rel=0.01)
-  assert cost.parameters == parameters(config) and 8 * cost.parameters < cost.state < 8 * cost.parameters + 100
+  assert (
+    cost.parameters == parameters(config)
+    and 8 * cost.parameters < cost.state < 8 * cost.parameters + 100
+  )
 
 
 def test_a_pipeline_sends_one_activity_to_its_neighbour_and_nothing_else():
   cost = dry_run.cost(config_of(stages=4), 4)
   assert set(cost.collectives) == {'collective-permute'}
-  targets, metrics = BATCH * 8 + 8, 3 * 16    # the metrics go round the ring, in 3 hops
+  targets, metrics = BATCH * 8 + 8, 3 * 16  # the metrics go round the ring, in 3 hops
   assert cost.sent == BATCH * WIDTH * 4 + targets + metrics
   assert cost.parameters < 0.6 * parameters(config_of())
 
@@ -63,7 +68,7 @@ def test_operations_are_those_of_the_cost_model(algorithm):
   config = config_of(algorithm=algorithm)
   flop = timing.gradient_flop(model_of(config), rules.REGISTRY[algorithm], rules.Options())
   counted = dry_run.cost(config, 4).flop / (BATCH // 4)
-  assert flop <= counted <= 2 * flop    # heads and read-out come on top
+  assert flop <= counted <= 2 * flop  # heads and read-out come on top
 
 
 def test_predicted_seconds():
@@ -74,12 +79,23 @@ def test_predicted_seconds():
 @pytest.mark.slow
 def test_the_script_writes_where_its_numbers_come_from(tmp_path):
   main = runpy.run_path(str(ROOT / 'experiments' / 'dry_run.py'))['main']
-  small = ['--config=digits', '--config.model.size=S/1/2', '--config.model.channels=16', '--config.model.blocks=2']
+  small = [
+    '--config=digits',
+    '--config.model.size=S/1/2',
+    '--config.model.channels=16',
+    '--config.model.blocks=2',
+  ]
   main([*small, '--devices=2', '--stages=1,2', '--batch_per_device=4', f'--out={tmp_path}'])
   content = json.loads((tmp_path / 'dry_run.json').read_text())
-  assert content['command'].startswith('python experiments/dry_run.py --config=digits') and content['flops'] == 1e14
-  assert [(row['stages'], row['batch_size'], row['step_seconds'] > 0) for row in content['rows']] == [
-      (1, 8, True), (2, 8, True)]
+  assert (
+    content['command'].startswith('python experiments/dry_run.py --config=digits')
+    and content['flops'] == 1e14
+  )
+  assert [
+    (row['stages'], row['batch_size'], row['step_seconds'] > 0) for row in content['rows']
+  ] == [(1, 8, True), (2, 8, True)]
   assert (tmp_path / 'dry_run.md').read_text().count('\n') == 6
-  with pytest.raises(UserError, match=r'^stages is 3; allowed: divisors of 2, the number of devices'):
+  with pytest.raises(
+    UserError, match=r'^stages is 3; allowed: divisors of 2, the number of devices'
+  ):
     main([*small, '--devices=2', '--stages=3', f'--out={tmp_path}'])

@@ -11,7 +11,17 @@ from jax.sharding import PartitionSpec as P
 
 from lfg_jax import data
 from lfg_jax.errors import UserError
-from lfg_jax.training import algorithms, configs, hlo, optimizers, pipeline, run_log, stage_plan, train, update
+from lfg_jax.training import (
+  algorithms,
+  configs,
+  hlo,
+  optimizers,
+  pipeline,
+  run_log,
+  stage_plan,
+  train,
+  update,
+)
 from tests.runs import FLAGS, STEPS, free_port, start, state, tiny
 
 BATCH = 64
@@ -165,7 +175,7 @@ def test_a_device_holds_its_own_stage():
   assert held - data_bytes < 0.5 * own
 
 
-# --- runs -------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

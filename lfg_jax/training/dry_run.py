@@ -1,7 +1,8 @@
 """What a training step would take of N devices: compiled for as many virtual ones, not run.
 
 Parameters and images are shapes only, so that a model of any size is compiled without its memory.
-A step is an update of all devices; in stages it is a tick, in which one batch enters and one leaves.
+A step is an update of all devices; in stages it is a tick, in which one batch enters and one
+leaves.
 """
 
 import functools
@@ -20,7 +21,7 @@ from lfg_jax.training import algorithms, hlo, optimizers, pipeline, stage_plan, 
 from lfg_jax.training.update import AXIS, STAGE, Feed, TrainState
 
 PyTree = Any
-STEPS = 1000    # of an epoch: only schedules look at it
+STEPS = 1000  # of an epoch: only schedules look at it
 
 
 class Cost(NamedTuple):
@@ -29,10 +30,11 @@ class Cost(NamedTuple):
   Attributes:
     parameters: how many numbers.
     state: bytes of parameters, optimizer and all else that stays.
-    temporaries: bytes that the compiled step needs besides its arguments, as XLA for CPUs lays it out.
+    temporaries: bytes that the step needs besides its arguments, as XLA lays it out for CPUs.
     flop: of matrix products and convolutions.
     collectives: what is sent, by kind.
   """
+
   parameters: int
   state: int
   temporaries: int
@@ -45,7 +47,7 @@ class Cost(NamedTuple):
     return sum(kind.sent for kind in self.collectives.values())
 
   def seconds(self, flops: float, link: float) -> float:
-    """Of a step for so many operations per second and so many *bits* per second, one after the other."""
+    """Of a step, for so many operations and *bits* per second, one after the other."""
     return self.flop / flops + 8 * self.sent / link
 
 
@@ -58,14 +60,18 @@ def virtual_devices(count: int) -> None:
   if 'device_count' not in os.environ.get('XLA_FLAGS', ''):
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', count)
-  if len(jax.devices()) < count:
-    raise UserError(f'devices is {count}; allowed: 1 … {len(jax.devices())}, as many as there are')
+  if (most := len(jax.devices())) < count:
+    raise UserError(f'devices is {count}; allowed: 1 … {most}, as many as there are')
 
 
 def mesh(devices: int, stages: int = 1) -> Mesh:
   """So many of the devices that there are."""
-  shape, axes = ((devices // stages, stages), (AXIS, STAGE)) if stages > 1 else ((devices,), (AXIS,))
-  return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes), devices=jax.devices()[:devices])
+  shape, axes = (
+    ((devices // stages, stages), (AXIS, STAGE)) if stages > 1 else ((devices,), (AXIS,))
+  )
+  return jax.make_mesh(
+    shape, axes, axis_types=(AxisType.Auto,) * len(axes), devices=jax.devices()[:devices]
+  )
 
 
 def images_of(config: ConfigDict) -> data.Dataset:
@@ -91,9 +97,13 @@ def cost(config: ConfigDict, devices: int) -> Cost:
   stage_plan.check(config, algorithm.made_of)
   rate = optimizers.schedule(config.optimizer, STEPS, config.epochs, config.batch_size)
   optimizer = optimizers.make(config.optimizer, rate)
-  whole = jax.eval_shape(lambda key: update.init_state(algorithm, optimizer, key, on), jax.random.key(0))
+  whole = jax.eval_shape(
+    lambda key: update.init_state(algorithm, optimizer, key, on), jax.random.key(0)
+  )
   batch = update.batch_like(dataset.image_shape, config.batch_size)
-  feed = Feed(STEPS, lambda batch, step: batch, (P(AXIS),), lambda epoch, step: iter(()), 1, is_stream=True)
+  feed = Feed(
+    STEPS, lambda batch, step: batch, (P(AXIS),), lambda epoch, step: iter(()), 1, is_stream=True
+  )
   placed = functools.partial(_placed, on)
   inputs = placed(batch, P(AXIS))
   key, number = placed(jax.eval_shape(lambda: jax.random.key(0)), P()), 1
@@ -105,8 +115,11 @@ def cost(config: ConfigDict, devices: int) -> Cost:
   spans = stage_plan.spans(algorithm.made_of, config.stages)
   made = pipeline.make(algorithm, optimizer, on, feed, spans, whole, batch)
   state = jax.eval_shape(made.begin, whole)
-  state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state,
-                       jax.tree.broadcast(made.place, state))
+  state = jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    state,
+    jax.tree.broadcast(made.place, state),
+  )
   step = made.dispatch.lower(state, key, number, number, inputs)
   return _cost(step.compile(), _largest(algorithm.made_of, spans, whole), state)
 
@@ -115,8 +128,13 @@ def _cost(compiled: jax.stages.Compiled, parameters: int, state: PyTree) -> Cost
   text, memory = compiled.as_text(), compiled.memory_analysis()
   assert text and memory
   of_device = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-  return Cost(parameters, sum(map(of_device, jax.tree.leaves(state))), int(memory.temp_size_in_bytes),
-              hlo.flop(text), hlo.collectives(text))
+  return Cost(
+    parameters,
+    sum(map(of_device, jax.tree.leaves(state))),
+    int(memory.temp_size_in_bytes),
+    hlo.flop(text),
+    hlo.collectives(text),
+  )
 
 
 def _placed(on: Mesh, tree: PyTree, spec: P) -> PyTree:
@@ -130,5 +148,9 @@ def _size(tree: PyTree) -> int:
 
 def _largest(made_of: algorithms.Composition, spans: tuple[range, ...], whole: TrainState) -> int:
   """Parameters of the stage with the most."""
-  return max(_size(jax.eval_shape(functools.partial(stage_work.own, stage=stage, made_of=made_of), whole).params)
-             for stage in stage_work.make_stages(made_of, spans))
+  return max(
+    _size(
+      jax.eval_shape(functools.partial(stage_work.own, stage=stage, made_of=made_of), whole).params
+    )
+    for stage in stage_work.make_stages(made_of, spans)
+  )

@@ -1,7 +1,8 @@
 """What a compiled program computes and sends, read from XLA's text of it, which is for one device.
 
-A loop whose number of rounds is written in the text counts so often; any other, such as the steps of
-a dispatch, once. Of a conditional the branch with the most counts: a stage of a pipeline takes one.
+A loop whose number of rounds is written in the text counts so often; any other, such as the steps
+of a dispatch, once. Of a conditional the branch with the most counts: a stage of a pipeline takes
+one.
 """
 
 import collections
@@ -12,19 +13,39 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-BITS = {'pred': 8, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 's16': 16, 'u16': 16, 'f16': 16, 'bf16': 16,
-        's32': 32, 'u32': 32, 'f32': 32, 's64': 64, 'u64': 64, 'f64': 64}
+BITS = {
+  'pred': 8,
+  's4': 4,
+  'u4': 4,
+  's8': 8,
+  'u8': 8,
+  's16': 16,
+  'u16': 16,
+  'f16': 16,
+  'bf16': 16,
+  's32': 32,
+  'u32': 32,
+  'f32': 32,
+  's64': 64,
+  'u64': 64,
+  'f64': 64,
+}
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
-_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<op>[a-z][\w\-]*)\(')
+_INSTRUCTION = re.compile(
+  r'^\s+(?:ROOT )?%(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<op>[a-z][\w\-]*)\('
+)
 _ARRAY = re.compile(r'(\w+)\[([\d,]*)\]')
 _CALLED = re.compile(r'(?:calls|to_apply|body)=%([\w.\-]+)')
-_BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}|true_computation=(%[\w.\-]+), '
-                       r'false_computation=(%[\w.\-]+)')
+_BRANCHES = re.compile(
+  r'branch_computations=\{([^}]*)\}|true_computation=(%[\w.\-]+), '
+  r'false_computation=(%[\w.\-]+)'
+)
 _ROUNDS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
 
 class Instruction(NamedTuple):
   """One line: the shape of its result, the names of its operands, and the whole line."""
+
   name: str
   shape: str
   op: str
@@ -35,6 +56,7 @@ class Instruction(NamedTuple):
 class Sent(NamedTuple):
   """By one kind of collective: how many operations, the bytes they are given, and the bytes that a
   device sends for them (a ring's)."""
+
   operations: int
   payload: int
   sent: int
@@ -53,8 +75,10 @@ def computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
       entry = name if header[1] else entry
       found[name] = {}
     elif match := _INSTRUCTION.match(line):
-      operands = tuple(re.findall(r'%([\w.\-]+)', line[match.end():].partition(')')[0]))
-      found[name][match['name']] = Instruction(match['name'], match['shape'], match['op'], operands, line)
+      operands = tuple(re.findall(r'%([\w.\-]+)', line[match.end() :].partition(')')[0]))
+      found[name][match['name']] = Instruction(
+        match['name'], match['shape'], match['op'], operands, line
+      )
   return found, entry
 
 
@@ -80,8 +104,11 @@ def size_bytes(shape: str) -> int:
 def collectives(text: str) -> dict[str, Sent]:
   """What a device sends, by kind of collective; groups of one device send nothing."""
   counts = _count(text, _sent)
-  return {kind: Sent(*(counts[f'{kind} {what}'] for what in Sent._fields))
-          for kind in COLLECTIVES if counts.get(f'{kind} operations')}
+  return {
+    kind: Sent(*(counts[f'{kind} {what}'] for what in Sent._fields))
+    for kind in COLLECTIVES
+    if counts.get(f'{kind} operations')
+  }
 
 
 def flop(text: str) -> int:
@@ -89,8 +116,9 @@ def flop(text: str) -> int:
   return _count(text, _products).get('flop', 0)
 
 
-def _count(text: str, of: Callable[[Instruction, Mapping[str, Instruction]], dict[str, int]]
-           ) -> Counts:
+def _count(
+  text: str, of: Callable[[Instruction, Mapping[str, Instruction]], dict[str, int]]
+) -> Counts:
   """The sum of what `of` says of every instruction and those of its computation."""
   found, entry = computations(text)
   known: dict[str, Counts] = {}
@@ -107,12 +135,17 @@ def _count(text: str, of: Callable[[Instruction, Mapping[str, Instruction]], dic
     line = instruction.line
     if instruction.op == 'conditional' and (match := _BRANCHES.search(line)):
       branches = [total(name) for name in re.findall(r'%([\w.\-]+)', match[0])]
-      return functools.reduce(operator.or_, branches)    # of counters: the larger
+      return functools.reduce(operator.or_, branches)  # of counters: the larger
     if instruction.op not in ('fusion', 'call', 'while', 'async-start'):
       return collections.Counter()
     rounds = _ROUNDS.search(line) if instruction.op == 'while' else None
-    return collections.Counter({what: count * (int(rounds[1]) if rounds else 1)
-                                for name in _CALLED.findall(line) for what, count in total(name).items()})
+    return collections.Counter(
+      {
+        what: count * (int(rounds[1]) if rounds else 1)
+        for name in _CALLED.findall(line)
+        for what, count in total(name).items()
+      }
+    )
 
   return total(entry)
 
@@ -125,8 +158,11 @@ def _sent(instruction: Instruction, near: Mapping[str, Instruction]) -> dict[str
   group = _group(instruction.line)
   if kind != 'collective-permute' and group == 1:
     return {}
-  sent = {'all-reduce': 2 * (group - 1) * payload // group, 'all-gather': (group - 1) * payload,
-          'collective-permute': payload}.get(kind, (group - 1) * payload // group)
+  sent = {
+    'all-reduce': 2 * (group - 1) * payload // group,
+    'all-gather': (group - 1) * payload,
+    'collective-permute': payload,
+  }.get(kind, (group - 1) * payload // group)
   return {f'{kind} operations': 1, f'{kind} payload': payload, f'{kind} sent': sent}
 
 
@@ -145,12 +181,14 @@ def _group(line: str) -> int:
 def _products(instruction: Instruction, near: Mapping[str, Instruction]) -> dict[str, int]:
   if instruction.op not in ('dot', 'convolution'):
     return {}
-  shapes = [next(sizes(shape))[1] for shape in
-            (instruction.shape, *(near[name].shape for name in instruction.operands))]
+  shapes = [
+    next(sizes(shape))[1]
+    for shape in (instruction.shape, *(near[name].shape for name in instruction.operands))
+  ]
   if instruction.op == 'dot':
     match = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.line)
     inner = math.prod(shapes[1][int(d)] for d in match[1].split(',') if d) if match else 1
-  else:    # every output is a sum over the kernel's entries but its axis of outputs, 'o' in dim_labels
+  else:  # every output sums over all of the kernel but its axis of outputs, 'o' in dim_labels
     labels = re.search(r'dim_labels=\w+_(\w+)->', instruction.line)
     inner = math.prod(shapes[2]) // shapes[2][labels[1].index('o')] if labels else 1
   return {'flop': 2 * math.prod(shapes[0]) * inner}

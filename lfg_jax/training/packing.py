@@ -1,4 +1,4 @@
-"""The state of a run, stage by stage: which part is whose, and parts of different shapes as equal rows.
+"""The state of a run, stage by stage: whose is which part, and unequal parts as equal rows.
 
 All devices run one program, so what they hold has equal shapes. Every stage's part of the state is
 therefore one vector per dtype, as long as the longest, and the stages' vectors are the rows of one
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 PyTree = Any
-Rows = dict[str, jax.Array]    # by dtype
-Owned = Mapping[str, range]    # by a stack's name, or 'readout', the blocks that a stage has
+Rows = dict[str, jax.Array]  # by dtype
+Owned = Mapping[str, range]  # by a stack's name, or 'readout', the blocks that a stage has
 
 
 def take(tree: PyTree, owned: Owned, names: frozenset[str], stacked: frozenset[str]) -> PyTree:
@@ -32,11 +32,15 @@ def take(tree: PyTree, owned: Owned, names: frozenset[str], stacked: frozenset[s
   >>> take(tree, {'blocks': range(1, 3)}, names, frozenset({'blocks'}))['params']['blocks'].tolist()
   [1, 2]
   """
+
   def part(node: Any) -> Any:
     if not _is_by_stack(node, names):
       return node
-    return {name: _slice(node[name], blocks) if name in stacked else node[name]
-            for name, blocks in owned.items() if name in node}
+    return {
+      name: _slice(node[name], blocks) if name in stacked else node[name]
+      for name, blocks in owned.items()
+      if name in node
+    }
 
   return jax.tree.map(part, tree, is_leaf=lambda node: _is_by_stack(node, names))
 
@@ -49,6 +53,7 @@ def join(trees: Sequence[PyTree], names: frozenset[str], stacked: frozenset[str]
   >>> whole['a'].tolist(), sorted(whole)
   ([0, 1, 0], ['a', 'b'])
   """
+
   def whole(*nodes: Any) -> Any:
     if not _is_by_stack(nodes[0], names):
       return nodes[0]
@@ -56,8 +61,12 @@ def join(trees: Sequence[PyTree], names: frozenset[str], stacked: frozenset[str]
     for node in nodes:
       for name, part in node.items():
         found.setdefault(name, []).append(part)
-    return {name: jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts) if name in stacked else parts[0]
-            for name, parts in found.items()}
+    return {
+      name: jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+      if name in stacked
+      else parts[0]
+      for name, parts in found.items()
+    }
 
   return jax.tree.map(whole, *trees, is_leaf=lambda node: _is_by_stack(node, names))
 
@@ -67,7 +76,7 @@ def _is_by_stack(node: Any, names: frozenset[str]) -> bool:
 
 
 def _slice(tree: PyTree, blocks: range) -> PyTree:
-  return jax.tree.map(lambda leaf: leaf[blocks.start:blocks.stop], tree)
+  return jax.tree.map(lambda leaf: leaf[blocks.start : blocks.stop], tree)
 
 
 def widths(trees: Sequence[PyTree]) -> dict[str, int]:
@@ -113,7 +122,7 @@ def unpack(rows: Rows, like: PyTree) -> PyTree:
   def one(leaf: Any) -> jax.Array:
     kind, size = _kind(leaf), math.prod(leaf.shape)
     at[kind] += size
-    return rows[kind][at[kind] - size:at[kind]].reshape(leaf.shape)
+    return rows[kind][at[kind] - size : at[kind]].reshape(leaf.shape)
 
   return jax.tree.map(one, like)
 

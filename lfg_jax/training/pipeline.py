@@ -114,13 +114,14 @@ def make(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Me
   plan = _plan(algorithm, optimizer, mesh, feed, spans, like, batch)
   everywhere, of_stage = cast(Any, P()), cast(Any, P(STAGE))
   specs = PipelineState(everywhere, of_stage, _message_specs(plan), everywhere, everywhere)
-  dispatch = jax.jit(jax.shard_map(
+  ticks = jax.shard_map(
       functools.partial(_dispatch, plan), mesh=mesh,
-      in_specs=(specs, P(), P(), P(), *feed.specs), out_specs=specs, check_vma=False), donate_argnums=0)
+      in_specs=(specs, P(), P(), P(), *feed.specs), out_specs=specs, check_vma=False)
   place = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs,
                        is_leaf=lambda spec: isinstance(spec, P))
   return Pipeline(
-      len(spans), place, jax.jit(functools.partial(_begin, plan), out_shardings=place), dispatch,
+      len(spans), place, jax.jit(functools.partial(_begin, plan), out_shardings=place),
+      jax.jit(ticks, donate_argnums=0),
       jax.jit(functools.partial(_whole, plan), out_shardings=NamedSharding(mesh, P())))
 
 
@@ -143,13 +144,14 @@ def _between(algorithm: Algorithm, stages: Sequence[Stage], like: TrainState, ba
              devices: int) -> tuple[list[Any], Message]:
   """Shapes of every stage's output but the last's, and of a message that has room for each."""
   made_of = algorithm.made_of
-  local = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // devices, *x.shape[1:]), x.dtype), batch)
+  of_device = lambda x: jax.ShapeDtypeStruct((x.shape[0] // devices, *x.shape[1:]), x.dtype)
   seeing = made_of._replace(axis_name=None).seen
-  image, targets = jax.eval_shape(seeing, jax.random.key(0), local)
+  image, targets = jax.eval_shape(seeing, jax.random.key(0), jax.tree.map(of_device, batch))
   shapes = stage_work.output_shapes(made_of, {'params': like.params, **like.rest}, image)
   ends = [shapes[list(stage.owned)[-1]] for stage in stages[:-1]]
   width = max(math.prod(end.shape[1:]) for end in ends)
-  x = jax.ShapeDtypeStruct((len(targets.label_B), width), jnp.result_type(*(end.dtype for end in ends)))
+  dtype = jnp.result_type(*(end.dtype for end in ends))
+  x = jax.ShapeDtypeStruct((len(targets.label_B), width), dtype)
   scalar = lambda dtype: cast(Any, jax.ShapeDtypeStruct((), dtype))
   message = Message(scalar(jnp.int32), scalar(targets.weight_B.dtype), targets, cast(Any, x),
                     targets.weight_B if made_of.model.contrast else None)
@@ -162,8 +164,8 @@ def _message_specs(plan: _Plan) -> Message:
 
 def _begin(plan: _Plan, state: TrainState) -> PipelineState:
   """Every stage's part in its row; no batch is on its way."""
-  own = [packing.pack(stage_work.own(state, stage, plan.algorithm.made_of), packing.widths(plan.own))
-         for stage in plan.stages]
+  made_of, width = plan.algorithm.made_of, packing.widths(plan.own)
+  own = [packing.pack(stage_work.own(state, stage, made_of), width) for stage in plan.stages]
   devices, stages = plan.mesh.shape[AXIS], len(plan.stages)
 
   def empty(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -180,7 +182,8 @@ def _whole(plan: _Plan, state: PipelineState) -> TrainState:
   rows = [jax.tree.map(lambda x, s=s: x[s], state.own) for s in range(len(plan.stages))]
   own = [packing.unpack(row, like) for row, like in zip(rows, plan.own, strict=True)]
   whole: Own = packing.join(own, *stage_work.names(plan.algorithm.made_of))
-  return TrainState(state.step, whole.params, whole.rest, whole.opt_state, state.sums, state.bad_step)
+  return TrainState(state.step, whole.params, whole.rest, whole.opt_state, state.sums,
+                    state.bad_step)
 
 
 def _dispatch(plan: _Plan, state: PipelineState, key: jax.Array, ticks: jax.Array, fresh: jax.Array,
@@ -250,8 +253,9 @@ def _updated(plan: _Plan, s: int, now: tuple[Rows, dict[str, jax.Array], jax.Arr
   """The rows of stage s after the step; and of the last stage the metrics."""
   own, sums, bad = now
   total = packing.unpack(summed, plan.summed[s])
-  new, is_finite = stage_work.updated(plan.algorithm, plan.optimizer, packing.unpack(own, plan.own[s]),
-                                      total, packing.unpack(stats, plan.stats[s]))
+  new, is_finite = stage_work.updated(
+      plan.algorithm, plan.optimizer, packing.unpack(own, plan.own[s]), total,
+      packing.unpack(stats, plan.stats[s]))
   if plan.stages[s].is_last:
     is_first = message.number % plan.feed.steps == 0
     sums = update.add_to_sums(sums, total['metrics'], message.examples, is_first)
@@ -261,7 +265,7 @@ def _updated(plan: _Plan, s: int, now: tuple[Rows, dict[str, jax.Array], jax.Arr
 
 def _told(stages: int, sums: dict[str, jax.Array], bad: jax.Array
           ) -> tuple[dict[str, jax.Array], jax.Array]:
-  """The last stage's sums, and the first bad step of all stages, for every stage: round the ring."""
+  """For every stage the last one's sums, and the first bad step of all: round the ring."""
   ring = [(s, (s + 1) % stages) for s in range(stages)]
   is_last = jax.lax.axis_index(STAGE) == stages - 1
 

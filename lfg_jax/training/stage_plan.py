@@ -35,10 +35,14 @@ def spans(made_of: Composition, number: int) -> tuple[range, ...]:
 def costs(made_of: Composition) -> list[int]:
   """Operations per example of every greedy stage; one at least, also where a model says nothing."""
   model, every = made_of.model, made_of.options.every
-  homes = [dataclasses.replace(stack, count=1) for stack in model.stacks for _ in range(stack.count)]
+  homes = [
+    dataclasses.replace(stack, count=1) for stack in model.stacks for _ in range(stack.count)
+  ]
   of = lambda blocks: dataclasses.replace(model, stacks=tuple(homes[n] for n in blocks))
-  return [1 + timing.gradient_flop(of(blocks), made_of.rule, made_of.options)
-          for blocks, _ in stages(model.depth, every)]
+  return [
+    1 + timing.gradient_flop(of(blocks), made_of.rule, made_of.options)
+    for blocks, _ in stages(model.depth, every)
+  ]
 
 
 def _balanced(cost: Sequence[int], number: int) -> tuple[int, ...]:
@@ -47,6 +51,7 @@ def _balanced(cost: Sequence[int], number: int) -> tuple[int, ...]:
   >>> _balanced((4, 1, 1, 1, 1), 2)
   (1, 5)
   """
+
   @functools.cache
   def best(end: int, parts: int) -> tuple[int, tuple[int, ...]]:
     if parts == 1:
@@ -71,8 +76,10 @@ def check_devices(config: Any, devices: int) -> None:
     raise ValueError(f'stages is {number}; allowed: divisors of {devices}, the number of devices')
   if batch_size % (devices // number):
     of_stage = ' of a stage' if number > 1 else ''
-    raise ValueError(f'batch_size is {batch_size}; allowed: multiples of {devices // number}, the number of '
-                     f'devices{of_stage}')
+    raise ValueError(
+      f'batch_size is {batch_size}; allowed: multiples of {devices // number}, the number of '
+      f'devices{of_stage}'
+    )
 
 
 def check(config: Any, made_of: Composition) -> None:
@@ -87,26 +94,39 @@ def check(config: Any, made_of: Composition) -> None:
   given = f'stages is {number}, but '
   if not rule.cut:
     greedy = ', '.join(name for name, other in REGISTRY.items() if other.cut)
-    raise ValueError(f'{given}{config.algorithm} {_way_back(rule.local)}; allowed: 1, or one of {greedy}')
+    raise ValueError(
+      f'{given}{config.algorithm} {_way_back(rule.local)}; allowed: 1, or one of {greedy}'
+    )
   if made_of.options.overlap:
-    raise ValueError(f'{given}losses.overlap=True lets every block learn from the next one; allowed: 1')
+    raise ValueError(
+      f'{given}losses.overlap=True lets every block learn from the next one; allowed: 1'
+    )
   most = len(stages(made_of.model.depth, made_of.options.every))
   if number > most:
-    raise ValueError(f'stages is {number}; allowed: 1 … {most}, the number of parts of the network '
-                     'with losses of their own')
-  if config.optimizer.name == 'lars' and (name := _cut(made_of.model, spans(made_of, number),
-                                                       made_of.options.every)):
-    raise ValueError(f"{given}optimizer.name='lars' takes one ratio for all blocks of {name!r}, which are "
-                     'not all in one stage; allowed: 1, or sgd, adam, adamw')
+    raise ValueError(
+      f'stages is {number}; allowed: 1 … {most}, the number of parts of the network '
+      'with losses of their own'
+    )
+  if config.optimizer.name == 'lars' and (
+    name := _cut(made_of.model, spans(made_of, number), made_of.options.every)
+  ):
+    raise ValueError(
+      f"{given}optimizer.name='lars' takes one ratio for all blocks of {name!r}, which are "
+      'not all in one stage; allowed: 1, or sgd, adam, adamw'
+    )
 
 
 def _way_back(local: bool) -> str:
-  return ('sends a gradient from block to block' if local else
-          'learns from a loss at the end of the network, which all blocks must wait for')
+  return (
+    'sends a gradient from block to block'
+    if local
+    else 'learns from a loss at the end of the network, which all blocks must wait for'
+  )
 
 
 def _cut(model: StagedModel, parts: Sequence[range], every: int) -> str | None:
   """The name of a stack whose blocks are in more than one stage."""
   mine = [owned(model, part, every) for part in parts]
-  return next((stack.name for stack in model.stacks
-               if sum(stack.name in names for names in mine) > 1), None)
+  return next(
+    (stack.name for stack in model.stacks if sum(stack.name in names for names in mine) > 1), None
+  )

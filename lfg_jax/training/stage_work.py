@@ -25,6 +25,7 @@ PyTree = Any
 
 class Own(NamedTuple):
   """A stage's part of `TrainState`."""
+
   params: PyTree
   rest: dict[str, PyTree]
   opt_state: PyTree
@@ -40,6 +41,7 @@ class Message(NamedTuple):
     x: [B, ...], the input of the stage's first block; [B, F] between stages.
     local_loss_B: the sum of the local losses so far; only in contrastive learning, else None.
   """
+
   number: jax.Array
   examples: jax.Array
   targets: Targets
@@ -57,6 +59,7 @@ class Result(NamedTuple):
     x: [B, ...], output of the last block.
     local_loss_B: as in `Message`.
   """
+
   summed: dict[str, PyTree]
   stats: PyTree
   x: jax.Array
@@ -71,6 +74,7 @@ class Stage(NamedTuple):
     owned: blocks by stack; the last stage's also has 'readout'.
     is_last: whether it has the read-out, and with it the metrics.
   """
+
   span: range
   owned: packing.Owned
   is_last: bool
@@ -92,12 +96,15 @@ def own(state: TrainState, stage: Stage, made_of: Composition) -> Own:
 def names(made_of: Composition) -> tuple[frozenset[str], frozenset[str]]:
   """Of the stacks and the read-out; of those stacks whose variables have the blocks in front."""
   stacks = made_of.model.stacks
-  return (frozenset({'readout', *(stack.name for stack in stacks)}),
-          frozenset(stack.name for stack in stacks if stack.is_stacked))
+  return (
+    frozenset({'readout', *(stack.name for stack in stacks)}),
+    frozenset(stack.name for stack in stacks if stack.is_stacked),
+  )
 
 
-def gradient(made_of: Composition, stage: Stage, mine: Own, key: jax.Array, message: Message
-             ) -> Result:
+def gradient(
+  made_of: Composition, stage: Stage, mine: Own, key: jax.Array, message: Message
+) -> Result:
   """The gradient of a stage's own losses.
 
   Args:
@@ -110,8 +117,9 @@ def gradient(made_of: Composition, stage: Stage, mine: Own, key: jax.Array, mess
 
   def of_part(part: Part, share: tuple[jax.Array, Targets]) -> tuple[PyTree, PyTree]:
     x, targets = share
-    run = greedy(made_of.estimator(variables, part), model, options.cut, every=options.every,
-                 span=stage.span)
+    run = greedy(
+      made_of.estimator(variables, part), model, options.cut, every=options.every, span=stage.span
+    )
     x = x if stage.span.start else model.prepare(x)
     y, loss_B, grads, aux = run(known, key, x, targets)
     if stage.is_last:
@@ -130,8 +138,13 @@ def gradient(made_of: Composition, stage: Stage, mine: Own, key: jax.Array, mess
   return Result(summed, total['batch_stats'], y, kept)
 
 
-def updated(algorithm: Algorithm, optimizer: optax.GradientTransformation, mine: Own,
-            summed: dict[str, PyTree], stats: PyTree) -> tuple[Own, jax.Array]:
+def updated(
+  algorithm: Algorithm,
+  optimizer: optax.GradientTransformation,
+  mine: Own,
+  summed: dict[str, PyTree],
+  stats: PyTree,
+) -> tuple[Own, jax.Array]:
   """A stage's part of the state after the step, and whether the update is finite."""
   updates, opt_state = optimizer.update(summed['grads'], mine.opt_state, mine.params)
   aux = {'batch_stats': stats, 'guess_gradient': summed['guess_gradient']}
