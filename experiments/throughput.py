@@ -30,6 +30,8 @@ def main(arguments: list[str]) -> None:
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/throughput'))
   options, config = command_line.parse(parser, arguments)
   command_line.at_least(options, images=1, epochs=1)
+  if config.stages > 1:
+    raise UserError(f'stages is {config.stages}; allowed: 1, as the bare update has it')
   config.epochs = config.eval_every = options.epochs
   job = first_images(prepare(config), options.images)
   steps = -(-job.dataset.train.examples // config.batch_size)

@@ -157,7 +157,9 @@ class Training:
 
   def __init__(self, job: train.Job, options: argparse.Namespace) -> None:
     self.interval, self.strictest = options.interval, options.thresholds[-1] / 100
-    self.functions, self.state = train.build(job)
+    self.functions, state = train.build(job)
+    error = self.functions.test_error(state)
+    self.state = self.functions.begin(state)
     self.total = options.max_epochs * self.functions.feed.steps
     _, inputs = next(self.functions.feed.epoch(0, 0))
     # The first step compiles. It takes over its argument's memory, which is a copy for that.
@@ -168,7 +170,7 @@ class Training:
       'seed': job.config.seed,
       'steps': [0],
       'seconds': [0.0],
-      'test_error': [self.functions.test_error(self.state)],
+      'test_error': [error],
       'finished': False,
     }
 
@@ -185,9 +187,10 @@ class Training:
         step += count
         if step == end:
           break
-    jax.block_until_ready(self.state)
+    self.state = jax.block_until_ready(self.functions.finish(self.state, inputs))
     seconds = time.perf_counter() - begin
-    error, is_finite = self.functions.test_error(self.state), int(self.state.bad_step) < 0
+    error = self.functions.test_error(self.functions.whole(self.state))
+    is_finite = int(self.state.bad_step) < 0
     self.curve['steps'].append(step)
     self.curve['seconds'].append(self.curve['seconds'][-1] + seconds)
     self.curve['test_error'].append(error if is_finite else 1.0)

@@ -257,6 +257,7 @@ def test_compare(arguments, message, tmp_path, monkeypatch, capsys):
     ('replicated_losses', ['--many_patches=0'], '--many_patches has 0; allowed: 1 or more'),
     ('step_time', ['--algorithms=NOPE'], f"--algorithms has 'NOPE'; allowed: {ALGORITHMS}"),
     ('step_time', ['--precision=half'], "argument --precision: invalid choice: 'half'"),
+    ('throughput', ['--config.stages=2'], 'stages is 2; allowed: 1, as the bare update has it'),
     ('throughput', ['--epochs=0'], '--epochs is 0; allowed: 1 or more'),
     ('time_to_accuracy', ['--thresholds=x'], "--thresholds is 'x'; allowed: numbers with commas between them"),
     ('time_to_accuracy', ['--config.dataset=digits'], 'digits has no default thresholds'),

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -241,6 +242,18 @@ def test_two_processes_are_two_stages(tmp_path):
   assert [process.returncode for process in (*both, alone)] == [0, 0, 0], errors
   for there, here in zip(state(tmp_path / 'two'), state(tmp_path / 'one'), strict=True):
     np.testing.assert_array_equal(there, here)
+
+
+@pytest.mark.parametrize('processes, shares', [
+    ([[0, 0], [1, 1]], [(0, 2), (1, 2)]), ([[0, 1]], [(0, 1), (0, 1)]),
+    ([[0, 0], [0, 0], [1, 1], [1, 1]], [(0, 2), (1, 2)]), ([[0, 1], [2, 3]], [(0, 2), (0, 2), (1, 2), (1, 2)])])
+def test_processes_of_one_pipeline_read_the_same(processes, shares, monkeypatch):
+  device = lambda process: types.SimpleNamespace(process_index=process)
+  mesh = types.SimpleNamespace(axis_names=('data', 'stage'),
+                               devices=[[device(process) for process in row] for row in processes])
+  for process, share in enumerate(shares):
+    monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
+    assert update._share(mesh) == share
 
 
 @pytest.mark.parametrize('fields, message', [

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from lfg_jax import data
-from lfg_jax.errors import UserError
+from lfg_jax.errors import UserError, one_of
 from lfg_jax.training import algorithms, hlo, optimizers, pipeline, stage_plan, stage_work, update
 from lfg_jax.training.update import AXIS, STAGE, Feed, TrainState
 
@@ -78,6 +78,7 @@ def images_of(config: ConfigDict) -> data.Dataset:
   """The data set of a config, without its images."""
   if config.dataset == 'digits':
     return data.load('digits')
+  one_of('dataset', config.dataset, data.NAMES)
   facts = data.TFDS[config.dataset]
   side = config.image_size or facts.image_shape[0]
   shape = (side, side, facts.image_shape[2])
