@@ -1,6 +1,7 @@
 """The benchmarks run and write their rows. (Times are looked at where they are run, not here.)"""
 
 import json
+import os
 import runpy
 
 import pytest
@@ -27,6 +28,19 @@ def test_rows_and_figure(name, arguments, rows, field, tmp_path):
   assert content['command'].startswith(f'python experiments/{name}.py ') and content['device'] == 'cpu'
   assert len(content['rows']) == rows and all(row[field] > 0 for row in content['rows'])
   assert (tmp_path / f'{name}.png').stat().st_size > 1000
+
+
+def test_pipeline_throughput(tmp_path):
+  """Six processes, two for each way."""
+  cores = sorted(os.sched_getaffinity(0))
+  main = runpy.run_path(str(EXPERIMENTS / 'pipeline_throughput.py'))['main']
+  main(['--model=S/2/4', '--algorithm=LG-BP', '--batch=4', '--steps=2', '--repetitions=1',
+        f'--cores={cores[0]},{cores[-1]}', f'--out={tmp_path}'])
+  rows = json.loads((tmp_path / 'pipeline_throughput.json').read_text())['rows']
+  assert [row['way'] for row in rows] == ['limit', 'pipeline', 'data']
+  assert all(row['part_of_limit'] > 0 for row in rows)
+  activity, targets, rest = 4 * 4 * 256 * 4, 4 * 8, 8 + 16    # of 4 examples; the metrics go one hop
+  assert [row['sent_bytes'] for row in rows[:2]] == [0, activity + targets + rest]
 
 
 def test_throughput(tmp_path):

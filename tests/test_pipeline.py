@@ -145,6 +145,13 @@ def test_batch_norm_has_the_same_statistics():
 
 
 @pytest.mark.slow
+def test_the_first_bad_step_is_told():
+  fields = {'optimizer__name': 'sgd', 'optimizer__learning_rate': 1e9, 'optimizer__schedule': 'constant'}
+  one, several = both(perceptron(algorithm='LG-BP', steps_per_dispatch=2, **fields), 1, 4, 12)
+  assert several.bad_step == one.bad_step > STEPS - 11
+
+
+@pytest.mark.slow
 def test_outputs_of_different_shapes():
   config = tiny(algorithm='LG-BP')
   configs.use_model(config, 'resnet', stages=(1, 2), channels=8, groups=2, patches=2)

@@ -208,7 +208,9 @@ def _dispatch(plan: _Plan, state: PipelineState, key: jax.Array, ticks: jax.Arra
     onward = [(s, s + 1) for s in range(len(plan.stages) - 1)]
     return own, jax.lax.ppermute(output, STAGE, onward), sums, bad
 
-  own, message, sums, bad = jax.lax.fori_loop(0, ticks, tick, (*mine, state.sums, state.bad_step))
+  # Stages find bad steps in any order; as an unsigned number, -1 (none) is the largest.
+  begin = (*mine, state.sums, state.bad_step.astype(jnp.uint32))
+  own, message, sums, bad = jax.lax.fori_loop(0, ticks, tick, begin)
   own, message = jax.tree.map(lambda x: x[None], (own, message))
   return PipelineState(state.step + fresh, own, message, *_told(len(plan.stages), sums, bad))
 
@@ -259,7 +261,7 @@ def _updated(plan: _Plan, s: int, now: tuple[Rows, dict[str, jax.Array], jax.Arr
   if plan.stages[s].is_last:
     is_first = message.number % plan.feed.steps == 0
     sums = update.add_to_sums(sums, total['metrics'], message.examples, is_first)
-  bad = jnp.where((bad < 0) & ~is_finite, message.number + 1, bad)
+  bad = jnp.where(is_finite, bad, jnp.minimum(bad, (message.number + 1).astype(bad.dtype)))
   return packing.pack(new, packing.widths(plan.own)), sums, bad
 
 
@@ -274,6 +276,5 @@ def _told(stages: int, sums: dict[str, jax.Array], bad: jax.Array
     sums = jax.tree.map(lambda mine, other: jnp.where(is_last, mine, other), news[0], there[0])
     return sums, jnp.minimum(news[1], there[1])
 
-  # As an unsigned number, -1 (none) is the largest.
-  sums, first = jax.lax.fori_loop(0, stages - 1, hop, (sums, bad.astype(jnp.uint32)))
+  sums, first = jax.lax.fori_loop(0, stages - 1, hop, (sums, bad))
   return sums, first.astype(jnp.int32)
