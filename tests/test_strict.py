@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from lfg_jax import data
-from lfg_jax.training import optimizers, train, update
+from lfg_jax.training import optimizers, pipeline, stage_plan, train, update
 from tests.runs import tiny
 
 CASES = {
@@ -21,6 +21,9 @@ CASES = {
     'projection': {'estimator__combine': 'projection', 'estimator__passes': 4},
     'independent': {'algorithm': 'LG-FG-W', 'estimator__sharing': 'independent', 'estimator__passes': 4,
                     'estimator__chunk': 2, 'micro_batch': 4},
+    **{f'staged-{name}': {'stages': 2, 'model__blocks': 2, **fields} for name, fields in (
+        ('LG-FG-A', {}), ('contrastive', {'loss': 'contrastive'}), ('batch-norm', {'model__norm': 'batch'}),
+        ('pooled', {'model__size': 'S/4/2', 'model__pool_every': 1, 'model__mixing': 'conv'}))},
     **{law: {'estimator__law': law, 'optimizer__name': name}
        for law, name in (('rademacher', 'sgd'), ('haar', 'adamw'), ('sphere', 'lars'))},
 }
@@ -52,11 +55,22 @@ def trace_steps(fields, dataset):
   feed = update.make_feed(split, job.mesh, config.batch_size, key, at_once=2)
   rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs, config.batch_size)
   optimizer = optimizers.make(config.optimizer, rate)
-  step = update.make_update(job.algorithm, optimizer, job.mesh, feed)
   _, inputs = next(feed.epoch(0, 0))
   state = jax.eval_shape(lambda key: update.init_state(job.algorithm, optimizer, key, job.mesh), key)
-  after = jax.eval_shape(step, state, key, 2, *inputs)
+  if config.stages > 1:
+    after = trace_stages(job, optimizer, feed, state, inputs)
+  else:
+    step = update.make_update(job.algorithm, optimizer, job.mesh, feed)
+    after = jax.eval_shape(step, state, key, 2, *inputs)
   assert after.params['readout']['linear']['kernel'].shape[-1] == 10
+
+
+def trace_stages(job, optimizer, feed, state, inputs):
+  spans = stage_plan.spans(job.algorithm.made_of, job.config.stages)
+  batch = update.batch_like(job.dataset.image_shape, job.config.batch_size)
+  made = pipeline.make(job.algorithm, optimizer, job.mesh, feed, spans, state, batch)
+  after = jax.eval_shape(made.dispatch, jax.eval_shape(made.begin, state), jax.random.key(0), 2, 2, *inputs)
+  return jax.eval_shape(made.whole, after)
 
 
 @pytest.mark.slow
