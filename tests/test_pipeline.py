@@ -1,6 +1,7 @@
 """The block pipeline: equal to the sequential run, neighbours only, and refused where it cannot be."""
 
 import functools
+import itertools
 import re
 import types
 
@@ -181,6 +182,16 @@ def test_a_device_holds_its_own_stage():
   own = sum(leaf.nbytes for leaf in jax.tree.leaves((before.params, before.opt_state)))
   data_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(next(feed.epoch(0, 0))[1]))
   assert held - data_bytes < 0.5 * own
+
+
+@pytest.mark.parametrize('number', [1, 2, 3, 5, 7])
+def test_stages_are_balanced(number):
+  """Against all ways to share out seven parts."""
+  costs = np.random.default_rng(number).integers(1, 9, 7).tolist()
+  slowest = lambda ends: max(sum(costs[a:b]) for a, b in zip((0, *ends), ends, strict=False))
+  best = min(slowest((*cuts, 7)) for cuts in itertools.combinations(range(1, 7), number - 1))
+  ends = stage_plan._balanced(tuple(costs), number)
+  assert (len(ends), ends[-1], slowest(ends)) == (number, 7, best)
 
 
 # --- runs -----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ sets the pace, so the cost model balances them.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,14 +53,16 @@ def _balanced(cost: Sequence[int], number: int) -> tuple[int, ...]:
   (1, 5)
   """
 
+  before = list(itertools.accumulate(cost, initial=0))
+
   @functools.cache
   def best(end: int, parts: int) -> tuple[int, tuple[int, ...]]:
     if parts == 1:
-      return sum(cost[:end]), (end,)
+      return before[end], (end,)
     options = []
     for last in range(parts - 1, end):
       slowest, ends = best(last, parts - 1)
-      options.append((max(slowest, sum(cost[last:end])), (*ends, end)))
+      options.append((max(slowest, before[end] - before[last]), (*ends, end)))
     return min(options)
 
   return best(len(cost), number)[1]
