@@ -56,6 +56,7 @@ def base() -> ConfigDict:
     checkpoint_every: epochs between checkpoints.
     keep: how many checkpoints; the one with the best test error stays too.
     distributed: several processes: calls jax.distributed.initialize().
+    lost_after: seconds of silence after which a process counts as lost, and the others end.
   """
   return ConfigDict({
       'algorithm': 'LG-FG-A',
@@ -88,6 +89,7 @@ def base() -> ConfigDict:
       'checkpoint_every': 1,
       'keep': 2,
       'distributed': False,
+      'lost_after': 25,
   })
 
 
@@ -149,6 +151,7 @@ def _from(low: float) -> tuple[Any, str]:
 # field: (test, what is allowed)
 _RANGES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(('epochs', 'batch_size', 'steps_per_dispatch', 'eval_every', 'checkpoint_every', 'keep'), _from(1)),
+    'lost_after': _from(2),
     'image_size': (lambda v: v is None or v >= 1, '1 or more, None'),
     **dict.fromkeys(('seed', 'optimizer.weight_decay', 'optimizer.warmup_epochs',
                      'optimizer.readout_multiplier', 'optimizer.head_multiplier'), _from(0)),

@@ -3,6 +3,7 @@
 A run is a pure function of its config, so a run that was stopped, in any way, ends as if it had not been.
 """
 
+import collections
 import json
 import pathlib
 import signal
@@ -12,6 +13,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -26,6 +28,7 @@ from lfg_jax.training.run_log import RunLog
 from lfg_jax.training.update import Feed, TrainState
 
 REFRESH_SECONDS = 1.0    # between looks at the running state, which wait for the device
+IN_FLIGHT = 2            # most dispatches that are not done
 
 
 class Job(NamedTuple):
@@ -57,7 +60,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
   configs.validate(config)
   with as_user_errors():
     if config.distributed:
-      processes.connect()
+      processes.connect(lost_after=config.lost_after)
     if config.batch_size % jax.device_count():
       raise ValueError(f'batch_size is {config.batch_size}; allowed: multiples of {jax.device_count()}, '
                        'the number of devices')
@@ -137,12 +140,12 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
     Interrupted: by a signal.
   """
   begin = time.monotonic()
-  with as_user_errors((BadExample,)), folders.file_errors(workdir):
+  with as_user_errors((BadExample,)), folders.file_errors(workdir), processes.losses():
     if job.config.init_from and not (workdir / 'config.json').exists():
       start.check(pathlib.Path(job.config.init_from), job.algorithm)    # before there is a folder
     with folders.claim(workdir, job.config) as finished:
       if finished:
-        print(f'{workdir} has this run finished')
+        processes.say(f'{workdir} has this run finished')
         return finished
       return _train(job, workdir, begin)
 
@@ -156,7 +159,7 @@ def _train(job: Job, workdir: pathlib.Path, begin: float) -> dict[str, Any]:
     if restored:
       state, seconds = restored
       begin -= seconds
-      print(f'resuming {workdir} at step {int(state.step)}')
+      processes.say(f'resuming {workdir} at step {int(state.step)}')
     elif job.config.init_from:
       state = start.from_run(pathlib.Path(job.config.init_from), state)
     total, batch_size = job.config.epochs * functions.feed.steps, job.config.batch_size
@@ -224,15 +227,18 @@ def _epoch(functions: Functions, state: TrainState, epoch: int, batch_size: int,
   steps = functions.feed.steps
   step = first = int(state.step) % steps
   begin, shown, untimed = time.monotonic(), time.monotonic(), 0
+  bad_steps: collections.deque[jax.Array] = collections.deque()
   for count, inputs in functions.feed.epoch(epoch, first):
     state = functions.steps(state, count, inputs)
     if step == first:
       jax.block_until_ready(state)
       begin, untimed = time.monotonic(), count
     step += count
+    # Waits for the dispatch before the last, so that no signal waits for more than two.
+    bad_steps.append(jnp.copy(state.bad_step))
+    if len(bad_steps) > IN_FLIGHT and int(bad_steps.popleft()) >= 0:
+      break
     if time.monotonic() - shown > REFRESH_SECONDS:
-      if int(state.bad_step) >= 0 and jax.process_count() == 1:    # several look at different times
-        break
       log.progress(int(state.step), epoch=epoch + 1, **_means(state))
       shown = time.monotonic()
     if signals.ask_to_stop():
