@@ -1,24 +1,34 @@
 """Two processes of one run, on one machine."""
 
+import os
 import re
 import signal
 import socket
+import subprocess
 import time
 
 import jax
+import numpy as np
 import pytest
 
-from lfg_jax.errors import UserError
-from lfg_jax.training import processes, train
-from tests.runs import FLAGS, start, tiny
+from lfg_jax.errors import LOST, UserError
+from lfg_jax.training import processes, run_log, train
+from tests.runs import FLAGS, STEPS, start, state, tiny
 
 
-def two(folders):
+def two(folders, *flags):
   with socket.socket() as free:
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
   return [start('train.py', f'--workdir={folder}', f'--coordinator={address}', '--processes=2', f'--process={i}',
-                '--config.epochs=5000', *FLAGS) for i, folder in enumerate(folders)]
+                '--config.epochs=5000', *FLAGS, *flags) for i, folder in enumerate(folders)]
+
+
+def until_a_row(both, folder):
+  """Waits until an epoch is done."""
+  rows = folder / 'metrics.jsonl'
+  while both[0].poll() is None and not (rows.exists() and rows.read_text()):
+    time.sleep(0.02)
 
 
 def ends(both):
@@ -37,15 +47,68 @@ def ends(both):
 def test_a_signal_to_one_ends_both_with_what_they_saved(tmp_path):
   """Nine steps are dispatched at once, so that few numbers of steps are looked at."""
   both = two([tmp_path / 'run'] * 2)
-  rows = tmp_path / 'run' / 'metrics.jsonl'
-  while both[0].poll() is None and not (rows.exists() and rows.read_text()):
-    time.sleep(0.02)
+  until_a_row(both, tmp_path / 'run')
   both[1].send_signal(signal.SIGTERM)
   codes, lines = ends(both)
   assert codes == [128 + signal.SIGTERM] * 2
   assert lines[0] == lines[1]
   step = re.fullmatch(r'train.py: SIGTERM: saved step (\d+); the same command goes on from there', lines[0])[1]
   assert (tmp_path / 'run' / 'checkpoints' / step).is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
+def test_one_that_is_killed_ends_the_other_in_a_line(tmp_path, victim):
+  both = two([tmp_path / 'run'] * 2)
+  until_a_row(both, tmp_path / 'run')
+  begin = time.monotonic()
+  both[victim].kill()
+  other = both[1 - victim]
+  errors = other.communicate(timeout=60)[1]
+  assert time.monotonic() - begin < 30
+  assert other.returncode == LOST
+  line, = errors.splitlines()
+  assert re.fullmatch(rf'train.py: process {1 - victim} lost another one \(.*\); '
+                      'the same command goes on from the last checkpoint', line)
+
+
+@pytest.mark.slow
+def test_one_that_is_silent_counts_as_lost(tmp_path):
+  """The process lives, and its connections with it: only its heartbeats tell."""
+  both = two([tmp_path / 'run'] * 2, '--config.lost_after=5')
+  until_a_row(both, tmp_path / 'run')
+  child = subprocess.run(['pgrep', '-P', str(both[1].pid)], capture_output=True, text=True).stdout
+  os.kill(int(child), signal.SIGSTOP)
+  begin = time.monotonic()
+  errors = both[0].communicate(timeout=60)[1]
+  assert time.monotonic() - begin < 15
+  os.kill(int(child), signal.SIGKILL)
+  assert both[1].wait(10) == 128 + signal.SIGKILL
+  assert both[0].returncode == LOST
+  assert errors == ('train.py: process 0 lost another one (process 1 is gone); '
+                    'the same command goes on from the last checkpoint\n')
+
+
+@pytest.mark.slow
+def test_a_rehearsal_is_the_run_of_one_process(tmp_path):
+  """Killed once on the way; its output is that of one."""
+  flags = [*FLAGS, '--config.epochs=6', '--config.steps_per_dispatch=1']
+  rehearsal = [start('train.py', '--rehearse=2', f'--workdir={tmp_path / "two"}', *flags)]
+  while rehearsal[0].poll() is None and not list(tmp_path.glob('two/checkpoints/[0-9][0-9]')):
+    time.sleep(0.02)
+  child = subprocess.run(['pgrep', '-P', str(rehearsal[0].pid)], capture_output=True, text=True).stdout.split()
+  os.kill(int(child[1]), signal.SIGKILL)
+  assert rehearsal[0].wait(60) == 128 + signal.SIGKILL
+  again, alone = (start('train.py', *options, f'--workdir={tmp_path / name}', *flags)
+                  for options, name in ((['--rehearse=2'], 'two'), ([], 'one')))
+  out, errors = again.communicate(timeout=120)
+  assert (again.returncode, errors) == (0, '')
+  assert out.startswith('resuming') and out.count('test_error') == out.count('epoch') + 1
+  alone.communicate(timeout=120)
+  for a, b in zip(state(tmp_path / 'two'), state(tmp_path / 'one'), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  rows = [[row['step'] for row in run_log.read_rows(tmp_path / name / 'metrics.jsonl')] for name in ('one', 'two')]
+  assert rows[0] == rows[1] == [STEPS * epoch for epoch in range(1, 7)]
 
 
 @pytest.mark.slow
@@ -67,7 +130,7 @@ def test_a_refusal_of_the_first_ends_both(tmp_path):
 
 @pytest.mark.parametrize('error', [ValueError('coordinator_address should be defined.'), RuntimeError('two\nlines')])
 def test_without_a_cluster_a_line_says_what_to_give(error, monkeypatch):
-  def initialize(*_):
+  def initialize(*_, **__):
     raise error
 
   monkeypatch.setattr(jax.distributed, 'initialize', initialize)

@@ -71,27 +71,26 @@ class Text(threading.Thread):
   """The text that a child writes from C++, without the records of JAX's distributed service.
 
   Attributes:
-    lost: what those say of another process that was lost; None: nothing.
+    hidden: those records.
     held: the lines to be shown if the child fails in its own way; empty when they are shown at once.
   """
 
   def __init__(self, pipe: int, *, shown: bool) -> None:
     super().__init__(daemon=True)
-    self.lost: str | None = None
+    self.hidden: list[str] = []
     self.held: list[str] = []
     self._pipe, self._shown = pipe, shown
     self.start()
 
   def run(self) -> None:
     """Reads to the end of the pipe."""
-    hidden: list[str] | None = None    # the record that is not for people, as far as it came
+    hides = False
     with os.fdopen(self._pipe, errors='replace') as lines:
       for line in lines:
         if match := _RECORD.match(line):
-          hidden = [] if _SERVICE.search(match[1]) else None
-        if hidden is not None:
-          hidden.append(line)
-          self.lost = lost_by(''.join(hidden)) or self.lost
+          hides = bool(_SERVICE.search(match[1]))
+        if hides:
+          self.hidden.append(line)
         elif not line.startswith('[Gloo]'):
           self._show(line)
 
@@ -102,19 +101,19 @@ class Text(threading.Thread):
       self.held.append(line)
 
 
-def lost_by(record: str) -> str | None:
-  """Which processes a record of JAX's distributed service misses; None: it is about something else.
+def lost_by(text: str) -> str | None:
+  """Which processes the records of JAX's distributed service miss; None: they are about something else.
 
   >>> lost_by('E1127 agent.cc:1] The following tasks are unhealthy (stopped sending heartbeats):\\n1\\n')
   'process 1 is gone'
   >>> lost_by('F1127 client.h:80] Failed to send RPC to coordination service. Either the leader task')
   'process 0 is gone'
   """
-  if match := _MISSING.search(record):
+  if match := _MISSING.search(text):
     return f'process {match[1].strip()} is gone'
-  if 'leader task' in record:
+  if 'leader task' in text:
     return 'process 0 is gone'
-  return 'one ended' if 'detected fatal errors' in record else None
+  return 'one ended' if 'detected fatal errors' in text else None
 
 
 class Child(NamedTuple):
@@ -169,8 +168,9 @@ def _code(child: Child, code: int) -> int:
     return code
   name = 'a process' if child.number is None else f'process {child.number}'
   number = signal.Signals(-code)
-  if number == signal.SIGABRT and child.text.lost:
-    complain(UserError(f'{name} lost another one ({child.text.lost}); {GOES_ON}'))
+  lost = lost_by(''.join(child.text.hidden))
+  if number == signal.SIGABRT and lost:
+    complain(UserError(f'{name} lost another one ({lost}); {GOES_ON}'))
     return LOST
   complain(UserError(f'{name} was ended by {number.name}; {GOES_ON}'))
   return 128 + number

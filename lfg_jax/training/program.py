@@ -39,7 +39,6 @@ def main(arguments: list[str]) -> None:
   if at is None:
     _train(config, workdir)
     return
-  config.distributed = True
   launch.run(functools.partial(_train, config, workdir, at))
 
 
