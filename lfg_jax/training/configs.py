@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_dict
 
 from lfg_jax.errors import UserError
 from lfg_jax.models import registry
-from lfg_jax.training import optimizers
+from lfg_jax.training import optimizers, profiling
 
 
 def base() -> ConfigDict:
@@ -56,6 +56,7 @@ def base() -> ConfigDict:
     checkpoint_every: epochs between checkpoints.
     keep: how many checkpoints; the one with the best test error stays too.
     distributed: several processes: calls jax.distributed.initialize().
+    profile: 'FIRST:LAST', steps of which jax.profiler writes a trace into the run's folder; None: no trace.
     lost_after: seconds of silence after which a process counts as lost, and the others end.
   """
   return ConfigDict({
@@ -90,6 +91,7 @@ def base() -> ConfigDict:
       'keep': 2,
       'distributed': False,
       'lost_after': 25,
+      'profile': config_dict.placeholder(str),
   })
 
 
@@ -152,6 +154,7 @@ def _from(low: float) -> tuple[Any, str]:
 _RANGES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(('epochs', 'batch_size', 'steps_per_dispatch', 'eval_every', 'checkpoint_every', 'keep'), _from(1)),
     'lost_after': _from(2),
+    'profile': (lambda v: v is None or profiling.steps_of(v) is not None, 'FIRST:LAST, steps from 1; None'),
     'image_size': (lambda v: v is None or v >= 1, '1 or more, None'),
     **dict.fromkeys(('seed', 'optimizer.weight_decay', 'optimizer.warmup_epochs',
                      'optimizer.readout_multiplier', 'optimizer.head_multiplier'), _from(0)),

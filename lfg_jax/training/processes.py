@@ -8,7 +8,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import numpy as np
@@ -84,10 +84,15 @@ def losses() -> Iterator[None]:
                f'{guard.GOES_ON}') from error
 
 
-def say(*words: Any) -> None:
+def is_first() -> bool:
+  """Whether this is the process that speaks and writes."""
+  return jax.process_index() == 0
+
+
+def say(*words: Any, file: TextIO | None = None) -> None:
   """Prints, in the first process only."""
-  if jax.process_index() == 0:
-    print(*words, flush=True)
+  if is_first():
+    print(*words, file=file, flush=True)
 
 
 def share_folder(folder: pathlib.Path | None) -> None:
@@ -100,7 +105,7 @@ def share_folder(folder: pathlib.Path | None) -> None:
   if jax.process_count() == 1:
     return
   mine = -1 if folder is None else secrets.randbits(31)
-  if folder and jax.process_index() == 0:
+  if folder and is_first():
     (folder / TOKEN).write_text(str(mine))
   wanted = int(multihost_utils.broadcast_one_to_all(np.int32(mine)))
   if folder is None:
