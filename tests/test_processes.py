@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 
@@ -12,14 +11,12 @@ import numpy as np
 import pytest
 
 from lfg_jax.errors import LOST, UserError
-from lfg_jax.training import processes, run_log, train
+from lfg_jax.training import launch, processes, run_log, train
 from tests.runs import FLAGS, STEPS, start, state, tiny
 
 
 def two(folders, *flags):
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    address = f'localhost:{free.getsockname()[1]}'
+  address = launch.free_address()
   return [start('train.py', f'--workdir={folder}', f'--coordinator={address}', '--processes=2', f'--process={i}',
                 '--config.epochs=5000', *FLAGS, *flags) for i, folder in enumerate(folders)]
 

@@ -42,11 +42,16 @@ def find_place(given: Place, environment: Mapping[str, str]) -> Place | None:
   return Place(address, int(count), int(index))
 
 
-def rehearse(count: int, lost_after: int) -> Place:
-  """Forks so many processes on this machine's CPUs, and returns in each of them."""
+def free_address() -> str:
+  """HOST:PORT on this machine that nobody uses."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
-    address = f'localhost:{free.getsockname()[1]}'
+    return f'localhost:{free.getsockname()[1]}'
+
+
+def rehearse(count: int, lost_after: int) -> Place:
+  """Forks so many processes on this machine's CPUs, and returns in each of them."""
+  address = free_address()
   jax.config.update('jax_platforms', 'cpu')
   number = guard.guard(range(count), grace=lost_after + ALONE_SECONDS)
   return Place(address, count, number)
