@@ -35,6 +35,7 @@ def base() -> ConfigDict:
     data_dir: where the data sets are; None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
     image_size: height and width of streamed images; None: the data set's own.
     images: how many to train on, the first so many; None: all.
+    workers: processes that read and decode a stream; 0: threads.
     init_from: folder of a run whose parameters are the first; None: random ones.
     min_area: of a view's crop, as a part of the image's.
     name: 'sgd', 'adam', 'adamw' or 'lars'.
@@ -66,6 +67,7 @@ def base() -> ConfigDict:
       'data_dir': config_dict.placeholder(str),
       'image_size': config_dict.placeholder(int),
       'images': config_dict.placeholder(int),
+      'workers': 0,
       'init_from': config_dict.placeholder(str),
       'model': model_fields('mixer'),
       'losses': {'patch': True, 'group': True, 'every': 1, 'overlap': False},
@@ -156,7 +158,7 @@ _RANGES: dict[str, tuple[Any, str]] = {
     'lost_after': _from(2),
     'profile': (lambda v: v is None or profiling.steps_of(v) is not None, 'FIRST:LAST, steps from 1; None'),
     'image_size': (lambda v: v is None or v >= 1, '1 or more, None'),
-    **dict.fromkeys(('seed', 'optimizer.weight_decay', 'optimizer.warmup_epochs',
+    **dict.fromkeys(('seed', 'workers', 'optimizer.weight_decay', 'optimizer.warmup_epochs',
                      'optimizer.readout_multiplier', 'optimizer.head_multiplier'), _from(0)),
     **dict.fromkeys(('optimizer.learning_rate', 'optimizer.staircase_factor'),
                     (lambda v: 0 < v < math.inf, 'more than 0')),

@@ -66,7 +66,8 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
       raise ValueError(f'batch_size is {config.batch_size}; allowed: multiples of {jax.device_count()}, '
                        'the number of devices')
     dataset = dataset or data.load(config.dataset, data_dir=config.data_dir, image_size=config.image_size,
-                                   seed=config.seed, whole_images=config.loss == 'contrastive')
+                                   seed=config.seed, whole_images=config.loss == 'contrastive',
+                                   workers=config.workers)
     algorithm = algorithms.make(config, dataset, update.AXIS)
   job = first_images(Job(config, dataset, algorithm, update.make_mesh()), config.images)
   profiling.check(config.profile, config.epochs * -(-job.dataset.train.examples // config.batch_size))

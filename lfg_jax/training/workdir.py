@@ -20,7 +20,7 @@ from lfg_jax.training import configs, optimizers, processes, run_log
 # When a run resumes. Where the data is, not which; how often the run is looked at and saved; in what
 # parts the same sums are taken, which changes their rounding.
 MAY_DIFFER = ('data_dir', 'distributed', 'lost_after', 'profile', 'eval_every', 'checkpoint_every', 'keep',
-              'steps_per_dispatch', 'micro_batch')
+              'steps_per_dispatch', 'micro_batch', 'workers')
 LOCK = 'lock'
 OWN = {LOCK, processes.TOKEN, 'config.json.tmp'}    # left by a run that was killed at once
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
