@@ -28,8 +28,11 @@ from lfg_jax.training.train import load
 
 TRAIN = pathlib.Path(__file__).parent / 'train.py'
 SIGNALS = (signal.SIGTERM, signal.SIGKILL)
-PAUSE = (0.5, 30.0)      # seconds from a start to a signal, log-uniform
-PATIENCE = 60            # seconds in which all must end after a signal
+EARLY = 0.2              # of the signals come while the processes start
+START_SECONDS = 5.0      # in which they do then
+PAUSE = (0.1, 20.0)      # seconds from the begin of training to any other signal, log-uniform
+PATIENCE = 60            # seconds in which all must end after a signal to a run that trains
+START_PATIENCE = 10      # the same while the processes start, and wait for each other
 ALLOWED = (0, LOST, *(128 + number for number in SIGNALS))
 
 
@@ -39,14 +42,14 @@ class Stop(NamedTuple):
   Attributes:
     signal, victim: which signal, to which process.
     codes: exit codes of all processes.
-    seconds: until all had ended; `PATIENCE` when the rest had to be killed.
-    began: whether the run had begun: before, processes wait for each other, as long as JAX lets them.
+    seconds: until all had ended.
+    trained: whether the run had begun: before, processes wait for each other, as long as JAX lets them.
   """
   signal: str
   victim: int
   codes: list[int]
   seconds: float
-  began: bool
+  trained: bool
 
 
 def main(arguments: list[str]) -> None:
@@ -108,30 +111,36 @@ def wait(running: list[subprocess.Popen], patience: float | None) -> list[int]:
 def torment(workdir: pathlib.Path, processes: int, flags: list[str], rng: random.Random, end: float
             ) -> list[Stop]:
   """A run to its end, with signals until the time `end`."""
-  stops = []
+  stops: list[Stop] = []
   while True:
-    said = said_by(workdir)
     running = start(workdir, processes, flags)
-    pause = PAUSE[0] * (PAUSE[1] / PAUSE[0]) ** rng.random()
-    number, victim = rng.choice(SIGNALS), rng.randrange(processes)
-    until = time.monotonic() + pause
-    while time.monotonic() < min(until, end) and running[0].poll() is None:
-      time.sleep(0.02)
-    begin = time.monotonic()
-    if begin < end:
+    trained = await_moment(running, workdir, rng, end)
+    number, victim, sent = rng.choice(SIGNALS), rng.randrange(processes), time.monotonic()
+    if sent < end:
       running[victim].send_signal(number)
-    codes = wait(running, PATIENCE if begin < end else None)
-    if not set(codes) <= {*ALLOWED}:
-      raise UserError(f'exit codes {codes} after {number.name} to process {victim}; see {workdir.parent}')
+    codes = wait(running, None if sent >= end else PATIENCE if trained else START_PATIENCE)
+    seconds = round(time.monotonic() - sent, 2)
     if not any(codes):
       return stops
-    stops.append(Stop(number.name, victim, codes, round(time.monotonic() - begin, 2), said_by(workdir) > said))
+    if sent >= end or not set(codes) <= {*ALLOWED} or (trained and seconds > PATIENCE):
+      raise UserError(f'exit codes {codes}, {seconds} s after {number.name} to process {victim}; '
+                      f'see {workdir.parent}')
+    stops.append(Stop(number.name, victim, codes, seconds, trained))
 
 
-def said_by(workdir: pathlib.Path) -> int:
-  """How much the first process has printed in all tries."""
-  path = workdir.with_name(f'{workdir.name}-0.txt')
-  return path.read_text().count('epoch') if path.exists() else 0
+def await_moment(running: list[subprocess.Popen], workdir: pathlib.Path, rng: random.Random, end: float) -> bool:
+  """Waits for a random moment, at most until the time `end`; returns whether the run trains by then."""
+  begin, rows = time.time(), workdir / 'metrics.jsonl'
+  goes_on = lambda: time.monotonic() < end and running[0].poll() is None
+  trains = lambda: rows.exists() and rows.stat().st_mtime > begin
+  early, place = rng.random() < EARLY, rng.random()
+  while not early and goes_on() and not trains():
+    time.sleep(0.02)
+  pause = START_SECONDS * place if early else PAUSE[0] * (PAUSE[1] / PAUSE[0]) ** place
+  until = time.monotonic() + pause
+  while goes_on() and time.monotonic() < until:
+    time.sleep(0.02)
+  return trains()
 
 
 def same(whole: pathlib.Path, other: pathlib.Path) -> None:
@@ -148,9 +157,9 @@ def same(whole: pathlib.Path, other: pathlib.Path) -> None:
 
 def report(stops: list[Stop]) -> dict[str, Any]:
   """How many stops of each kind there were, and how long the ends took."""
-  begun = [stop for stop in stops if stop.began]
+  trained = [stop for stop in stops if stop.trained]
   return {'signals': {name.name: sum(stop.signal == name.name for stop in stops) for name in SIGNALS},
-          'begun': len(begun), 'slowest_end': max((stop.seconds for stop in begun), default=None),
+          'while_training': len(trained), 'slowest_end': max((stop.seconds for stop in trained), default=None),
           'stops': [stop._asdict() for stop in stops]}
 
 

@@ -8,6 +8,10 @@ import contextlib
 import dataclasses
 import io
 import math
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +22,7 @@ from PIL import Image
 
 RATIO = (3 / 4, 4 / 3)    # width / height of a random crop
 CENTRE = 224 / 256        # side of the test crop, as a part of the image's short side
+WORKER_SECONDS = 30       # that a worker lives on after a SIGTERM, until the program has seen its own
 Box = tuple[float, float, float, float]    # left, top, right, bottom
 ATTEMPTS = 10             # at a random box that fits, before the central one is taken
 
@@ -114,7 +119,7 @@ class Stream:
         flags.FLAGS.mark_as_parsed()    # grain reads its own
       alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
       workers = grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=1)
-      return iter(slots.batch(local).to_iter_dataset(alone).mp_prefetch(workers))
+      return iter(slots.batch(local).to_iter_dataset(alone).mp_prefetch(workers, _be_worker))
     # Two batches ahead of the device.
     options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=max(2 * local, self.threads))
     return iter(slots.to_iter_dataset(options).batch(local))
@@ -138,6 +143,18 @@ class Stream:
   def _padding(self) -> Batch:
     image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
     return Batch(image, np.array(0, np.int32), np.array(0, np.float32))
+
+
+def _be_worker(*_: int) -> None:
+  """Called in a worker: it ends with the program, and neither Ctrl-C nor a cluster's SIGTERM ends it before."""
+  def end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+      parent.join()
+    os._exit(1)
+
+  threading.Thread(target=end_with_parent, daemon=True).start()
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, lambda *_: threading.Timer(WORKER_SECONDS, os._exit, (1,)).start())
 
 
 def random_box(rng: np.random.Generator, width: int, height: int,
