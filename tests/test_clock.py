@@ -27,6 +27,14 @@ def test_compilation_counts_as_compilation_wherever_it_happens():
   assert watch.read()['compiling'] == read['compiling']
 
 
+def test_compilation_inside_another_counts_once(monkeypatch):
+  monkeypatch.setattr(clock, '_spans', [])
+  for begin, end in ((1, 2), (2, 4), (0, 5), (6, 7)):
+    clock._compiled('/jax/core/compile/backend_compile_duration', begin, end)
+  clock._compiled('/jax/checkpoint/write', 8, 20)
+  assert clock.compiling() == 6
+
+
 def test_waiting_for_items_counts_as_input():
   watch = clock.Clock(time.monotonic())
   def items():
@@ -63,6 +71,13 @@ def test_a_trace_has_the_dispatches_of_its_steps(steps, traced, monkeypatch, tmp
         now[0] = step + 9
         trace.after(step + 9, jnp.ones(()))
   assert tuple(seen) == traced
+
+
+def test_a_run_that_goes_on_behind_the_steps_has_no_trace(monkeypatch, tmp_path):
+  monkeypatch.setattr(jax.profiler, 'start_trace', lambda folder: pytest.fail('traces'))
+  with profiling.Trace(tmp_path, '3:9', active=True) as trace:
+    trace.before(9, 9)
+    trace.after(18, jnp.ones(()))
 
 
 def test_a_trace_ends_with_the_run(monkeypatch, tmp_path):

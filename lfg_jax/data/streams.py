@@ -236,7 +236,7 @@ def cropped(picture: Image.Image, box: Box, size: int) -> Image.Image:
   if scale > 1 and (drafted := picture.draft('RGB', (max(1, width // scale), max(1, height // scale)))):
     ratio = drafted[1][2] / width
     left, top, right, bottom = (ratio * side for side in box)
-    box = left, top, min(right, picture.width), min(bottom, picture.height)
+    box = left, top, right, bottom
   picture.load()
   picture = picture if picture.mode == 'RGB' else picture.convert('RGB')
   return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
