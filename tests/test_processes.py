@@ -13,6 +13,7 @@ import pytest
 from lfg_jax.errors import LOST, UserError
 from lfg_jax.training import launch, processes, run_log, train
 from tests.runs import FLAGS, STEPS, start, state, tiny
+from tests.test_streams import imagenet  # noqa: F401
 
 
 def two(folders, *flags):
@@ -87,9 +88,10 @@ def test_one_that_is_silent_counts_as_lost(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rehearsal_is_the_run_of_one_process(tmp_path):
+@pytest.mark.parametrize('loss', ['supervised', 'contrastive'])
+def test_a_rehearsal_is_the_run_of_one_process(tmp_path, loss):
   """Killed once on the way; its output is that of one."""
-  flags = [*FLAGS, '--config.epochs=6', '--config.steps_per_dispatch=1']
+  flags = [*FLAGS, '--config.epochs=3', '--config.steps_per_dispatch=1', f'--config.loss={loss}']
   rehearsal = [start('train.py', '--rehearse=2', f'--workdir={tmp_path / "two"}', *flags)]
   while rehearsal[0].poll() is None and not list(tmp_path.glob('two/checkpoints/[0-9][0-9]')):
     time.sleep(0.02)
@@ -105,7 +107,26 @@ def test_a_rehearsal_is_the_run_of_one_process(tmp_path):
   for a, b in zip(state(tmp_path / 'two'), state(tmp_path / 'one'), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
   rows = [[row['step'] for row in run_log.read_rows(tmp_path / name / 'metrics.jsonl')] for name in ('one', 'two')]
-  assert rows[0] == rows[1] == [STEPS * epoch for epoch in range(1, 7)]
+  assert rows[0] == rows[1] == [STEPS * epoch for epoch in range(1, 4)]
+
+
+@pytest.mark.slow
+def test_a_stream_goes_on_within_an_epoch_on_another_number_of_processes(tmp_path, imagenet):  # noqa: F811
+  """Eleven images in batches of two: the last batch has padding, and two processes stop the run somewhere."""
+  flags = ['--config=imagenet', f'--config.data_dir={imagenet}', '--config.image_size=16', *FLAGS[:2],
+           '--config.batch_size=2', '--config.epochs=40', '--config.optimizer.warmup_epochs=0',
+           '--config.eval_every=40', '--config.checkpoint_every=100']
+  two_processes = start('train.py', '--rehearse=2', f'--workdir={tmp_path / "two"}', *flags)
+  until_a_row([two_processes], tmp_path / 'two')
+  two_processes.send_signal(signal.SIGTERM)
+  errors = two_processes.communicate(timeout=60)[1]
+  assert two_processes.returncode == 128 + signal.SIGTERM, errors
+  again, alone = (start('train.py', f'--workdir={tmp_path / name}', *flags) for name in ('two', 'one'))
+  for process in (again, alone):
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, errors
+  for a, b in zip(state(tmp_path / 'two'), state(tmp_path / 'one'), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -91,8 +91,10 @@ class Checkpoints:
   def __enter__(self) -> 'Checkpoints':
     return self
 
-  def __exit__(self, *_: Any) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    # A write that is not done waits for its part from every process.
+    if kind is not processes.Lost:
+      self.close()
 
   def _open(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(self._directory, options=options, item_names=('state', 'clock', 'metrics'))

@@ -78,7 +78,7 @@ def losses() -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    if jax.process_count() == 1 or not _MISSED.search(str(error)):
+    if isinstance(error, UserError) or jax.process_count() == 1 or not _MISSED.search(str(error)):
       raise
     raise Lost(f'process {jax.process_index()} lost another one ({" ".join(str(error).split())[:200]}); '
                f'{guard.GOES_ON}') from error

@@ -158,7 +158,7 @@ def _train(job: Job, workdir: pathlib.Path, clock: Clock) -> dict[str, Any]:
   """In a folder that is claimed."""
   functions, state = build(job)
   config, active = job.config, processes.is_first()
-  with Checkpoints(workdir / 'checkpoints', config.keep) as checkpoints:
+  with Checkpoints(workdir / 'checkpoints', config.keep) as checkpoints, processes.losses():
     with clock.on('checkpoints'):
       restored = checkpoints.restore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
     if restored:
