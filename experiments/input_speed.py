@@ -3,8 +3,9 @@
     python experiments/input_speed.py [--photos=512] [--width=500] [--height=375] [--workers=0,2]
         [--out=DIR] [--config=NAME or FILE] [--config.field=value …]
 
-The photographs are made here: random ones as smooth as natural ones are, in JPEG of quality 90. DIR gets
-input_speed.json. `waiting` is the share of input in the time of input and steps of a run of two epochs.
+The photographs are made here: random ones, about as smooth as natural ones are, in JPEG of quality 90. DIR gets
+input_speed.json: images per second, and per second of this process's CPU time, which other work on the machine
+disturbs less. `waiting` is the share of input in the time of input and steps of a run of two epochs.
 """
 
 import io
@@ -70,33 +71,32 @@ def main(arguments: list[str]) -> None:
   workers = command_line.numbers('workers', options.workers, 0, int)
   source = Photographs(options.photos, options.width, options.height)
   size = config.image_size or 224
-  alone = per_second(lambda: len([decode(source[i], i) for i in range(DIFFERENT * 4)]))
   one = Stream(source, size)
-  cropping = per_second(lambda: len([one.example(0, i) for i in range(DIFFERENT * 4)]))
-  rows = [{'workers': count, 'images_per_second': stream_speed(Stream(source, size, workers=count)),
-           'waiting': waiting(config, source, size, count)} for count in workers]
+  many = range(4 * DIFFERENT)
   result = {**run_log.provenance(['experiments/input_speed.py', *arguments]),
-            'cores': len(os.sched_getaffinity(0)), 'decoding_alone': alone, 'with_cropping': cropping,
-            'streams': rows}
+            'cores': len(os.sched_getaffinity(0)),
+            'decoding_alone': rates(lambda: len([decode(source[i], i) for i in many])),
+            'with_cropping': rates(lambda: len([one.example(0, i) for i in many])),
+            'streams': [{'workers': count, **stream_rates(Stream(source, size, workers=count)),
+                         'waiting': waiting(config, source, size, count)} for count in workers]}
   options.out.mkdir(parents=True, exist_ok=True)
   run_log.write_atomically(options.out / 'input_speed.json', json.dumps(result, indent=1) + '\n')
   print(json.dumps(result))
 
 
-def per_second(work: Callable[[], int]) -> float:
-  """Of what `work` says that it has done, in one thread; a first time is not counted."""
-  work()
-  begin = time.perf_counter()
+def rates(work: Callable[[], int]) -> dict[str, float]:
+  """Images per second of what `work` says that it has done."""
+  wall, cpu = time.perf_counter(), time.process_time()
   done = work()
-  return done / (time.perf_counter() - begin)
+  return {'per_second': done / (time.perf_counter() - wall), 'per_cpu_second': done / (time.process_time() - cpu)}
 
 
-def stream_speed(stream: Stream) -> float:
-  """Images per second of an epoch, after its first batch, for which workers have to start."""
+def stream_rates(stream: Stream) -> dict[str, float]:
+  """Of an epoch after its first batch, for which workers have to start. Their CPU time is not known."""
   batches = stream.epoch(0, 0, BATCH)
   next(batches)
-  begin = time.perf_counter()
-  return BATCH * len([None for _ in batches]) / (time.perf_counter() - begin)
+  found = rates(lambda: BATCH * len([None for _ in batches]))
+  return {'per_second': found['per_second']} if stream.workers else found
 
 
 def waiting(config: Any, source: Photographs, size: int, workers: int) -> float:

@@ -265,14 +265,18 @@ def jpegs(count):
     yield i, {'image': file, 'label': 900 + i, 'file_name': f'{i}.JPEG'}
 
 
-@pytest.fixture(scope='module')
-def imagenet(tmp_path_factory):
-  """A data_dir with an imagenet2012 that TFDS itself has written, from other images."""
-  data_dir = tmp_path_factory.mktemp('imagenet')
+def write_imagenet(data_dir, images=jpegs):
+  """An imagenet2012 that TFDS itself writes, of other images."""
   builder = tfds.builder('imagenet2012', data_dir=data_dir, file_format='array_record')
-  builder._split_generators = lambda _: {'train': jpegs(TRAIN), 'validation': jpegs(VALIDATION)}
+  builder._split_generators = lambda _: {'train': images(TRAIN), 'validation': images(VALIDATION)}
   builder.download_and_prepare()
   return str(data_dir)
+
+
+@pytest.fixture(scope='module')
+def imagenet(tmp_path_factory):
+  """A data_dir with a small stand-in."""
+  return write_imagenet(tmp_path_factory.mktemp('imagenet'))
 
 
 def test_imagenet_is_a_stream_of_the_same_interface(imagenet):
