@@ -128,16 +128,15 @@ def _watch(children: Sequence[Child], grace: float) -> NoReturn:
   _pass_on(children)
   codes: dict[int, int] = {}
   patience_ends = float('inf')
-  while len(codes) < len(children):
-    pid, status = os.waitpid(-1, os.WNOHANG)
-    if pid:
-      child = next(child for child in children if child.pid == pid)
-      codes[pid] = _code(child, os.waitstatus_to_exitcode(status))
-      if codes[pid]:
-        patience_ends = min(patience_ends, time.monotonic() + grace)
-      continue
+  while left := [child for child in children if child.pid not in codes]:
     if time.monotonic() > patience_ends:
-      _send(signal.SIGKILL, (child for child in children if child.pid not in codes))
+      _send(signal.SIGKILL, left)
+    for child in left:    # one by one: as the first process of a container it inherits those of others
+      pid, status = os.waitpid(child.pid, os.WNOHANG)
+      if pid:
+        codes[pid] = _code(child, os.waitstatus_to_exitcode(status))
+        if codes[pid]:
+          patience_ends = min(patience_ends, time.monotonic() + grace)
     time.sleep(_POLL_SECONDS)
   own_way = {code for code in codes.values() if code not in (0, LOST, codes[children[0].pid])}
   for child in children:

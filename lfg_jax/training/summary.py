@@ -29,9 +29,9 @@ def write(workdir: pathlib.Path, facts: dict[str, Any], rows: list[Row], seconds
   if not processes.is_first():
     return summary
   if flop is not None:
-    rate = flop / seconds['steps']
+    rate, peak = flop / seconds['steps'], machine_rate(precision)
     summary['flop_per_second'] = float(f'{rate:.4g}')
-    summary['utilisation'] = float(f'{rate / machine_rate(precision):.4g}')
+    summary['utilisation'] = float(f'{rate / peak:.4g}') if peak else None
   plots.curves(workdir / 'curves.png', {facts['algorithm']: [rows]})
   run_log.write_atomically(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
   return summary
@@ -48,11 +48,14 @@ def shares(seconds: dict[str, float]) -> dict[str, float]:
   return {part: round(value, 2) for part, value in parts.items()}
 
 
-def machine_rate(precision: str) -> float:
-  """Operations per second of a plain matrix product, on all devices of the run at once.
+def machine_rate(precision: str) -> float | None:
+  """Operations per second of a plain matrix product, on all devices of the run at once; None: it has no room.
 
   One device is measured. Virtual devices of a CPU share it, so that there a process counts as one.
   """
-  product, flop = timing.matmul(jnp.dtype(precision))
   devices = jax.process_count() if jax.default_backend() == 'cpu' else jax.device_count()
-  return devices * flop / (1e-3 * timing.one_ms(product))
+  try:
+    product, flop = timing.matmul(jnp.dtype(precision))
+    return devices * flop / (1e-3 * timing.one_ms(product))
+  except jax.errors.JaxRuntimeError:    # a device that the run fills
+    return None
