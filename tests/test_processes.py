@@ -79,7 +79,7 @@ def test_one_that_is_killed_ends_the_other_in_a_line(tmp_path, victim):
   both[victim].kill()
   other = both[1 - victim]
   errors = other.communicate(timeout=60)[1]
-  assert time.monotonic() - begin < 30
+  assert time.monotonic() - begin < 15    # a broken connection tells, before 25 seconds of silence do
   assert other.returncode == LOST
   line, = errors.splitlines()
   assert re.fullmatch(rf'train.py: process {1 - victim} lost another one \(.*\); '
