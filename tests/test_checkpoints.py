@@ -13,7 +13,7 @@ import pytest
 from lfg_jax import data
 from lfg_jax.data.streams import Stream
 from lfg_jax.errors import UserError
-from lfg_jax.training import train
+from lfg_jax.training import processes, train
 from lfg_jax.training.checkpoints import Checkpoints
 from tests.runs import FLAGS, STEPS, start, state, tiny
 
@@ -200,6 +200,16 @@ def test_a_damaged_checkpoint_is_passed_over(name, how, kept, tmp_path, capfd):
   assert err.startswith('warning: passing over the checkpoint of step 6, which cannot be read (')
   assert err.count('\n') == 1
   assert Checkpoints(directory, keep=2).restore(LIKE)[0]['step'] == 6
+
+
+@pytest.mark.parametrize('error, closes', [(processes.Lost('gone'), False), (UserError('other'), True)])
+def test_a_write_is_not_waited_for_when_a_process_was_lost(error, closes, tmp_path, monkeypatch):
+  """Its part would never come."""
+  closed = []
+  monkeypatch.setattr(Checkpoints, 'close', lambda self: closed.append(self))
+  with pytest.raises(type(error)), Checkpoints(tmp_path, keep=2):
+    raise error
+  assert len(closed) == closes
 
 
 def test_nothing_is_removed_when_nothing_can_be_read(kept, tmp_path):

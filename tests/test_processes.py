@@ -94,9 +94,12 @@ def test_one_that_is_silent_counts_as_lost(tmp_path):
   child = subprocess.run(['pgrep', '-P', str(both[1].pid)], capture_output=True, text=True).stdout
   os.kill(int(child), signal.SIGSTOP)
   begin = time.monotonic()
-  errors = both[0].communicate(timeout=60)[1]
+  try:
+    errors = both[0].communicate(timeout=60)[1]
+  finally:
+    both[0].kill()
+    os.kill(int(child), signal.SIGKILL)
   assert time.monotonic() - begin < 15
-  os.kill(int(child), signal.SIGKILL)
   assert both[1].wait(10) == 128 + signal.SIGKILL
   assert both[0].returncode == LOST
   assert errors == ('train.py: process 0 lost another one (process 1 is gone); '
