@@ -1,11 +1,12 @@
-"""How fast photographs become batches: decoding alone, streams of threads and of processes, and training.
+"""How fast photographs become batches: decoding alone, streams, and training.
 
     python experiments/input_speed.py [--photos=512] [--width=500] [--height=375] [--workers=0,2]
         [--out=DIR] [--config=NAME or FILE] [--config.field=value …]
 
-The photographs are made here: random ones, about as smooth as natural ones are, in JPEG of quality 90. DIR gets
-input_speed.json: images per second, and per second of this process's CPU time, which other work on the machine
-disturbs less. `waiting` is the share of input in the time of input and steps of a run of two epochs.
+The photographs are made here: random ones, about as smooth as natural ones are, in JPEG of quality
+90. DIR gets input_speed.json: images per second, and per second of this process's CPU time, which
+other work on the machine disturbs less. `waiting` is the share of input in the time of input and
+steps of a run of two epochs.
 """
 
 import io
@@ -88,11 +89,12 @@ def rates(work: Callable[[], int]) -> dict[str, float]:
   """Images per second of what `work` says that it has done."""
   wall, cpu = time.perf_counter(), time.process_time()
   done = work()
-  return {'per_second': done / (time.perf_counter() - wall), 'per_cpu_second': done / (time.process_time() - cpu)}
+  return {'per_second': done / (time.perf_counter() - wall),
+          'per_cpu_second': done / (time.process_time() - cpu)}
 
 
 def stream_rates(stream: Stream) -> dict[str, float]:
-  """Of an epoch after its first batch, for which workers have to start. Their CPU time is not known."""
+  """Of an epoch after its first batch, for which workers start. Their CPU time is not known."""
   batches = stream.epoch(0, 0, BATCH)
   next(batches)
   found = rates(lambda: BATCH * len([None for _ in batches]))
@@ -104,7 +106,8 @@ def waiting(config: Any, source: Photographs, size: int, workers: int) -> float:
   config.epochs, config.batch_size, config.optimizer.warmup_epochs = 2, BATCH, 0.0
   train_split = Stream(source, size, workers=workers)
   test_split = Stream(Photographs(BATCH, size, size), size, train=False)
-  dataset = data.Dataset('photographs', CLASSES, (size, size, 3), (0.5,) * 3, (0.2,) * 3, train_split, test_split)
+  dataset = data.Dataset('photographs', CLASSES, (size, size, 3), (0.5,) * 3, (0.2,) * 3, train_split,
+                         test_split)
   with tempfile.TemporaryDirectory() as folder:
     spent = train(prepare(config, dataset), pathlib.Path(folder))['time']
   return spent['input'] / (spent['input'] + spent['steps'])

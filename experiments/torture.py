@@ -1,11 +1,11 @@
-"""A run of several processes under random SIGTERM and SIGKILL: does it end as if nothing had happened?
+"""A run of several processes under random SIGTERM and SIGKILL: does it end as if undisturbed?
 
     python experiments/torture.py [--minutes=30] [--seed=0] [--processes=2] [--out=DIR]
         [--config=NAME or FILE] [--config.field=value …]
 
-The run is done once undisturbed, and then, again and again until the time is over, with signals to random
-processes at random moments, after each of which the same command is given again. Parameters must be equal
-bit for bit, and no row of metrics missing or double. DIR gets torture.json.
+The run is done once undisturbed, and then, again and again until the time is over, with signals to
+random processes at random moments, after each of which the same command is given again. Parameters
+must be equal bit for bit, and no row of metrics missing or double. DIR gets torture.json.
 """
 
 import json
@@ -43,7 +43,7 @@ class Stop(NamedTuple):
     signal, victim: which signal, to which process.
     codes: exit codes of all processes.
     seconds: until all had ended.
-    trained: whether the run had begun: before, processes wait for each other, as long as JAX lets them.
+    trained: whether the run had begun: before, processes wait for each other as long as JAX does.
   """
   signal: str
   victim: int
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
   """Tortures, prints and writes."""
   parser = command_line.Parser(description=__doc__)
   parser.add_argument('--minutes', type=float, default=30, help='default: 30')
-  parser.add_argument('--seed', type=int, default=0, help='of signals, victims and moments; default: 0')
+  parser.add_argument('--seed', type=int, default=0, help='of signals and moments; default: 0')
   parser.add_argument('--processes', type=int, default=2, help='default: 2')
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/torture'))
   parser.add_argument('--config', default='digits', help='default: digits')
@@ -128,8 +128,9 @@ def torment(workdir: pathlib.Path, processes: int, flags: list[str], rng: random
     stops.append(Stop(number.name, victim, codes, seconds, trained))
 
 
-def await_moment(running: list[subprocess.Popen], workdir: pathlib.Path, rng: random.Random, end: float) -> bool:
-  """Waits for a random moment, at most until the time `end`; returns whether the run trains by then."""
+def await_moment(running: list[subprocess.Popen], workdir: pathlib.Path, rng: random.Random,
+                 end: float) -> bool:
+  """Waits for a random moment, at most until the time `end`; returns whether the run trains then."""
   begin, rows = time.time(), workdir / 'metrics.jsonl'
   goes_on = lambda: time.monotonic() < end and running[0].poll() is None
   trains = lambda: rows.exists() and rows.stat().st_mtime > begin
@@ -149,7 +150,7 @@ def same(whole: pathlib.Path, other: pathlib.Path) -> None:
            for row in run_log.read_rows(folder / 'metrics.jsonl')] for folder in (whole, other)]
   if rows[0] != rows[1]:
     steps = [[row['step'] for row in own] for own in rows]
-    raise UserError(f'{other} has other rows of metrics than {whole}: steps {steps[1]} and {steps[0]}')
+    raise UserError(f'{other} has other rows than {whole}: steps {steps[1]} and {steps[0]}')
   for a, b in zip(*(jax.tree.leaves(load(folder)[1]) for folder in (whole, other)), strict=True):
     if not np.array_equal(a, b):
       raise UserError(f'{other} has other parameters than {whole}, by up to {np.abs(a - b).max()}')
@@ -158,8 +159,9 @@ def same(whole: pathlib.Path, other: pathlib.Path) -> None:
 def report(stops: list[Stop]) -> dict[str, Any]:
   """How many stops of each kind there were, and how long the ends took."""
   trained = [stop for stop in stops if stop.trained]
-  return {'signals': {name.name: sum(stop.signal == name.name for stop in stops) for name in SIGNALS},
-          'while_training': len(trained), 'slowest_end': max((stop.seconds for stop in trained), default=None),
+  counts = {kind.name: sum(stop.signal == kind.name for stop in stops) for kind in SIGNALS}
+  return {'signals': counts, 'while_training': len(trained),
+          'slowest_end': max((stop.seconds for stop in trained), default=None),
           'stops': [stop._asdict() for stop in stops]}
 
 

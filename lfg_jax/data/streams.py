@@ -1,4 +1,4 @@
-"""Batches of a data set too large for memory: read, decoded and cropped on the host, in threads or processes.
+"""Batches of a data set too large for memory: read, decoded and cropped on the host.
 
 A batch is a pure function of (seed, epoch, step), and an example's crop of (seed, epoch, index), so training
 that resumes at any step, on any number of processes, sees what it would have seen uninterrupted.
@@ -22,7 +22,7 @@ from PIL import Image
 
 RATIO = (3 / 4, 4 / 3)    # width / height of a random crop
 CENTRE = 224 / 256        # side of the test crop, as a part of the image's short side
-WORKER_SECONDS = 30       # that a worker lives on after a SIGTERM, until the program has seen its own
+WORKER_SECONDS = 30       # that a worker lives on after a SIGTERM, until the program sees its own
 Box = tuple[float, float, float, float]    # left, top, right, bottom
 ATTEMPTS = 10             # at a random box that fits, before the central one is taken
 
@@ -114,15 +114,23 @@ class Stream:
 
     steps = -(-self.examples // batch_size)
     slots = grain.MapDataset.range(min(first_step, steps) * local, steps * local).map(read)
-    if self.workers:
-      if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()    # grain reads its own
-      alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-      workers = grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=1)
-      return iter(slots.batch(local).to_iter_dataset(alone).mp_prefetch(workers, _be_worker))
-    # Two batches ahead of the device.
-    options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=max(2 * local, self.threads))
-    return iter(slots.to_iter_dataset(options).batch(local))
+    return iter(self._by_workers(slots, local) if self.workers else self._by_threads(slots, local))
+
+  def _by_threads(self, slots: Any, batch_size: int) -> Any:
+    """Two batches ahead of the device."""
+    import grain
+    options = grain.ReadOptions(num_threads=self.threads,
+                                prefetch_buffer_size=max(2 * batch_size, self.threads))
+    return slots.to_iter_dataset(options).batch(batch_size)
+
+  def _by_workers(self, slots: Any, batch_size: int) -> Any:
+    """Each makes every so-manyth batch, and is one ahead."""
+    import grain
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()    # grain reads its own
+    alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    workers = grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=1)
+    return slots.batch(batch_size).to_iter_dataset(alone).mp_prefetch(workers, _be_worker)
 
   def example(self, epoch: int, index: int) -> Batch:
     """One example without a batch axis, cropped as it is in this epoch."""
@@ -146,7 +154,7 @@ class Stream:
 
 
 def _be_worker(*_: int) -> None:
-  """Called in a worker: it ends with the program, and neither Ctrl-C nor a cluster's SIGTERM ends it before."""
+  """Called in a worker: it ends with the program, not before, by Ctrl-C or a cluster's SIGTERM."""
   def end_with_parent() -> None:
     if parent := multiprocessing.parent_process():
       parent.join()
@@ -224,8 +232,9 @@ def _opened(image: bytes | np.ndarray) -> Image.Image:
 def cropped(picture: Image.Image, box: Box, size: int) -> Image.Image:
   """The box in RGB, scaled to size × size.
 
-  Cropping and scaling resample once. JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where the box has
-  at least `size` pixels a side then, which costs a fraction: the coefficients left out are those that scaling removes.
+  Cropping and scaling resample once. JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where
+  the box has at least `size` pixels a side then, which costs a fraction: what is left out are
+  frequencies that scaling would remove.
 
   >>> cropped(Image.new('L', (8, 4)), (0, 0, 4, 4), 2).getpixel((1, 1))
   (0, 0, 0)
@@ -233,7 +242,8 @@ def cropped(picture: Image.Image, box: Box, size: int) -> Image.Image:
   width, height = picture.size
   shrink = min(box[2] - box[0], box[3] - box[1]) / size
   scale = max(s for s in (1, 2, 4, 8) if s <= max(shrink, 1))
-  if scale > 1 and (drafted := picture.draft('RGB', (max(1, width // scale), max(1, height // scale)))):
+  least = (max(1, width // scale), max(1, height // scale))
+  if scale > 1 and (drafted := picture.draft('RGB', least)):
     ratio = drafted[1][2] / width
     left, top, right, bottom = (ratio * side for side in box)
     box = left, top, right, bottom

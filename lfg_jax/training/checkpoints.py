@@ -60,12 +60,13 @@ class Checkpoints:
         raise UserError(f'no checkpoint in {self._directory} can be read ({newest}: {broken[newest]}); '
                         'remove this folder to start again')
       for step, reason in broken.items():
-        processes.say(f'warning: passing over the checkpoint of step {step}, which cannot be read ({reason})',
-                      file=sys.stderr)
+        processes.say(f'warning: passing over the checkpoint of step {step}, which cannot be read '
+                      f'({reason})', file=sys.stderr)
         manager.delete(step)
     return found
 
-  def save(self, step: int, state: PyTree, clock: dict[str, float], test_error: float | None) -> None:
+  def save(self, step: int, state: PyTree, clock: dict[str, float], test_error: float | None
+           ) -> None:
     """Starts to save; returns as soon as `state` may change."""
     if self._manager is None:
       best = BestN(get_metric_fn=_test_error, reverse=True, n=1, keep_checkpoints_without_metrics=False)
@@ -99,7 +100,8 @@ class Checkpoints:
   def _open(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(self._directory, options=options, item_names=('state', 'clock', 'metrics'))
 
-  def _read(self, manager: ocp.CheckpointManager, step: int, like: PyTree) -> tuple[PyTree, dict[str, float]]:
+  def _read(self, manager: ocp.CheckpointManager, step: int, like: PyTree
+            ) -> tuple[PyTree, dict[str, float]]:
     manager.metrics(step)    # read again by `save`: must not be damaged
     restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like),
                                                              clock=ocp.args.JsonRestore()))

@@ -1,7 +1,7 @@
 """Processes under guard: each works in a child, and its guard tells in one line how it ended.
 
-When one process of a run is lost, JAX ends the others from C++, with a page of text and SIGABRT, which
-nothing inside them can catch. So the work is done in a forked child, whose C++ text the guard reads.
+When one process of a run is lost, JAX ends the others from C++, with a page of text and SIGABRT,
+which nothing inside them can catch. So a forked child does the work, and the guard reads its text.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ _POLL_SECONDS = 0.1
 
 
 def guard(numbers: Sequence[int | None], grace: float) -> int | None:
-  """Forks a child for each number, in which this returns that number. The guard itself never returns.
+  """Forks a child for each number, in which this returns that number. The guard never returns.
 
-  It ends with the worst exit code of its children, and passes SIGTERM on to them; Ctrl-C too, as SIGTERM.
+  It ends with the worst exit code of its children. SIGTERM and Ctrl-C become SIGTERM to them.
   To be called before JAX has looked for devices.
 
   Args:
@@ -50,7 +50,7 @@ def guard(numbers: Sequence[int | None], grace: float) -> int | None:
 
 
 def _be_child(parent: int, pipe: int, *, speaks: bool) -> None:
-  """C++ text goes to the pipe, Python's to where it went; that of processes but the first to the pipe too."""
+  """C++ text goes to the pipe, Python's where it went; all text of processes but the first too."""
   os.setpgid(0, 0)    # Ctrl-C reaches the guard alone
   if speaks:
     sys.stdout, sys.stderr = (os.fdopen(os.dup(file), 'w', buffering=1) for file in (1, 2))
@@ -72,7 +72,7 @@ class Text(threading.Thread):
 
   Attributes:
     hidden: those records.
-    held: the lines to be shown if the child fails in its own way; empty when they are shown at once.
+    held: what is to be shown if the child fails in its own way; empty when it is shown at once.
   """
 
   def __init__(self, pipe: int, *, shown: bool) -> None:
@@ -102,11 +102,11 @@ class Text(threading.Thread):
 
 
 def lost_by(text: str) -> str | None:
-  """Which processes the records of JAX's distributed service miss; None: they are about something else.
+  """Whom the records of JAX's distributed service miss; None: they are about something else.
 
-  >>> lost_by('E1127 agent.cc:1] The following tasks are unhealthy (stopped sending heartbeats):\\n1\\n')
+  >>> lost_by('The following tasks are unhealthy (stopped sending heartbeats):\\n1\\n')
   'process 1 is gone'
-  >>> lost_by('F1127 client.h:80] Failed to send RPC to coordination service. Either the leader task')
+  >>> lost_by('Failed to send RPC to coordination service. Either the leader task')
   'process 0 is gone'
   """
   if match := _MISSING.search(text):
@@ -131,7 +131,7 @@ def _watch(children: Sequence[Child], grace: float) -> NoReturn:
   while left := [child for child in children if child.pid not in codes]:
     if time.monotonic() > patience_ends:
       _send(signal.SIGKILL, left)
-    for child in left:    # one by one: as the first process of a container it inherits those of others
+    for child in left:    # one by one: the first process of a container inherits those of others
       pid, status = os.waitpid(child.pid, os.WNOHANG)
       if pid:
         codes[pid] = _code(child, os.waitstatus_to_exitcode(status))
@@ -161,7 +161,7 @@ def _send(number: int, children: Iterable[Child]) -> None:
 
 
 def _code(child: Child, code: int) -> int:
-  """A child's exit code as a shell has it; a child that could say nothing itself gets its line here."""
+  """A child's exit code as a shell has it; one that could say nothing itself gets its line here."""
   child.text.join(timeout=1)
   if code >= 0:
     return code

@@ -1,4 +1,4 @@
-"""How a program becomes one of several processes: options, environment variables, or a rehearsal."""
+"""How a program becomes one of several processes: options, variables, or a rehearsal."""
 
 import os
 import re
@@ -35,8 +35,8 @@ def find_place(given: Place, environment: Mapping[str, str]) -> Place | None:
   address, count, index = texts
   told = f'coordinator, processes, process are {", ".join(text or "missing" for text in texts)}'
   if not (re.fullmatch(r'.+:\d+', address) and count.isdecimal() and index.isdecimal()):
-    raise UserError(f'{told}; allowed: all of --coordinator=HOST:PORT --processes=N --process=I, or of '
-                    f'the environment variables {", ".join(VARIABLES)}')
+    raise UserError(f'{told}; allowed: all of --coordinator=HOST:PORT --processes=N --process=I, '
+                    f'or of the environment variables {", ".join(VARIABLES)}')
   if not int(index) < int(count):
     raise UserError(f'{told}; allowed: process 0 … processes − 1')
   return Place(address, int(count), int(index))
@@ -58,7 +58,7 @@ def rehearse(count: int, lost_after: int) -> Place:
 
 
 def run(work: Callable[[], None]) -> NoReturn:
-  """Ends this process, one of several, after `work`: with the others, or alone if they do not end."""
+  """Ends this process after `work`: with the others, or alone if they do not end."""
   code = 0
   try:
     work()

@@ -48,7 +48,7 @@ def connect(at: Place = AS_TOLD, lost_after: int = 25) -> None:
     lost_after: seconds of silence after which a process counts as lost.
 
   Raises:
-    UserError: JAX knows of no cluster, or cannot reach the coordinator; the processes differ in their devices.
+    UserError: JAX knows of no cluster, or cannot reach the coordinator; numbers of devices differ.
   """
   if jax.distributed.is_initialized():
     return
@@ -68,8 +68,8 @@ def same_devices(counts: Mapping[int, int]) -> None:
   usual = max(counts.values())
   if differing := {process: count for process, count in sorted(counts.items()) if count != usual}:
     told = ', '.join(f'process {process} has {count}' for process, count in differing.items())
-    raise UserError(f'the processes have different numbers of devices ({told}, the others {usual}); '
-                    'allowed: the same on each')
+    raise UserError(f'the processes have different numbers of devices ({told}, '
+                    f'the others {usual}); allowed: the same on each')
 
 
 @contextlib.contextmanager
@@ -80,8 +80,8 @@ def losses() -> Iterator[None]:
   except Exception as error:
     if isinstance(error, UserError) or jax.process_count() == 1 or not _MISSED.search(str(error)):
       raise
-    raise Lost(f'process {jax.process_index()} lost another one ({" ".join(str(error).split())[:200]}); '
-               f'{guard.GOES_ON}') from error
+    reason = ' '.join(str(error).split())[:200]
+    raise Lost(f'process {jax.process_index()} lost another one ({reason}); {guard.GOES_ON}') from error
 
 
 def is_first() -> bool:

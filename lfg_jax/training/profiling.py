@@ -29,7 +29,7 @@ def check(text: str | None, total: int) -> None:
 
 
 class Trace:
-  """Traces the dispatches that have the chosen steps; a context manager. Does nothing when not `active`.
+  """Traces the dispatches that have the chosen steps; a context manager. Only when `active`.
 
   TensorBoard shows the trace beside the run's curves; ui.perfetto.dev reads its trace.json.gz.
   """

@@ -49,7 +49,7 @@ def shares(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def machine_rate(precision: str) -> float | None:
-  """Operations per second of a plain matrix product, on all devices of the run at once; None: it has no room.
+  """Operations per second of a plain matrix product, on all devices at once; None: no room for it.
 
   One device is measured. Virtual devices of a CPU share it, so that there a process counts as one.
   """

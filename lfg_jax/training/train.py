@@ -70,7 +70,8 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
                                    workers=config.workers)
     algorithm = algorithms.make(config, dataset, update.AXIS)
   job = first_images(Job(config, dataset, algorithm, update.make_mesh()), config.images)
-  profiling.check(config.profile, config.epochs * -(-job.dataset.train.examples // config.batch_size))
+  steps = -(-job.dataset.train.examples // config.batch_size)
+  profiling.check(config.profile, config.epochs * steps)
   return job
 
 
@@ -168,8 +169,8 @@ def _train(job: Job, workdir: pathlib.Path, clock: Clock) -> dict[str, Any]:
     elif config.init_from:
       state = start.from_run(pathlib.Path(config.init_from), state)
     total = config.epochs * functions.feed.steps
-    with RunLog(workdir, int(state.step), total, config.batch_size, active=active) as log, Signals() as signals, \
-        Trace(workdir / 'tensorboard', config.profile, active=active) as trace:
+    with RunLog(workdir, int(state.step), total, config.batch_size, active=active) as log, \
+        Signals() as signals, Trace(workdir / 'tensorboard', config.profile, active=active) as trace:
       watch = Watch(clock, log, signals, trace)
       state = _epochs(config, functions, state, checkpoints, watch)
     with clock.on('checkpoints'):
@@ -211,8 +212,8 @@ def build(job: Job) -> tuple[Functions, TrainState]:
   return functions, update.init_state(algorithm, optimizer, init_key, mesh)
 
 
-def _epochs(config: ConfigDict, functions: Functions, state: TrainState, checkpoints: Checkpoints, watch: Watch
-            ) -> TrainState:
+def _epochs(config: ConfigDict, functions: Functions, state: TrainState, checkpoints: Checkpoints,
+            watch: Watch) -> TrainState:
   """The epochs that are left."""
   steps, clock, signals = functions.feed.steps, watch.clock, watch.signals
   for epoch in range(int(state.step) // steps, config.epochs):
@@ -277,12 +278,13 @@ def _means(state: TrainState) -> dict[str, float]:
           for name, value in state.sums.items() if name != 'examples'}
 
 
-def _finish(job: Job, workdir: pathlib.Path, state: TrainState, rows: list[run_log.Row], clock: Clock
-            ) -> dict[str, Any]:
+def _finish(job: Job, workdir: pathlib.Path, state: TrainState, rows: list[run_log.Row],
+            clock: Clock) -> dict[str, Any]:
   """Writes curves and summary."""
   config, steps, flop = job.config, int(state.step), job.algorithm.flop
   facts = {'algorithm': config.algorithm, 'model': config.model.get('size', config.model.name),
            'dataset': job.dataset.name,
            'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)), 'steps': steps}
   all_flop = None if flop is None else flop * steps * config.batch_size
-  return summary.write(workdir, facts, rows, clock.read(), all_flop, config.model.get('precision', 'float32'))
+  return summary.write(workdir, facts, rows, clock.read(), all_flop,
+                       config.model.get('precision', 'float32'))
