@@ -8,7 +8,7 @@ import time
 import pytest
 
 from lfg_jax.errors import LOST, UserError
-from lfg_jax.training import launch
+from lfg_jax.training import launch, program
 from lfg_jax.training.guard import Text, lost_by
 from lfg_jax.training.processes import Place, same_devices
 
@@ -129,6 +129,11 @@ def test_options_come_before_variables():
   environment = dict(zip(launch.VARIABLES, ('a:1', '2', '0'), strict=True))
   assert launch.find_place(Place(), {}) is None
   assert launch.find_place(Place('b:2', None, 1), environment) == Place('b:2', 2, 1)
+
+
+def test_a_rehearsal_has_no_place():
+  with pytest.raises(UserError, match=r'^--rehearse starts all processes itself; allowed: it, or'):
+    program.main(['--rehearse=2', '--process=0'])
 
 
 @pytest.mark.parametrize('given, message', [

@@ -47,7 +47,7 @@ def _place(options: argparse.Namespace, config: ConfigDict) -> Place | None:
   given = Place(options.coordinator, options.processes, options.process)
   if options.rehearse is not None:
     command_line.at_least(options, rehearse=1)
-    if any(given):
+    if given != Place():
       raise UserError('--rehearse starts all processes itself; allowed: it, or --coordinator --processes --process')
     return launch.rehearse(options.rehearse, config.lost_after)
   at = launch.find_place(given, os.environ)
