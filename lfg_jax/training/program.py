@@ -25,9 +25,10 @@ def main(arguments: list[str]) -> None:
   parser.add_argument('--config', default='digits', help='name of a config that comes with the package, or a file')
   parser.add_argument('--workdir', type=pathlib.Path, help='default: runs/NAME')
   parser.add_argument('--print_config', action='store_true', help='print the config that would run, and end')
-  parser.add_argument('--coordinator', help='of several processes: HOST:PORT of the first; default: the cluster tells')
-  parser.add_argument('--processes', type=int, help='how many')
-  parser.add_argument('--process', type=int, help='which of them this is, from 0')
+  parser.add_argument('--coordinator', help='of several processes: HOST:PORT of the first; '
+                      'default: $JAX_COORDINATOR_ADDRESS, or as the cluster tells')
+  parser.add_argument('--processes', type=int, help='how many; default: $JAX_NUM_PROCESSES')
+  parser.add_argument('--process', type=int, help='which this is, from 0; default: $JAX_PROCESS_ID')
   parser.add_argument('--rehearse', type=int, metavar='N', help='N processes on the CPUs of this machine')
   options, config = command_line.parse(parser, arguments)
   configs.validate(config)
