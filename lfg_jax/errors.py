@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+LOST = 75    # exit code of a process that lost another one: try again (EX_TEMPFAIL of sysexits.h)
+
 
 class UserError(Exception):
   """Something that the user can mend; the message is one line.

@@ -44,10 +44,11 @@ def free_port() -> int:
     return free.getsockname()[1]
 
 
-def state(workdir: pathlib.Path) -> list[np.ndarray]:
-  """All numbers of the newest checkpoint."""
+def state(workdir: pathlib.Path, part: str | None = None) -> list[np.ndarray]:
+  """All numbers of the newest checkpoint, or those of a part of the state."""
   newest = max((workdir / 'checkpoints').iterdir(), key=lambda folder: int(folder.name))
   with ocp.StandardCheckpointer() as checkpointer:
     stored = checkpointer.metadata(newest / 'state').item_metadata.tree
     like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stored)
-    return jax.tree.leaves(checkpointer.restore(newest / 'state', like))
+    restored = checkpointer.restore(newest / 'state', like)
+    return jax.tree.leaves(restored[part] if part else restored)

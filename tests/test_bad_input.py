@@ -56,6 +56,13 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
     ('--config.model.pool_every=-1', 'model.pool_every is -1; allowed: 0 or more'),
     ('--config.model.channel_ratio=0', 'model.channel_ratio is 0; allowed: 1 or more'),
     ('--config.model.group_ratio=0', 'model.group_ratio is 0; allowed: 1 or more'),
+    ('--config.profile=5', "profile is '5'; allowed: FIRST:LAST, steps from 1; None"),
+    ('--config.profile=5:4', "profile is '5:4'; allowed: FIRST:LAST, steps from 1; None"),
+    ('--config.lost_after=1', 'lost_after is 1; allowed: 2 or more'),
+    ('--rehearse=0', '--rehearse is 0; allowed: 1 or more'),
+    ('--process=1', 'coordinator, processes, process are missing, missing, 1; allowed: all of '
+     '--coordinator=HOST:PORT --processes=N --process=I, or of the environment variables '
+     'JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID'),
     ('--config.image_size=0', 'image_size is 0; allowed: 1 or more, None'),
     ('--config.estimator.step=inf', 'estimator.step is inf; allowed: finite numbers'),
     ('--config.seed=2147483648', 'seed is 2147483648; allowed: integers of 32 bits'),

@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import runpy
 
+import numpy as np
 import pytest
 
 from lfg_jax.errors import UserError
@@ -53,3 +55,32 @@ def test_throughput(tmp_path):
     main([f'--out={tmp_path}', '--images=9999', *arguments])
   with pytest.raises(UserError, match='an epoch of 9 steps, the first 9 of which are not timed'):
     main([f'--out={tmp_path}', '--images=288', *arguments])
+
+
+def test_input_speed(tmp_path):
+  main = runpy.run_path(str(EXPERIMENTS / 'input_speed.py'))['main']
+  main([f'--out={tmp_path}', '--photos=128', '--width=40', '--height=30', '--workers=0', '--config.image_size=16',
+        '--config.model.size=S/1/2', '--config.model.channels=16'])
+  written = json.loads((tmp_path / 'input_speed.json').read_text())
+  threads, = written['streams']
+  assert 0 < threads['waiting'] < 1 and threads['per_cpu_second'] > 0
+  assert written['decoding_alone']['per_cpu_second'] > written['with_cropping']['per_cpu_second']
+
+
+def rows(*steps):
+  return ''.join(json.dumps({'step': step, 'examples_per_second': random.random()}) + '\n' for step in steps)
+
+
+def test_what_a_torture_looks_for(tmp_path, monkeypatch):
+  torture = runpy.run_path(str(EXPERIMENTS / 'torture.py'))
+  numbers = {'whole': 1.0, 'same': 1.0, 'double': 1.0, 'missing': 1.0, 'other': 1.0 + 1e-7}
+  for name, steps in (('whole', (5, 10)), ('same', (5, 10)), ('other', (5, 10)), ('missing', (10,)),
+                      ('double', (5, 5, 10))):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'metrics.jsonl').write_text(rows(*steps))
+  same = torture['same']
+  monkeypatch.setitem(same.__globals__, 'load', lambda folder: (None, np.float32(numbers[folder.name])))
+  same(tmp_path / 'whole', tmp_path / 'same')
+  for name, problem in (('double', 'rows'), ('missing', 'rows'), ('other', 'parameters')):
+    with pytest.raises(UserError, match=f'has other {problem}'):
+      same(tmp_path / 'whole', tmp_path / name)

@@ -13,7 +13,7 @@ import pytest
 from lfg_jax import data
 from lfg_jax.data.streams import Stream
 from lfg_jax.errors import UserError
-from lfg_jax.training import train
+from lfg_jax.training import processes, train
 from lfg_jax.training.checkpoints import Checkpoints
 from tests.runs import FLAGS, STEPS, start, state, tiny
 
@@ -158,7 +158,7 @@ def kept(tmp_path_factory):
   directory = tmp_path_factory.mktemp('kept') / 'checkpoints'
   with Checkpoints(directory, keep=2) as checkpoints:
     for step in range(1, 7):
-      checkpoints.save(step, numbers(step), float(step), abs(step - 3) / 10)
+      checkpoints.save(step, numbers(step), {'seconds': float(step)}, abs(step - 3) / 10)
   return directory
 
 
@@ -172,9 +172,9 @@ LIKE = jax.eval_shape(lambda: numbers(0))
 
 def test_newest_and_best_are_kept(kept):
   assert {folder.name for folder in kept.iterdir()} == {'3', '5', '6'}
-  state, seconds = Checkpoints(kept, keep=2).restore(LIKE)
+  state, clock = Checkpoints(kept, keep=2).restore(LIKE)
   jax.tree.map(np.testing.assert_array_equal, state, numbers(6))
-  assert seconds == 6.0
+  assert clock == {'seconds': 6.0}
 
 
 def damage(path, how):
@@ -195,11 +195,21 @@ def test_a_damaged_checkpoint_is_passed_over(name, how, kept, tmp_path, capfd):
   with Checkpoints(directory, keep=2) as checkpoints:
     state, _ = checkpoints.restore(LIKE)
     jax.tree.map(np.testing.assert_array_equal, state, numbers(5))
-    checkpoints.save(6, numbers(6), 6.0, 0.3)    # its place is free
+    checkpoints.save(6, numbers(6), {'seconds': 6.0}, 0.3)    # its place is free
   err = capfd.readouterr().err
   assert err.startswith('warning: passing over the checkpoint of step 6, which cannot be read (')
   assert err.count('\n') == 1
   assert Checkpoints(directory, keep=2).restore(LIKE)[0]['step'] == 6
+
+
+@pytest.mark.parametrize('error, closes', [(processes.Lost('gone'), False), (UserError('other'), True)])
+def test_a_write_is_not_waited_for_when_a_process_was_lost(error, closes, tmp_path, monkeypatch):
+  """Its part would never come."""
+  closed = []
+  monkeypatch.setattr(Checkpoints, 'close', lambda self: closed.append(self))
+  with pytest.raises(type(error)), Checkpoints(tmp_path, keep=2):
+    raise error
+  assert len(closed) == closes
 
 
 def test_nothing_is_removed_when_nothing_can_be_read(kept, tmp_path):

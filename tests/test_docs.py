@@ -4,6 +4,7 @@ import ast
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ import nbclient
 import nbformat
 import pytest
 
-from lfg_jax.training import rules
+from lfg_jax.errors import LOST, UserError
+from lfg_jax.training import configs, launch, program, rules
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / 'experiments' / 'notebooks').glob('*.ipynb'))
@@ -126,6 +128,18 @@ def test_what_the_page_of_the_paper_names_exists():
 ])
 def test_missing_files_and_names_are_noticed(text, problem):
   assert missing(text) == problem
+
+
+def test_the_page_of_launching_has_options_and_fields_that_exist():
+  page = (ROOT / 'docs' / 'launch.md').read_text()
+  known = set(re.findall(r'--\w+', program.__doc__)) | {'--workdir', '--config'}
+  commands = re.findall(r'lfg-train(?:[^\n`]*\\\n)*[^\n`]*', page)
+  used = {option for command in commands for option in re.findall(r'(--\w+)[=\]]', command)}
+  assert used - {'--config'} and used <= known
+  fields = {field for field in re.findall(r'--config\.([\w.]+)=', page)}
+  assert fields and fields <= {name for name, _ in configs.flatten(configs.base())}
+  assert set(re.findall(r'`(JAX_\w+)`', page)) == set(launch.VARIABLES)
+  assert all(f'| {code}' in page for code in (LOST, 128 + signal.SIGTERM, UserError.exit_code))
 
 
 @pytest.mark.parametrize('command, problem', [

@@ -79,6 +79,36 @@ def test_threads_change_nothing():
   assert equal(list(stream(threads=1).epoch(0, 0, 4)), list(stream(threads=8).epoch(0, 0, 4)))
 
 
+@pytest.mark.parametrize('first', [0, 2])
+def test_a_process_reads_its_slices_only(first):
+  """Also when it goes on within an epoch that another number of processes began."""
+  whole = list(stream(23).epoch(1, 0, 6))
+  for count in (1, 2, 3):
+    streams_ = [stream(23) for _ in range(count)]
+    parts = [list(own.epoch(1, first, 6, index, count)) for index, own in enumerate(streams_)]
+    for index, (own, part) in enumerate(zip(streams_, parts, strict=True)):
+      rows = slice(6 * index // count, 6 * (index + 1) // count)
+      assert equal(part, [streams.Batch(*(leaf[rows] for leaf in batch)) for batch in whole[first:]])
+      assert sorted(own.source.read) == sorted(labels(part))
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing():
+  threads = list(stream(23).epoch(1, 1, 4, 1, 2))
+  for workers in (1, 3):
+    batches = [streams.Batch(*map(np.array, batch)) for batch in stream(23, workers=workers).epoch(1, 1, 4, 1, 2)]
+    assert equal(batches, threads)
+
+
+@pytest.mark.slow
+def test_a_bad_example_of_a_worker_is_named():
+  examples = [stream().source[i] for i in range(TRAIN)]
+  examples[6] = {'image': b'', 'label': 6}
+  one = streams.Stream(examples, image_size=16, workers=2)
+  with pytest.raises(streams.BadExample, match=r'^example 6 \(label 6\) has no image that can be decoded: 0 bytes; '):
+    list(one.epoch(0, 0, 4))
+
+
 @pytest.mark.parametrize('train', [True, False])
 def test_processes_slices_make_up_the_global_batch(train):
   whole = list(stream(train=train).epoch(1, 1, 4))
@@ -146,6 +176,41 @@ def encoded(image):
   return file.getvalue()
 
 
+def smooth(width, height, mode='RGB'):
+  """A picture without details, as a JPEG file."""
+  x, y = np.meshgrid(np.arange(width), np.arange(height))
+  waves = [np.cos(x / 23 + y / 41 + k) + np.cos(x / 57 - y / 19 + 2 * k) for k in range(3)]
+  return encoded(Image.fromarray(np.uint8(128 + 50 * np.stack(waves, -1))).convert(mode))
+
+
+def fully(file, box, size):
+  """The crop of the picture decoded at its own size."""
+  picture = Image.open(io.BytesIO(file)).convert('RGB')
+  return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box)).astype(int)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+@pytest.mark.parametrize('box, scale', [
+    ((3, 5, 66, 68), 1), ((3.5, 5.5, 67.5, 69.5), 2), ((700, 500, 764, 600), 2), ((400, 100, 905, 600), 8),
+    ((0, 0, 905, 703), 8), ((100, 200, 240, 340), 4)])
+def test_a_crop_is_decoded_at_the_scale_that_it_needs(mode, box, scale):
+  """The two differ by less than JPEG itself changes."""
+  file = smooth(905, 703, mode)
+  picture = Image.open(io.BytesIO(file))
+  crop = streams.cropped(picture, box, 32)
+  assert picture.size == (-(-905 // scale), -(-703 // scale))
+  difference = np.abs(np.asarray(crop) - fully(file, box, 32))
+  assert crop.mode == 'RGB' and difference.mean() < 1 and difference.max() <= 6
+  assert scale > 1 or not difference.any()
+
+
+def test_other_files_are_decoded_whole():
+  file = io.BytesIO()
+  Image.open(io.BytesIO(smooth(200, 100))).save(file, 'PNG')
+  crop = streams.cropped(Image.open(file), (0, 0, 100, 100), 16)
+  assert np.array_equal(np.asarray(crop), fully(file.getvalue(), (0, 0, 100, 100), 16))
+
+
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 BAD = [({'image': encoded(NOISE)[:1500]}, r'1500 bytes; image file is truncated'),
        ({'image': b'no image'}, '8 bytes; cannot identify image file'),
@@ -200,14 +265,18 @@ def jpegs(count):
     yield i, {'image': file, 'label': 900 + i, 'file_name': f'{i}.JPEG'}
 
 
-@pytest.fixture(scope='module')
-def imagenet(tmp_path_factory):
-  """A data_dir with an imagenet2012 that TFDS itself has written, from other images."""
-  data_dir = tmp_path_factory.mktemp('imagenet')
+def write_imagenet(data_dir, images=jpegs):
+  """An imagenet2012 that TFDS itself writes, of other images."""
   builder = tfds.builder('imagenet2012', data_dir=data_dir, file_format='array_record')
-  builder._split_generators = lambda _: {'train': jpegs(TRAIN), 'validation': jpegs(VALIDATION)}
+  builder._split_generators = lambda _: {'train': images(TRAIN), 'validation': images(VALIDATION)}
   builder.download_and_prepare()
   return str(data_dir)
+
+
+@pytest.fixture(scope='module')
+def imagenet(tmp_path_factory):
+  """A data_dir with a small stand-in."""
+  return write_imagenet(tmp_path_factory.mktemp('imagenet'))
 
 
 def test_imagenet_is_a_stream_of_the_same_interface(imagenet):

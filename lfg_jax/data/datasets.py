@@ -58,7 +58,7 @@ NAMES = ('digits', *TFDS)
 
 
 def load(name: str, *, data_dir: str | None = None, image_size: int | None = None, seed: int = 0,
-         whole_images: bool = False) -> Dataset:
+         whole_images: bool = False, workers: int = 0) -> Dataset:
   """A data set by name.
 
   Args:
@@ -67,6 +67,7 @@ def load(name: str, *, data_dir: str | None = None, image_size: int | None = Non
     image_size: height and width of streamed images (224); arrays have their own.
     seed: of a stream's order and crops; arrays are shuffled by `epoch_order`.
     whole_images: a training stream crops no more than it must, because views are cropped on the device.
+    workers: processes that read a stream; 0: threads of this one.
 
   Raises:
     ValueError: unknown name, another image size than the arrays have, files without random access.
@@ -89,8 +90,8 @@ def load(name: str, *, data_dir: str | None = None, image_size: int | None = Non
     size = image_size or own_size
     return Dataset(name, facts.classes, (size, size, 3), facts.mean, facts.std,
                    Stream(train, size, train=True, min_area=1.0 if whole_images else 0.3, seed=seed,
-                          classes=facts.classes),
-                   Stream(test, size, train=False, seed=seed, classes=facts.classes))
+                          workers=workers, classes=facts.classes),
+                   Stream(test, size, train=False, seed=seed, workers=workers, classes=facts.classes))
   return Dataset(name, *facts[:4], _arrays(train, facts), _arrays(test, facts))
 
 

@@ -1,21 +1,29 @@
-"""Batches of a data set too large for memory: read, decoded and cropped on the host, in threads.
+"""Batches of a data set too large for memory: read, decoded and cropped on the host.
 
 A batch is a pure function of (seed, epoch, step), and an example's crop of (seed, epoch, index), so training
 that resumes at any step, on any number of processes, sees what it would have seen uninterrupted.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from absl import flags
 from PIL import Image
 
 RATIO = (3 / 4, 4 / 3)    # width / height of a random crop
 CENTRE = 224 / 256        # side of the test crop, as a part of the image's short side
+WORKER_SECONDS = 30       # that a worker lives on after a SIGTERM, until the program sees its own
+Box = tuple[float, float, float, float]    # left, top, right, bottom
 ATTEMPTS = 10             # at a random box that fits, before the central one is taken
 
 
@@ -48,7 +56,8 @@ class Stream:
     train: shuffled, with random crops and flips; else in the order of `source`, with central crops.
     min_area: of a random crop, as a part of the image's (0.3: ImageNet in Ren et al. 2023; 0.08: SimCLR).
     seed: of shuffling, crops and flips.
-    threads: that read and decode.
+    threads: that read and decode, without workers.
+    workers: processes that do, each a batch at a time; 0: threads of this one.
     classes: labels are 0 … classes − 1; None: any.
 
   >>> source = [{'image': np.full((20, 30, 3), i, np.uint8), 'label': i} for i in range(5)]
@@ -62,6 +71,7 @@ class Stream:
   min_area: float = 0.3
   seed: int = 0
   threads: int = 16
+  workers: int = 0
   classes: int | None = None
 
   @property
@@ -97,35 +107,66 @@ class Stream:
       mixed, = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
       order = order.shuffle(seed=int(mixed))
 
-    def example(slot: int) -> Batch:
+    def read(slot: int) -> Batch:
       step, row = divmod(slot, local)
       position = step * batch_size + process_index * local + row
-      return self._example(epoch, order[position]) if position < self.examples else self._padding()
+      return self.example(epoch, order[position]) if position < self.examples else self._padding()
 
     steps = -(-self.examples // batch_size)
-    slots = grain.MapDataset.range(min(first_step, steps) * local, steps * local)
-    # Two batches ahead of the device.
-    options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=max(2 * local, self.threads))
-    return iter(slots.map(example).to_iter_dataset(options).batch(local))
+    slots = grain.MapDataset.range(min(first_step, steps) * local, steps * local).map(read)
+    return iter(self._by_workers(slots, local) if self.workers else self._by_threads(slots, local))
 
-  def _example(self, epoch: int, index: int) -> Batch:
-    image, label = decode(self.source[index], index, self.classes)
-    if self.train:
-      rng = np.random.default_rng((self.seed, epoch, index))
-      image = _resized(image, random_box(rng, *image.size, self.min_area), self.image_size)
-      if rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    else:
-      image = _resized(image, centre_box(*image.size), self.image_size)
-    return Batch(np.asarray(image), np.array(label, np.int32), np.array(1, np.float32))
+  def _by_threads(self, slots: Any, batch_size: int) -> Any:
+    """Two batches ahead of the device."""
+    import grain
+    options = grain.ReadOptions(num_threads=self.threads,
+                                prefetch_buffer_size=max(2 * batch_size, self.threads))
+    return slots.to_iter_dataset(options).batch(batch_size)
+
+  def _by_workers(self, slots: Any, batch_size: int) -> Any:
+    """Each makes every so-manyth batch, and is one ahead."""
+    import grain
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()    # grain reads its own
+    alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    workers = grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=1)
+    return slots.batch(batch_size).to_iter_dataset(alone).mp_prefetch(workers, _be_worker)
+
+  def example(self, epoch: int, index: int) -> Batch:
+    """One example without a batch axis, cropped as it is in this epoch."""
+    example = self.source[index]
+    with _named(example, index, self.classes):
+      picture, flip = _opened(example['image']), False
+      if self.train:
+        rng = np.random.default_rng((self.seed, epoch, index))
+        box = random_box(rng, *picture.size, self.min_area)
+        flip = rng.random() < 0.5
+      else:
+        box = centre_box(*picture.size)
+      image = cropped(picture, box, self.image_size)
+    if flip:
+      image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return Batch(np.asarray(image), np.array(example['label'], np.int32), np.array(1, np.float32))
 
   def _padding(self) -> Batch:
     image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
     return Batch(image, np.array(0, np.int32), np.array(0, np.float32))
 
 
+def _be_worker(*_: int) -> None:
+  """Called in a worker: it ends with the program, not before, by Ctrl-C or a cluster's SIGTERM."""
+  def end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+      parent.join()
+    os._exit(1)
+
+  threading.Thread(target=end_with_parent, daemon=True).start()
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, lambda *_: threading.Timer(WORKER_SECONDS, os._exit, (1,)).start())
+
+
 def random_box(rng: np.random.Generator, width: int, height: int,
-               min_area: float) -> tuple[float, float, float, float]:
+               min_area: float) -> Box:
   """(left, top, right, bottom) of a crop with a uniform area in [min_area, 1] and a log-uniform aspect ratio.
 
   The image's largest central box of an allowed ratio where no random one fits, as for a very long image.
@@ -143,7 +184,7 @@ def random_box(rng: np.random.Generator, width: int, height: int,
   return _central(width, height, min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0])))
 
 
-def centre_box(width: int, height: int) -> tuple[float, float, float, float]:
+def centre_box(width: int, height: int) -> Box:
   """(left, top, right, bottom) of the square that is left of an image whose short side is scaled to 256 and
   whose central 224×224 pixels are kept.
 
@@ -154,7 +195,7 @@ def centre_box(width: int, height: int) -> tuple[float, float, float, float]:
   return _central(width, height, side, side)
 
 
-def _central(width: int, height: int, w: float, h: float) -> tuple[float, float, float, float]:
+def _central(width: int, height: int, w: float, h: float) -> Box:
   return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
@@ -164,10 +205,16 @@ def decode(example: Mapping[str, Any], index: int, classes: int | None = None) -
   Raises:
     BadExample: a file that is no image, or is cut short; an array that is no image; a label out of range.
   """
+  with _named(example, index, classes):
+    return _opened(example['image']).convert('RGB'), int(example['label'])
+
+
+@contextlib.contextmanager
+def _named(example: Mapping[str, Any], index: int, classes: int | None) -> Iterator[None]:
+  """What goes wrong with an example's image, or its label, as a `BadExample`."""
   image, label = example['image'], int(example['label'])
   try:
-    picture = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
-    picture = picture.convert('RGB')
+    yield
   # What Pillow raises depends on the file.
   except Exception as error:
     what = f'{len(image)} bytes' if isinstance(image, bytes) else f'{image.dtype} {image.shape}'
@@ -175,9 +222,31 @@ def decode(example: Mapping[str, Any], index: int, classes: int | None = None) -
     raise BadExample(f'example {index} (label {label}) has no image that can be decoded: {what}; {reason}') from error
   if classes is not None and not 0 <= label < classes:
     raise BadExample(f'example {index} has the label {label}; allowed: 0 … {classes - 1}')
-  return picture, label
 
 
-def _resized(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Image.Image:
-  """The box, scaled to size × size: cropping and scaling resample once."""
-  return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+def _opened(image: bytes | np.ndarray) -> Image.Image:
+  """Of a file, its pixels are not yet decoded."""
+  return Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
+
+
+def cropped(picture: Image.Image, box: Box, size: int) -> Image.Image:
+  """The box in RGB, scaled to size × size.
+
+  Cropping and scaling resample once. JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where
+  the box has at least `size` pixels a side then, which costs a fraction: what is left out are
+  frequencies that scaling would remove.
+
+  >>> cropped(Image.new('L', (8, 4)), (0, 0, 4, 4), 2).getpixel((1, 1))
+  (0, 0, 0)
+  """
+  width, height = picture.size
+  shrink = min(box[2] - box[0], box[3] - box[1]) / size
+  scale = max(s for s in (1, 2, 4, 8) if s <= max(shrink, 1))
+  least = (max(1, width // scale), max(1, height // scale))
+  if scale > 1 and (drafted := picture.draft('RGB', least)):
+    ratio = drafted[1][2] / width
+    left, top, right, bottom = (ratio * side for side in box)
+    box = left, top, right, bottom
+  picture.load()
+  picture = picture if picture.mode == 'RGB' else picture.convert('RGB')
+  return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)

@@ -35,7 +35,7 @@ from lfg_jax.losses.staged import StagedModel, Variables, in_block
 from lfg_jax.losses.targets import Targets
 from lfg_jax.models import layers, registry
 from lfg_jax.models.registry import Images
-from lfg_jax.training import optimizers
+from lfg_jax.training import optimizers, timing
 from lfg_jax.training.rules import REGISTRY, Options, Rule
 
 PyTree = Any
@@ -98,6 +98,7 @@ class Algorithm(NamedTuple):
     features: `(variables, image [B, H, W, C]) -> [B, C]`, what the read-out's linear layer sees.
     made_of: rule, options and model.
     metrics: the scalars in aux that are means over the global batch.
+    flop: operations per example of the batch that the gradient cannot do without; None: the model does not tell.
   """
   init: Callable[[jax.Array], dict[str, PyTree]]
   gradient: Callable[[dict[str, PyTree], jax.Array, Batch], tuple[PyTree, dict[str, Any]]]
@@ -106,6 +107,7 @@ class Algorithm(NamedTuple):
   advance: Callable[[dict[str, PyTree], dict[str, Any]], dict[str, PyTree]]
   made_of: Composition
   metrics: tuple[str, ...] = ('loss', 'error')
+  flop: int | None = None
 
 
 def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorithm:
@@ -193,7 +195,14 @@ def compose(rule: Rule, options: Options, model: StagedModel, axis_name: str | N
 
   metrics = ('loss', 'error', 'contrastive_loss') if contrast else ('loss', 'error')
   return Algorithm(init, gradient, lambda variables, image: evaluate(variables, image)[0],
-                   lambda variables, image: evaluate(variables, image)[1], advance, made_of, metrics)
+                   lambda variables, image: evaluate(variables, image)[1], advance, made_of, metrics,
+                   _flop(rule, options, model))
+
+
+def _flop(rule: Rule, options: Options, model: StagedModel) -> int | None:
+  if not all(stack.flop for stack in model.stacks):
+    return None
+  return timing.gradient_flop(model, rule, options) * (VIEWS if model.contrast else 1)
 
 
 def _check(rule: Rule, options: Options, model: StagedModel) -> None:

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from lfg_jax.errors import UserError
+from lfg_jax.training import processes
 
 PyTree = Any
 
@@ -23,8 +24,9 @@ def _test_error(metrics: dict[str, float]) -> float:
 
 
 class Checkpoints:
-  """Saves and restores `(state, seconds)`; a context manager that waits for the last write.
+  """Saves and restores `(state, clock)`; a context manager that waits for the last write.
 
+  `clock` has seconds by name: how long the run took, and for what.
   Keeps the newest `keep` checkpoints and the one with the smallest test error.
   """
 
@@ -34,7 +36,7 @@ class Checkpoints:
     self._keep = keep
     self._manager: ocp.CheckpointManager | None = None
 
-  def restore(self, like: PyTree) -> tuple[PyTree, float] | None:
+  def restore(self, like: PyTree) -> tuple[PyTree, dict[str, float]] | None:
     """The newest checkpoint that can be read, with shapes and sharding of `like`; None when there is none.
 
     One that cannot be read, newer than one that can, is passed over with a warning, and removed, because its
@@ -58,12 +60,13 @@ class Checkpoints:
         raise UserError(f'no checkpoint in {self._directory} can be read ({newest}: {broken[newest]}); '
                         'remove this folder to start again')
       for step, reason in broken.items():
-        print(f'warning: passing over the checkpoint of step {step}, which cannot be read ({reason})',
-              file=sys.stderr)
+        processes.say(f'warning: passing over the checkpoint of step {step}, which cannot be read '
+                      f'({reason})', file=sys.stderr)
         manager.delete(step)
     return found
 
-  def save(self, step: int, state: PyTree, seconds: float, test_error: float | None) -> None:
+  def save(self, step: int, state: PyTree, clock: dict[str, float], test_error: float | None
+           ) -> None:
     """Starts to save; returns as soon as `state` may change."""
     if self._manager is None:
       best = BestN(get_metric_fn=_test_error, reverse=True, n=1, keep_checkpoints_without_metrics=False)
@@ -76,7 +79,7 @@ class Checkpoints:
     # The next update takes over the buffers of `state`, while Orbax still reads.
     state = jax.tree.map(jnp.copy, state)
     self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state),
-                                                     clock=ocp.args.JsonSave({'seconds': seconds})),
+                                                     clock=ocp.args.JsonSave(clock)),
                        metrics=None if test_error is None else {'test_error': test_error})
 
   def close(self) -> None:
@@ -84,21 +87,25 @@ class Checkpoints:
     if self._manager is not None:
       with silence():
         self._manager.close()
+      self._manager = None
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
-  def __exit__(self, *_: Any) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    # A write that is not done waits for its part from every process.
+    if kind is not processes.Lost:
+      self.close()
 
   def _open(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(self._directory, options=options, item_names=('state', 'clock', 'metrics'))
 
-  def _read(self, manager: ocp.CheckpointManager, step: int, like: PyTree) -> tuple[PyTree, float]:
+  def _read(self, manager: ocp.CheckpointManager, step: int, like: PyTree
+            ) -> tuple[PyTree, dict[str, float]]:
     manager.metrics(step)    # read again by `save`: must not be damaged
     restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like),
                                                              clock=ocp.args.JsonRestore()))
-    return restored['state'], restored['clock']['seconds']
+    return restored['state'], restored['clock']
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import configs, fields
+from lfg_jax.training import configs, fields, guard
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,8 +41,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
   try:
     main(sys.argv[1:])
   except UserError as error:
-    print(f'{pathlib.Path(sys.argv[0]).name}: {error}', file=sys.stderr)
-    sys.exit(error.exit_code)
+    sys.exit(guard.complain(error))
   sys.exit()
 
 

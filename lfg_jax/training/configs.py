@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_dict
 
 from lfg_jax.errors import UserError
 from lfg_jax.models import registry
-from lfg_jax.training import optimizers
+from lfg_jax.training import optimizers, profiling
 
 
 def base() -> ConfigDict:
@@ -35,6 +35,7 @@ def base() -> ConfigDict:
     data_dir: where the data sets are; None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
     image_size: height and width of streamed images; None: the data set's own.
     images: how many to train on, the first so many; None: all.
+    workers: processes that read and decode a stream; 0: threads.
     init_from: folder of a run whose parameters are the first; None: random ones.
     min_area: of a view's crop, as a part of the image's.
     name: 'sgd', 'adam', 'adamw' or 'lars'.
@@ -57,6 +58,8 @@ def base() -> ConfigDict:
     checkpoint_every: epochs between checkpoints.
     keep: how many checkpoints; the one with the best test error stays too.
     distributed: several processes: calls jax.distributed.initialize().
+    profile: 'FIRST:LAST', steps of which jax.profiler writes a trace into the run's folder; None: no trace.
+    lost_after: seconds of silence after which a process counts as lost, and the others end.
   """
   return ConfigDict({
       'algorithm': 'LG-FG-A',
@@ -65,6 +68,7 @@ def base() -> ConfigDict:
       'data_dir': config_dict.placeholder(str),
       'image_size': config_dict.placeholder(int),
       'images': config_dict.placeholder(int),
+      'workers': 0,
       'init_from': config_dict.placeholder(str),
       'model': model_fields('mixer'),
       'losses': {'patch': True, 'group': True, 'every': 1, 'overlap': False},
@@ -90,6 +94,8 @@ def base() -> ConfigDict:
       'checkpoint_every': 1,
       'keep': 2,
       'distributed': False,
+      'lost_after': 25,
+      'profile': config_dict.placeholder(str),
   })
 
 
@@ -152,8 +158,10 @@ def _from(low: float) -> tuple[Any, str]:
 _RANGES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(('epochs', 'batch_size', 'steps_per_dispatch', 'stages', 'eval_every', 'checkpoint_every',
                      'keep'), _from(1)),
+    'lost_after': _from(2),
+    'profile': (lambda v: v is None or profiling.steps_of(v) is not None, 'FIRST:LAST, steps from 1; None'),
     'image_size': (lambda v: v is None or v >= 1, '1 or more, None'),
-    **dict.fromkeys(('seed', 'optimizer.weight_decay', 'optimizer.warmup_epochs',
+    **dict.fromkeys(('seed', 'workers', 'optimizer.weight_decay', 'optimizer.warmup_epochs',
                      'optimizer.readout_multiplier', 'optimizer.head_multiplier'), _from(0)),
     **dict.fromkeys(('optimizer.learning_rate', 'optimizer.staircase_factor'),
                     (lambda v: 0 < v < math.inf, 'more than 0')),

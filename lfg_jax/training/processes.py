@@ -1,34 +1,98 @@
 """Several processes of one run: how they find each other, and agree on the run's folder."""
 
+import contextlib
 import itertools
 import pathlib
+import re
 import secrets
 import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lfg_jax.errors import UserError
+from lfg_jax.errors import LOST, UserError
+from lfg_jax.training import guard
 
 TOKEN = 'token'         # a file with a number that the first process draws for every start
 PATIENCE_SECONDS = 5    # until a file is seen on another machine
 _looks = itertools.count(1)
 
 
-def connect(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-  """Connects this process with the others; what is None is as the cluster tells JAX.
+# What XLA says when a collective operation misses another process.
+_MISSED = re.compile('Gloo|NCCL|RCCL|coordination service|UNAVAILABLE')
+
+class Place(NamedTuple):
+  """Where a process stands among those of its run; None: as the cluster tells JAX."""
+  coordinator: str | None = None
+  processes: int | None = None
+  process: int | None = None
+
+
+class Lost(UserError):
+  """Another process was lost."""
+  exit_code = LOST
+
+
+AS_TOLD = Place()
+
+
+def connect(at: Place = AS_TOLD, lost_after: int = 25) -> None:
+  """Connects this process with the others.
+
+  Args:
+    at: where it stands among them.
+    lost_after: seconds of silence after which a process counts as lost.
 
   Raises:
-    UserError: JAX knows of no cluster, or cannot reach the coordinator.
+    UserError: JAX knows of no cluster, or cannot reach the coordinator; numbers of devices differ.
   """
   if jax.distributed.is_initialized():
     return
   try:
-    jax.distributed.initialize(coordinator, processes, process)
+    jax.distributed.initialize(*at, heartbeat_timeout_seconds=lost_after)
   except (ValueError, RuntimeError) as error:
     raise UserError(f'the processes cannot be connected ({" ".join(str(error).split())[:200]}); where JAX knows no '
                     'cluster, give each --coordinator=HOST:PORT --processes=N --process=I, I from 0') from error
+  same_devices(Counter(device.process_index for device in jax.devices()))
+
+
+def same_devices(counts: Mapping[int, int]) -> None:
+  """Raises UserError when processes have different numbers of devices, given by process.
+
+  >>> same_devices({0: 4, 1: 4})
+  """
+  usual = max(counts.values())
+  if differing := {process: count for process, count in sorted(counts.items()) if count != usual}:
+    told = ', '.join(f'process {process} has {count}' for process, count in differing.items())
+    raise UserError(f'the processes have different numbers of devices ({told}, '
+                    f'the others {usual}); allowed: the same on each')
+
+
+@contextlib.contextmanager
+def losses() -> Iterator[None]:
+  """What XLA raises when another process was lost, as `Lost`."""
+  try:
+    yield
+  except Exception as error:
+    if isinstance(error, UserError) or jax.process_count() == 1 or not _MISSED.search(str(error)):
+      raise
+    reason = ' '.join(str(error).split())[:200]
+    raise Lost(f'process {jax.process_index()} lost another one ({reason}); {guard.GOES_ON}') from error
+
+
+def is_first() -> bool:
+  """Whether this is the process that speaks and writes."""
+  return jax.process_index() == 0
+
+
+def say(*words: Any, file: TextIO | None = None) -> None:
+  """Prints, in the first process only."""
+  if is_first():
+    print(*words, file=file, flush=True)
 
 
 def share_folder(folder: pathlib.Path | None) -> None:
@@ -41,7 +105,7 @@ def share_folder(folder: pathlib.Path | None) -> None:
   if jax.process_count() == 1:
     return
   mine = -1 if folder is None else secrets.randbits(31)
-  if folder and jax.process_index() == 0:
+  if folder and is_first():
     (folder / TOKEN).write_text(str(mine))
   wanted = int(multihost_utils.broadcast_one_to_all(np.int32(mine)))
   if folder is None:

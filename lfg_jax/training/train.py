@@ -3,7 +3,7 @@
 A run is a pure function of its config, so a run that was stopped, in any way, ends as if it had not been.
 """
 
-import json
+import collections
 import pathlib
 import signal
 import time
@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -24,20 +25,24 @@ from lfg_jax.training import (
   configs,
   optimizers,
   pipeline,
-  plots,
   processes,
+  profiling,
   run_log,
   stage_plan,
   start,
+  summary,
   update,
 )
 from lfg_jax.training import workdir as folders
 from lfg_jax.training.checkpoints import Checkpoints
+from lfg_jax.training.clock import Clock
+from lfg_jax.training.profiling import Trace
 from lfg_jax.training.run_log import RunLog
 from lfg_jax.training.update import Feed, TrainState
 
 State = Any    # TrainState, in stages PipelineState
 REFRESH_SECONDS = 1.0    # between looks at the running state, which wait for the device
+IN_FLIGHT = 2            # most dispatches that are not done
 
 
 class Job(NamedTuple):
@@ -69,13 +74,18 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
   configs.validate(config)
   with as_user_errors():
     if config.distributed:
-      processes.connect()
+      processes.connect(lost_after=config.lost_after)
     stage_plan.check_devices(config, jax.device_count())
     dataset = dataset or data.load(config.dataset, data_dir=config.data_dir, image_size=config.image_size,
-                                   seed=config.seed, whole_images=config.loss == 'contrastive')
+                                   seed=config.seed, whole_images=config.loss == 'contrastive',
+                                   workers=config.workers)
     algorithm = algorithms.make(config, dataset, update.AXIS)
     stage_plan.check(config, algorithm.made_of)
-  return first_images(Job(config, dataset, algorithm, update.make_mesh(config.stages)), config.images)
+  job = Job(config, dataset, algorithm, update.make_mesh(config.stages))
+  job = first_images(job, config.images)
+  steps = -(-job.dataset.train.examples // config.batch_size)
+  profiling.check(config.profile, config.epochs * steps)
+  return job
 
 
 def first_images(job: Job, images: int | None) -> Job:
@@ -148,33 +158,46 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
     Interrupted: by a signal.
   """
   begin = time.monotonic()
-  with as_user_errors((BadExample,)), folders.file_errors(workdir):
+  with as_user_errors((BadExample,)), folders.file_errors(workdir), processes.losses():
     if job.config.init_from and not (workdir / 'config.json').exists():
       start.check(pathlib.Path(job.config.init_from), job.algorithm)    # before there is a folder
     with folders.claim(workdir, job.config) as finished:
       if finished:
-        print(f'{workdir} has this run finished')
+        processes.say(f'{workdir} has this run finished')
         return finished
-      return _train(job, workdir, begin)
+      return _train(job, workdir, Clock(begin))
 
 
-def _train(job: Job, workdir: pathlib.Path, begin: float) -> dict[str, Any]:
-  """In a folder that is claimed; `begin`: when it began, were it without stops."""
+def _train(job: Job, workdir: pathlib.Path, clock: Clock) -> dict[str, Any]:
+  """In a folder that is claimed."""
   functions, state = build(job)
-  active = jax.process_index() == 0
-  with Checkpoints(workdir / 'checkpoints', job.config.keep) as checkpoints:
-    restored = checkpoints.restore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+  config, active = job.config, processes.is_first()
+  with Checkpoints(workdir / 'checkpoints', config.keep) as checkpoints, processes.losses():
+    with clock.on('checkpoints'):
+      restored = checkpoints.restore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
     if restored:
-      state, seconds = restored
-      begin -= seconds
-      print(f'resuming {workdir} at step {int(state.step)}')
-    elif job.config.init_from:
-      state = start.from_run(pathlib.Path(job.config.init_from), state)
+      state, stored = restored
+      clock.go_on(stored)
+      processes.say(f'resuming {workdir} at step {int(state.step)}')
+    elif config.init_from:
+      state = start.from_run(pathlib.Path(config.init_from), state)
     state = functions.begin(state)
-    total, batch_size = job.config.epochs * functions.feed.steps, job.config.batch_size
-    with RunLog(workdir, int(state.step), total, batch_size, active=active) as log, Signals() as signals:
-      state = _epochs(job.config, functions, state, checkpoints, log, signals, begin)
-  return _finish(job, workdir, functions.whole(state), log.rows, time.monotonic() - begin)
+    total = config.epochs * functions.feed.steps
+    with RunLog(workdir, int(state.step), total, config.batch_size, active=active) as log, \
+        Signals() as signals, Trace(workdir / 'tensorboard', config.profile, active=active) as trace:
+      watch = Watch(clock, log, signals, trace)
+      state = _epochs(config, functions, state, checkpoints, watch)
+    with clock.on('checkpoints'):
+      checkpoints.close()
+  return _finish(job, workdir, functions.whole(state), log.rows, clock)
+
+
+class Watch(NamedTuple):
+  """What looks on while a run learns."""
+  clock: Clock
+  log: RunLog
+  signals: Signals
+  trace: Trace
 
 
 class Functions(NamedTuple):
@@ -218,11 +241,11 @@ def build(job: Job) -> tuple[Functions, TrainState]:
 
 
 def _epochs(config: ConfigDict, functions: Functions, state: State, checkpoints: Checkpoints,
-            log: RunLog, signals: Signals, begin: float) -> State:
+            watch: Watch) -> State:
   """The epochs that are left."""
-  steps = functions.feed.steps
+  steps, clock, signals = functions.feed.steps, watch.clock, watch.signals
   for epoch in range(int(state.step) // steps, config.epochs):
-    state, speed = _epoch(functions, state, epoch, config.batch_size, log, signals)
+    state, speed = _epoch(functions, state, epoch, config.batch_size, watch)
     if (bad := int(state.bad_step)) >= 0:
       raise UserError(f'loss or update became NaN or infinite at step {bad}; the checkpoints of before are '
                       'kept; a smaller optimizer.learning_rate may help')
@@ -230,41 +253,50 @@ def _epochs(config: ConfigDict, functions: Functions, state: State, checkpoints:
     is_whole, is_last = step == done * steps, step == config.epochs * steps
     error = None
     if is_whole:
-      error = functions.test_error(functions.whole(state)) if is_last or done % config.eval_every == 0 else None
-      log.write({'step': step, 'epoch': done, **_means(state), 'test_error': error,
-                 'examples_per_second': speed})
+      with clock.on('evaluation'):
+        error = functions.test_error(functions.whole(state)) if is_last or done % config.eval_every == 0 else None
+      watch.log.write({'step': step, 'epoch': done, **_means(state), 'test_error': error,
+                       'examples_per_second': speed})
     if is_last or signals.received or (is_whole and done % config.checkpoint_every == 0):
-      checkpoints.save(step, functions.whole(state), time.monotonic() - begin, error)
+      with clock.on('checkpoints'):
+        checkpoints.save(step, functions.whole(state), clock.read(), error)
     if signals.received and not is_last:
       raise Interrupted(step, signals.received)
   return state
 
 
-def _epoch(functions: Functions, state: State, epoch: int, batch_size: int, log: RunLog,
-           signals: Signals) -> tuple[State, float | None]:
+def _epoch(functions: Functions, state: State, epoch: int, batch_size: int, watch: Watch
+           ) -> tuple[State, float | None]:
   """Steps to the end of an epoch, to a signal, or to what is not finite.
 
   Also returns the speed in examples per second. What is dispatched first, which may include compilation, is not part
   of it; None when there is no more.
   """
-  steps = functions.feed.steps
-  step = first = int(state.step) % steps
+  clock, log, whole = watch.clock, watch.log, epoch * functions.feed.steps
+  step = first = int(state.step) % functions.feed.steps
   begin, shown, untimed = time.monotonic(), time.monotonic(), 0
-  for count, inputs in functions.feed.epoch(epoch, first):
-    state = functions.steps(state, count, inputs)
-    if step == first:
-      jax.block_until_ready(state)
-      begin, untimed = time.monotonic(), count
-    step += count
-    if time.monotonic() - shown > REFRESH_SECONDS:
-      if int(state.bad_step) >= 0 and jax.process_count() == 1:    # several look at different times
+  bad_steps: collections.deque[jax.Array] = collections.deque()
+  for count, inputs in clock.waiting(functions.feed.epoch(epoch, first)):
+    with clock.on('steps'):
+      watch.trace.before(whole + step, count)
+      state = functions.steps(state, count, inputs)
+      if step == first:
+        jax.block_until_ready(state)
+        begin, untimed = time.monotonic(), count
+      step += count
+      # Waits for the dispatch before the last, so that no signal waits for more than two.
+      bad_steps.append(jnp.copy(state.bad_step))
+      if len(bad_steps) > IN_FLIGHT and int(bad_steps.popleft()) >= 0:
         break
-      log.progress(int(state.step), epoch=epoch + 1, **_means(state))
-      shown = time.monotonic()
-    if signals.ask_to_stop():
+      watch.trace.after(whole + step, state)
+      if time.monotonic() - shown > REFRESH_SECONDS:
+        log.progress(int(state.step), epoch=epoch + 1, **_means(state))
+        shown = time.monotonic()
+    if watch.signals.ask_to_stop():
       break
-  state = functions.finish(state, inputs)
-  log.progress(int(state.step), epoch=epoch + 1, **_means(state))
+  with clock.on('steps'):
+    state = functions.finish(state, inputs)
+    log.progress(int(state.step), epoch=epoch + 1, **_means(state))
   timed = step - first - untimed
   return state, timed * batch_size / (time.monotonic() - begin) if timed else None
 
@@ -275,16 +307,13 @@ def _means(state: State) -> dict[str, float]:
           for name, value in state.sums.items() if name != 'examples'}
 
 
-def _finish(job: Job, workdir: pathlib.Path, state: TrainState, rows: list[run_log.Row], seconds: float
-            ) -> dict[str, Any]:
-  """Writes curves.png and, last, summary.json."""
-  last = rows[-1]
-  model = job.config.model.get('size', job.config.model.name)
-  summary = {'algorithm': job.config.algorithm, 'model': model, 'dataset': job.dataset.name,
-             'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)), 'steps': int(state.step),
-             'train_error': last['train_error'], 'test_error': last['test_error'],
-             'seconds': round(seconds, 2)}
-  if jax.process_index() == 0:
-    plots.curves(workdir / 'curves.png', {job.config.algorithm: [rows]})
-    run_log.write_atomically(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
-  return summary
+def _finish(job: Job, workdir: pathlib.Path, state: TrainState, rows: list[run_log.Row],
+            clock: Clock) -> dict[str, Any]:
+  """Writes curves and summary."""
+  config, steps, flop = job.config, int(state.step), job.algorithm.flop
+  facts = {'algorithm': config.algorithm, 'model': config.model.get('size', config.model.name),
+           'dataset': job.dataset.name,
+           'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)), 'steps': steps}
+  all_flop = None if flop is None else flop * steps * config.batch_size
+  return summary.write(workdir, facts, rows, clock.read(), all_flop,
+                       config.model.get('precision', 'float32'))

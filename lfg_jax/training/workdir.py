@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-import jax
 from ml_collections import ConfigDict
 
 from lfg_jax.errors import UserError
@@ -20,8 +19,8 @@ from lfg_jax.training import configs, optimizers, processes, run_log
 
 # When a run resumes. Where the data is, not which; how often the run is looked at and saved; in what
 # parts the same sums are taken, which changes their rounding.
-MAY_DIFFER = ('data_dir', 'distributed', 'eval_every', 'checkpoint_every', 'keep', 'steps_per_dispatch',
-              'micro_batch', 'stages')
+MAY_DIFFER = ('data_dir', 'distributed', 'lost_after', 'profile', 'eval_every', 'checkpoint_every', 'keep',
+              'steps_per_dispatch', 'micro_batch', 'stages', 'workers')
 LOCK = 'lock'
 OWN = {LOCK, processes.TOKEN, 'config.json.tmp'}    # left by a run that was killed at once
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -39,7 +38,7 @@ def claim(folder: pathlib.Path, config: ConfigDict) -> Iterator[dict[str, Any] |
     UserError: the folder has a run of another config, or files that are no run's, or another process
       is at work in it.
   """
-  if jax.process_index() != 0:
+  if not processes.is_first():
     processes.share_folder(folder)
     yield _finished(folder, config)
     return

@@ -1,0 +1,117 @@
+"""How fast photographs become batches: decoding alone, streams, and training.
+
+    python experiments/input_speed.py [--photos=512] [--width=500] [--height=375] [--workers=0,2]
+        [--out=DIR] [--config=NAME or FILE] [--config.field=value …]
+
+The photographs are made here: random ones, about as smooth as natural ones are, in JPEG of quality
+90. DIR gets input_speed.json: images per second, and per second of this process's CPU time, which
+other work on the machine disturbs less. `waiting` is the share of input in the time of input and
+steps of a run of two epochs.
+"""
+
+import io
+import json
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lfg_jax import data
+from lfg_jax.data.streams import Stream, decode
+from lfg_jax.training import command_line, run_log
+from lfg_jax.training.train import prepare, train
+
+DIFFERENT = 32    # photographs, which then come again
+BATCH = 64
+CLASSES = 10
+
+
+class Photographs:
+  """A source of so many examples, as a data set on disk would be."""
+
+  def __init__(self, count: int, width: int, height: int) -> None:
+    self._count = count
+    self._files = [photograph(seed, width, height) for seed in range(min(count, DIFFERENT))]
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, index: int, /) -> dict[str, Any]:
+    return {'image': self._files[index % len(self._files)], 'label': index % CLASSES}
+
+
+def photograph(seed: int, width: int, height: int, fall: float = 1.25) -> bytes:
+  """A JPEG file of random phases, whose amplitudes fall with the frequency to the power `fall`."""
+  rng = np.random.default_rng(seed)
+  frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+  amplitude = np.maximum(frequency, 1 / max(width, height)) ** -fall
+  spectra = (amplitude * np.exp(2j * np.pi * rng.random(amplitude.shape)) for _ in range(3))
+  pixels = np.stack([np.fft.irfft2(spectrum, s=(height, width)) for spectrum in spectra], -1)
+  pixels = 128 + 50 * (pixels - pixels.mean()) / pixels.std()
+  file = io.BytesIO()
+  Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, 'JPEG', quality=90)
+  return file.getvalue()
+
+
+def main(arguments: list[str]) -> None:
+  """Measures, prints and writes."""
+  parser = command_line.Parser(description=__doc__)
+  parser.add_argument('--photos', type=int, default=512, help='of an epoch; default: 512')
+  parser.add_argument('--width', type=int, default=500, help='of a photograph; default: 500')
+  parser.add_argument('--height', type=int, default=375, help='default: 375')
+  parser.add_argument('--workers', default='0,2', help='of streams, 0 for threads; default: 0,2')
+  parser.add_argument('--config', default='imagenet', help='default: imagenet')
+  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/input_speed'))
+  options, config = command_line.parse(parser, arguments)
+  command_line.at_least(options, photos=2 * BATCH, width=8, height=8)
+  workers = command_line.numbers('workers', options.workers, 0, int)
+  source = Photographs(options.photos, options.width, options.height)
+  size = config.image_size or 224
+  one = Stream(source, size)
+  many = range(4 * DIFFERENT)
+  result = {**run_log.provenance(['experiments/input_speed.py', *arguments]),
+            'cores': len(os.sched_getaffinity(0)),
+            'decoding_alone': rates(lambda: len([decode(source[i], i) for i in many])),
+            'with_cropping': rates(lambda: len([one.example(0, i) for i in many])),
+            'streams': [{'workers': count, **stream_rates(Stream(source, size, workers=count)),
+                         'waiting': waiting(config, source, size, count)} for count in workers]}
+  options.out.mkdir(parents=True, exist_ok=True)
+  run_log.write_atomically(options.out / 'input_speed.json', json.dumps(result, indent=1) + '\n')
+  print(json.dumps(result))
+
+
+def rates(work: Callable[[], int]) -> dict[str, float]:
+  """Images per second of what `work` says that it has done."""
+  wall, cpu = time.perf_counter(), time.process_time()
+  done = work()
+  return {'per_second': done / (time.perf_counter() - wall),
+          'per_cpu_second': done / (time.process_time() - cpu)}
+
+
+def stream_rates(stream: Stream) -> dict[str, float]:
+  """Of an epoch after its first batch, for which workers start. Their CPU time is not known."""
+  batches = stream.epoch(0, 0, BATCH)
+  next(batches)
+  found = rates(lambda: BATCH * len([None for _ in batches]))
+  return {'per_second': found['per_second']} if stream.workers else found
+
+
+def waiting(config: Any, source: Photographs, size: int, workers: int) -> float:
+  """The share of the time of input and steps that a run waits for input."""
+  config.epochs, config.batch_size, config.optimizer.warmup_epochs = 2, BATCH, 0.0
+  train_split = Stream(source, size, workers=workers)
+  test_split = Stream(Photographs(BATCH, size, size), size, train=False)
+  dataset = data.Dataset('photographs', CLASSES, (size, size, 3), (0.5,) * 3, (0.2,) * 3, train_split,
+                         test_split)
+  with tempfile.TemporaryDirectory() as folder:
+    spent = train(prepare(config, dataset), pathlib.Path(folder))['time']
+  return spent['input'] / (spent['input'] + spent['steps'])
+
+
+if __name__ == '__main__':
+  command_line.run(main)

@@ -1,0 +1,181 @@
+"""Processes under guard: each works in a child, and its guard tells in one line how it ended.
+
+When one process of a run is lost, JAX ends the others from C++, with a page of text and SIGABRT,
+which nothing inside them can catch. So a forked child does the work, and the guard reads its text.
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from types import FrameType
+from typing import NamedTuple, NoReturn
+
+from lfg_jax.errors import LOST, UserError
+
+GOES_ON = 'the same command goes on from the last checkpoint'
+_RECORD = re.compile(r'[IWEF]\d{4} [\d:.]+ +\d+ ([\w.]+):\d+\] ')
+_SERVICE = re.compile(r'coordination_|preemption_|client\.h|service\.cc|distributed')
+_MISSING = re.compile(r'unhealthy \(stopped sending heartbeats\):\s*([\d, ]+)')
+_POLL_SECONDS = 0.1
+
+
+def guard(numbers: Sequence[int | None], grace: float) -> int | None:
+  """Forks a child for each number, in which this returns that number. The guard never returns.
+
+  It ends with the worst exit code of its children. SIGTERM and Ctrl-C become SIGTERM to them.
+  To be called before JAX has looked for devices.
+
+  Args:
+    numbers: of the processes; None where only the cluster knows it.
+    grace: seconds in which the others are to end when one has failed, before they are killed.
+  """
+  children = []
+  for place, number in enumerate(numbers):
+    read, write = os.pipe()
+    own = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+      os.close(read)
+      _be_child(own, write, speaks=place == 0)
+      return number
+    os.close(write)
+    children.append(Child(pid, number, Text(read, shown=place == 0)))
+  _watch(children, grace)
+
+
+def _be_child(parent: int, pipe: int, *, speaks: bool) -> None:
+  """C++ text goes to the pipe, Python's where it went; all text of processes but the first too."""
+  os.setpgid(0, 0)    # Ctrl-C reaches the guard alone
+  if speaks:
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(file), 'w', buffering=1) for file in (1, 2))
+  for file in (1, 2):
+    os.dup2(pipe, file)
+  os.close(pipe)
+  threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+  """A guard that was killed takes its child along."""
+  while os.getppid() == parent:
+    time.sleep(_POLL_SECONDS)
+  os._exit(128 + signal.SIGKILL)
+
+
+class Text(threading.Thread):
+  """The text that a child writes from C++, without the records of JAX's distributed service.
+
+  Attributes:
+    hidden: those records.
+    held: what is to be shown if the child fails in its own way; empty when it is shown at once.
+  """
+
+  def __init__(self, pipe: int, *, shown: bool) -> None:
+    super().__init__(daemon=True)
+    self.hidden: list[str] = []
+    self.held: list[str] = []
+    self._pipe, self._shown = pipe, shown
+    self.start()
+
+  def run(self) -> None:
+    """Reads to the end of the pipe."""
+    hides = False
+    with os.fdopen(self._pipe, errors='replace') as lines:
+      for line in lines:
+        if match := _RECORD.match(line):
+          hides = bool(_SERVICE.search(match[1]))
+        if hides:
+          self.hidden.append(line)
+        elif not line.startswith('[Gloo]'):
+          self._show(line)
+
+  def _show(self, line: str) -> None:
+    if self._shown:
+      print(line, end='', file=sys.stderr, flush=True)
+    else:
+      self.held.append(line)
+
+
+def lost_by(text: str) -> str | None:
+  """Whom the records of JAX's distributed service miss; None: they are about something else.
+
+  >>> lost_by('The following tasks are unhealthy (stopped sending heartbeats):\\n1\\n')
+  'process 1 is gone'
+  >>> lost_by('Failed to send RPC to coordination service. Either the leader task')
+  'process 0 is gone'
+  """
+  if match := _MISSING.search(text):
+    return f'process {match[1].strip()} is gone'
+  if 'leader task' in text:
+    return 'process 0 is gone'
+  return 'one ended' if 'detected fatal errors' in text else None
+
+
+class Child(NamedTuple):
+  """A process under guard."""
+  pid: int
+  number: int | None
+  text: Text
+
+
+def _watch(children: Sequence[Child], grace: float) -> NoReturn:
+  """Waits for all children, and ends with the worst of their codes."""
+  _pass_on(children)
+  codes: dict[int, int] = {}
+  patience_ends = float('inf')
+  while left := [child for child in children if child.pid not in codes]:
+    if time.monotonic() > patience_ends:
+      _send(signal.SIGKILL, left)
+    for child in left:    # one by one: the first process of a container inherits those of others
+      pid, status = os.waitpid(child.pid, os.WNOHANG)
+      if pid:
+        codes[pid] = _code(child, os.waitstatus_to_exitcode(status))
+        if codes[pid]:
+          patience_ends = min(patience_ends, time.monotonic() + grace)
+    time.sleep(_POLL_SECONDS)
+  own_way = {code for code in codes.values() if code not in (0, LOST, codes[children[0].pid])}
+  for child in children:
+    if codes[child.pid] in own_way:
+      print(*child.text.held, sep='', end='', file=sys.stderr)
+  sys.exit(max(codes.values()))
+
+
+def _pass_on(children: Sequence[Child]) -> None:
+  """Signals to the guard become SIGTERM to its children."""
+  def pass_on(number: int, frame: FrameType | None) -> None:
+    _send(signal.SIGTERM, children)
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, pass_on)
+
+
+def _send(number: int, children: Iterable[Child]) -> None:
+  for child in children:
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(child.pid, number)
+
+
+def _code(child: Child, code: int) -> int:
+  """A child's exit code as a shell has it; one that could say nothing itself gets its line here."""
+  child.text.join(timeout=1)
+  if code >= 0:
+    return code
+  name = 'a process' if child.number is None else f'process {child.number}'
+  number = signal.Signals(-code)
+  lost = lost_by(''.join(child.text.hidden))
+  if number == signal.SIGABRT and lost:
+    complain(UserError(f'{name} lost another one ({lost}); {GOES_ON}'))
+    return LOST
+  complain(UserError(f'{name} was ended by {number.name}; {GOES_ON}'))
+  return 128 + number
+
+
+def complain(error: UserError) -> int:
+  """Prints a program's last line; returns its exit code."""
+  print(f'{pathlib.Path(sys.argv[0]).name}: {error}', file=sys.stderr)
+  return error.exit_code

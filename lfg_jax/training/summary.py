@@ -1,0 +1,61 @@
+"""What a finished run leaves: curves.png and summary.json."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.training import clock, plots, processes, run_log, timing
+from lfg_jax.training.run_log import Row
+
+
+def write(workdir: pathlib.Path, facts: dict[str, Any], rows: list[Row], seconds: dict[str, float],
+          flop: float | None, precision: str = 'float32') -> dict[str, Any]:
+  """Writes both files, in the first process; returns the summary.
+
+  Args:
+    workdir: the run's folder.
+    facts: what the summary says of the run.
+    rows: of its metrics.
+    seconds: as `clock.Clock.read` has them.
+    flop: operations that its gradients cannot do without; None: unknown.
+    precision: of its matrix products.
+  """
+  last = rows[-1]
+  summary = {**facts, 'train_error': last['train_error'], 'test_error': last['test_error'],
+             'seconds': round(seconds['seconds'], 2), 'time': shares(seconds)}
+  if not processes.is_first():
+    return summary
+  if flop is not None:
+    rate, peak = flop / seconds['steps'], machine_rate(precision)
+    summary['flop_per_second'] = float(f'{rate:.4g}')
+    summary['utilisation'] = float(f'{rate / peak:.4g}') if peak else None
+  plots.curves(workdir / 'curves.png', {facts['algorithm']: [rows]})
+  run_log.write_atomically(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
+  return summary
+
+
+def shares(seconds: dict[str, float]) -> dict[str, float]:
+  """Seconds of every part, and of what is none of them.
+
+  >>> shares({'seconds': 9, **dict.fromkeys(clock.PARTS, 1.5)})['other']
+  1.5
+  """
+  parts = {part: seconds[part] for part in clock.PARTS}
+  parts['other'] = max(0.0, seconds['seconds'] - sum(parts.values()))
+  return {part: round(value, 2) for part, value in parts.items()}
+
+
+def machine_rate(precision: str) -> float | None:
+  """Operations per second of a plain matrix product, on all devices at once; None: no room for it.
+
+  One device is measured. Virtual devices of a CPU share it, so that there a process counts as one.
+  """
+  devices = jax.process_count() if jax.default_backend() == 'cpu' else jax.device_count()
+  try:
+    product, flop = timing.matmul(jnp.dtype(precision))
+    return devices * flop / (1e-3 * timing.one_ms(product))
+  except jax.errors.JaxRuntimeError:    # a device that the run fills
+    return None
