@@ -3,7 +3,9 @@
 import json
 import shutil
 import signal
+import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -226,3 +228,13 @@ def test_evaluations_may_be_rarer(tmp_path):
   summary = train.train(train.prepare(config), tmp_path / 'run')
   assert [row['test_error'] is None for row in rows(tmp_path / 'run')] == [True, False, False]
   assert summary['test_error'] == rows(tmp_path / 'run')[-1]['test_error']
+
+
+def test_parts_of_a_failed_write_print_nothing_and_other_mistakes_do(tmp_path, monkeypatch):
+  told = []
+  monkeypatch.setattr(sys, 'unraisablehook', lambda caught: told.append(str(caught.exc_value)))
+  for _ in range(2):    # a second run in this process does not wrap it again
+    with Checkpoints(tmp_path, keep=1):
+      for message in ('Event loop is closed', 'anything else'):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(message)))
+  assert told == ['anything else'] * 2

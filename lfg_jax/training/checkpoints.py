@@ -17,6 +17,7 @@ from lfg_jax.errors import UserError
 from lfg_jax.training import processes
 
 PyTree = Any
+_HOOK = 'report_but_closed_loops'
 
 
 def _test_error(metrics: dict[str, float]) -> float:
@@ -90,6 +91,7 @@ class Checkpoints:
       self._manager = None
 
   def __enter__(self) -> 'Checkpoints':
+    _ignore_closed_loops()
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
@@ -106,6 +108,22 @@ class Checkpoints:
     restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like),
                                                              clock=ocp.args.JsonRestore()))
     return restored['state'], restored['clock']
+
+
+def _ignore_closed_loops() -> None:
+  """Keeps parts of a failed write from printing a traceback each, up to the end of the program.
+
+  They are done after Orbax has given up, and closed the event loop that they report to.
+  """
+  hook = sys.unraisablehook
+
+  def report(caught: 'sys.UnraisableHookArgs') -> None:
+    if str(caught.exc_value) != 'Event loop is closed':
+      hook(caught)
+
+  report.__name__ = _HOOK
+  if getattr(hook, '__name__', '') != _HOOK:
+    sys.unraisablehook = report
 
 
 @contextlib.contextmanager
