@@ -28,7 +28,8 @@ from lfg_jax.estimators.signature import GradFn, LossFn
 from lfg_jax.estimators.taps import Tap
 from lfg_jax.estimators.traced import Traced
 from lfg_jax.estimators.weight import weight_perturbation
-from lfg_jax.losses import staged
+from lfg_jax.losses import row_losses, staged
+from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.info_nce import VIEWS, Contrast
 from lfg_jax.losses.objectives import end_to_end, stage_by_stage
 from lfg_jax.losses.staged import StagedModel, Variables, in_block
@@ -117,13 +118,19 @@ def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorit
     ValueError: one line naming the field, the value and what is allowed.
   """
   one_of('algorithm', config.algorithm, REGISTRY)
-  options = Options(**config.estimator, **config.losses, micro_batch=config.micro_batch)
+  losses = dict(config.losses)
+  row, own_loss, hidden = (losses.pop(field) for field in ('row', 'module', 'head_hidden'))
+  options = Options(**config.estimator, **losses, micro_batch=config.micro_batch)
   one_of('loss', config.loss, LOSSES)
+  row_loss = row_losses.find(row, own_loss, dataset.classes)
   contrast = _contrast(config.contrastive, axis_name) if config.loss == 'contrastive' else None
+  if contrast and row_loss is not row_losses.cross_entropy:
+    raise ValueError(f"losses.{f'module is {own_loss!r}' if own_loss else f'row is {row!r}'}, and "
+                     "loss='contrastive' compares rows; allowed: loss='supervised'")
   fields = dict(config.model)
   module = registry.find(fields.pop('name'), fields.pop('module'))
   images = Images(dataset.image_shape, dataset.classes, dataset.mean, dataset.std, axis_name)
-  model = module.make(fields, images, contrast)
+  model = module.make(fields, images, Heads(row_loss, hidden, contrast))
   views = functools.partial(augmentation.views, min_area=config.contrastive.min_area)
   return compose(REGISTRY[config.algorithm], options, model, axis_name, views)
 

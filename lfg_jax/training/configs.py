@@ -37,6 +37,8 @@ def base() -> ConfigDict:
     images: how many to train on, the first so many; None: all.
     workers: processes that read and decode a stream; 0: threads.
     init_from: folder of a run whose parameters are the first; None: random ones.
+    row: what local heads learn: 'cross_entropy', 'squared_error' or 'margin'; the read-out learns the cross-entropy.
+    head_hidden: channels of a hidden layer in every local head; 0: none, heads are linear.
     min_area: of a view's crop, as a part of the image's.
     name: 'sgd', 'adam', 'adamw' or 'lars'.
     learning_rate: the highest, after the warm-up.
@@ -71,7 +73,8 @@ def base() -> ConfigDict:
       'workers': 0,
       'init_from': config_dict.placeholder(str),
       'model': model_fields('mixer'),
-      'losses': {'patch': True, 'group': True, 'every': 1, 'overlap': False},
+      'losses': {'row': 'cross_entropy', 'module': config_dict.placeholder(str), 'head_hidden': 0,
+                 'patch': True, 'group': True, 'every': 1, 'overlap': False},
       'contrastive': {'temperature': 0.5, 'stop_gradient': True, 'shared_views': True, 'min_area': 0.08},
       'estimator': {
           'law': 'hadamard', 'passes': 1, 'chunk': 4, 'combine': 'mean',
@@ -161,7 +164,7 @@ _RANGES: dict[str, tuple[Any, str]] = {
     'lost_after': _from(2),
     'profile': (lambda v: v is None or profiling.steps_of(v) is not None, 'FIRST:LAST, steps from 1; None'),
     'image_size': (lambda v: v is None or v >= 1, '1 or more, None'),
-    **dict.fromkeys(('seed', 'workers', 'optimizer.weight_decay', 'optimizer.warmup_epochs',
+    **dict.fromkeys(('seed', 'workers', 'losses.head_hidden', 'optimizer.weight_decay', 'optimizer.warmup_epochs',
                      'optimizer.readout_multiplier', 'optimizer.head_multiplier'), _from(0)),
     **dict.fromkeys(('optimizer.learning_rate', 'optimizer.staircase_factor'),
                     (lambda v: 0 < v < math.inf, 'more than 0')),

@@ -5,14 +5,14 @@ import re
 import textwrap
 from typing import Any
 
-from lfg_jax.losses import info_nce
+from lfg_jax.losses import info_nce, row_losses
 from lfg_jax.models import mixer, sizes
 from lfg_jax.training import configs, rules
 
 # Who explains the fields of a part of the config; what they do not explain, `configs.base` does.
 EXPLAINED: dict[str, tuple[Any, ...]] = {
     'model': (sizes.mixer_spec, mixer.Style, configs.model_fields),
-    'losses': (rules.Options,), 'estimator': (rules.Options,),
+    'losses': (rules.Options, row_losses.find), 'estimator': (rules.Options,),
     'contrastive': (info_nce.Contrast,),
 }
 _ENTRY = re.compile(r'^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)', re.M)
