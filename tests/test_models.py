@@ -43,10 +43,10 @@ def model_of(name, heads=Heads()):
   return registry.find(name).make({**defaults, **FIELDS[name]}, IMAGES, heads)
 
 
-def composed(name, rule, axis_name=None, **options):
+def composed(name, rule, axis_name=None, heads=Heads(), views=None, **options):
   """An algorithm, and random variables (heads start at zero, which would hide errors)."""
   algorithm = algorithms.compose(
-    rules.REGISTRY[rule], rules.Options(**options), model_of(name), axis_name
+    rules.REGISTRY[rule], rules.Options(**options), model_of(name, heads), axis_name, views
   )
 
   def random(tree):    # the same parameters for all rules, whatever else they have
