@@ -112,7 +112,8 @@ def _imagenet(data_dir: str | None, image_size: int | None, seed: int, whole_ima
 def _prepared(name: str, data_dir: str | None) -> Dataset:
   builder = prepared.builder(name, data_dir, NAMES)
   facts = TFDS.get(name) or prepared.facts(builder)
-  train, test = (prepared.arrays(prepared.source(builder, split), facts) for split in ('train', facts.test_split))
+  sources = [prepared.source(builder, split) for split in ('train', facts.test_split)]    # both, before any is read
+  train, test = (prepared.arrays(source, facts) for source in sources)
   if facts.mean and facts.std:
     return Dataset(name, facts.classes, facts.image_shape, facts.mean, facts.std, Arrays(*train), Arrays(*test))
   return from_arrays(name, train, test, facts.classes)

@@ -81,7 +81,7 @@ def facts(builder: Any) -> Facts:
   Raises:
     ValueError: it has no labelled images of one size, or nothing to test on.
   """
-  features, name = builder.info.features, builder.name
+  features, name = dict(builder.info.features.items()), builder.name
   image, label = (features.get(feature) for feature in ('image', 'label'))
   if image is None or not hasattr(label, 'num_classes'):
     raise ValueError(f"dataset {name} has the features {', '.join(features)}; allowed: 'image', and "

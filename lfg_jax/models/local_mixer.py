@@ -23,6 +23,7 @@ from lfg_jax.models.mixer import (
   Projection,
   ReadOut,
   Run,
+  Style,
 )
 from lfg_jax.models.registry import Images
 from lfg_jax.models.sizes import mixer_spec, parse, patches
@@ -36,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     'pool_every': 0, 'channel_ratio': 2, 'group_ratio': 2, 'pool': 'average', 'norm': 'layer',
     'norm_derivative': True, 'mixing': 'linear', 'conv_size': 3, 'init': 'lecun', 'norms': NORMS,
     'precision': 'float32'}          # or 'bfloat16': `mixer.Style`
+EXPLAINED = (mixer_spec, Style)      # whose docstrings have the fields' meanings
 
 
 def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> StagedModel:

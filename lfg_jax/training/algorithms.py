@@ -244,8 +244,8 @@ def build_estimator(rule: Rule, options: Options, model: StagedModel, axis_name:
   shared = weight if options.sharing == 'paper' else options.sharing == 'shared'
   contrast = model.contrast
   rows = VIEWS if contrast and contrast.shared_views else 1
-  sampling = Sampling(tangents.LAWS[options.law], options.passes, shared, axis_name, options.chunk or None,
-                      options.combine, part, rows)
+  sampling = Sampling(tangents.find(options.law, options.module), options.passes, shared, axis_name,
+                      options.chunk or None, options.combine, part, rows)
   derivative = finite_difference(options.step) if rule.finite else jvp_derivative
   if weight:
     group_axis = functools.partial(_group_axis, model, options.credit) if rule.cut else lambda path: None

@@ -24,12 +24,17 @@ class Parser(argparse.ArgumentParser):
     super().__init__(description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
+  def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    """Keeps the arguments, which `--help`, one of them, must know."""
+    self._arguments = list(args or ())
+    return super().parse_known_args(args, namespace)
+
   def format_help(self) -> str:
-    """With the config's fields, where the program has a config."""
+    """With the config's fields, those of the chosen model, where the program has a config."""
     text = super().format_help()
     if '--config' not in self._option_string_actions:
       return text
-    return f'{text}\n{fields.table()}'
+    return f'{text}\n{fields.table(_with_model(configs.base(), self._arguments))}'
 
   def error(self, message: str) -> NoReturn:
     """Called by argparse, which else prints the usage and exits."""
@@ -79,7 +84,7 @@ def override(config: ConfigDict, arguments: list[str], known: Iterable[str] = ()
     if match:
       dotted, text = match.groups()
       node, field = _find(config, dotted)
-      if text and text.lower() == 'none' and configs.may_be_none(dotted):
+      if text and text.lower() == 'none' and configs.may_be_none(dotted, config):
         open_fields.append(dotted)
         continue
       if text is not None and node.get_type(field) is tuple:

@@ -62,6 +62,7 @@ class Options:
 
   Attributes:
     law: name of a tangent law, of `tangents.LAWS`.
+    module: a Python file with a `law` of your own; None: the one of that name.
     passes: tangents per step.
     chunk: how many of them are in memory at once; 0: all, which takes more memory and, on CPUs, more time.
     combine: 'mean' of the passes, or 'projection' on their span; see `sampling.combine`.
@@ -85,6 +86,7 @@ class Options:
     micro_batch: most examples whose gradients are computed at once; 0: what suits the machine, see `parts`.
   """
   law: str = 'hadamard'
+  module: str | None = None
   passes: int = 1
   chunk: int = 4
   combine: str = 'mean'
@@ -103,7 +105,7 @@ class Options:
   micro_batch: int = 0
 
   def __post_init__(self) -> None:
-    one_of('estimator.law', self.law, tangents.LAWS)
+    tangents.find(self.law, self.module)
     one_of('estimator.sharing', self.sharing, ('paper', 'shared', 'independent'))
     one_of('estimator.combine', self.combine, COMBINATIONS)
     one_of('estimator.taps', self.taps, ('auto', 'joint', 'separate'))

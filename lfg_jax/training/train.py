@@ -76,8 +76,9 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
     if config.distributed:
       processes.connect(lost_after=config.lost_after)
     stage_plan.check_devices(config, jax.device_count())
-    dataset = dataset or data.load(config.dataset, data_dir=config.data_dir, image_size=config.image_size,
-                                   seed=config.seed, whole_images=config.loss == 'contrastive',
+    dataset = dataset or data.load(config.dataset, module=config.data.module, data_dir=config.data_dir,
+                                   image_size=config.image_size, seed=config.seed,
+                                   whole_images=config.loss == 'contrastive',
                                    workers=config.workers)
     algorithm = algorithms.make(config, dataset, update.AXIS)
     stage_plan.check(config, algorithm.made_of)
