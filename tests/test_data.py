@@ -253,7 +253,7 @@ def test_any_other_name_with_images_and_labels(tmp_path):
 @pytest.mark.parametrize(('changes', 'message'), [
     ({'label': tfds.features.Scalar(np.int64)}, "dataset odd has the features image, label; allowed: 'image', and"),
     ({'shape': (None, 5, 3)}, r'odd has images of shape \(None, 5, 3\), uint8; allowed: uint8 of one size'),
-    ({'splits': ('train', 'extra')}, "odd has the splits extra, train; allowed: 'train', and 'test' or 'validation'")])
+    ({'splits': ('train', 'extra')}, "odd has the splits train, extra; allowed: 'train', and 'test' or 'validation'")])
 def test_what_is_no_set_of_labelled_images_is_refused(changes, message, tmp_path):
   labelled('odd', tmp_path, **changes)
   with pytest.raises(ValueError, match=message):
