@@ -84,7 +84,7 @@ def facts(builder: Any) -> Facts:
   features, name = dict(builder.info.features.items()), builder.name
   image, label = (features.get(feature) for feature in ('image', 'label'))
   if not (image and label and hasattr(label, 'num_classes')):
-    raise ValueError(f"dataset {name} has the features {', '.join(features)}; allowed: 'image', and "
+    raise ValueError(f"dataset {name} has the features {', '.join(sorted(features))}; allowed: 'image', and "
                      "'label' with classes")
   if None in image.shape or image.np_dtype != np.uint8:
     raise ValueError(f'dataset {name} has images of shape {image.shape}, {image.np_dtype}; allowed: uint8 of '
