@@ -1,6 +1,5 @@
 """What every staged model must keep to, whichever it is; and a model from outside the package."""
 
-import json
 import math
 
 import jax
@@ -20,7 +19,7 @@ from lfg_jax.losses.targets import Targets
 from lfg_jax.models import registry
 from lfg_jax.models.registry import Images
 from lfg_jax.training import algorithms, configs, rules
-from lfg_jax.training.train import prepare, train
+from lfg_jax.training.train import prepare
 from tests.runs import ROOT, tiny
 from tests.small import relative_error
 
@@ -163,19 +162,6 @@ def test_contrastive_losses(name, rule):
 
 PAGE = (ROOT / 'docs' / 'bring_a_model.md').read_text()
 MINE = PAGE.split('```python\n')[1].split('```')[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('rule', ['LG-FG-A', 'LG-BP', 'BP', 'FG-W', 'LG-FA'])
-def test_a_model_of_ones_own_trains(tmp_path, rule):
-  path = tmp_path / 'mine.py'
-  path.write_text(MINE)
-  config = tiny_of('mine', str(path), width=8)
-  config.algorithm = rule
-  config.estimator.tap_passes.hidden = 2 if rule == 'LG-FG-A' else 0
-  train(prepare(config), tmp_path / 'run')
-  summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
-  assert summary['model'] == 'mine' and 0 < summary['test_error'] < 0.95
 
 
 def tiny_of(name, module=None, **fields):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lfg_jax import data
 from lfg_jax.errors import UserError
 from lfg_jax.losses import row_losses
 from lfg_jax.losses.heads import Heads
@@ -12,6 +13,7 @@ from lfg_jax.losses.info_nce import Contrast
 from lfg_jax.losses.replicated import Cut, replicated_loss
 from lfg_jax.losses.row_losses import ROW_LOSSES
 from lfg_jax.losses.targets import Targets
+from lfg_jax.training import algorithms
 from lfg_jax.training.train import prepare
 from tests.runs import tiny
 from tests.small import keep_kernels, relative_error
@@ -215,3 +217,22 @@ def row_loss(outputs, targets):
   path.write_text(text.replace('.sum', '.mean'))
   assert row_losses.find('', str(path)) is not first
   assert ran.read_text() == '..'
+
+
+def test_the_config_decides_what_heads_learn(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text('from lfg_jax.losses.row_losses import margin as row_loss\n')
+  digits = data.load('digits')
+  batch = data.take(digits.train, jnp.arange(8))
+
+  def slope(**fields):
+    config = tiny(algorithm='LG-BP', **fields)
+    algorithm = algorithms.make(config, digits)
+    variables = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), jax.eval_shape(
+        algorithm.init, jax.random.key(0)))
+    return jax.jit(algorithm.gradient)(variables, jax.random.key(0), batch)[0]['stem']['head']
+
+  named, own = slope(losses__row='margin'), slope(losses__module=str(path))
+  assert relative_error(own, named) == 0
+  assert relative_error(slope(), named) > 0.1
+  assert slope(losses__head_hidden=6)['out']['kernel'].shape == (6, 10)
