@@ -228,8 +228,8 @@ def test_the_config_decides_what_heads_learn(tmp_path):
   def slope(**fields):
     config = tiny(algorithm='LG-BP', **fields)
     algorithm = algorithms.make(config, digits)
-    variables = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), jax.eval_shape(
-        algorithm.init, jax.random.key(0)))
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(algorithm.init, jax.random.key(0))
+    variables = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), shapes)
     return jax.jit(algorithm.gradient)(variables, jax.random.key(0), batch)[0]['stem']['head']
 
   named, own = slope(losses__row='margin'), slope(losses__module=str(path))
