@@ -152,6 +152,8 @@ make = None
 def test_values_may_be_arguments_of_their_own():
   config = command_line.override(tiny(), ['--config.epochs', '7', '--noconfig.losses.patch', '--config.losses.overlap'])
   assert (config.epochs, config.losses.patch, config.losses.overlap) == (7, False, True)
+  config = command_line.override(tiny(), ['--config.model.name', 'mlp', '--config.model.groups', '4'])
+  assert (config.model.name, config.model.groups) == ('mlp', 4)
 
 
 def test_missing_data_names_the_command(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import pytest
 from lfg_jax import tap, user_files, value_and_activity_grad
 from lfg_jax.losses import row_losses
 from lfg_jax.losses.targets import Targets
-from lfg_jax.training import program
+from lfg_jax.training import program, train
 from tests.runs import ROOT
 
 PAGES = {'model': 'bring_a_model', 'loss': 'new_local_loss', 'law': 'new_tangent_law', 'data': 'new_data_set'}
@@ -48,6 +48,7 @@ def test_all_parts_from_outside_train_together(files, tmp_path, rule):
   assert summary['test_error'] < 0.6
   config = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert config['losses']['module'] == str(files['loss'])
+  assert train.load(tmp_path / 'run')[1].step == 32    # what experiments take of a run
 
 
 def test_help_knows_the_fields_of_a_model_from_outside(files, capsys):

@@ -37,7 +37,7 @@ from lfg_jax.losses.targets import Targets
 from lfg_jax.models import layers, registry
 from lfg_jax.models.registry import Images
 from lfg_jax.training import optimizers, timing
-from lfg_jax.training.rules import REGISTRY, Options, Rule
+from lfg_jax.training.rules import HEAD_FIELDS, REGISTRY, Options, Rule
 
 PyTree = Any
 
@@ -118,9 +118,8 @@ def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorit
     ValueError: one line naming the field, the value and what is allowed.
   """
   one_of('algorithm', config.algorithm, REGISTRY)
-  losses = dict(config.losses)
-  row, own_loss, hidden = (losses.pop(field) for field in ('row', 'module', 'head_hidden'))
-  options = Options(**config.estimator, **losses, micro_batch=config.micro_batch)
+  options = Options.read(config)
+  row, own_loss, hidden = (config.losses[field] for field in HEAD_FIELDS)
   one_of('loss', config.loss, LOSSES)
   row_loss = row_losses.find(row, own_loss, dataset.classes)
   contrast = _contrast(config.contrastive, axis_name) if config.loss == 'contrastive' else None

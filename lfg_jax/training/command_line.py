@@ -104,12 +104,12 @@ def override(config: ConfigDict, arguments: list[str], known: Iterable[str] = ()
   return values.config
 
 
-def _with_model(config: ConfigDict, arguments: Iterable[str]) -> ConfigDict:
+def _with_model(config: ConfigDict, arguments: list[str]) -> ConfigDict:
   """The config with the fields of the model that flags choose, of which others may speak."""
   chosen: dict[str, str] = {}
-  for argument in arguments:
-    if match := re.fullmatch(r'--?config\.model\.(name|module)=(.*)', argument, re.DOTALL):
-      chosen[match[1]] = match[2]
+  for argument, following in zip(arguments, [*arguments[1:], ''], strict=True):
+    if match := re.fullmatch(r'--?config\.model\.(name|module)(?:=(.*))?', argument, re.DOTALL):
+      chosen[match[1]] = following if match[2] is None else match[2]
   module = chosen.get('module', config.model.module)
   module = None if module is None or module.lower() == 'none' else module
   name = pathlib.Path(module).stem if module else chosen.get('name', config.model.name)

@@ -56,9 +56,12 @@ REGISTRY: dict[str, Rule] = {
 }
 
 
+HEAD_FIELDS = ('row', 'module', 'head_hidden')    # of config.losses: what heads are, and learn
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Fields of config.estimator and config.losses.
+  """Fields of config.estimator, and those of config.losses that say how losses are cut.
 
   Attributes:
     law: name of a tangent law, of `tangents.LAWS`.
@@ -121,6 +124,12 @@ class Options:
         raise ValueError(f'estimator.{field} is {number!r}; allowed: more than 0')
     if self.overlap and self.every > 1:
       raise ValueError(f'losses.overlap=True and losses.every={self.every} exclude each other; allowed: one of them')
+
+  @classmethod
+  def read(cls, config: Any, **changes: Any) -> 'Options':
+    """Those of a config, with changes."""
+    cuts = {field: value for field, value in config.losses.items() if field not in HEAD_FIELDS}
+    return cls(**{**config.estimator, **cuts, 'micro_batch': config.micro_batch, **changes})
 
   @property
   def cut(self) -> Cut:

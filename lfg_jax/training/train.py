@@ -110,7 +110,9 @@ def load(workdir: pathlib.Path, data_dir: str | None = None) -> tuple[Job, Train
     UserError: the folder has no run, or no checkpoint.
   """
   config = configs.base()
-  stored = {name: tuple(value) if isinstance(value, list) else value for name, value in folders.stored(workdir).items()}
+  stored: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
+                            for name, value in folders.stored(workdir).items()}
+  configs.use_model(config, stored['model.name'], stored['model.module'])
   config.update_from_flattened_dict({**stored, **({'data_dir': data_dir} if data_dir else {}), 'stages': 1})
   job = prepare(config)
   state = build(job)[1]
