@@ -55,7 +55,7 @@ def test_help_knows_the_fields_of_a_model_from_outside(files, capsys):
   with pytest.raises(SystemExit):
     program.main([f'--config.model.module={files["model"]}', '--help'])
   out = capsys.readouterr().out
-  assert '  model.width = 64\n' in out and 'model.size' not in out and '  estimator.tap_passes.out = 0\n' in out
+  assert '  model.width = 64\n      channels of both layers.\n' in out and 'model.size' not in out and '  estimator.tap_passes.out = 0\n' in out
 
 
 def test_the_loss_of_the_page_is_smoothed(files):
