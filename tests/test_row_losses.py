@@ -1,4 +1,4 @@
-"""Row losses and heads with a hidden layer, replicated, against copies written out; and whole rules."""
+"""Row losses and heads with a hidden layer against copies written out; and whole rules."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,8 @@ def case(heads, B=3, P=4, G=3, C=2, K=5):
   draw = lambda: jax.tree.map(lambda shape: jax.random.normal(next(keys), shape), shapes,
                               is_leaf=lambda x: isinstance(x, tuple))
   x, dx = (jax.random.normal(next(keys), (B, P, G, C)) for _ in range(2))
-  return (x, draw()), (dx, draw()), Targets(jnp.array([0, 4, 2]), jnp.array([0.4, 0.6, 0.0])), draw()
+  targets = Targets(jnp.array([0, 4, 2]), jnp.array([0.4, 0.6, 0.0]))
+  return (x, draw()), (dx, draw()), targets, draw()
 
 
 def naive(heads, x, head, targets, cut):
@@ -60,18 +61,17 @@ def test_replicated_losses_equal_copies_written_out(kind):
   heads = KINDS[kind]
   point, direction, targets, _ = case(heads)
 
-  def derivatives(loss, cut):
+  def derivatives(loss):
     value, tangent = jax.jvp(loss, point, direction)
     ct = jax.random.normal(jax.random.key(1), value.shape)
     return value, tangent, jax.vjp(loss, *point)[1](ct)
 
-  @jax.jit
-  def both():
-    return [(derivatives(lambda x, head: replicated_loss(heads.row_loss, x, head, targets, cut), cut),  # noqa: B023
-             derivatives(lambda x, head: naive(heads, x, head, targets, cut), cut))  # noqa: B023
-            for cut in (Cut(), Cut(False, True), Cut(True, False), Cut(False, False))]
+  def both(cut):
+    return (derivatives(lambda x, head: replicated_loss(heads.row_loss, x, head, targets, cut)),
+            derivatives(lambda x, head: naive(heads, x, head, targets, cut)))
 
-  for got, expected in both():
+  cuts = (Cut(), Cut(False, True), Cut(True, False), Cut(False, False))
+  for got, expected in jax.jit(lambda: [*map(both, cuts)])():
     assert got[0].shape == expected[0].shape
     assert max(relative_error(a, b) for a, b in zip(got, expected, strict=True)) < 1e-5
 
@@ -82,7 +82,8 @@ def test_hidden_heads_can_be_mapped_over_tangents_and_examples():
   loss = lambda x, targets: replicated_loss(heads.row_loss, x, head, targets)
   along = lambda dx: jax.jvp(lambda x: loss(x, targets), (x,), (dx,))[1]
   tangents = jnp.stack([dx, 2 * dx])
-  np.testing.assert_allclose(jax.vmap(along)(tangents), jax.lax.map(along, tangents), rtol=1e-5, atol=1e-6)
+  one_by_one = jax.lax.map(along, tangents)
+  np.testing.assert_allclose(jax.vmap(along)(tangents), one_by_one, rtol=1e-5, atol=1e-6)
   one = jax.vmap(lambda *example: loss(*jax.tree.map(lambda a: a[None], example))[0])(x, targets)
   np.testing.assert_allclose(one, loss(x, targets), rtol=1e-5)
 
@@ -164,11 +165,11 @@ def test_finite_differences_see_the_same_hidden_heads():
 
 
 def test_replication_costs_nothing_with_a_hidden_layer():
-  """64 examples, 1,024 replicas: one row of 64 hidden numbers for each would be 16 MiB; the features are 1 MiB."""
-  head = {'kernel': jax.ShapeDtypeStruct((16, 4, 64), jnp.float32), 'bias': jax.ShapeDtypeStruct((64,), jnp.float32),
-          'out': {'kernel': jax.ShapeDtypeStruct((64, 10), jnp.float32),
-                  'bias': jax.ShapeDtypeStruct((10,), jnp.float32)}}
-  x = jax.ShapeDtypeStruct((64, 64, 16, 4), jnp.float32)
+  """64 examples, 1,024 replicas: 64 hidden numbers for each would be 16 MiB; features are 1 MiB."""
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  head = {'kernel': array(16, 4, 64), 'bias': array(64),
+          'out': {'kernel': array(64, 10), 'bias': array(10)}}
+  x = array(64, 64, 16, 4)
   targets = Targets(jnp.zeros(64, int), jnp.ones(64))
   loss = lambda x, head: replicated_loss(row_losses.cross_entropy, x, head, targets)
   forward = jax.jit(lambda x, head: jax.jvp(loss, (x, head), (x, head)))
@@ -197,7 +198,8 @@ def test_what_is_wrong_with_a_loss_is_one_line(tmp_path):
   for fields, message in (
     ({'losses__row': 'hinge'}, "losses.row is 'hinge'; allowed: cross_entropy, squared_error, margin"),
     ({'losses__module': 'no.py'}, "losses.module is 'no.py'; allowed: a Python file that exists"),
-    ({'losses__row': 'margin', 'loss': 'contrastive'}, "losses.row is 'margin', and loss='contrastive' compares"),
+    ({'losses__row': 'margin', 'loss': 'contrastive'},
+     "losses.row is 'margin', and loss='contrastive' compares rows"),
     ({'losses__head_hidden': -1}, 'losses.head_hidden is -1; allowed: 0 or more')):
     with pytest.raises(UserError, match=message):
       prepare(tiny(**fields))
@@ -229,7 +231,8 @@ def test_the_config_decides_what_heads_learn(tmp_path):
     config = tiny(algorithm='LG-BP', **fields)
     algorithm = algorithms.make(config, digits)
     rng, shapes = np.random.default_rng(0), jax.eval_shape(algorithm.init, jax.random.key(0))
-    variables = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), shapes)
+    random = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+    variables = jax.tree.map(random, shapes)
     return jax.jit(algorithm.gradient)(variables, jax.random.key(0), batch)[0]['stem']['head']
 
   named, own = slope(losses__row='margin'), slope(losses__module=str(path))

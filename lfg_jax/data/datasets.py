@@ -83,7 +83,8 @@ def load(name: str, *, module: str | None = None, data_dir: str | None = None,
     dataset = _digits() if name == 'digits' else _prepared(name, data_dir)
   height, width, _ = dataset.image_shape
   if image_size not in (None, height):
-    raise ValueError(f'image_size={image_size} is not for {dataset.name}, whose images are {height}x{width}')
+    raise ValueError(f'image_size={image_size} is not for {dataset.name}, whose images are '
+                     f'{height}x{width}')
   return dataset
 
 
@@ -97,7 +98,8 @@ def _own(module: str, data_dir: str | None) -> Dataset:
   return dataset
 
 
-def _imagenet(data_dir: str | None, image_size: int | None, seed: int, whole_images: bool, workers: int) -> Dataset:
+def _imagenet(data_dir: str | None, image_size: int | None, seed: int, whole_images: bool,
+              workers: int) -> Dataset:
   name, facts = 'imagenet2012', TFDS['imagenet2012']
   builder = prepared.builder(name, data_dir, NAMES)
   train, test = (prepared.source(builder, split) for split in ('train', facts.test_split))
@@ -112,15 +114,19 @@ def _imagenet(data_dir: str | None, image_size: int | None, seed: int, whole_ima
 def _prepared(name: str, data_dir: str | None) -> Dataset:
   builder = prepared.builder(name, data_dir, NAMES)
   facts = TFDS.get(name) or prepared.facts(builder)
-  sources = [prepared.source(builder, split) for split in ('train', facts.test_split)]    # both, before any is read
+  # Both are looked for before any is read.
+  sources = [prepared.source(builder, split) for split in ('train', facts.test_split)]
   train, test = (prepared.arrays(source, facts) for source in sources)
   if facts.mean and facts.std:
-    return Dataset(name, facts.classes, facts.image_shape, facts.mean, facts.std, Arrays(*train), Arrays(*test))
+    return Dataset(name, facts.classes, facts.image_shape, facts.mean, facts.std, Arrays(*train),
+                   Arrays(*test))
   return from_arrays(name, train, test, facts.classes)
 
 
-def from_arrays(name: str, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray],
-                classes: int | None = None) -> Dataset:
+Pair = tuple[np.ndarray, np.ndarray]    # images and labels
+
+
+def from_arrays(name: str, train: Pair, test: Pair, classes: int | None = None) -> Dataset:
   """A data set of arrays, with the statistics of its training images.
 
   Args:
@@ -142,26 +148,27 @@ def from_arrays(name: str, train: tuple[np.ndarray, np.ndarray], test: tuple[np.
             for which, given in (('train', train), ('test', test))]
   mean_C = image.mean((0, 1, 2), dtype=np.float64)
   # In place of np.std, which would hold all of it in eight times the memory.
-  square_C = np.einsum('nhwc,nhwc->c', image, image, dtype=np.float64, casting='safe') / image[..., 0].size
+  square_C = np.einsum('nhwc,nhwc->c', image, image, dtype=np.float64, casting='safe')
+  square_C = square_C / image[..., 0].size
   std_C = np.sqrt(np.maximum(square_C - mean_C**2, 0))
   if not std_C.all():
-    raise ValueError(f'dataset {name} has a colour that is the same in all pixels of its training images; leave it out')
+    raise ValueError(f'dataset {name} has a colour that is the same in all pixels of its training '
+                     'images; leave it out')
   mean, std = (tuple((numbers / 255).tolist()) for numbers in (mean_C, std_C))
   height, width, colours = image.shape[1:]
   return Dataset(name, classes, (height, width, colours), mean, std, *splits)
 
 
-def _split(name: str, which: str, given: tuple[np.ndarray, np.ndarray], shape: tuple[int, ...], classes: int
-           ) -> Arrays:
+def _split(name: str, which: str, given: Pair, shape: tuple[int, ...], classes: int) -> Arrays:
   """The arrays of a split, if they are what `from_arrays` allows."""
   image, label = map(np.asarray, given)
   what = f'dataset {name}: its {which} split has'
   if image.dtype != np.uint8 or image.ndim != 4 or not image.size or image.shape[1:] != shape:
-    raise ValueError(f'{what} images {image.dtype} {list(image.shape)}; allowed: uint8 [N, H, W, C], pixels 0 … 255, '
-                     'N at least 1, of one size in both splits')
+    raise ValueError(f'{what} images {image.dtype} {list(image.shape)}; allowed: uint8 [N, H, W, C], '
+                     'pixels 0 … 255, N at least 1, of one size in both splits')
   if not np.issubdtype(label.dtype, np.integer) or label.shape != image.shape[:1]:
-    raise ValueError(f'{what} labels {label.dtype} {list(label.shape)} for {len(image)} images; allowed: an integer '
-                     'for each')
+    raise ValueError(f'{what} labels {label.dtype} {list(label.shape)} for {len(image)} images; '
+                     'allowed: an integer for each')
   if label.min() < 0 or label.max() >= classes:
     raise ValueError(f'{what} labels {label.min()} … {label.max()}; allowed: 0 … {classes - 1}')
   return Arrays(image, label.astype(np.int32))

@@ -1,4 +1,4 @@
-"""TFDS data sets, prepared as array_record files by `training.prepare_data`, read without TensorFlow."""
+"""TFDS data sets, read without TensorFlow from the files that `training.prepare_data` writes."""
 
 import os
 import re
@@ -26,7 +26,7 @@ class Facts(NamedTuple):
 def builder(name: str, data_dir: str | None, known: tuple[str, ...]) -> Any:
   """TFDS's builder of the newest version that is there.
 
-  Looks for the files itself: on a data set that is not there, TFDS tries to download it for minutes.
+  Looks for the files itself: what is not there, TFDS tries to download for minutes.
 
   Args:
     name: of a data set.
@@ -39,16 +39,20 @@ def builder(name: str, data_dir: str | None, known: tuple[str, ...]) -> Any:
   """
   import tensorflow_datasets as tfds  # here: half a second that `digits` does without
 
-  place = tfds.core.Path(data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')).expanduser()
+  place = data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
+  place = tfds.core.Path(place).expanduser()
   files = (place / name).glob('*/dataset_info.json') if re.fullmatch(r'\w+', name) else ()
   folders = [info.parent for info in files]
   folders = [folder for folder in folders if tfds.core.Version.is_valid(folder.name)]
   if not folders:
     if name not in tfds.list_builders(with_community_datasets=False):
-      raise ValueError(f'unknown dataset {name!r}; allowed: {", ".join(known)}, any other of TFDS with images and '
-                       'labels, or arrays of your own: --config.data.module=FILE.py')
-    raise FileNotFoundError(f'dataset {name} is not in {place}; prepare it with: {_command(name, place)}')
-  return tfds.builder_from_directory(max(folders, key=lambda folder: tfds.core.Version(folder.name)))
+      raise ValueError(
+          f'unknown dataset {name!r}; allowed: {", ".join(known)}, any other of TFDS with images '
+          'and labels, or arrays of your own: --config.data.module=FILE.py')
+    raise FileNotFoundError(
+        f'dataset {name} is not in {place}; prepare it with: {_command(name, place)}')
+  newest = max(folders, key=lambda folder: tfds.core.Version(folder.name))
+  return tfds.builder_from_directory(newest)
 
 
 def _command(name: str, place: Any) -> str:
@@ -67,10 +71,12 @@ def source(builder: Any, split: str) -> Source:
   info, folder = builder.info, builder.data_path
   command = _command(builder.name, folder.parent.parent)
   if split not in info.splits or not all(path.exists() for path in info.splits[split].filepaths):
-    raise FileNotFoundError(f'{folder} lacks files of the {split} split; remove it and run: {command}')
+    raise FileNotFoundError(
+        f'{folder} lacks files of the {split} split; remove it and run: {command}')
   if info.file_format.value != 'array_record':
-    raise ValueError(f'{folder} is in the format {info.file_format.value}, which has no random access; '
-                     f'choose another data_dir, or remove this folder and run: {command}')
+    raise ValueError(
+        f'{folder} is in the format {info.file_format.value}, which has no random access; choose '
+        f'another data_dir, or remove this folder and run: {command}')
   # TFDS's own decoding takes twice as long for small images.
   return builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
 
@@ -84,15 +90,15 @@ def facts(builder: Any) -> Facts:
   features, name = dict(builder.info.features.items()), builder.name
   image, label = (features.get(feature) for feature in ('image', 'label'))
   if not (image and label and hasattr(label, 'num_classes')):
-    raise ValueError(f"dataset {name} has the features {', '.join(sorted(features))}; allowed: 'image', and "
-                     "'label' with classes")
+    raise ValueError(f"dataset {name} has the features {', '.join(sorted(features))}; allowed: "
+                     "'image', and 'label' with classes")
   if None in image.shape or image.np_dtype != np.uint8:
-    raise ValueError(f'dataset {name} has images of shape {image.shape}, {image.np_dtype}; allowed: uint8 of '
-                     'one size, as arrays')
+    raise ValueError(f'dataset {name} has images of shape {image.shape}, {image.np_dtype}; '
+                     'allowed: uint8 of one size')
   tests = [split for split in ('test', 'validation') if split in builder.info.splits]
   if not tests:
-    raise ValueError(f"dataset {name} has the splits {', '.join(builder.info.splits)}; allowed: 'train', and 'test' "
-                     "or 'validation'")
+    raise ValueError(f"dataset {name} has the splits {', '.join(builder.info.splits)}; allowed: "
+                     "'train', and 'test' or 'validation'")
   return Facts(label.num_classes, image.shape, test_split=tests[0])
 
 
@@ -105,6 +111,7 @@ def arrays(source: Any, facts: Facts) -> tuple[np.ndarray, np.ndarray]:
     image, label_N[i] = decode(example, i, facts.classes)
     height, width, colours = facts.image_shape
     if image.size != (width, height):
-      raise BadExample(f'example {i} has an image of {image.height}x{image.width}; allowed: {height}x{width}')
+      raise BadExample(f'example {i} has an image of {image.height}x{image.width}; allowed: '
+                       f'{height}x{width}')
     image_NxHxWxC[i] = np.asarray(image)[..., :colours]    # the three of a grey image are the same
   return image_NxHxWxC, label_N

@@ -166,8 +166,8 @@ def find(name: str, module: str | None = None) -> Law:
     module: a Python file with a `law` of your own; None: the one of that name.
 
   Raises:
-    ValueError, UserError: no such law or file, or the file's has not E[u uᵀ] = I, which would make
-      estimates biased.
+    ValueError, UserError: no such law or file, or the file's has not E[u uᵀ] = I: estimates would
+      be biased.
 
   >>> find('sphere') is sphere
   True
@@ -187,14 +187,14 @@ def _check(what: str, law: Law, d: int = 4, passes: int = 2, draws: int = 4096) 
     draw = lambda key: law.draw(key, Passes(passes), (), d, jnp.float32)
     u_NxKxD = jax.vmap(draw)(jax.random.split(jax.random.key(0), draws))
   if u_NxKxD.shape != (draws, passes, d):
-    raise ValueError(f'{what}: law draws {u_NxKxD.shape[1:]} for {passes} passes in {d} dimensions; allowed: '
-                     f'{(passes, d)}')
+    raise ValueError(f'{what}: law draws {u_NxKxD.shape[1:]} for {passes} passes in {d} dimensions; '
+                     f'allowed: {(passes, d)}')
   products_NxDxD = jnp.einsum('nki,nkj->nij', u_NxKxD, u_NxKxD) / passes
   error_DxD = products_NxDxD.std(0) / draws**0.5
   if not (jnp.abs(products_NxDxD.mean(0) - jnp.eye(d)) <= 6 * error_DxD + 1e-4).all():
     mean = jnp.trace(products_NxDxD.mean(0)) / d
-    raise ValueError(f'{what}: entries of its tangents have mean squares of {mean:.2f}, or move together; allowed: '
-                     'E[u uᵀ] = 1, or estimates would be biased')
+    raise ValueError(f'{what}: entries of its tangents have mean squares of {mean:.2f}, or move '
+                     'together; allowed: E[u uᵀ] = 1, or estimates would be biased')
 
 
 def like_tree(law: Law, key: jax.Array, tree: Any, passes: Passes) -> Any:

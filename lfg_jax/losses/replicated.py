@@ -1,20 +1,20 @@
-"""Local losses, one for every block × patch × channel group, fused so that replication costs nothing.
+"""Local losses, one for every block × patch × channel group, at the cost of one.
 
-A head's first layer is linear on the aggregated feature x̄ = (1/P) Σ_p concat_g(x_{p,g}) of the whole
-block: z = W x̄. Any loss L(z) of a row of its outputs may follow, also behind a hidden layer. Each of
-the P·G replicas of an example's loss sees x̄, but only its own x_{p,g} without a stop-gradient (Ren et
-al. 2023, section 3.2 and figure 2). All replicas of an example have the same value; their derivatives
-differ:
+A head's first layer is linear on the aggregated feature x̄ = (1/P) Σ_p concat_g(x_{p,g}) of the
+whole block: z = W x̄. Any loss L(z) of a row of its outputs may follow, also behind a hidden layer.
+Each of the P·G replicas of an example's loss sees x̄, but only its own x_{p,g} without a
+stop-gradient (Ren et al. 2023, section 3.2 and figure 2). All replicas of an example have the same
+value; their derivatives differ:
 
     dL[b,p,g] = (1/P) Σ_c dx[b,p,g,c] · (W_g ∂L/∂z_b)_c
 
-Summed over p and g this is the derivative of the plain loss. Stored naively it takes P·G copies of x̄;
-here the value is computed once, with its slope ∂L/∂z by `jax.vjp`, and the rule above serves forward
-mode and, transposed by JAX, reverse mode. For the cross-entropy ∂L/∂z is softmax - onehot.
+Summed over p and g this is the derivative of the plain loss. Stored naively it takes P·G copies of
+x̄; here the value is computed once, with its slope ∂L/∂z by `jax.vjp`, and the rule above serves
+forward mode and, transposed by JAX, reverse mode. For the cross-entropy ∂L/∂z is softmax - onehot.
 
 Where the loss of a row depends on other rows too, as InfoNCE without its stop-gradient, there is no
-slope of a row. Then L is differentiated along each replica's own (1/P) W_gᵀ dx[·,p,g], patch by patch:
-dz of all replicas would be larger than the features are.
+slope of a row. Then L is differentiated along each replica's own (1/P) W_gᵀ dx[·,p,g], patch by
+patch: dz of all replicas would be larger than the features are.
 """
 
 import functools

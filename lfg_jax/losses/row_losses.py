@@ -38,10 +38,10 @@ def squared_error(outputs_BxK: jax.Array, targets: Targets) -> jax.Array:
 
 
 def margin(outputs_BxK: jax.Array, targets: Targets) -> jax.Array:
-  """[B] by how much the best wrong class comes within 1 of the label's output (Crammer, Singer 2001).
+  """[B] by how much the best wrong class comes within 1 of the right one (Crammer, Singer 2001).
 
-  >>> outputs, targets = jnp.array([[0., 3., 2.5], [0., 3., 1.]]), Targets(jnp.ones(2, int), jnp.ones(2))
-  >>> margin(outputs, targets).tolist()
+  >>> targets = Targets(jnp.ones(2, int), jnp.ones(2))
+  >>> margin(jnp.array([[0., 3., 2.5], [0., 3., 1.]]), targets).tolist()
   [0.5, 0.0]
   """
   label_BxK = _one_hot(outputs_BxK, targets)

@@ -186,8 +186,8 @@ class Head(nn.Module):
   def __call__(self, x_BxPxGxC: jax.Array, targets: Targets | None, weight_B: jax.Array) -> jax.Array | None:
     G, C = self.spec.groups, self.spec.channels // self.spec.groups
     heads = self.style.heads
-    init = functools.partial(functional.init_head, heads=heads, groups=G, width=C, classes=self.classes,
-                             kind=self.style.init)
+    init = functools.partial(functional.init_head, heads=heads, groups=G, width=C,
+                             classes=self.classes, kind=self.style.init)
     params = {name: self.param(name, lambda key, name=name: init(key)[name])
               for name in ('kernel', 'bias', *['out'] * bool(heads.hidden))}
     features = _norm(self.style, 'head', x_BxPxGxC, weight_B)

@@ -68,7 +68,8 @@ def find(name: str, path: str | None = None) -> Model:
       raise UserError(f'model.name is {name!r}; allowed: {", ".join(MODELS)}, or a file of your '
                       'own: --config.model.module=FILE.py')
     return importlib.import_module(f'lfg_jax.models.{MODELS[name]}')    # type: ignore[return-value]
-  return user_files.load('model.module', path, ('DEFAULTS', 'TAPS', 'make'))    # type: ignore[return-value]
+  own: Any = user_files.load('model.module', path, ('DEFAULTS', 'TAPS', 'make'))
+  return own
 
 
 def pixels(image_BxHxWxC: jax.Array, images: Images) -> jax.Array:
