@@ -4,6 +4,7 @@ import argparse
 import ast
 import copy
 import difflib
+import itertools
 import pathlib
 import re
 import sys
@@ -107,7 +108,7 @@ def override(config: ConfigDict, arguments: list[str], known: Iterable[str] = ()
 def _with_model(config: ConfigDict, arguments: list[str]) -> ConfigDict:
   """The config with the fields of the model that flags choose, of which others may speak."""
   chosen: dict[str, str] = {}
-  for argument, following in zip(arguments, [*arguments[1:], ''], strict=True):
+  for argument, following in itertools.pairwise([*arguments, '']):
     if match := re.fullmatch(r'--?config\.model\.(name|module)(?:=(.*))?', argument, re.DOTALL):
       chosen[match[1]] = following if match[2] is None else match[2]
   module = chosen.get('module', config.model.module)
