@@ -104,7 +104,6 @@ def _imagenet(data_dir: str | None, image_size: int | None, seed: int, whole_ima
   builder = prepared.builder(name, data_dir, NAMES)
   train, test = (prepared.source(builder, split) for split in ('train', facts.test_split))
   size = image_size or facts.image_shape[0]
-  assert facts.mean and facts.std
   return Dataset(name, facts.classes, (size, size, 3), facts.mean, facts.std,
                  Stream(train, size, train=True, min_area=1.0 if whole_images else 0.3, seed=seed,
                         workers=workers, classes=facts.classes),
@@ -117,9 +116,8 @@ def _prepared(name: str, data_dir: str | None) -> Dataset:
   # Both are looked for before any is read.
   sources = [prepared.source(builder, split) for split in ('train', facts.test_split)]
   train, test = (prepared.arrays(source, facts) for source in sources)
-  if facts.mean and facts.std:
-    return Dataset(name, facts.classes, facts.image_shape, facts.mean, facts.std, Arrays(*train),
-                   Arrays(*test))
+  if facts.mean:
+    return Dataset(name, *facts[:4], Arrays(*train), Arrays(*test))
   return from_arrays(name, train, test, facts.classes)
 
 

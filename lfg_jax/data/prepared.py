@@ -13,13 +13,13 @@ class Facts(NamedTuple):
   """What is known of a data set.
 
   Attributes:
-    mean, std: per colour, where pixels are 0 … 1; None: to be computed.
+    mean, std: per colour, where pixels are 0 … 1; none: to be computed.
     test_split: name of the split that errors are measured on.
   """
   classes: int
   image_shape: tuple[int, int, int]
-  mean: tuple[float, ...] | None = None
-  std: tuple[float, ...] | None = None
+  mean: tuple[float, ...] = ()
+  std: tuple[float, ...] = ()
   test_split: str = 'test'
 
 
