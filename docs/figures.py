@@ -23,7 +23,9 @@ from matplotlib.figure import Figure
 
 import lfg_jax
 from lfg_jax.estimators import linear_layer, tangents, variance
-from lfg_jax.losses.replicated import Cut, cross_entropy, replicated_cross_entropy
+from lfg_jax.losses.replicated import Cut, replicated_loss
+from lfg_jax.losses.row_losses import cross_entropy
+from lfg_jax.losses.targets import Targets
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Told apart by colour-blind readers (Okabe and Ito 2008).
@@ -190,7 +192,8 @@ def cut_error(cut: Cut, patches: int, channels: int, groups: int) -> float:
     z = (x @ params['w']).reshape(batch, patches, groups, channels // groups)
     h = jax.nn.relu(lfg_jax.tap(z, 'h', local_axes=local_axes, active=z > 0))
     kernel = head.reshape(groups, channels // groups, classes)
-    return replicated_cross_entropy(h, kernel, jnp.zeros(classes), labels, cut)
+    linear, targets = {'kernel': kernel, 'bias': jnp.zeros(classes)}, Targets(labels, jnp.ones(batch))
+    return replicated_loss(cross_entropy, h, linear, targets, cut)
   # The sum of all copies has the gradient of the plain loss.
   objective = lambda params: losses(params).sum() / batch
   return relative_error(losses, objective, {'w': w}, mixes_examples=False)['w']
@@ -223,7 +226,7 @@ class Layers(NamedTuple):
     return self.of_output(h)
 
   def of_output(self, h: jax.Array) -> jax.Array:
-    return cross_entropy(h @ self.head, self.labels)
+    return cross_entropy(h @ self.head, Targets(self.labels, jnp.ones(len(self.labels))))
 
   def signal(self, third: jax.Array) -> jax.Array:
     """The exact gradient at the last tap: back through a ReLU and the head."""

@@ -61,8 +61,8 @@ class Variant(NamedTuple):
 
   def options(self, config: ConfigDict, model: StagedModel) -> Options:
     """With the config's fields where the variant has none."""
-    fields = {**config.estimator, **config.losses, **self.fields}
-    return Options(**{**fields, 'tap_passes': dict(self.tap_passes)}).of(REGISTRY[RULE], model)
+    options = Options.read(config, **self.fields, tap_passes=dict(self.tap_passes))
+    return options.of(REGISTRY[RULE], model)
 
   def passes_at(self, layer: str) -> int:
     return dict(self.tap_passes).get(f'after_{layer}', self.passes)

@@ -21,8 +21,10 @@ import jax.numpy as jnp
 from matplotlib.figure import Figure
 
 from lfg_jax.errors import UserError, as_user_errors
-from lfg_jax.losses.info_nce import Contrast, info_nce, replicated_info_nce
-from lfg_jax.losses.replicated import cross_entropy, replicated_cross_entropy
+from lfg_jax.losses import info_nce
+from lfg_jax.losses.replicated import replicated_loss
+from lfg_jax.losses.row_losses import cross_entropy
+from lfg_jax.losses.targets import Targets
 from lfg_jax.training import command_line, run_log, timing
 
 Row = dict[str, Any]
@@ -91,20 +93,16 @@ def compile_derivative(kind: str, form: str, patches: int, groups: int, options:
 
 def local_losses(kind: str, form: str, label_B: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """`(features [B, P, G, C], kernel [G, C, K]) -> losses [B, P, G]`."""
-  contrast, real_B = Contrast(), jnp.ones(label_B.shape, bool)
+  row_loss = cross_entropy if kind == 'supervised' else info_nce.row_loss(info_nce.Contrast())
+  targets = Targets(label_B, jnp.ones(label_B.shape))
 
   def fused(x_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array) -> jax.Array:
-    bias_K = jnp.zeros(kernel_GxCxK.shape[-1])
-    if kind == 'supervised':
-      return replicated_cross_entropy(x_BxPxGxC, kernel_GxCxK, bias_K, label_B)
-    return replicated_info_nce(x_BxPxGxC, kernel_GxCxK, bias_K, real_B, contrast)
+    head = {'kernel': kernel_GxCxK, 'bias': jnp.zeros(kernel_GxCxK.shape[-1])}
+    return replicated_loss(row_loss, x_BxPxGxC, head, targets)
 
   def naive(x_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array) -> jax.Array:
-    z_BxPxGxK = replicated_outputs(x_BxPxGxC, kernel_GxCxK)
-    if kind == 'supervised':
-      return cross_entropy(z_BxPxGxK, jnp.broadcast_to(label_B[:, None, None], z_BxPxGxK.shape[:-1]))
-    one_replica = lambda z_BxK: info_nce(z_BxK, jax.lax.stop_gradient(z_BxK), real_B, contrast)
-    return jax.vmap(jax.vmap(one_replica, 1, 1), 2, 2)(z_BxPxGxK)
+    one_replica = lambda z_BxK: row_loss(z_BxK, targets)
+    return jax.vmap(jax.vmap(one_replica, 1, 1), 2, 2)(replicated_outputs(x_BxPxGxC, kernel_GxCxK))
 
   return {'fused': fused, 'naive': naive}[form]
 

@@ -13,11 +13,12 @@ from lfg_jax import tap, value_and_activity_grad
 from lfg_jax.estimators import tangents
 from lfg_jax.losses.replicated import (
   Cut,
-  cross_entropy,
   head_outputs,
   replicate,
-  replicated_cross_entropy,
+  replicated_loss,
 )
+from lfg_jax.losses.row_losses import cross_entropy
+from lfg_jax.losses.targets import Targets
 from tests.bare import (
   BATCH,
   EXACT,
@@ -200,10 +201,12 @@ def test_a_fused_loss_is_local_by_its_derivative_rule():
   keys = jax.random.split(jax.random.key(1), 4)
   x = jax.random.normal(keys[0], (3, 2, 4, 4))    # examples, patches, groups, channels
   w, head = jax.random.normal(keys[1], (4, 4, 4)), jax.random.normal(keys[2], (4, 4, 5))
+  targets = Targets(jnp.arange(3), jnp.ones(3))
 
   def losses(w):
     z = tap(jnp.einsum('bpgc,gcd->bpgd', x, w), 'z', local_axes=3)
-    return replicated_cross_entropy(jnp.tanh(z), head, jnp.zeros(5), jnp.arange(3))
+    linear = {'kernel': head, 'bias': jnp.zeros(5)}
+    return replicated_loss(cross_entropy, jnp.tanh(z), linear, targets)
 
   run = value_and_activity_grad(losses, law=tangents.hadamard, passes=4)
   exact = jax.grad(lambda w: losses(w).sum() / 3)(w)
@@ -211,7 +214,7 @@ def test_a_fused_loss_is_local_by_its_derivative_rule():
 
   def plain(w):
     z = jnp.tanh(tap(jnp.einsum('bpgc,gcd->bpgd', x, w), 'z', local_axes=3))
-    return replicate(cross_entropy(head_outputs(z, head, jnp.zeros(5)), jnp.arange(3)), 2, 4, Cut())
+    return replicate(cross_entropy(head_outputs(z, head, jnp.zeros(5)), targets), 2, 4, Cut())
 
   with pytest.raises(ValueError, match='mixes its axis 1; allowed: local_axes=1'):
     value_and_activity_grad(plain)(w, key=keys[3])

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from lfg_jax.errors import UserError
 from lfg_jax.estimators import tangents
 from lfg_jax.models import mixer
 from lfg_jax.training import command_line, configs, optimizers, rules
@@ -33,7 +34,8 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
     ('--config.model.size=S/2/3', '3 groups do not divide model.channels = 256'),
     ('--config.model.size=S/3/4', 'model.size asks for 3x3 patches, which do not divide an image of 8x8'),
     ('--config.dataset=letters',
-     "unknown dataset 'letters'; allowed: digits, mnist, fashion_mnist, cifar10, imagenet2012"),
+     "unknown dataset 'letters'; allowed: digits, mnist, fashion_mnist, cifar10, imagenet2012, any other of TFDS with "
+     'images and labels, or arrays of your own: --config.data.module=FILE.py'),
     ('--config.estimator.law=cauchy', f"estimator.law is 'cauchy'; allowed: {', '.join(tangents.LAWS)}"),
     ('--config.optimizer.name=sdg', f"optimizer.name is 'sdg'; allowed: {', '.join(optimizers.OPTIMIZERS)}"),
     ('--config.optimizer.schedule=wave',
@@ -73,13 +75,14 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
     ('--config.epochs=None', "config field epochs is 'None'; allowed: int"),
     ('--config.epochs', 'Missing value for flag --config.epochs'),
     ('--noconfig.epochs', "Unknown command line flag 'noconfig.epochs'. Did you mean: config.epochs ?"),
-    ('--config.losses=3', 'config field losses has fields: every, group, overlap, patch; name one of them'),
+    ('--config.losses=3', 'config field losses has fields: every, group, head_hidden, module, overlap, patch, row; '
+     'name one of them'),
     ('--config.image_size=9', 'image_size=9 is not for digits, whose images are 8x8'),
     ('--config.images=1439', 'images is 1439; allowed: 1 … 1438, of a data set that fits memory'),
     ('--config.epoch=3', f'unknown config field epoch; did you mean epochs? allowed: {TOP}'),
     ('--config.estimator.laws=normal',
      'unknown config field estimator.laws; did you mean estimator.law? allowed: chunk, combine, credit, guess, '
-     'guess_rate, last_tap, law, passes, sharing, step, tap_passes, taps'),
+     'guess_rate, last_tap, law, module, passes, sharing, step, tap_passes, taps'),
     ('--config.learning_rat=1',
      f'unknown config field learning_rat; did you mean optimizer.learning_rate? allowed: {TOP}'),
     ('--config.trainer.x=1', f'unknown config field trainer; allowed: {TOP}'),
@@ -131,9 +134,26 @@ def test_every_field_that_may_be_none_reads_none():
   configs.validate(config)
 
 
+def test_none_is_for_fields_of_the_models_that_may_be_open(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text("""DEFAULTS, TAPS = {'width': int, 'size': 3}, ('out',)
+make = None
+""")
+  own = [f'--config.model.module={path}']
+  config = command_line.override(tiny(), [*own, '--config.model.width=3'])
+  assert config.model.width == 3
+  assert command_line.override(config, ['--config.model.width=None']).model.width is None
+  for arguments in ([*own, '--config.model.size=None'], ['--config.model.name=mlp', '--config.model.channels=None']):
+    with pytest.raises(UserError, match="is 'None'; allowed: int"):
+      command_line.override(tiny(), arguments)
+  assert command_line.override(config, ['--config.model.module=None', '--config.model.name=mlp']).model.channels == 256
+
+
 def test_values_may_be_arguments_of_their_own():
   config = command_line.override(tiny(), ['--config.epochs', '7', '--noconfig.losses.patch', '--config.losses.overlap'])
   assert (config.epochs, config.losses.patch, config.losses.overlap) == (7, False, True)
+  config = command_line.override(tiny(), ['--config.model.name', 'mlp', '--config.model.groups', '4'])
+  assert (config.model.name, config.model.groups) == ('mlp', 4)
 
 
 def test_missing_data_names_the_command(tmp_path, monkeypatch, capsys):
@@ -149,7 +169,7 @@ def test_missing_data_names_the_command(tmp_path, monkeypatch, capsys):
     ('c = configs.base()\n  del c.keep\n  return c', 'config field keep is missing'),
     ('c = configs.base()\n  c.new = 1\n  return c', f'unknown config field new; allowed: {TOP}'),
     ('c = configs.base()\n  del c.losses\n  c.losses = 3\n  return c',
-     'config field losses is 3; allowed: fields every, group, overlap, patch'),
+     'config field losses is 3; allowed: fields every, group, head_hidden, module, overlap, patch, row'),
     ('c = configs.base()\n  del c.seed\n  c.seed = None\n  return c',
      'config field seed is None; allowed: int'),
 ])
@@ -258,7 +278,7 @@ def test_compare(arguments, message, tmp_path, monkeypatch, capsys):
     ('linear_probe', ['--workdir=/nowhere', '--l2=nan'], '--l2 is nan; allowed: 0 or more'),
     ('pipeline_throughput', ['--cores=0'], '--cores is 0; allowed: two numbers with a comma between them'),
     ('pipeline_throughput', ['--algorithm=BP'], "--algorithm has 'BP'; allowed: LG-BP, "),
-    ('prepare_data', ['--dataset=digits'], "argument --dataset: invalid choice: 'digits'"),
+    ('prepare_data', ['--dataset=digits'], "--dataset is 'digits'; "),
     ('prepare_data', ['--dataset=imagenet2012'], 'imagenet2012 must be downloaded by hand'),
     ('replicated_losses', ['--groups=3'], '3 groups do not divide --channels=512'),
     ('replicated_losses', ['--many_patches=0'], '--many_patches has 0; allowed: 1 or more'),

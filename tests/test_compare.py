@@ -5,6 +5,8 @@ import runpy
 
 import pytest
 
+from lfg_jax.losses import row_losses
+from lfg_jax.losses.heads import Heads
 from lfg_jax.models import mixer
 from lfg_jax.training import configs, rules
 from tests.runs import FLAGS, ROOT, STEPS
@@ -51,10 +53,10 @@ def test_comparison_goes_on(tmp_path, capsys):
 
 
 def test_base_config_has_the_defaults_of_the_code():
-  base, style = configs.base(), mixer.Style()
-  estimator = base.estimator.to_dict()
-  assert set(estimator.pop('tap_passes').values()) == {0}
-  assert rules.Options(**estimator, **base.losses) == rules.Options()
+  base, style, heads = configs.base(), mixer.Style(), Heads()
+  assert set(base.estimator.tap_passes.values()) == {0}
+  assert rules.Options.read(base, tap_passes={}) == rules.Options()
+  assert (row_losses.find(base.losses.row), base.losses.head_hidden) == (heads.row_loss, heads.hidden)
   for field in ('mixing', 'conv_size', 'norm', 'norms', 'init', 'pool', 'norm_derivative'):
     assert base.model[field] == getattr(style, field)
 

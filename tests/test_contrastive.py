@@ -9,12 +9,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from lfg_jax.estimators.activity import draw_at_tap
+from lfg_jax.estimators.derivatives import finite_difference
 from lfg_jax.estimators.sampling import Sampling
 from lfg_jax.estimators.tangents import Passes
 from lfg_jax.estimators.taps import Tap
 from lfg_jax.losses import info_nce
-from lfg_jax.losses.info_nce import Contrast, replicated_info_nce
-from lfg_jax.losses.replicated import Cut
+from lfg_jax.losses.heads import Heads
+from lfg_jax.losses.info_nce import Contrast
+from lfg_jax.losses.replicated import Cut, replicated_loss
 from lfg_jax.losses.targets import Targets
 from lfg_jax.models.mixer import LocalMixer
 from lfg_jax.training import algorithms, rules
@@ -49,6 +51,12 @@ def naive(features, kernel, bias, real_N, contrast, cut):
   return all_replicas(jnp.arange(patches if cut.patch else 1), jnp.arange(G if cut.group else 1))
 
 
+def replicated(features, kernel, bias, real_N, contrast=Contrast(), cut=Cut(), held=None):
+  targets = Targets(jnp.zeros(len(real_N), int), real_N.astype(features.dtype))
+  return replicated_loss(info_nce.row_loss(contrast), features, {'kernel': kernel, 'bias': bias}, targets, cut,
+                         held_BxPxGxC=held, mixes_rows=not contrast.stop_gradient)
+
+
 def mesh(devices):
   return jax.make_mesh((devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,),
                        devices=jax.devices()[:devices])
@@ -80,7 +88,7 @@ def fused(devices, dtype, contrast, cut):
   contrast = contrast._replace(axis_name='data')
 
   def local(features, kernel, bias, d_features, d_kernel, d_bias, ct, real_N):
-    loss = lambda *x: replicated_info_nce(*x, real_N, contrast, cut)
+    loss = lambda *x: replicated(*x, real_N, contrast, cut)
     value, tangent, (g, *head) = derivatives(loss, (features, kernel, bias), (d_features, d_kernel, d_bias), ct)
     return value, tangent, (g, *jax.lax.psum(head, 'data'))
 
@@ -114,7 +122,8 @@ def test_displaced_replicas_are_the_naive_ones_with_frozen_copies():
   (f, kernel, bias), (step, *_), _ = case(jnp.float32, Contrast(), Cut())
   moved = f + 0.3 * step
   for contrast in (Contrast(), Contrast(stop_gradient=False)):
-    got = replicated_info_nce(moved, kernel, bias, REAL_N, contrast, held_NxPxGxC=f)
+    losses = lambda x: replicated(x, kernel, bias, REAL_N, contrast, held=jax.lax.stop_gradient(x))  # noqa: B023
+    got = losses(f) + finite_difference(1.0)(losses, f, False)(moved - f)
     for p, g in ((0, 0), (2, 1)):
       copy = f.at[:, p, g].set(moved[:, p, g])
       z, held = (jnp.einsum('npgc,gck->nk', x, kernel) / 4 + bias for x in (copy, f))
@@ -125,7 +134,7 @@ def test_displaced_replicas_are_the_naive_ones_with_frozen_copies():
 def test_memory_does_not_grow_with_the_number_of_replicas():
   """64 rows, 1,024 replicas: one [64, 64] float32 array for each would be 16 MiB; the features are 1 MiB."""
   for stop in (True, False):
-    loss = lambda f, w: replicated_info_nce(f, w, jnp.zeros(16), jnp.ones(64, bool), Contrast(stop_gradient=stop))  # noqa: B023
+    loss = lambda f, w: replicated(f, w, jnp.zeros(16), jnp.ones(64, bool), Contrast(stop_gradient=stop))  # noqa: B023
     args = jax.ShapeDtypeStruct((64, 64, 16, 4), jnp.float32), jax.ShapeDtypeStruct((16, 4, 16), jnp.float32)
     forward = jax.jit(lambda f, w: jax.jvp(loss, (f, w), (f, w)))  # noqa: B023
     reverse = jax.jit(jax.grad(lambda f, w: loss(f, w).sum(), (0, 1)))  # noqa: B023
@@ -151,7 +160,7 @@ def float64():
 
 def contrastive_small(contrast=Contrast(projections=6), **fields):
   fields.setdefault('dtype', jnp.result_type(float))
-  return small(batch=4, contrast=contrast, **fields)
+  return small(batch=4, heads=Heads(contrast=contrast), **fields)
 
 
 def composed(s, name, **options):
@@ -290,8 +299,8 @@ def test_direct_feedback_sends_the_error_of_the_projection():
   x, criterion = inputs(s, jax.random.key(5))
   model = LocalMixer(s.spec, project=True)
   z = jax.jit(lambda params: model.apply({'params': params}, x)[1]['head'][0])(variables['params'])
-  _, error = jax.jit(lambda z: info_nce.end_losses((z, z), criterion.weight_B, s.spec.style.contrast))(z)
-  naive_loss = lambda moved: (info_nce.info_nce(moved, z, jnp.ones(8, bool), s.spec.style.contrast) / 8).sum()
+  _, error = jax.jit(lambda z: info_nce.end_losses((z, z), criterion.weight_B, s.spec.style.heads.contrast))(z)
+  naive_loss = lambda moved: (info_nce.info_nce(moved, z, jnp.ones(8, bool), s.spec.style.heads.contrast) / 8).sum()
   np.testing.assert_allclose(error, jax.jit(jax.grad(naive_loss))(z), rtol=1e-4, atol=1e-7)
   grads = jax.jit(algorithm.gradient)(variables, jax.random.key(5), s.batch)[0]
   stem = variables['params']['stem']['channel']

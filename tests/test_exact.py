@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lfg_jax.losses.replicated import Cut, replicated_cross_entropy
+from lfg_jax.losses.replicated import Cut, replicated_loss
+from lfg_jax.losses.row_losses import cross_entropy
+from lfg_jax.losses.targets import Targets
 from lfg_jax.training import rules
 from tests import oracle
 from tests.small import compose, gradient, keep_kernels, relative_error, small
@@ -20,6 +22,11 @@ def features(P, G, dtype):
   point = [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=False)]
   direction = [jax.random.normal(k, s, dtype) for k, s in zip(keys[3:], shapes, strict=True)]
   return point, direction, jnp.array([0, 4, 2])
+
+
+def fused(features, kernel, bias, label, cut=Cut(), held=None):
+  head, targets = {'kernel': kernel, 'bias': bias}, Targets(label, jnp.ones(len(label)))
+  return replicated_loss(cross_entropy, features, head, targets, cut, held_BxPxGxC=held)
 
 
 CUTS = [Cut(True, True), Cut(True, False), Cut(False, True), Cut(False, False)]
@@ -39,7 +46,7 @@ def test_fused_loss_equals_naive(P, G, dtype):
 
     @jax.jit
     def both():
-      return [(derivatives(lambda *x: replicated_cross_entropy(*x, label, cut), ct),  # noqa: B023
+      return [(derivatives(lambda *x: fused(*x, label, cut), ct),  # noqa: B023
                derivatives(lambda *x: oracle.naive_replicated_loss(*x, label, *cut), ct))  # noqa: B023
               for cut, ct in zip(CUTS, cotangents, strict=True)]
 
@@ -52,7 +59,7 @@ def test_displaced_replicas_are_the_naive_ones_with_frozen_copies():
   point, direction, label = features(4, 3, jnp.float32)
   f, (kernel, bias) = point[0], point[1:]
   moved = f + 0.3 * direction[0]
-  got = replicated_cross_entropy(moved, kernel, bias, label, held_BxPxGxC=f)
+  got = fused(moved, kernel, bias, label, held=f)
   for p in range(4):
     for g in range(3):
       one = oracle.naive_replicated_loss(f.at[:, p, g].set(moved[:, p, g]), kernel, bias, label)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lfg_jax.errors import UserError
 from lfg_jax.estimators import tangents
 from lfg_jax.estimators.sampling import Sampling
 from lfg_jax.estimators.tangents import LAWS, Passes
@@ -53,6 +54,25 @@ def test_a_part_of_the_passes_is_that_part_of_all(name):
   part = jax.jit(lambda first: law.draw(key, Passes(12, first, 4), (3,), 4, jnp.float32))(4)
   assert whole.shape == (12, 3, 4)
   assert jnp.allclose(part, whole[4:8])
+
+
+def test_a_law_from_a_file_must_not_bias(tmp_path):
+  path = tmp_path / 'mine.py'
+  for text, message in (
+    ('laws = 1', 'has no law; it needs law'),
+    ('law = Law(lambda key, passes, shape, d, dtype: 1 / 0, None)', 'ZeroDivisionError'),
+    ('law = Law(lambda key, passes, shape, d, dtype: 1.1 * normal.draw(key, passes, shape, d, dtype), None)',
+     r'mean squares of 1\.2., or move together; allowed'),
+    ('law = Law(lambda key, passes, shape, d, dtype: jax.numpy.ones((passes.total, *shape, d)), None)',
+     r'mean squares of 1\.00, or move together; allowed'),
+    ('law = Law(lambda key, passes, shape, d, dtype: normal.draw(key, passes, shape, d, dtype)[0], None)',
+     r'law draws \(4,\) for 2 passes in 4 dimensions; allowed: \(2, 4\)')):
+    path.write_text(f'import jax\nfrom lfg_jax.estimators.tangents import Law, normal\n{text}\n')
+    with pytest.raises((ValueError, UserError), match=message):
+      rules.Options(module=str(path))
+  path.write_text('from lfg_jax.estimators.tangents import sphere as law\n')
+  options = rules.Options(module=str(path))
+  assert relative_error(estimate(small(), {'module': options.module}), estimate(small(), {'law': 'sphere'})) == 0
 
 
 def estimate(s, options, name='LG-FG-A-paper', key=0):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.info_nce import Contrast
 from lfg_jax.models import layers
 from lfg_jax.models.mixer import NORMS, LocalMixer
@@ -37,7 +38,7 @@ def test_parameter_counts_of_the_paper(size, image_shape, count):
 
 def test_parameter_count_of_the_imagenet_size():
   """Published as 17.3 M: without the read-out, and cut rather than rounded (or without the 19,968 biases)."""
-  spec = mixer_spec('L/32/64', image_shape=IMAGENET, classes=1000, contrast=Contrast())
+  spec = mixer_spec('L/32/64', image_shape=IMAGENET, classes=1000, heads=Heads(contrast=Contrast()))
   assert parameters(spec) - 2049 * 1000 == 17_360_384
 
 

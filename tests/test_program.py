@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lfg_jax.errors import UserError
+from lfg_jax.models import registry
 from lfg_jax.training import configs, fields, program
 from tests.runs import ROOT
 
@@ -14,22 +15,25 @@ def printed(capsys, *arguments):
   return capsys.readouterr().out
 
 
-def test_help_has_every_field_with_its_meaning_and_default(capsys):
+@pytest.mark.parametrize('name', registry.MODELS)
+def test_help_has_every_field_with_its_meaning_and_default(capsys, name):
   with pytest.raises(SystemExit) as stop:
-    program.main(['--help'])
+    program.main(['--help'] if name == 'mixer' else [f'--config.model.name={name}', '--help'])
   assert stop.value.code == 0
-  lines = capsys.readouterr().out.splitlines()
-  for field, default in configs.flatten(configs.base()):
-    shown = ','.join(default) if isinstance(default, tuple) else default
+  lines, config = capsys.readouterr().out.splitlines(), configs.base()
+  configs.use_model(config, name)
+  meanings = fields.meanings(config)
+  for field, default in configs.flatten(config):
+    shown = ','.join(map(str, default)) if isinstance(default, tuple) else default
     place = lines.index(f'  {field} = {shown}')
-    assert lines[place + 1].startswith('      ') and len(fields.meanings()[field]) > 1, field
+    assert lines[place + 1].startswith('      ') and len(meanings[field]) > 1, field
+  assert len([line for line in lines if line.startswith('  model.')]) == len(config.model)
 
 
-def test_a_field_without_a_meaning_is_noticed(monkeypatch):
+def test_a_field_without_a_meaning_is_noticed():
   wider = configs.base()
   wider.brightness = 1
-  monkeypatch.setattr(configs, 'base', lambda: wider)
-  assert fields.meanings()['brightness'] == ''
+  assert fields.meanings(wider)['brightness'] == ''
 
 
 def test_what_docstrings_explain_is_a_field():

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 from lfg_jax import value_and_activity_grad
-from lfg_jax.losses.replicated import replicated_cross_entropy
+from lfg_jax.losses.replicated import replicated_loss
+from lfg_jax.losses.row_losses import cross_entropy
+from lfg_jax.losses.targets import Targets
 from lfg_jax.models.mixer import LocalMixer
 from tests import bare
 from tests.small import compose, small
@@ -41,7 +43,9 @@ def test_shapes_that_do_not_fit_are_told():
     ((x, kernel, bias, label[:1]), 'one entry per example'),
   ):
     with pytest.raises(AssertionError, match=message):
-      replicated_cross_entropy(*wrong)
+      x_, kernel_, bias_, label_ = wrong
+      targets = Targets(label_, jnp.ones(2))
+      replicated_loss(cross_entropy, x_, {'kernel': kernel_, 'bias': bias_}, targets)
   s = small()
   with pytest.raises(AssertionError, match=r'tokens are \[examples, patches, inputs\]'):
     jax.eval_shape(LocalMixer(s.spec).init, jax.random.key(0), jnp.ones((2, 4, 7)))

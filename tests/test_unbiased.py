@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lfg_jax.estimators import activity
+from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.info_nce import Contrast
 from lfg_jax.training import algorithms, rules
 from tests.small import compose, gradient, relative_error, small
@@ -56,7 +57,8 @@ def two_views(key_B, image):
 
 
 def judge_contrastive(name, shared_views=True, stop_gradient=True):
-  s = model(batch=3, contrast=Contrast(projections=4, shared_views=shared_views, stop_gradient=stop_gradient))
+  contrast = Contrast(projections=4, shared_views=shared_views, stop_gradient=stop_gradient)
+  s = model(batch=3, heads=Heads(contrast=contrast))
   run, exact = (algorithms.compose(rules.REGISTRY[n], rules.Options(), s.model, views=two_views)
                 for n in (name, {'FG-A': 'BP', 'FG-W': 'BP'}.get(name, 'LG-BP')))
   target = jax.jit(exact.gradient)(s.variables, jax.random.key(0), s.batch)[0]

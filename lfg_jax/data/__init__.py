@@ -6,11 +6,12 @@ from lfg_jax.data.datasets import (
   Arrays,
   Dataset,
   epoch_order,
+  from_arrays,
   load,
   sequential_order,
   take,
 )
 from lfg_jax.data.streams import Batch, Stream
 
-__all__ = ['NAMES', 'TFDS', 'Arrays', 'Batch', 'Dataset', 'Stream', 'epoch_order', 'load',
+__all__ = ['NAMES', 'TFDS', 'Arrays', 'Batch', 'Dataset', 'Stream', 'epoch_order', 'from_arrays', 'load',
            'sequential_order', 'take']

@@ -2,19 +2,20 @@
 
 `digits` is part of the package: the 1,797 8×8 images that scikit-learn has, the test part of "Optical
 Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998, UCI Machine Learning Repository,
-doi 10.24432/C50P49, CC BY 4.0). The others are TFDS data sets, prepared as array_record files by
-`training.prepare_data` and read without TensorFlow.
+doi 10.24432/C50P49, CC BY 4.0). The others are TFDS data sets (see `prepared`), or a user's own.
 """
 
 import importlib.resources
-import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfg_jax.data.streams import BadExample, Batch, Source, Stream, decode
+from lfg_jax import user_files
+from lfg_jax.data import prepared
+from lfg_jax.data.prepared import Facts
+from lfg_jax.data.streams import Batch, Stream
 
 
 class Arrays(NamedTuple):
@@ -39,30 +40,26 @@ class Dataset(NamedTuple):
   test: Arrays | Stream
 
 
-class _Facts(NamedTuple):
-  classes: int
-  image_shape: tuple[int, int, int]
-  mean: tuple[float, ...]
-  std: tuple[float, ...]
-  test_split: str = 'test'
-
-
 TFDS = {
-    'mnist': _Facts(10, (28, 28, 1), (0.1307,), (0.3081,)),
-    'fashion_mnist': _Facts(10, (28, 28, 1), (0.2860,), (0.3530,)),
-    'cifar10': _Facts(10, (32, 32, 3), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    'mnist': Facts(10, (28, 28, 1), (0.1307,), (0.3081,)),
+    'fashion_mnist': Facts(10, (28, 28, 1), (0.2860,), (0.3530,)),
+    'cifar10': Facts(10, (32, 32, 3), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     # ImageNet's own test split has no labels: the field reports the validation split.
-    'imagenet2012': _Facts(1000, (224, 224, 3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 'validation'),
+    'imagenet2012': Facts(1000, (224, 224, 3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 'validation'),
 }
 NAMES = ('digits', *TFDS)
 
 
-def load(name: str, *, data_dir: str | None = None, image_size: int | None = None, seed: int = 0,
-         whole_images: bool = False, workers: int = 0) -> Dataset:
-  """A data set by name.
+def load(name: str, *, module: str | None = None, data_dir: str | None = None,
+         image_size: int | None = None, seed: int = 0, whole_images: bool = False,
+         workers: int = 0) -> Dataset:
+  """A data set by name, or a file's own.
 
   Args:
-    name: one of `NAMES`.
+    name: one of `NAMES`, or of any TFDS data set with images of one size and labels, whose
+      statistics are then computed.
+    module: a Python file with a data set of your own, as `load(data_dir) -> Dataset` (see
+      `from_arrays`); None: the one of that name.
     data_dir: where TFDS keeps its data sets; None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
     image_size: height and width of streamed images (224); arrays have their own.
     seed: of a stream's order and crops; arrays are shuffled by `epoch_order`.
@@ -72,27 +69,107 @@ def load(name: str, *, data_dir: str | None = None, image_size: int | None = Non
   Raises:
     ValueError: unknown name, another image size than the arrays have, files without random access.
     FileNotFoundError: the data set is not there; the message has the command that prepares it.
+    UserError: about a file of one's own.
 
   >>> digits = load('digits')
   >>> digits.image_shape, digits.train.examples, digits.test.examples
   ((8, 8, 1), 1438, 359)
   """
-  if name not in NAMES:
-    raise ValueError(f'unknown dataset {name!r}; allowed: {", ".join(NAMES)}')
-  own_size = 8 if name == 'digits' else TFDS[name].image_shape[0]
-  if name != 'imagenet2012' and image_size not in (None, own_size):
-    raise ValueError(f'image_size={image_size} is not for {name}, whose images are {own_size}x{own_size}')
-  if name == 'digits':
-    return _digits()
-  facts = TFDS[name]
-  train, test = (_source(name, split, data_dir) for split in ('train', facts.test_split))
-  if name == 'imagenet2012':
-    size = image_size or own_size
-    return Dataset(name, facts.classes, (size, size, 3), facts.mean, facts.std,
-                   Stream(train, size, train=True, min_area=1.0 if whole_images else 0.3, seed=seed,
-                          workers=workers, classes=facts.classes),
-                   Stream(test, size, train=False, seed=seed, workers=workers, classes=facts.classes))
-  return Dataset(name, *facts[:4], _arrays(train, facts), _arrays(test, facts))
+  if name == 'imagenet2012' and module is None:
+    return _imagenet(data_dir, image_size, seed, whole_images, workers)
+  if module is not None:
+    dataset = _own(module, data_dir)
+  else:
+    dataset = _digits() if name == 'digits' else _prepared(name, data_dir)
+  height, width, _ = dataset.image_shape
+  if image_size not in (None, height):
+    raise ValueError(f'image_size={image_size} is not for {dataset.name}, whose images are '
+                     f'{height}x{width}')
+  return dataset
+
+
+def _own(module: str, data_dir: str | None) -> Dataset:
+  own = user_files.load('data.module', module, ('load',))
+  with user_files.mistakes(f'data.module {module}'):
+    dataset = own.load(data_dir)
+  if not isinstance(dataset, Dataset):
+    raise ValueError(f'data.module {module}: load gives a {type(dataset).__name__}; allowed: a '
+                     'lfg_jax.data.Dataset, as data.from_arrays makes it')
+  return dataset
+
+
+def _imagenet(data_dir: str | None, image_size: int | None, seed: int, whole_images: bool,
+              workers: int) -> Dataset:
+  name, facts = 'imagenet2012', TFDS['imagenet2012']
+  builder = prepared.builder(name, data_dir, NAMES)
+  train, test = (prepared.source(builder, split) for split in ('train', facts.test_split))
+  size = image_size or facts.image_shape[0]
+  return Dataset(name, facts.classes, (size, size, 3), facts.mean, facts.std,
+                 Stream(train, size, train=True, min_area=1.0 if whole_images else 0.3, seed=seed,
+                        workers=workers, classes=facts.classes),
+                 Stream(test, size, train=False, seed=seed, workers=workers, classes=facts.classes))
+
+
+def _prepared(name: str, data_dir: str | None) -> Dataset:
+  builder = prepared.builder(name, data_dir, NAMES)
+  facts = TFDS.get(name) or prepared.facts(builder)
+  # Both are looked for before any is read.
+  sources = [prepared.source(builder, split) for split in ('train', facts.test_split)]
+  train, test = (prepared.arrays(source, facts) for source in sources)
+  if facts.mean:
+    return Dataset(name, *facts[:4], Arrays(*train), Arrays(*test))
+  return from_arrays(name, train, test, facts.classes)
+
+
+Pair = tuple[np.ndarray, np.ndarray]    # images and labels
+
+
+def from_arrays(name: str, train: Pair, test: Pair, classes: int | None = None) -> Dataset:
+  """A data set of arrays, with the statistics of its training images.
+
+  Args:
+    name: for summaries.
+    train, test: images uint8 [N, H, W, C], pixels 0 … 255, and labels [N], integers from 0.
+    classes: None: as many as there are labels in `train`.
+
+  Raises:
+    ValueError: one line, for arrays that are not so.
+
+  >>> image, label = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3), np.array([0, 1])
+  >>> mine = from_arrays('mine', (image, label), (image, label))
+  >>> mine.classes, mine.image_shape, [round(255 * m, 1) for m in mine.mean]
+  (2, (2, 2, 3), [10.5, 11.5, 12.5])
+  """
+  image = np.asarray(train[0])
+  classes = int(np.max(train[1], initial=0)) + 1 if classes is None else classes
+  splits = [_split(name, which, given, image.shape[1:], classes)
+            for which, given in (('train', train), ('test', test))]
+  mean_C = image.mean((0, 1, 2), dtype=np.float64)
+  # In place of np.std, which would hold all of it in eight times the memory.
+  square_C = np.einsum('nhwc,nhwc->c', image, image, dtype=np.float64, casting='safe')
+  square_C = square_C / image[..., 0].size
+  std_C = np.sqrt(np.maximum(square_C - mean_C**2, 0))
+  if not std_C.all():
+    raise ValueError(f'dataset {name} has a colour that is the same in all pixels of its training '
+                     'images; leave it out')
+  mean, std = (tuple((numbers / 255).tolist()) for numbers in (mean_C, std_C))
+  height, width, colours = image.shape[1:]
+  return Dataset(name, classes, (height, width, colours), mean, std, *splits)
+
+
+def _split(name: str, which: str, given: Pair, shape: tuple[int, ...], classes: int) -> Arrays:
+  """The arrays of a split, if they are what `from_arrays` allows."""
+  image, label = map(np.asarray, given)
+  what = f'dataset {name}: its {which} split has'
+  if image.dtype != np.uint8 or image.ndim != 4 or not image.size or image.shape[1:] != shape:
+    raise ValueError(f'{what} images {image.dtype} {list(image.shape)}; allowed: uint8 [N, H, W, C], '
+                     'pixels 0 … 255, N at least 1, of one size in both splits')
+  if not np.issubdtype(label.dtype, np.integer) or label.shape != image.shape[:1]:
+    raise ValueError(f'{what} labels {label.dtype} {list(label.shape)} for {len(image)} images; '
+                     'allowed: an integer for each')
+  if label.min() < 0 or label.max() >= classes:
+    raise ValueError(f'{what} labels {label.min()} … {label.max()}; allowed: 0 … {classes - 1}')
+  return Arrays(image, label.astype(np.int32))
 
 
 def epoch_order(key: jax.Array, n: int, batch_size: int) -> jax.Array:
@@ -143,45 +220,5 @@ def _digits() -> Dataset:
   is_test_N = np.zeros(len(label_N), bool)
   for label in range(10):
     is_test_N[np.flatnonzero(label_N == label)[2::5]] = True
-  train, test = (Arrays(image_Nx8x8x1[part_N], label_N[part_N]) for part_N in (~is_test_N, is_test_N))
-  pixels = train.image_NxHxWxC / 255
-  return Dataset('digits', 10, (8, 8, 1), (float(pixels.mean()),), (float(pixels.std()),), train, test)
-
-
-def _source(name: str, split: str, data_dir: str | None) -> Source:
-  """A split of a prepared TFDS data set, images still encoded.
-
-  Looks for the files itself: on a data set that is not there, TFDS tries to download it for minutes.
-  """
-  import tensorflow_datasets as tfds  # here: half a second that `digits` does without
-
-  place = tfds.core.Path(data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')).expanduser()
-  command = f'python -m lfg_jax.training.prepare_data --dataset={name} --data_dir={place}'
-  folders = [info.parent for info in (place / name).glob('*/dataset_info.json')]
-  folders = [folder for folder in folders if tfds.core.Version.is_valid(folder.name)]
-  if not folders:
-    raise FileNotFoundError(f'dataset {name} is not in {place}; prepare it with: {command}')
-  folder = max(folders, key=lambda folder: tfds.core.Version(folder.name))
-  builder = tfds.builder_from_directory(folder)
-  info = builder.info
-  if split not in info.splits or not all(path.exists() for path in info.splits[split].filepaths):
-    raise FileNotFoundError(f'{folder} lacks files of the {split} split; remove it and run: {command}')
-  if info.file_format.value != 'array_record':
-    raise ValueError(f'{folder} is in the format {info.file_format.value}, which has no random access; '
-                     f'choose another data_dir, or remove this folder and run: {command}')
-  # TFDS's own decoding takes twice as long for small images.
-  return builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
-
-
-def _arrays(source: Any, facts: _Facts) -> Arrays:
-  """All examples of a source, decoded."""
-  image_NxHxWxC = np.empty((len(source), *facts.image_shape), np.uint8)
-  label_N = np.empty(len(source), np.int32)
-  # Read at once: twice as fast as one by one, and the encoded files are smaller than the arrays.
-  for i, example in enumerate(source.__getitems__(list(range(len(source))))):
-    image, label_N[i] = decode(example, i, facts.classes)
-    height, width, colours = facts.image_shape
-    if image.size != (width, height):
-      raise BadExample(f'example {i} has an image of {image.height}x{image.width}; allowed: {height}x{width}')
-    image_NxHxWxC[i] = np.asarray(image)[..., :colours]    # the three of a grey image are the same
-  return Arrays(image_NxHxWxC, label_N)
+  train, test = ((image_Nx8x8x1[part_N], label_N[part_N]) for part_N in (~is_test_N, is_test_N))
+  return from_arrays('digits', train, test)

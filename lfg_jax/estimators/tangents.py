@@ -32,6 +32,7 @@ Noise that belongs to an example is keyed by the example's position in the *glob
 update comes out on any number of devices.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,6 +40,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lfg_jax import user_files
+from lfg_jax.errors import one_of
 from lfg_jax.estimators.parts import WHOLE, Part
 
 
@@ -153,6 +156,45 @@ hadamard = Law(_draw_hadamard, lambda d, K: _orthogonal_excess(d, K, d & -d))
 
 LAWS = {'normal': normal, 'rademacher': rademacher, 'sphere': sphere, 'coordinate': coordinate, 'haar': haar,
         'hadamard': hadamard}
+
+
+def find(name: str, module: str | None = None) -> Law:
+  """The law of a name, or a file's own.
+
+  Args:
+    name: one of `LAWS`.
+    module: a Python file with a `law` of your own; None: the one of that name.
+
+  Raises:
+    ValueError, UserError: no such law or file, or the file's has not E[u uᵀ] = I: estimates would
+      be biased.
+
+  >>> find('sphere') is sphere
+  True
+  """
+  if module is None:
+    one_of('estimator.law', name, LAWS)
+    return LAWS[name]
+  law: Law = user_files.load('estimator.module', module, ('law',)).law
+  _check(f'estimator.module {module}', law)
+  return law
+
+
+@functools.cache
+def _check(what: str, law: Law, d: int = 4, passes: int = 2, draws: int = 4096) -> None:
+  """Raises ValueError unless mean products of entries are 1 and 0, as far as so many draws tell."""
+  with user_files.mistakes(what):
+    draw = lambda key: law.draw(key, Passes(passes), (), d, jnp.float32)
+    u_NxKxD = jax.vmap(draw)(jax.random.split(jax.random.key(0), draws))
+  if u_NxKxD.shape != (draws, passes, d):
+    raise ValueError(f'{what}: law draws {u_NxKxD.shape[1:]} for {passes} passes in {d} dimensions; '
+                     f'allowed: {(passes, d)}')
+  products_NxDxD = jnp.einsum('nki,nkj->nij', u_NxKxD, u_NxKxD) / passes
+  error_DxD = products_NxDxD.std(0) / draws**0.5
+  if not (jnp.abs(products_NxDxD.mean(0) - jnp.eye(d)) <= 6 * error_DxD + 1e-4).all():
+    mean = jnp.trace(products_NxDxD.mean(0)) / d
+    raise ValueError(f'{what}: entries of its tangents have mean squares of {mean:.2f}, or move '
+                     'together; allowed: E[u uᵀ] = 1, or estimates would be biased')
 
 
 def like_tree(law: Law, key: jax.Array, tree: Any, passes: Passes) -> Any:

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from lfg_jax.estimators.boundary import Estimator
 from lfg_jax.losses import info_nce, staged
 from lfg_jax.losses.greedy import greedy, stages
-from lfg_jax.losses.replicated import Cut, cross_entropy
+from lfg_jax.losses.replicated import Cut
+from lfg_jax.losses.row_losses import cross_entropy
 from lfg_jax.losses.staged import StagedModel, Variables, own
 from lfg_jax.losses.targets import Targets
 
@@ -120,7 +121,7 @@ def _summary(logits_BxK: jax.Array, targets: Targets) -> dict[str, jax.Array]:
   """Weighted loss and error of the read-out, per example, and the loss's derivative by the logits."""
   label_B, weight_B = targets
   one_hot_BxK = jax.nn.one_hot(label_B, logits_BxK.shape[-1], dtype=logits_BxK.dtype)
-  return {'loss': cross_entropy(logits_BxK, label_B) * weight_B,
+  return {'loss': cross_entropy(logits_BxK, targets) * weight_B,
           'error': jnp.where(logits_BxK.argmax(-1) != label_B, weight_B, 0),
           'output_error': (jax.nn.softmax(logits_BxK) - one_hot_BxK) * weight_B[:, None]}
 

@@ -1,21 +1,35 @@
-"""Local losses, one for every block × patch × channel group, fused so that replication costs nothing.
+"""Local losses, one for every block × patch × channel group, at the cost of one.
 
-Each of the P·G replicas of an example's loss sees the aggregated feature x̄ = (1/P) Σ_p concat_g(x_{p,g}) of
-the whole block, but only its own x_{p,g} without a stop-gradient (Ren et al. 2023, section 3.2 and figure 2).
-All replicas of an example have the same value; their derivatives differ:
+A head's first layer is linear on the aggregated feature x̄ = (1/P) Σ_p concat_g(x_{p,g}) of the
+whole block: z = W x̄. Any loss L(z) of a row of its outputs may follow, also behind a hidden layer.
+Each of the P·G replicas of an example's loss sees x̄, but only its own x_{p,g} without a
+stop-gradient (Ren et al. 2023, section 3.2 and figure 2). All replicas of an example have the same
+value; their derivatives differ:
 
-    dL[b,p,g] = (1/P) Σ_c dx[b,p,g,c] · (W_g (softmax - onehot)_b)_c
+    dL[b,p,g] = (1/P) Σ_c dx[b,p,g,c] · (W_g ∂L/∂z_b)_c
 
-Summed over p and g this is the derivative of the plain loss. Stored naively it takes P·G copies of x̄; here
-the value is computed once, and the rule above serves forward mode and, transposed by JAX, reverse mode.
+Summed over p and g this is the derivative of the plain loss. Stored naively it takes P·G copies of
+x̄; here the value is computed once, with its slope ∂L/∂z by `jax.vjp`, and the rule above serves
+forward mode and, transposed by JAX, reverse mode. For the cross-entropy ∂L/∂z is softmax - onehot.
+
+Where the loss of a row depends on other rows too, as InfoNCE without its stop-gradient, there is no
+slope of a row. Then L is differentiated along each replica's own (1/P) W_gᵀ dx[·,p,g], patch by
+patch: dz of all replicas would be larger than the features are.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-import optax
+from jax.custom_derivatives import SymbolicZero
+
+from lfg_jax.losses.row_losses import RowLoss
+from lfg_jax.losses.targets import Targets
+
+PyTree = Any
 
 
 class Cut(NamedTuple):
@@ -45,13 +59,9 @@ def _scale_gradient_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax
   return primals[0], tangents[0] * primals[1]
 
 
-def cross_entropy(logits_BxK: jax.Array, label_B: jax.Array) -> jax.Array:
-  """[B] cross-entropy with integer labels, in nats."""
-  return optax.softmax_cross_entropy_with_integer_labels(logits_BxK, label_B)
-
-
-def head_outputs(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array) -> jax.Array:
-  """[B, K]: the head on the mean over patches of all groups."""
+def head_outputs(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array
+                 ) -> jax.Array:
+  """[B, K]: a head's first layer on the mean over patches of all groups."""
   G, C, K = kernel_GxCxK.shape
   mean_BxD = features_BxPxGxC.mean(1, dtype=kernel_GxCxK.dtype).reshape(-1, G * C)
   return mean_BxD @ kernel_GxCxK.reshape(G * C, K) + bias_K[None]
@@ -76,78 +86,155 @@ def sum_uncut(x: jax.Array, cut: Cut) -> jax.Array:
 
 def replicate(loss_B: jax.Array, P: int, G: int, cut: Cut) -> jax.Array:
   """[B, P, G] copies (1 in place of an axis that is not cut)."""
-  return jnp.broadcast_to(loss_B[:, None, None], (loss_B.shape[0], P if cut.patch else 1, G if cut.group else 1))
+  shape = (loss_B.shape[0], P if cut.patch else 1, G if cut.group else 1)
+  return jnp.broadcast_to(loss_B[:, None, None], shape)
 
 
-def _fused(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array, backward_GxCxK: jax.Array,
-           label_B: jax.Array, cut: Cut) -> jax.Array:
+class _Form(NamedTuple):
+  """What is static: `loss(outputs_BxK, above, targets) -> [B]`, and how it is replicated."""
+  loss: Callable[[jax.Array, PyTree, PyTree], jax.Array]
+  cut: Cut
+  mixes_rows: bool
+
+
+def _value(form: _Form, features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array,
+           above: PyTree, backward_GxCxK: jax.Array, targets: PyTree) -> jax.Array:
+  del backward_GxCxK
   _, P, G, _ = features_BxPxGxC.shape
-  return replicate(cross_entropy(head_outputs(features_BxPxGxC, kernel_GxCxK, bias_K), label_B), P, G, cut)
+  z_BxK = head_outputs(features_BxPxGxC, kernel_GxCxK, bias_K)
+  return replicate(form.loss(z_BxK, above, targets), P, G, form.cut)
 
 
-_fused_loss = jax.custom_jvp(_fused, nondiff_argnums=(5,))
+_fused = jax.custom_jvp(_value, nondiff_argnums=(0,))
 
 
-@_fused_loss.defjvp
-def _fused_jvp(cut: Cut, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-  features, kernel, bias, backward, label = primals
-  d_features, d_kernel, d_bias, _, _ = tangents
-  P, G = features.shape[1:3]
-  logits_BxK = head_outputs(features, kernel, bias)
-  loss = replicate(cross_entropy(logits_BxK, label), P, G, cut)
-  error_BxK = jax.nn.softmax(logits_BxK) - jax.nn.one_hot(label, bias.shape[0], dtype=logits_BxK.dtype)
-  slope_BxGxC = jnp.einsum('gck,bk->bgc', backward, error_BxK) / P
-  d_own = own_slopes(d_features, slope_BxGxC, cut)
-  d_head_B = (head_outputs(features, d_kernel, d_bias) * error_BxK).sum(-1)
-  return loss, d_own + d_head_B[:, None, None]
+@functools.partial(_fused.defjvp, symbolic_zeros=True)
+def _fused_jvp(form: _Form, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+  features, kernel, bias, above, backward, targets = primals
+  d_features, d_kernel, d_bias, d_above, *_ = tangents
+  _, P, G, _ = features.shape
+  z_BxK = head_outputs(features, kernel, bias)
+  loss_of_z = lambda z: form.loss(z, above, targets)
+  if form.mixes_rows:
+    loss_B, along = jax.linearize(loss_of_z, z_BxK)
+    d_loss = _own_and_others(along, _filled(d_features), backward, form.cut)
+  else:
+    loss_B, pull = jax.vjp(loss_of_z, z_BxK)
+    (slope_BxK,) = pull(jnp.ones_like(loss_B))
+    along = lambda d_BxK: (d_BxK * slope_BxK).sum(-1)
+    slope_BxGxC = jnp.einsum('gck,bk->bgc', backward, slope_BxK) / P
+    d_loss = own_slopes(_filled(d_features), slope_BxGxC, form.cut)
+  # Where only activities move, no product with the head's zero tangent.
+  if _moves((d_kernel, d_bias)):
+    d_z_BxK = head_outputs(features, _filled(d_kernel), _filled(d_bias))
+    d_loss += along(d_z_BxK)[:, None, None]
+  if _moves(d_above):
+    loss_of_above = lambda above: form.loss(z_BxK, above, targets)
+    d_B = jax.jvp(loss_of_above, (above,), (jax.tree.map(_filled, d_above, is_leaf=_is_zero),))[1]
+    d_loss += d_B[:, None, None]
+  return replicate(loss_B, P, G, form.cut), d_loss
 
 
-def check_shapes(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array, rows_B: jax.Array) -> None:
-  """Raises AssertionError, saying what was expected, if the arguments of a replicated loss do not fit together."""
+def _is_zero(d: jax.Array | SymbolicZero) -> bool:
+  return isinstance(d, SymbolicZero)
+
+
+def _moves(tree: PyTree) -> bool:
+  return not all(map(_is_zero, jax.tree.leaves(tree, is_leaf=_is_zero)))
+
+
+def _filled(d: jax.Array | SymbolicZero) -> jax.Array:
+  return jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d
+
+
+def _own_and_others(along: Callable[[jax.Array], jax.Array], d_BxPxGxC: jax.Array,
+                    backward_GxCxK: jax.Array, cut: Cut) -> jax.Array:
+  """[B, P, G]: what the replica's own features of all rows add, for losses that mix rows."""
+  P = d_BxPxGxC.shape[1]
+
+  def one_patch(d_BxGxC: jax.Array) -> jax.Array:
+    moved_BxGxK = jnp.einsum('bgc,gck->bgk', d_BxGxC, backward_GxCxK) / P
+    if not cut.group:
+      moved_BxGxK = moved_BxGxK.sum(1, keepdims=True)
+    return jax.vmap(along, 1, 1)(moved_BxGxK)
+
+  d_PxBxGxC = jnp.moveaxis(d_BxPxGxC if cut.patch else d_BxPxGxC.sum(1, keepdims=True), 1, 0)
+  return jnp.moveaxis(jax.lax.map(one_patch, d_PxBxGxC), 0, 1)
+
+
+def check_shapes(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array,
+                 targets: Targets) -> None:
+  """Raises AssertionError, saying what was expected, if arguments do not fit together."""
   chex.assert_rank([features_BxPxGxC, kernel_GxCxK], [4, 3])
   B, _, G, C = features_BxPxGxC.shape
-  chex.assert_shape(kernel_GxCxK, (G, C, None), custom_message='the head needs a row for every group and channel')
-  chex.assert_shape(bias_K, kernel_GxCxK.shape[-1:], custom_message='the bias has one entry per output of the head')
-  chex.assert_shape(rows_B, (B,), custom_message='one entry per example')
+  chex.assert_shape(kernel_GxCxK, (G, C, None),
+                    custom_message='the head needs a row for every group and channel')
+  chex.assert_shape(bias_K, kernel_GxCxK.shape[-1:],
+                    custom_message='the bias has one entry per output of the head')
+  chex.assert_shape([*targets], (B,), custom_message='one entry per example')
 
 
-def replicated_cross_entropy(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array,
-                             label_B: jax.Array, cut: Cut = Cut(), *,
-                             backward_GxCxK: jax.Array | None = None,
-                             held_BxPxGxC: jax.Array | None = None) -> jax.Array:
-  """Cross-entropy of a linear head on the mean feature, with one replica per cut of patch and group.
+def replicated_loss(row_loss: RowLoss, features_BxPxGxC: jax.Array, head: dict[str, Any],
+                    targets: Targets, cut: Cut = Cut(), *, feedback: dict[str, Any] | None = None,
+                    held_BxPxGxC: jax.Array | None = None, mixes_rows: bool = False) -> jax.Array:
+  """The loss of a head on the mean feature, with one replica per cut of patch and group.
 
   Time and memory are those of the plain loss: independent of P·G.
 
   Args:
+    row_loss: of the head's outputs; see `row_losses`.
     features_BxPxGxC: normalised output of the block, in groups.
-    kernel_GxCxK, bias_K: the head, shared by patches; row g of the kernel belongs to group g.
-    label_B: integer classes.
+    head: 'kernel' [G, C, K] and 'bias' [K], shared by patches; row g of the kernel belongs to group
+      g. With a hidden layer also 'out', 'kernel' [K, L] and 'bias' [L], behind a ReLU.
+    targets: of each example.
     cut: an axis that is not cut has size 1 in the result.
-    backward_GxCxK: fixed matrix used in place of the kernel in derivatives with respect to the features
-      (feedback alignment).
-    held_BxPxGxC: the value of the copies behind the stop-gradient; by default that of the features. To be
-      given where `features` is *evaluated* at a perturbed point (finite differences): replicas then differ.
+    feedback: fixed kernels used in place of the head's in derivatives with respect to what goes
+      into them (feedback alignment).
+    held_BxPxGxC: the value of the copies behind the stop-gradient; by default that of the features.
+      To be given where `features` is *evaluated* at a perturbed point (finite differences):
+      replicas then differ.
+    mixes_rows: the loss of a row has a derivative by other rows' outputs too.
 
   Returns:
-    [B, P, G] (1 in place of an axis that is not cut), in nats.
+    [B, P, G] (1 in place of an axis that is not cut), in the row loss's unit.
 
-  >>> x, w = jnp.ones((2, 4, 3, 5)), jnp.ones((3, 5, 10))
-  >>> loss = replicated_cross_entropy(x, w, jnp.zeros(10), jnp.array([1, 2]))
+  >>> from lfg_jax.losses.row_losses import cross_entropy
+  >>> x, head = jnp.ones((2, 4, 3, 5)), {'kernel': jnp.ones((3, 5, 10)), 'bias': jnp.zeros(10)}
+  >>> loss = replicated_loss(cross_entropy, x, head, Targets(jnp.array([1, 2]), jnp.ones(2)))
   >>> loss.shape, round(float(loss[0, 0, 0]), 4)
   ((2, 4, 3), 2.3026)
   """
-  check_shapes(features_BxPxGxC, kernel_GxCxK, bias_K, label_B)
+  kernel, bias, feedback = head['kernel'], head['bias'], feedback or {}
+  check_shapes(features_BxPxGxC, kernel, bias, targets)
+  above = (head['out'], feedback.get('out')) if 'out' in head else ()
+
+  def loss(z_BxK: jax.Array, above: tuple, targets: Targets) -> jax.Array:
+    return row_loss(_behind_relu(z_BxK, *above) if above else z_BxK, targets)
+
   if held_BxPxGxC is not None:
-    return _displaced_loss(features_BxPxGxC, held_BxPxGxC, kernel_GxCxK, bias_K, label_B, cut)
-  backward = kernel_GxCxK if backward_GxCxK is None else backward_GxCxK
-  return _fused_loss(features_BxPxGxC, kernel_GxCxK, bias_K, backward, label_B, cut)
+    of_outputs = lambda z_BxK: loss(z_BxK, above, targets)
+    return _displaced(of_outputs, features_BxPxGxC, held_BxPxGxC, kernel, bias, cut)
+  return _fused(_Form(loss, cut, mixes_rows), features_BxPxGxC, kernel, bias, above,
+                feedback.get('kernel', kernel), targets)
 
 
-def _displaced_loss(features_BxPxGxC: jax.Array, held_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array,
-                    bias_K: jax.Array, label_B: jax.Array, cut: Cut) -> jax.Array:
-  """Replicas at a point where each sees its own features displaced and all others held; O(B·P·G·K) memory."""
+def _behind_relu(z_BxK: jax.Array, layer: dict[str, jax.Array], feedback: dict | None) -> jax.Array:
+  """The layer behind the hidden one. Its input's derivative goes through the feedback, if any."""
+  h_BxK = jax.nn.relu(z_BxK)
+  if not feedback:
+    return h_BxK @ layer['kernel'] + layer['bias'][None]
+  still_BxK = jax.lax.stop_gradient(h_BxK)
+  moving_BxL = (h_BxK - still_BxK) @ jax.lax.stop_gradient(feedback['kernel'])    # zero
+  return still_BxK @ layer['kernel'] + moving_BxL + layer['bias'][None]
+
+
+def _displaced(loss: Callable[[jax.Array], jax.Array], features_BxPxGxC: jax.Array,
+               held_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array, cut: Cut
+               ) -> jax.Array:
+  """Replicas at a point where each sees its own features displaced and all others held."""
   P = features_BxPxGxC.shape[1]
   step_BxPxGxK = jnp.einsum('bpgc,gck->bpgk', features_BxPxGxC - held_BxPxGxC, kernel_GxCxK) / P
-  logits = head_outputs(held_BxPxGxC, kernel_GxCxK, bias_K)[:, None, None] + sum_uncut(step_BxPxGxK, cut)
-  return cross_entropy(logits, jnp.broadcast_to(label_B[:, None, None], logits.shape[:-1]))
+  z_BxK = head_outputs(held_BxPxGxC, kernel_GxCxK, bias_K)
+  one_patch = jax.vmap(lambda step_BxK: loss(z_BxK + step_BxK), 1, 1)
+  step_PxBxGxK = jnp.moveaxis(sum_uncut(step_BxPxGxK, cut), 1, 0)
+  return jnp.moveaxis(jax.lax.map(one_patch, step_PxBxGxK), 0, 1)

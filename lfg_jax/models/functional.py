@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.info_nce import Contrast
 from lfg_jax.models import layers
 
@@ -26,14 +27,22 @@ def init(key: jax.Array, kernel: tuple[int, ...], bias: tuple[int, ...], fan_in:
   return {'kernel': layers.initializer(kind, fan_in)(key, kernel), 'bias': jnp.zeros(bias)}
 
 
-def init_head(key: jax.Array, groups: int, width: int, outputs: int, contrast: Contrast | None
-              ) -> Params:
-  """A local head on `groups` groups of `width` channels: zeros, or random for contrastive losses.
+def init_head(key: jax.Array, heads: Heads, groups: int, width: int, classes: int,
+              kind: str = 'lecun') -> dict[str, Any]:
+  """Parameters of a local head on `groups` groups of `width` channels.
 
-  (The direction of a projection of zeros would be undefined.)
+  The last layer is zero, or random for contrastive losses: the direction of a projection of zeros
+  would be undefined. A layer before it is random.
+
+  >>> jax.tree.map(jnp.shape, init_head(jax.random.key(0), Heads(hidden=7), 2, 3, 10))['out']
+  {'bias': (10,), 'kernel': (7, 10)}
   """
-  kind = 'zero' if contrast is None else 'lecun'
-  return init(key, (groups, width, outputs), (outputs,), groups * width, kind)
+  outputs, last = heads.outputs(classes), kind if heads.contrast else 'zero'
+  if not heads.hidden:
+    return init(key, (groups, width, outputs), (outputs,), groups * width, last)
+  first, second = jax.random.split(key)
+  hidden = init(first, (groups, width, heads.hidden), (heads.hidden,), groups * width, kind)
+  return {**hidden, 'out': init(second, (heads.hidden, outputs), (outputs,), heads.hidden, last)}
 
 
 def affine(linear: Callable, params: Params, x: jax.Array, feedback: Any = None) -> jax.Array:

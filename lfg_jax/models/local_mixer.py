@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.losses.info_nce import Contrast
+from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.replicated import Cut
 from lfg_jax.losses.staged import Block, Stack, StagedModel, Variables
 from lfg_jax.losses.targets import Targets
@@ -23,6 +23,7 @@ from lfg_jax.models.mixer import (
   Projection,
   ReadOut,
   Run,
+  Style,
 )
 from lfg_jax.models.registry import Images
 from lfg_jax.models.sizes import mixer_spec, parse, patches
@@ -36,13 +37,14 @@ DEFAULTS: dict[str, Any] = {
     'pool_every': 0, 'channel_ratio': 2, 'group_ratio': 2, 'pool': 'average', 'norm': 'layer',
     'norm_derivative': True, 'mixing': 'linear', 'conv_size': 3, 'init': 'lecun', 'norms': NORMS,
     'precision': 'float32'}          # or 'bfloat16': `mixer.Style`
+EXPLAINED = (mixer_spec, Style)      # whose docstrings have the fields' meanings
 
 
-def make(fields: dict[str, Any], images: Images, contrast: Contrast | None = None) -> StagedModel:
+def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> StagedModel:
   """The model for images of some data set; see `registry.Model`."""
   size = fields['size']
   numbers = {name: value for name, value in fields.items() if name != 'size'}
-  spec = mixer_spec(size, image_shape=images.shape, classes=images.classes, contrast=contrast,
+  spec = mixer_spec(size, image_shape=images.shape, classes=images.classes, heads=heads,
                     axis_name=images.axis_name, **numbers)
   side = parse(size)[1]
   return staged(spec, functools.partial(patches, side=side, mean=images.mean, std=images.std))
@@ -82,7 +84,7 @@ def staged(spec: MixerSpec, prepare: Callable[[jax.Array], jax.Array], *, projec
     return z, candidates, dict(updates)
 
   def variant(*, train: bool = True, fused: bool = True, project: bool = False) -> StagedModel:
-    changed = style._replace(train=train, fused=fused)
+    changed = style._replace(train=train, heads=style.heads._replace(fused=fused))
     return staged(dataclasses.replace(spec, style=changed), prepare, project=project)
 
   digits = 2 if style.dtype else 4
@@ -94,7 +96,7 @@ def staged(spec: MixerSpec, prepare: Callable[[jax.Array], jax.Array], *, projec
       group_axis=_group_axis if style.norm == 'layer' else lambda path, credit: None,
       mixes_examples=style.norm == 'batch', rounds=style.dtype is not None,
       activity_bytes=digits * max(run.spec.tokens * run.spec.channels for run in spec.runs),
-      contrast=style.contrast, project=to_space if project else None)
+      contrast=style.heads.contrast, project=to_space if project else None)
 
 
 def _stack(spec: MixerSpec, run: Run) -> Stack:
@@ -106,7 +108,7 @@ def _stack(spec: MixerSpec, run: Run) -> Stack:
 def _block(spec: MixerSpec, block_spec: BlockSpec) -> Block:
   def block(variables: Variables, x: jax.Array, targets: Targets, *, name: str, cut: Cut | None,
             last: bool) -> tuple[jax.Array, jax.Array | None, Variables]:
-    module = LocalBlock(block_spec, spec.style, spec.head_outputs, cut or Cut(), last, name=name)
+    module = LocalBlock(block_spec, spec.style, spec.classes, cut or Cut(), last, name=name)
     (y, losses), updates = module.apply(variables, x, None if cut is None else targets,
                                         targets.weight_B, mutable=('batch_stats',))
     return y, losses, dict(updates)

@@ -9,6 +9,7 @@ blocks have the blocks on their first axis; blocks that change the shape (stem, 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,11 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.estimators.taps import tap
-from lfg_jax.losses.heads import local_losses
-from lfg_jax.losses.info_nce import Contrast
+from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.replicated import Cut
 from lfg_jax.losses.targets import Targets
-from lfg_jax.models import layers
+from lfg_jax.models import functional, layers
 from lfg_jax.promotion import upcast
 
 NORMS = ('token_in', 'token_out', 'channel_in', 'channel_out', 'group_in', 'group_out', 'head', 'readout')
@@ -45,10 +45,9 @@ class Style(NamedTuple):
       between, or straight.
     train: batch norm uses the batch's statistics.
     axis_name: mesh axis over which batch norm takes its statistics.
-    contrast: of contrastive heads; None: heads classify.
+    heads: of local losses.
     precision: 'bfloat16': blocks compute in it, with parameters, statistics of norms, heads, losses and read-out in
       float32; 'float32': all is of the parameters' type.
-    fused: whether local losses are; see `heads.local_losses`.
   """
   mixing: str = 'linear'
   conv_size: int = 3
@@ -59,9 +58,8 @@ class Style(NamedTuple):
   norm_derivative: bool = True
   train: bool = True
   axis_name: str | None = None
-  contrast: Contrast | None = None
+  heads: Heads = Heads()
   precision: str = 'float32'
-  fused: bool = True
 
   @property
   def dtype(self) -> Any:
@@ -106,11 +104,11 @@ class LocalBlock(nn.Module):
     last: the block's output goes to local losses only, so that its activities influence the losses of their own
       patch and group; otherwise they are credited with all losses of the example.
     cut: how the head's loss is replicated.
-    head_outputs: number of classes, or of projected dimensions.
+    classes: of labels.
   """
   spec: BlockSpec
   style: Style
-  head_outputs: int
+  classes: int
   cut: Cut = Cut()
   last: bool = False
 
@@ -132,7 +130,7 @@ class LocalBlock(nn.Module):
     z = self._unit('group', grouped, h, weight_B)
     skip = x.reshape(z.out.shape) if s.residual else jnp.zeros((), z.out.dtype)
     out_BxPxGxC = nn.relu(self._tap('after_group', z, z.out + skip > 0, 3) + skip)
-    losses = Head(s, self.style, self.head_outputs, self.cut, name='head')(out_BxPxGxC, targets, weight_B)
+    losses = Head(s, self.style, self.classes, self.cut, name='head')(out_BxPxGxC, targets, weight_B)
     return out_BxPxGxC.reshape(B, s.tokens, s.channels), losses
 
   def _local_axes(self, axes: int) -> int:
@@ -178,25 +176,26 @@ def _norm(style: Style, name: str, x: jax.Array, weight_B: jax.Array) -> jax.Arr
 
 
 class Head(nn.Module):
-  """The local head: group norm, mean over tokens, one linear layer for all patches and groups; replicated losses."""
+  """The local head: group norm, and losses shared by all patches and groups."""
   spec: BlockSpec
   style: Style
-  outputs: int
+  classes: int
   cut: Cut
 
   @nn.compact
   def __call__(self, x_BxPxGxC: jax.Array, targets: Targets | None, weight_B: jax.Array) -> jax.Array | None:
     G, C = self.spec.groups, self.spec.channels // self.spec.groups
-    # The direction of a projection of zeros would be undefined.
-    init = 'zero' if self.style.contrast is None else self.style.init
-    kernel = self.param('kernel', layers.initializer(init, C * G), (G, C, self.outputs))
-    bias = self.param('bias', nn.initializers.zeros_init(), (self.outputs,))
+    heads = self.style.heads
+    init = functools.partial(functional.init_head, heads=heads, groups=G, width=C,
+                             classes=self.classes, kind=self.style.init)
+    params = {name: self.param(name, lambda key, name=name: init(key)[name])
+              for name in ('kernel', 'bias', *['out'] * bool(heads.hidden))}
     features = _norm(self.style, 'head', x_BxPxGxC, weight_B)
     if targets is None:
       return None
-    feedback = self.get_variable('feedback', 'kernel') if self.has_variable('feedback', 'kernel') else None
-    return local_losses(features, {'kernel': kernel, 'bias': bias}, targets, self.cut, contrast=self.style.contrast,
-                        fused=self.style.fused, feedback_GxCxK=feedback)
+    feedback: dict[str, Any] = {name: self.get_variable('feedback', name) for name in params
+                                if self.has_variable('feedback', name)}
+    return heads.losses(features, params, targets, self.cut, feedback)
 
 
 class Projection(nn.Module):
@@ -207,7 +206,7 @@ class Projection(nn.Module):
   @nn.compact
   def __call__(self, x_NxPxC: jax.Array, weight_N: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Projections [N, K] as anchors, and as candidates (behind the stop-gradient, if there is one)."""
-    contrast, (N, P, C) = self.style.contrast, x_NxPxC.shape
+    contrast, (N, P, C) = self.style.heads.contrast, x_NxPxC.shape
     assert contrast
     features = _norm(self.style, 'head', x_NxPxC.reshape(N, P, self.groups, -1), weight_N)
     linear = layers.Linear(layers.dense, (C, contrast.projections), (contrast.projections,), C, self.style.init,
@@ -244,11 +243,6 @@ class MixerSpec:
   style: Style
   classes: int
 
-  @property
-  def head_outputs(self) -> int:
-    """Outputs of local heads."""
-    return self.classes if self.style.contrast is None else self.style.contrast.projections
-
 
 class LocalMixer(nn.Module):
   """The network end to end.
@@ -282,7 +276,7 @@ class LocalMixer(nn.Module):
       stack = nn.scan(LocalBlock, variable_axes={name: 0 for name in COLLECTIONS}, split_rngs={'params': True},
                       in_axes=(nn.broadcast, nn.broadcast), length=run.count)
       block = (stack if run.spec.stacked else LocalBlock)(
-          run.spec, self.spec.style, self.spec.head_outputs, self.cut, name=run.name)
+          run.spec, self.spec.style, self.spec.classes, self.cut, name=run.name)
       x, local[run.name] = block(x, targets, weight_B)
     if self.project:
       local['head'] = Projection(self.spec.style, self.spec.runs[-1].spec.groups, name='head')(x, weight_B)

@@ -8,8 +8,7 @@ from typing import Any
 import jax
 
 from lfg_jax.estimators.taps import tap
-from lfg_jax.losses.heads import local_losses
-from lfg_jax.losses.info_nce import Contrast
+from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.replicated import Cut
 from lfg_jax.losses.staged import Stack, StagedModel, Variables
 from lfg_jax.losses.targets import Targets
@@ -20,19 +19,25 @@ DEFAULTS: dict[str, Any] = {'blocks': 3, 'channels': 256, 'groups': 8}
 TAPS = ('hidden', 'out')
 
 
-def make(fields: dict[str, Any], images: Images, contrast: Contrast | None = None,
-         fused: bool = True, project: bool = False) -> StagedModel:
-  """The model for images of some data set; see `registry.Model`."""
+def make(fields: dict[str, Any], images: Images, heads: Heads = Heads(), project: bool = False
+         ) -> StagedModel:
+  """The model for images of some data set; see `registry.Model`.
+
+  Fields:
+    blocks: how many, the stem among them.
+    channels: of every layer.
+    groups: of channels, each with losses of its own.
+  """
   C, G, inputs = fields['channels'], fields['groups'], images.size
   check_divides(G, 'channels', C)
   check_range('blocks', fields['blocks'], 1)
-  outputs = contrast.projections if contrast else images.classes
+  contrast = heads.contrast
 
   def init_block(key: jax.Array, inputs: int) -> Any:
     first, second, head = jax.random.split(key, 3)
     return {'hidden': functional.init(first, (inputs, C), (C,), inputs),
             'out': functional.init(second, (G, C // G, C // G), (G, C // G), C // G),
-            'head': functional.init_head(head, G, C // G, outputs, contrast)}
+            'head': functional.init_head(head, heads, G, C // G, images.classes)}
 
   def init(key: jax.Array) -> Variables:
     stem, blocks, readout, head = jax.random.split(key, 4)
@@ -54,9 +59,8 @@ def make(fields: dict[str, Any], images: Images, contrast: Contrast | None = Non
     y = functional.affine(layers.grouped, params['out'], h, feedback.get('out'))
     y = layers.layer_norm(tap(y, f'{name}/out', local_axes=local_axes))
     y = jax.nn.relu(y)
-    losses = None if cut is None else local_losses(
-        layers.layer_norm(y), params['head'], targets, cut, contrast=contrast, fused=fused,
-        feedback_GxCxK=feedback.get('head', {}).get('kernel'))
+    losses = None if cut is None else heads.losses(
+        layers.layer_norm(y), params['head'], targets, cut, feedback.get('head'))
     return y.reshape(*x_Bx1xC.shape[:2], C), losses, {}
 
   grouped = 2 * C * C // G
@@ -70,4 +74,4 @@ def make(fields: dict[str, Any], images: Images, contrast: Contrast | None = Non
       group_axis=lambda path, credit: 0 if path[0] == 'out' else None, contrast=contrast,
       project=functional.projection(contrast) if contrast and project else None,
       variant=lambda train=True, fused=True, project=False: make(
-          fields, images, contrast, fused, project))
+          fields, images, heads._replace(fused=fused), project))

@@ -5,15 +5,14 @@ for a field that may be None), `TAPS`, names of its taps, and `make`, see `Model
 """
 
 import importlib
-import importlib.util
-import pathlib
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from lfg_jax import user_files
 from lfg_jax.errors import UserError
-from lfg_jax.losses.info_nce import Contrast
+from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.staged import StagedModel
 
 MODELS = {'mixer': 'local_mixer', 'mlp': 'mlp', 'resnet': 'resnet'}
@@ -45,9 +44,10 @@ class Model(Protocol):
   DEFAULTS: dict[str, Any]
   TAPS: tuple[str, ...]
 
-  def make(self, fields: dict[str, Any], images: Images, contrast: Contrast | None = None
-           ) -> StagedModel:
+  def make(self, fields: dict[str, Any], images: Images, heads: Heads) -> StagedModel:
     """The staged model with these fields, which have the types of the defaults.
+
+    Its docstring may have a list `Fields:` that explains them, which `--help` shows.
 
     Raises:
       ValueError: one line, for a value that is not allowed, which it calls 'model.FIELD'.
@@ -68,20 +68,8 @@ def find(name: str, path: str | None = None) -> Model:
       raise UserError(f'model.name is {name!r}; allowed: {", ".join(MODELS)}, or a file of your '
                       'own: --config.model.module=FILE.py')
     return importlib.import_module(f'lfg_jax.models.{MODELS[name]}')    # type: ignore[return-value]
-  if '\0' in path or not path.endswith('.py') or not pathlib.Path(path).is_file():
-    raise UserError(f'model.module is {path!r}; allowed: a Python file that exists')
-  spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-  assert spec and spec.loader
-  module: Any = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-  except Exception as error:    # whatever the user's file raises
-    reason = ' '.join(str(error).split())
-    raise UserError(f'model.module {path}: {type(error).__name__}: {reason}') from error
-  for part in ('DEFAULTS', 'TAPS', 'make'):
-    if not hasattr(module, part):
-      raise UserError(f'model.module {path} has no {part}; it needs DEFAULTS, TAPS and make')
-  return module
+  own: Any = user_files.load('model.module', path, ('DEFAULTS', 'TAPS', 'make'))
+  return own
 
 
 def pixels(image_BxHxWxC: jax.Array, images: Images) -> jax.Array:

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.estimators.taps import tap
-from lfg_jax.losses.heads import local_losses
-from lfg_jax.losses.info_nce import Contrast
+from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.replicated import Cut
 from lfg_jax.losses.staged import Block, Stack, StagedModel, Variables
 from lfg_jax.losses.targets import Targets
@@ -28,14 +27,21 @@ DEFAULTS: dict[str, Any] = {'stages': (1, 1, 1), 'channels': 16, 'groups': 4, 'p
 TAPS = ('first', 'second')
 
 
-def make(fields: dict[str, Any], images: Images, contrast: Contrast | None = None,
-         fused: bool = True, project: bool = False) -> StagedModel:
-  """The model for images of some data set; see `registry.Model`."""
+def make(fields: dict[str, Any], images: Images, heads: Heads = Heads(), project: bool = False
+         ) -> StagedModel:
+  """The model for images of some data set; see `registry.Model`.
+
+  Fields:
+    stages: blocks in each of them.
+    channels: of the first stage.
+    groups: of channels, each normalised by itself and with losses of its own.
+    patches: rows and columns of patches that have losses of their own.
+  """
   _check(fields, images)
   G, side = fields['groups'], fields['patches']
-  outputs = contrast.projections if contrast else images.classes
+  contrast = heads.contrast
   shapes = list(_shapes(fields, images))
-  new_block = functools.partial(_block, G, side, contrast, fused)
+  new_block = functools.partial(_block, G, side, heads)
   stacks = tuple(
       Stack(name, count, new_block(stride), name.startswith('rest'), _flop(height, C, D, stride))
       for name, count, height, C, D, stride in shapes)
@@ -44,7 +50,7 @@ def make(fields: dict[str, Any], images: Images, contrast: Contrast | None = Non
     *keys, readout, head = jax.random.split(key, len(shapes) + 2)
     params: Variables = {}
     for k, (name, count, _, C, D, _) in zip(keys, shapes, strict=True):
-      one = functools.partial(_init_block, C=C, D=D, G=G, outputs=outputs, contrast=contrast)
+      one = functools.partial(_init_block, C=C, D=D, G=G, classes=images.classes, heads=heads)
       params[name] = functional.stacked(one, k, count) if name.startswith('rest') else one(k)
     D = shapes[-1][4]
     params['readout'] = {'linear': functional.init(
@@ -58,7 +64,7 @@ def make(fields: dict[str, Any], images: Images, contrast: Contrast | None = Non
 
   def variant(*, train: bool = True, fused: bool = True, project: bool = False) -> StagedModel:
     del train    # no running statistics
-    return make(fields, images, contrast, fused, project)
+    return make(fields, images, heads._replace(fused=fused), project)
 
   return StagedModel(
       stacks=stacks, init=init, prepare=functools.partial(pixels, images=images),
@@ -98,15 +104,14 @@ def _flop(height: int, C: int, D: int, stride: int) -> dict[str, int]:
   return {'first': 2 * 9 * positions * C * D, 'second': 2 * 9 * positions * D * D}
 
 
-def _init_block(key: jax.Array, C: int, D: int, G: int, outputs: int, contrast: Contrast | None
-                ) -> Any:
+def _init_block(key: jax.Array, C: int, D: int, G: int, classes: int, heads: Heads) -> Any:
   first, second, head = jax.random.split(key, 3)
   return {'first': functional.init(first, (3, 3, C, D), (D,), 9 * C, 'kaiming'),
           'second': functional.init(second, (3, 3, D, D), (D,), 9 * D, 'kaiming'),
-          'head': functional.init_head(head, G, D // G, outputs, contrast)}
+          'head': functional.init_head(head, heads, G, D // G, classes)}
 
 
-def _block(G: int, side: int, contrast: Contrast | None, fused: bool, stride: int) -> Block:
+def _block(G: int, side: int, heads: Heads, stride: int) -> Block:
   first, second = (functools.partial(layers.convolution, stride=s) for s in (stride, 1))
 
   def block(variables: Variables, x_BxHxWxC: jax.Array, targets: Targets, *, name: str,
@@ -121,9 +126,8 @@ def _block(G: int, side: int, contrast: Contrast | None, fused: bool, stride: in
     out = jax.nn.relu(y + _shortcut(x_BxHxWxC, y.shape[-1], stride))
     if cut is None:
       return out, None, {}
-    losses = local_losses(
-        layers.layer_norm(_patches(out, side, G)), params['head'], targets, cut, contrast=contrast,
-        fused=fused, feedback_GxCxK=feedback.get('head', {}).get('kernel'))
+    losses = heads.losses(layers.layer_norm(_patches(out, side, G)), params['head'], targets, cut,
+                          feedback.get('head'))
     return out, losses, {}
   return block
 

@@ -28,7 +28,8 @@ from lfg_jax.estimators.signature import GradFn, LossFn
 from lfg_jax.estimators.taps import Tap
 from lfg_jax.estimators.traced import Traced
 from lfg_jax.estimators.weight import weight_perturbation
-from lfg_jax.losses import staged
+from lfg_jax.losses import row_losses, staged
+from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.info_nce import VIEWS, Contrast
 from lfg_jax.losses.objectives import end_to_end, stage_by_stage
 from lfg_jax.losses.staged import StagedModel, Variables, in_block
@@ -36,7 +37,7 @@ from lfg_jax.losses.targets import Targets
 from lfg_jax.models import layers, registry
 from lfg_jax.models.registry import Images
 from lfg_jax.training import optimizers, timing
-from lfg_jax.training.rules import REGISTRY, Options, Rule
+from lfg_jax.training.rules import HEAD_FIELDS, REGISTRY, Options, Rule
 
 PyTree = Any
 
@@ -117,13 +118,18 @@ def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorit
     ValueError: one line naming the field, the value and what is allowed.
   """
   one_of('algorithm', config.algorithm, REGISTRY)
-  options = Options(**config.estimator, **config.losses, micro_batch=config.micro_batch)
+  options = Options.read(config)
+  row, own_loss, hidden = (config.losses[field] for field in HEAD_FIELDS)
   one_of('loss', config.loss, LOSSES)
+  row_loss = row_losses.find(row, own_loss, dataset.classes)
   contrast = _contrast(config.contrastive, axis_name) if config.loss == 'contrastive' else None
+  if contrast and row_loss is not row_losses.cross_entropy:
+    raise ValueError(f"losses.{f'module is {own_loss!r}' if own_loss else f'row is {row!r}'}, and "
+                     "loss='contrastive' compares rows; allowed: loss='supervised'")
   fields = dict(config.model)
   module = registry.find(fields.pop('name'), fields.pop('module'))
   images = Images(dataset.image_shape, dataset.classes, dataset.mean, dataset.std, axis_name)
-  model = module.make(fields, images, contrast)
+  model = module.make(fields, images, Heads(row_loss, hidden, contrast))
   views = functools.partial(augmentation.views, min_area=config.contrastive.min_area)
   return compose(REGISTRY[config.algorithm], options, model, axis_name, views)
 
@@ -237,8 +243,8 @@ def build_estimator(rule: Rule, options: Options, model: StagedModel, axis_name:
   shared = weight if options.sharing == 'paper' else options.sharing == 'shared'
   contrast = model.contrast
   rows = VIEWS if contrast and contrast.shared_views else 1
-  sampling = Sampling(tangents.LAWS[options.law], options.passes, shared, axis_name, options.chunk or None,
-                      options.combine, part, rows)
+  sampling = Sampling(tangents.find(options.law, options.module), options.passes, shared, axis_name,
+                      options.chunk or None, options.combine, part, rows)
   derivative = finite_difference(options.step) if rule.finite else jvp_derivative
   if weight:
     group_axis = functools.partial(_group_axis, model, options.credit) if rule.cut else lambda path: None

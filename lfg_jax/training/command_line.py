@@ -4,6 +4,7 @@ import argparse
 import ast
 import copy
 import difflib
+import itertools
 import pathlib
 import re
 import sys
@@ -24,12 +25,17 @@ class Parser(argparse.ArgumentParser):
     super().__init__(description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
+  def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    """Keeps the arguments, which `--help`, one of them, must know."""
+    self._arguments = list(args or ())
+    return super().parse_known_args(args, namespace)
+
   def format_help(self) -> str:
-    """With the config's fields, where the program has a config."""
+    """With the config's fields, those of the chosen model, where the program has a config."""
     text = super().format_help()
     if '--config' not in self._option_string_actions:
       return text
-    return f'{text}\n{fields.table()}'
+    return f'{text}\n{fields.table(_with_model(configs.base(), self._arguments))}'
 
   def error(self, message: str) -> NoReturn:
     """Called by argparse, which else prints the usage and exits."""
@@ -79,7 +85,7 @@ def override(config: ConfigDict, arguments: list[str], known: Iterable[str] = ()
     if match:
       dotted, text = match.groups()
       node, field = _find(config, dotted)
-      if text and text.lower() == 'none' and configs.may_be_none(dotted):
+      if text and text.lower() == 'none' and configs.may_be_none(dotted, config):
         open_fields.append(dotted)
         continue
       if text is not None and node.get_type(field) is tuple:
@@ -99,12 +105,12 @@ def override(config: ConfigDict, arguments: list[str], known: Iterable[str] = ()
   return values.config
 
 
-def _with_model(config: ConfigDict, arguments: Iterable[str]) -> ConfigDict:
+def _with_model(config: ConfigDict, arguments: list[str]) -> ConfigDict:
   """The config with the fields of the model that flags choose, of which others may speak."""
   chosen: dict[str, str] = {}
-  for argument in arguments:
-    if match := re.fullmatch(r'--?config\.model\.(name|module)=(.*)', argument, re.DOTALL):
-      chosen[match[1]] = match[2]
+  for argument, following in itertools.pairwise([*arguments, '']):
+    if match := re.fullmatch(r'--?config\.model\.(name|module)(?:=(.*))?', argument, re.DOTALL):
+      chosen[match[1]] = following if match[2] is None else match[2]
   module = chosen.get('module', config.model.module)
   module = None if module is None or module.lower() == 'none' else module
   name = pathlib.Path(module).stem if module else chosen.get('name', config.model.name)

@@ -24,19 +24,21 @@ from lfg_jax.training import optimizers, profiling
 def base() -> ConfigDict:
   """All fields, with their defaults.
 
-  The docstrings of `rules.Options` explain those of estimator and losses, `sizes.mixer_spec` and `mixer.Style` those
-  of the mixer, `model_fields` those that every model has, `info_nce.Contrast` those of the contrastive loss. What is
-  left is explained here; `--help` prints all.
+  The docstrings of `rules.Options` explain those of estimator and losses, a model's `make` its own (`sizes.mixer_spec`
+  and `mixer.Style` those of the mixer), `model_fields` those that every model has, `info_nce.Contrast` those of the
+  contrastive loss. What is left is explained here; `--help` prints all.
 
   Attributes:
     algorithm: a rule of the paper or ours, of `rules.REGISTRY`.
     loss: 'supervised' or 'contrastive'. With the latter a batch has two views of each of its images.
-    dataset: 'digits', 'mnist', 'fashion_mnist', 'cifar10' or 'imagenet2012'.
+    dataset: 'digits', 'mnist', 'fashion_mnist', 'cifar10', 'imagenet2012', or another name of TFDS.
     data_dir: where the data sets are; None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
     image_size: height and width of streamed images; None: the data set's own.
     images: how many to train on, the first so many; None: all.
     workers: processes that read and decode a stream; 0: threads.
     init_from: folder of a run whose parameters are the first; None: random ones.
+    row: what local heads learn: 'cross_entropy', 'squared_error' or 'margin'; the read-out learns the cross-entropy.
+    head_hidden: channels of a hidden layer in every local head; 0: none, heads are linear.
     min_area: of a view's crop, as a part of the image's.
     name: 'sgd', 'adam', 'adamw' or 'lars'.
     learning_rate: the highest, after the warm-up.
@@ -65,16 +67,18 @@ def base() -> ConfigDict:
       'algorithm': 'LG-FG-A',
       'loss': 'supervised',
       'dataset': 'digits',
+      'data': {'module': config_dict.placeholder(str)},
       'data_dir': config_dict.placeholder(str),
       'image_size': config_dict.placeholder(int),
       'images': config_dict.placeholder(int),
       'workers': 0,
       'init_from': config_dict.placeholder(str),
       'model': model_fields('mixer'),
-      'losses': {'patch': True, 'group': True, 'every': 1, 'overlap': False},
+      'losses': {'row': 'cross_entropy', 'module': config_dict.placeholder(str), 'head_hidden': 0,
+                 'patch': True, 'group': True, 'every': 1, 'overlap': False},
       'contrastive': {'temperature': 0.5, 'stop_gradient': True, 'shared_views': True, 'min_area': 0.08},
       'estimator': {
-          'law': 'hadamard', 'passes': 1, 'chunk': 4, 'combine': 'mean',
+          'law': 'hadamard', 'module': config_dict.placeholder(str), 'passes': 1, 'chunk': 4, 'combine': 'mean',
           'taps': 'auto', 'last_tap': 'auto', 'guess': 'auto', 'guess_rate': 3e-3,
           'tap_passes': dict.fromkeys(registry.find('mixer').TAPS, 0),
           'sharing': 'paper', 'credit': 'exact', 'step': 1e-3,
@@ -142,8 +146,16 @@ def _base_of(config: ConfigDict) -> ConfigDict:
   return wanted
 
 
-def may_be_none(field: str) -> bool:
-  """Whether a field, by its dotted name, may be left open."""
+def may_be_none(field: str, config: ConfigDict) -> bool:
+  """Whether a field, by its dotted name, may be left open in a config with this model.
+
+  >>> may_be_none('model.hidden', base()), may_be_none('model.size', base())
+  (True, False)
+  """
+  part, _, name = field.partition('.')
+  if part == 'model' and name != 'module':
+    defaults = registry.find(config.model.name, config.model.module).DEFAULTS
+    return isinstance(defaults.get(name), type)
   return dict(flatten(base())).get(field, 0) is None
 
 
@@ -161,7 +173,7 @@ _RANGES: dict[str, tuple[Any, str]] = {
     'lost_after': _from(2),
     'profile': (lambda v: v is None or profiling.steps_of(v) is not None, 'FIRST:LAST, steps from 1; None'),
     'image_size': (lambda v: v is None or v >= 1, '1 or more, None'),
-    **dict.fromkeys(('seed', 'workers', 'optimizer.weight_decay', 'optimizer.warmup_epochs',
+    **dict.fromkeys(('seed', 'workers', 'losses.head_hidden', 'optimizer.weight_decay', 'optimizer.warmup_epochs',
                      'optimizer.readout_multiplier', 'optimizer.head_multiplier'), _from(0)),
     **dict.fromkeys(('optimizer.learning_rate', 'optimizer.staircase_factor'),
                     (lambda v: 0 < v < math.inf, 'more than 0')),

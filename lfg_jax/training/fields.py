@@ -5,15 +5,17 @@ import re
 import textwrap
 from typing import Any
 
-from lfg_jax.losses import info_nce
-from lfg_jax.models import mixer, sizes
+from ml_collections import ConfigDict
+
+from lfg_jax.data import datasets
+from lfg_jax.losses import info_nce, row_losses
+from lfg_jax.models import registry
 from lfg_jax.training import configs, rules
 
 # Who explains the fields of a part of the config; what they do not explain, `configs.base` does.
 EXPLAINED: dict[str, tuple[Any, ...]] = {
-    'model': (sizes.mixer_spec, mixer.Style, configs.model_fields),
-    'losses': (rules.Options,), 'estimator': (rules.Options,),
-    'contrastive': (info_nce.Contrast,),
+    'data': (datasets.load,), 'losses': (rules.Options, row_losses.find),
+    'estimator': (rules.Options,), 'contrastive': (info_nce.Contrast,),
 }
 _ENTRY = re.compile(r'^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)', re.M)
 
@@ -29,24 +31,26 @@ def explained(thing: Any) -> dict[str, str]:
           for names, entry in _ENTRY.findall(text) for name in names.split(', ')}
 
 
-def meanings() -> dict[str, str]:
+def meanings(config: ConfigDict) -> dict[str, str]:
   """By dotted name; a tap's number of passes is explained with the others'."""
   found, rest = {}, explained(configs.base)
+  module = registry.find(config.model.name, config.model.module)
+  of_model = (*getattr(module, 'EXPLAINED', (module.make,)), configs.model_fields)
   known = {part: {name: text for thing in things for name, text in explained(thing).items()}
-           for part, things in EXPLAINED.items()}
-  for dotted, _ in configs.flatten(configs.base()):
+           for part, things in {**EXPLAINED, 'model': of_model}.items()}
+  for dotted, _ in configs.flatten(config):
     part, _, name = dotted.partition('.')
     texts = {**rest, **known.get(part, {})} if name else rest
     found[dotted] = texts.get((name or part).partition('.')[0], '')
   return found
 
 
-def table(width: int = 100) -> str:
-  """All fields with defaults and meanings, as text for `--help`."""
+def table(config: ConfigDict, width: int = 100) -> str:
+  """All fields of a config with their values, its defaults, and meanings, as text for `--help`."""
   lines = ['config fields, as --config.FIELD=VALUE (defaults are of configs.base(); '
            'a config file may set others, which', '--print_config shows):']
-  texts = meanings()
-  for field, default in configs.flatten(configs.base()):
+  texts = meanings(config)
+  for field, default in configs.flatten(config):
     lines.append(f'  {field} = {_shown(default)}')
     lines += textwrap.wrap(texts[field], width, initial_indent=' ' * 6, subsequent_indent=' ' * 6)
   return '\n'.join(lines) + '\n'

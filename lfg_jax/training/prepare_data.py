@@ -7,6 +7,7 @@ ImageNet cannot be downloaded: put ILSVRC2012_img_train.tar and ILSVRC2012_img_v
 https://image-net.org/download-images, after registration) in the folder that --manual_dir names.
 """
 
+import difflib
 import importlib.util
 import pathlib
 
@@ -20,7 +21,12 @@ TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
 
 
 def check(dataset: str, manual_dir: str | None) -> None:
-  """Raises UserError when something is missing that the user has to provide."""
+  """Raises UserError for an unknown name, or something missing that the user has to provide."""
+  known = tfds.list_builders(with_community_datasets=False)
+  if dataset not in known:
+    near = difflib.get_close_matches(dataset, known, 1)
+    hint = f'did you mean {near[0]}? ' if near else ''
+    raise UserError(f'--dataset is {dataset!r}; {hint}allowed: names of TFDS')
   if dataset == 'imagenet2012':
     missing = [tar for tar in TARS if not manual_dir or not (pathlib.Path(manual_dir) / tar).exists()]
     if missing:
@@ -33,7 +39,8 @@ def check(dataset: str, manual_dir: str | None) -> None:
 def main(arguments: list[str]) -> None:
   """Prepares one data set."""
   parser = command_line.Parser(description=__doc__)
-  parser.add_argument('--dataset', choices=list(data.TFDS), required=True)
+  parser.add_argument('--dataset', required=True,
+                      help=f'{", ".join(data.TFDS)}, or another name of TFDS')
   parser.add_argument('--data_dir', help='where to; default: $TFDS_DATA_DIR or ~/tensorflow_datasets')
   parser.add_argument('--manual_dir', help='where the two tar files of ImageNet are')
   given = parser.parse_args(arguments)

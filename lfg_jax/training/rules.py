@@ -56,12 +56,16 @@ REGISTRY: dict[str, Rule] = {
 }
 
 
+HEAD_FIELDS = ('row', 'module', 'head_hidden')    # of config.losses: what heads are, and learn
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Fields of config.estimator and config.losses.
+  """Fields of config.estimator, and those of config.losses that say how losses are cut.
 
   Attributes:
     law: name of a tangent law, of `tangents.LAWS`.
+    module: a Python file with a `law` of your own; None: the one of that name.
     passes: tangents per step.
     chunk: how many of them are in memory at once; 0: all, which takes more memory and, on CPUs, more time.
     combine: 'mean' of the passes, or 'projection' on their span; see `sampling.combine`.
@@ -85,6 +89,7 @@ class Options:
     micro_batch: most examples whose gradients are computed at once; 0: what suits the machine, see `parts`.
   """
   law: str = 'hadamard'
+  module: str | None = None
   passes: int = 1
   chunk: int = 4
   combine: str = 'mean'
@@ -103,7 +108,7 @@ class Options:
   micro_batch: int = 0
 
   def __post_init__(self) -> None:
-    one_of('estimator.law', self.law, tangents.LAWS)
+    tangents.find(self.law, self.module)
     one_of('estimator.sharing', self.sharing, ('paper', 'shared', 'independent'))
     one_of('estimator.combine', self.combine, COMBINATIONS)
     one_of('estimator.taps', self.taps, ('auto', 'joint', 'separate'))
@@ -119,6 +124,12 @@ class Options:
         raise ValueError(f'estimator.{field} is {number!r}; allowed: more than 0')
     if self.overlap and self.every > 1:
       raise ValueError(f'losses.overlap=True and losses.every={self.every} exclude each other; allowed: one of them')
+
+  @classmethod
+  def read(cls, config: Any, **changes: Any) -> 'Options':
+    """Those of a config, with changes."""
+    cuts = {field: value for field, value in config.losses.items() if field not in HEAD_FIELDS}
+    return cls(**{**config.estimator, **cuts, 'micro_batch': config.micro_batch, **changes})
 
   @property
   def cut(self) -> Cut:

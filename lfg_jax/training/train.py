@@ -76,8 +76,9 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
     if config.distributed:
       processes.connect(lost_after=config.lost_after)
     stage_plan.check_devices(config, jax.device_count())
-    dataset = dataset or data.load(config.dataset, data_dir=config.data_dir, image_size=config.image_size,
-                                   seed=config.seed, whole_images=config.loss == 'contrastive',
+    dataset = dataset or data.load(config.dataset, module=config.data.module, data_dir=config.data_dir,
+                                   image_size=config.image_size, seed=config.seed,
+                                   whole_images=config.loss == 'contrastive',
                                    workers=config.workers)
     algorithm = algorithms.make(config, dataset, update.AXIS)
     stage_plan.check(config, algorithm.made_of)
@@ -109,7 +110,9 @@ def load(workdir: pathlib.Path, data_dir: str | None = None) -> tuple[Job, Train
     UserError: the folder has no run, or no checkpoint.
   """
   config = configs.base()
-  stored = {name: tuple(value) if isinstance(value, list) else value for name, value in folders.stored(workdir).items()}
+  stored: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
+                            for name, value in folders.stored(workdir).items()}
+  configs.use_model(config, stored['model.name'], stored['model.module'])
   config.update_from_flattened_dict({**stored, **({'data_dir': data_dir} if data_dir else {}), 'stages': 1})
   job = prepare(config)
   state = build(job)[1]

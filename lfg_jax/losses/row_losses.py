@@ -1,0 +1,93 @@
+"""Row losses: what a local head learns, by name or from a file of one's own.
+
+A row loss is `row_loss(outputs_BxK, targets) -> losses_B`: outputs of a head, one row per example,
+and what is known of the examples. The loss of a row depends on that row's outputs only. Its
+derivative is JAX's own, and `lfg_jax.losses.replicated` replicates it for nothing.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lfg_jax import user_files
+from lfg_jax.errors import one_of
+from lfg_jax.losses.targets import Targets
+
+RowLoss = Callable[[jax.Array, Targets], jax.Array]
+
+
+def cross_entropy(outputs_BxK: jax.Array, targets: Targets) -> jax.Array:
+  """[B] cross-entropy of the softmax with integer labels, in nats.
+
+  >>> targets = Targets(jnp.array([1]), jnp.ones(1))
+  >>> round(cross_entropy(jnp.zeros((1, 10)), targets).item(), 4)
+  2.3026
+  """
+  return optax.softmax_cross_entropy_with_integer_labels(outputs_BxK, targets.label_B)
+
+
+def squared_error(outputs_BxK: jax.Array, targets: Targets) -> jax.Array:
+  """[B] half of the squared distance to the one-hot label, no unit.
+
+  >>> squared_error(jnp.array([[0., 3.]]), Targets(jnp.array([1]), jnp.ones(1))).tolist()
+  [2.0]
+  """
+  return 0.5 * ((outputs_BxK - _one_hot(outputs_BxK, targets))**2).sum(-1)
+
+
+def margin(outputs_BxK: jax.Array, targets: Targets) -> jax.Array:
+  """[B] by how much the best wrong class comes within 1 of the right one (Crammer, Singer 2001).
+
+  >>> targets = Targets(jnp.ones(2, int), jnp.ones(2))
+  >>> margin(jnp.array([[0., 3., 2.5], [0., 3., 1.]]), targets).tolist()
+  [0.5, 0.0]
+  """
+  label_BxK = _one_hot(outputs_BxK, targets)
+  right_B = (outputs_BxK * label_BxK).sum(-1)
+  return jax.nn.relu((outputs_BxK + 1 - label_BxK).max(-1) - right_B)
+
+
+def _one_hot(outputs_BxK: jax.Array, targets: Targets) -> jax.Array:
+  return jax.nn.one_hot(targets.label_B, outputs_BxK.shape[-1], dtype=outputs_BxK.dtype)
+
+
+ROW_LOSSES: dict[str, RowLoss] = {
+    'cross_entropy': cross_entropy, 'squared_error': squared_error, 'margin': margin}
+
+
+def find(row: str, module: str | None = None, outputs: int = 10) -> RowLoss:
+  """The row loss of a name, or a file's own.
+
+  Args:
+    row: one of `ROW_LOSSES`.
+    module: a Python file with a `row_loss` of your own; None: the one of that name.
+    outputs: of a head, K.
+
+  Raises:
+    ValueError, UserError: no such loss or file; or the file's does not give one loss per row.
+
+  >>> find('margin') is margin
+  True
+  """
+  if module is None:
+    one_of('losses.row', row, ROW_LOSSES)
+    return ROW_LOSSES[row]
+  row_loss: RowLoss = user_files.load('losses.module', module, ('row_loss',)).row_loss
+  _check(f'losses.module {module}', row_loss, outputs)
+  return row_loss
+
+
+def _check(what: str, row_loss: RowLoss, outputs: int) -> None:
+  """Raises ValueError unless three rows of outputs have a loss each, of themselves alone."""
+  outputs_3xK = jnp.linspace(-1, 1, 3 * outputs).reshape(3, outputs)
+  targets = Targets(jnp.arange(3) % outputs, jnp.full(3, 1 / 3))
+  with user_files.mistakes(what):
+    slopes = jax.jacobian(lambda x: row_loss(x, targets))(outputs_3xK)
+  if slopes.shape != (3, 3, outputs):
+    raise ValueError(f'{what}: row_loss gives a loss of shape {slopes.shape[:-2]} for outputs '
+                     f'(3, {outputs}); allowed: (3,), one for each row')
+  if jnp.where(jnp.eye(3, dtype=bool)[..., None], 0, slopes).any():
+    raise ValueError(f'{what}: row_loss lets the loss of a row depend on other rows; allowed: on '
+                     'its own outputs only')

@@ -1,0 +1,59 @@
+"""A user's own parts, each in a Python file outside the package."""
+
+import contextlib
+import functools
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+from lfg_jax.errors import UserError
+
+
+def load(field: str, path: str, needs: tuple[str, ...]) -> ModuleType:
+  """The module in a file. It is run once, and again only when the file has changed.
+
+  Args:
+    field: of the config, that names the file.
+    path: of the file.
+    needs: names that the module must have.
+
+  Raises:
+    UserError: one line: there is no such file, what went wrong in it, or what it lacks.
+
+  >>> load('losses.module', 'nowhere.py', ())
+  Traceback (most recent call last):
+  lfg_jax.errors.UserError: losses.module is 'nowhere.py'; allowed: a Python file that exists
+  """
+  if '\0' in path or not path.endswith('.py') or not pathlib.Path(path).is_file():
+    raise UserError(f'{field} is {path!r}; allowed: a Python file that exists')
+  with mistakes(f'{field} {path}'):
+    file = pathlib.Path(path).resolve()
+    module = _run(file, file.read_bytes())
+  for name in needs:
+    if not hasattr(module, name):
+      raise UserError(f'{field} {path} has no {name}; it needs {", ".join(needs)}')
+  return module
+
+
+@contextlib.contextmanager
+def mistakes(what: str) -> Iterator[None]:
+  """Whatever the user's code raises, as a `UserError` of one line that begins with `what`."""
+  try:
+    yield
+  except Exception as error:
+    reason = ' '.join(str(error).split())
+    raise UserError(f'{what}: {type(error).__name__}: {reason}') from error
+
+
+@functools.cache
+def _run(file: pathlib.Path, content: bytes) -> ModuleType:
+  """Only programs that change their files while they run hold more than one of a file."""
+  del content
+  spec = importlib.util.spec_from_file_location(f'user_file.{file.stem}', file)
+  assert spec and spec.loader
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module    # dataclasses look there for the names in their annotations
+  spec.loader.exec_module(module)
+  return module
