@@ -29,7 +29,7 @@ from lfg_jax.losses.targets import Targets
 from lfg_jax.models import local_mixer
 from lfg_jax.models.mixer import TAPS, Run
 from lfg_jax.models.sizes import mixer_spec, parse, patches
-from lfg_jax.training import algorithms
+from lfg_jax.training import algorithms, rule_estimators
 from lfg_jax.training.rules import REGISTRY, Options
 
 PyTree = Any
@@ -127,7 +127,7 @@ class Bench:
   def errors(self, variant: Variant) -> Callable[[Variables, PyTree, jax.Array], PyTree]:
     """`(variables, exact, keys [N]) -> {layer: {what: [N]}}`: errors of a draw for every key."""
     options = variant.options(self.config, self.model)
-    estimator = algorithms.build_estimator(REGISTRY[RULE], options, self.model, None, {})
+    estimator = rule_estimators.build_estimator(REGISTRY[RULE], options, self.model, None, {})
     stages = greedy(_recording(estimator), self.model, options.cut)
 
     def one(variables: Variables, exact: PyTree, key: jax.Array) -> PyTree:

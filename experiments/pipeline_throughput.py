@@ -119,7 +119,7 @@ def work(options: argparse.Namespace) -> None:
   dataset = facts._replace(train=split, test=split)
   algorithm = algorithms.make(config, dataset, update.AXIS)
   job = train.Job(config, dataset, algorithm, update.make_mesh(config.stages))
-  functions, state = train.build(job)
+  functions, state = train.build(*job)
   state = functions.begin(state)
   for line in itertools.chain(['compile'], iter(sys.stdin.readline, '')):
     begin = time.perf_counter()

@@ -157,7 +157,7 @@ class Training:
 
   def __init__(self, job: train.Job, options: argparse.Namespace) -> None:
     self.interval, self.strictest = options.interval, options.thresholds[-1] / 100
-    self.functions, state = train.build(job)
+    self.functions, state = train.build(*job)
     error = self.functions.test_error(state)
     self.state = self.functions.begin(state)
     self.total = options.max_epochs * self.functions.feed.steps

@@ -30,11 +30,11 @@ def compiled_once(monkeypatch):
   """Runs that differ in their number of epochs only, at a constant rate, share what is compiled."""
   original = train.build
 
-  def build(job):
-    fields = {**dict(configs.flatten(job.config)), 'init_from': None}
-    key = str({**fields, 'epochs': None} if job.config.optimizer.schedule == 'constant' else fields)
+  def build(config, *made):
+    fields = {**dict(configs.flatten(config)), 'init_from': None}
+    key = str({**fields, 'epochs': None} if config.optimizer.schedule == 'constant' else fields)
     if key not in COMPILED:
-      COMPILED[key] = original(job)
+      COMPILED[key] = original(config, *made)
     functions, begin = COMPILED[key]
     return functions, jax.tree.map(jnp.copy, begin)    # a step takes over its memory
 

@@ -12,31 +12,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from lfg_jax.data import augmentation
 from lfg_jax.data.datasets import Batch, Dataset
 from lfg_jax.errors import one_of
 from lfg_jax.estimators import parts, tangents
-from lfg_jax.estimators.activity import activity_perturbation
-from lfg_jax.estimators.boundary import Estimator, exact_behind
-from lfg_jax.estimators.derivatives import Derivative, finite_difference, jvp_derivative
-from lfg_jax.estimators.feedback import backprop, direct_feedback
-from lfg_jax.estimators.parts import WHOLE, Part
-from lfg_jax.estimators.sampling import Sampling
-from lfg_jax.estimators.signature import GradFn, LossFn
+from lfg_jax.estimators.boundary import Estimator
+from lfg_jax.estimators.parts import Part
 from lfg_jax.estimators.taps import Tap
 from lfg_jax.estimators.traced import Traced
-from lfg_jax.estimators.weight import weight_perturbation
 from lfg_jax.losses import row_losses, staged
 from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.info_nce import VIEWS, Contrast
 from lfg_jax.losses.objectives import end_to_end, stage_by_stage
-from lfg_jax.losses.staged import StagedModel, Variables, in_block
+from lfg_jax.losses.staged import StagedModel, Variables
 from lfg_jax.losses.targets import Targets
 from lfg_jax.models import layers, registry
 from lfg_jax.models.registry import Images
 from lfg_jax.training import optimizers, timing
+from lfg_jax.training.rule_estimators import build_estimator
 from lfg_jax.training.rules import HEAD_FIELDS, REGISTRY, Options, Rule
 
 PyTree = Any
@@ -234,57 +229,6 @@ def _check(rule: Rule, options: Options, model: StagedModel) -> None:
 def _depends_on_others(model: StagedModel) -> bool:
   """Whether the losses of one example depend on others, so that a batch is more than its parts."""
   return model.mixes_examples or model.contrast is not None
-
-
-def build_estimator(rule: Rule, options: Options, model: StagedModel, axis_name: str | None,
-                    variables: dict[str, PyTree], part: Part = WHOLE) -> Estimator:
-  """The rule's estimator, `(fun, learned) -> grad_fn`."""
-  weight = rule.estimator == 'weight'
-  shared = weight if options.sharing == 'paper' else options.sharing == 'shared'
-  contrast = model.contrast
-  rows = VIEWS if contrast and contrast.shared_views else 1
-  sampling = Sampling(tangents.find(options.law, options.module), options.passes, shared, axis_name,
-                      options.chunk or None, options.combine, part, rows)
-  derivative = finite_difference(options.step) if rule.finite else jvp_derivative
-  if weight:
-    group_axis = functools.partial(_group_axis, model, options.credit) if rule.cut else lambda path: None
-    return _never_guessed(functools.partial(weight_perturbation, sampling=sampling, derivative=derivative,
-                                            is_exact=_under_a_loss, group_axis=group_axis))
-  if rule.estimator == 'activity':
-    return _activity_estimator(options, model, sampling, derivative)
-  if rule.estimator == 'direct_feedback':
-    matrices = flatten_dict(variables['feedback'], sep='/')
-    return _never_guessed(functools.partial(direct_feedback, matrices=matrices))
-  return _never_guessed(backprop)
-
-
-def _never_guessed(estimator: Callable[[LossFn], GradFn]) -> Estimator:
-  return lambda fun, _: estimator(fun)
-
-
-def _activity_estimator(options: Options, model: StagedModel, sampling: Sampling, derivative: Derivative) -> Estimator:
-  own_passes = {tap: n for tap, n in options.tap_passes.items() if n}
-  passes_of = lambda name: own_passes.get(in_block(name), options.passes)
-  activity = functools.partial(
-      activity_perturbation, sampling=sampling, derivative=derivative, separate=options.taps == 'separate',
-      passes_of=passes_of if own_passes else None,
-      is_guessed=lambda name: in_block(name) in options.guessed_taps(model))
-  if options.last_tap == 'perturbed' or not model.boundary:
-    return functools.partial(activity, is_perturbed=lambda name: in_block(name) in model.taps)
-  boundary, behind = (f'last/{tap}' for tap in model.boundary)    # of the block under a stage's losses
-  before = functools.partial(activity, is_perturbed=lambda name: in_block(name) in model.taps and name != behind)
-  return functools.partial(exact_behind, estimator=before, is_boundary=boundary.__eq__)
-
-
-def _under_a_loss(path: tuple) -> bool:
-  """Heads and the read-out: one linear layer under its loss, whose exact gradient needs no backprop."""
-  return any(p.key in ('head', 'readout') for p in path)
-
-
-def _group_axis(model: StagedModel, credit: str, path: tuple) -> int | None:
-  """The axis of a weight that runs over groups with losses of their own; see `weight_perturbation`."""
-  stage, *rest = (part.key for part in path)
-  return model.group_axis(tuple(rest), credit) if stage == 'last' else None
 
 
 def _guess_weights(params: PyTree, model: StagedModel, guessed: tuple[str, ...]) -> PyTree:

@@ -7,7 +7,6 @@ import collections
 import pathlib
 import signal
 import time
-from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -23,8 +22,6 @@ from lfg_jax.errors import UserError, as_user_errors
 from lfg_jax.training import (
   algorithms,
   configs,
-  optimizers,
-  pipeline,
   processes,
   profiling,
   run_log,
@@ -36,11 +33,11 @@ from lfg_jax.training import (
 from lfg_jax.training import workdir as folders
 from lfg_jax.training.checkpoints import Checkpoints
 from lfg_jax.training.clock import Clock
+from lfg_jax.training.functions import Functions, State, build
 from lfg_jax.training.profiling import Trace
 from lfg_jax.training.run_log import RunLog
-from lfg_jax.training.update import Feed, TrainState
+from lfg_jax.training.update import TrainState
 
-State = Any    # TrainState, in stages PipelineState
 REFRESH_SECONDS = 1.0    # between looks at the running state, which wait for the device
 IN_FLIGHT = 2            # most dispatches that are not done
 
@@ -115,7 +112,7 @@ def load(workdir: pathlib.Path, data_dir: str | None = None) -> tuple[Job, Train
   configs.use_model(config, stored['model.name'], stored['model.module'])
   config.update_from_flattened_dict({**stored, **({'data_dir': data_dir} if data_dir else {}), 'stages': 1})
   job = prepare(config)
-  state = build(job)[1]
+  state = build(*job)[1]
   with Checkpoints(workdir / 'checkpoints', config.keep) as checkpoints:
     restored = checkpoints.restore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
   if restored is None:
@@ -173,7 +170,7 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _train(job: Job, workdir: pathlib.Path, clock: Clock) -> dict[str, Any]:
   """In a folder that is claimed."""
-  functions, state = build(job)
+  functions, state = build(*job)
   config, active = job.config, processes.is_first()
   with Checkpoints(workdir / 'checkpoints', config.keep) as checkpoints, processes.losses():
     with clock.on('checkpoints'):
@@ -201,46 +198,6 @@ class Watch(NamedTuple):
   log: RunLog
   signals: Signals
   trace: Trace
-
-
-class Functions(NamedTuple):
-  """What a run does again and again.
-
-  Attributes:
-    feed: the training data.
-    steps: `(state, how many, inputs of the feed) -> state`.
-    test_error: `TrainState -> float`.
-    begin: `TrainState -> state`, what `steps` go on from: in stages every device has a part of it.
-    finish: `(state, inputs) -> state` with all steps done that have begun.
-    whole: `state -> TrainState`, after `finish`.
-  """
-  feed: Feed
-  steps: Callable[[State, int, tuple], State]
-  test_error: Callable[[TrainState], float]
-  begin: Callable[[TrainState], State] = lambda state: state
-  finish: Callable[[State, tuple], State] = lambda state, inputs: state
-  whole: Callable[[State], TrainState] = lambda state: state
-
-
-def build(job: Job) -> tuple[Functions, TrainState]:
-  """Jitted functions of a run, and its state before the first step."""
-  config, dataset, algorithm, mesh = job
-  init_key, order_key, noise_key = jax.random.split(jax.random.key(config.seed), 3)
-  feed = update.make_feed(dataset.train, mesh, config.batch_size, order_key, at_once=config.steps_per_dispatch)
-  rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs, config.batch_size)
-  optimizer = optimizers.make(config.optimizer, rate)
-  flat = update.flat(mesh)
-  whole_rows = -(-config.batch_size // flat.size) * flat.size
-  test_error = update.make_error(algorithm, flat, update.make_feed(dataset.test, flat, whole_rows))
-  state = update.init_state(algorithm, optimizer, init_key, mesh)
-  if config.stages > 1:
-    spans = stage_plan.spans(algorithm.made_of, config.stages)
-    stages = pipeline.make(algorithm, optimizer, mesh, feed, spans, state,
-                           update.batch_like(dataset.image_shape, config.batch_size))
-    return Functions(feed, lambda state, count, inputs: stages.steps(state, noise_key, count, inputs), test_error,
-                     stages.begin, lambda state, inputs: stages.finish(state, noise_key, inputs), stages.whole), state
-  step = update.make_update(algorithm, optimizer, mesh, feed)
-  return Functions(feed, lambda state, count, inputs: step(state, noise_key, count, *inputs), test_error), state
 
 
 def _epochs(config: ConfigDict, functions: Functions, state: State, checkpoints: Checkpoints,

@@ -1,0 +1,55 @@
+"""What a run does again and again, jitted: steps, one after the other or in stages, and the test error."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lfg_jax.data import Dataset
+from lfg_jax.training import optimizers, pipeline, stage_plan, update
+from lfg_jax.training.algorithms import Algorithm
+from lfg_jax.training.update import Feed, TrainState
+
+State = Any    # TrainState, in stages PipelineState
+
+
+class Functions(NamedTuple):
+  """What a run does again and again.
+
+  Attributes:
+    feed: the training data.
+    steps: `(state, how many, inputs of the feed) -> state`.
+    test_error: `TrainState -> float`.
+    begin: `TrainState -> state`, what `steps` go on from: in stages every device has a part of it.
+    finish: `(state, inputs) -> state` with all steps done that have begun.
+    whole: `state -> TrainState`, after `finish`.
+  """
+  feed: Feed
+  steps: Callable[[State, int, tuple], State]
+  test_error: Callable[[TrainState], float]
+  begin: Callable[[TrainState], State] = lambda state: state
+  finish: Callable[[State, tuple], State] = lambda state, inputs: state
+  whole: Callable[[State], TrainState] = lambda state: state
+
+
+def build(config: ConfigDict, dataset: Dataset, algorithm: Algorithm, mesh: Mesh
+          ) -> tuple[Functions, TrainState]:
+  """Jitted functions of a run, and its state before the first step."""
+  init_key, order_key, noise_key = jax.random.split(jax.random.key(config.seed), 3)
+  feed = update.make_feed(dataset.train, mesh, config.batch_size, order_key, at_once=config.steps_per_dispatch)
+  rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs, config.batch_size)
+  optimizer = optimizers.make(config.optimizer, rate)
+  flat = update.flat(mesh)
+  whole_rows = -(-config.batch_size // flat.size) * flat.size
+  test_error = update.make_error(algorithm, flat, update.make_feed(dataset.test, flat, whole_rows))
+  state = update.init_state(algorithm, optimizer, init_key, mesh)
+  if config.stages > 1:
+    spans = stage_plan.spans(algorithm.made_of, config.stages)
+    stages = pipeline.make(algorithm, optimizer, mesh, feed, spans, state,
+                           update.batch_like(dataset.image_shape, config.batch_size))
+    return Functions(feed, lambda state, count, inputs: stages.steps(state, noise_key, count, inputs), test_error,
+                     stages.begin, lambda state, inputs: stages.finish(state, noise_key, inputs), stages.whole), state
+  step = update.make_update(algorithm, optimizer, mesh, feed)
+  return Functions(feed, lambda state, count, inputs: step(state, noise_key, count, *inputs), test_error), state
