@@ -106,7 +106,7 @@ def work(options: argparse.Namespace) -> None:
   if options.way == 'limit':
     steps //= 2
   else:
-    processes.connect(options.coordinator, 2, options.process)
+    processes.connect(processes.Place(options.coordinator, 2, options.process))
   config = config_of(options, options.way)
   facts = dry_run.images_of(config)
   keys = jax.random.split(jax.random.key(0))

@@ -57,6 +57,13 @@ def test_an_abort_for_a_lost_process_is_one_line():
 
 
 @pytest.mark.slow
+def test_a_child_that_has_told_and_is_aborted_is_one_line():
+  work = f"from lfg_jax.errors import UserError; guard.tell(UserError('lost')); {abort(FATAL)}"
+  code, _, errors, _ = guarded(work)
+  assert (code, errors) == (LOST, ['-c: lost'])
+
+
+@pytest.mark.slow
 def test_an_abort_for_another_reason_keeps_its_text():
   code, _, errors, _ = guarded(abort('F1127 04:59:12.2  25584 cholesky.cc:80] Check failed\nmore\n'))
   assert code == 128 + 6

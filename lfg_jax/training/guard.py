@@ -23,6 +23,7 @@ _RECORD = re.compile(r'[IWEF]\d{4} [\d:.]+ +\d+ ([\w.]+):\d+\] ')
 _SERVICE = re.compile(r'coordination_|preemption_|client\.h|service\.cc|distributed')
 _MISSING = re.compile(r'unhealthy \(stopped sending heartbeats\):\s*([\d, ]+)')
 _POLL_SECONDS = 0.1
+_LAST = '\x02'    # begins a child's last line
 
 
 def guard(numbers: Sequence[int | None], grace: float) -> int | None:
@@ -73,12 +74,14 @@ class Text(threading.Thread):
   Attributes:
     hidden: those records.
     held: what is to be shown if the child fails in its own way; empty when it is shown at once.
+    told: whether the child has said its last line, and needs none from its guard.
   """
 
   def __init__(self, pipe: int, *, shown: bool) -> None:
     super().__init__(daemon=True)
     self.hidden: list[str] = []
     self.held: list[str] = []
+    self.told = False
     self._pipe, self._shown = pipe, shown
     self.start()
 
@@ -87,6 +90,10 @@ class Text(threading.Thread):
     hides = False
     with os.fdopen(self._pipe, errors='replace') as lines:
       for line in lines:
+        if line.startswith(_LAST):
+          self.told = True
+          self._show(line.removeprefix(_LAST))
+          continue
         if match := _RECORD.match(line):
           hides = bool(_SERVICE.search(match[1]))
         if hides:
@@ -168,14 +175,24 @@ def _code(child: Child, code: int) -> int:
   name = 'a process' if child.number is None else f'process {child.number}'
   number = signal.Signals(-code)
   lost = lost_by(''.join(child.text.hidden))
-  if number == signal.SIGABRT and lost:
-    complain(UserError(f'{name} lost another one ({lost}); {GOES_ON}'))
-    return LOST
-  complain(UserError(f'{name} was ended by {number.name}; {GOES_ON}'))
-  return 128 + number
+  is_lost = number == signal.SIGABRT and lost
+  if not child.text.told:
+    end = f'lost another one ({lost})' if is_lost else f'was ended by {number.name}'
+    complain(UserError(f'{name} {end}; {GOES_ON}'))
+  return LOST if is_lost else 128 + number
 
 
 def complain(error: UserError) -> int:
   """Prints a program's last line; returns its exit code."""
-  print(f'{pathlib.Path(sys.argv[0]).name}: {error}', file=sys.stderr)
+  print(_line(error), file=sys.stderr)
   return error.exit_code
+
+
+def tell(error: UserError) -> int:
+  """A child's `complain`, by way of its guard: JAX may end the child before it has ended itself."""
+  os.write(2, f'{_LAST}{_line(error)}\n'.encode())
+  return error.exit_code
+
+
+def _line(error: UserError) -> str:
+  return f'{pathlib.Path(sys.argv[0]).name}: {error}'

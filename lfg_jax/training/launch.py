@@ -63,7 +63,7 @@ def run(work: Callable[[], None]) -> NoReturn:
   try:
     work()
   except UserError as error:
-    code = guard.complain(error)
+    code = guard.tell(error)
   except Exception:
     sys.excepthook(*sys.exc_info())    # type: ignore[arg-type]
     code = 1
