@@ -163,12 +163,12 @@ def test_tangents_of_all_taps_are_never_in_memory_together():
     of_key = value_and_activity_grad(fun, passes=passes, chunk=1)
     return lambda ws, x: of_key(ws, x, key=KEYS[5])[1]
 
-  backprop = temporaries(lambda fun: jax.grad(lambda ws, x: fun(ws, x).sum()), 32)
+  backprop = temporaries(lambda fun: jax.grad(lambda ws, x: fun(ws, x).sum()), 16)
   one, eight, sixteen = (
-    temporaries(functools.partial(estimate, passes=passes), 32) for passes in (1, 8, 16)
+    temporaries(functools.partial(estimate, passes=passes), 16) for passes in (1, 8, 16)
   )
-  assert one < 1.3 * backprop
-  assert eight < 1.3 * one
+  assert one < 1.5 * backprop
+  assert eight < 1.5 * one
   assert sixteen < 1.05 * eight
 
 
