@@ -20,7 +20,6 @@ import itertools
 import json
 import os
 import pathlib
-import socket
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from lfg_jax.training import (
   command_line,
   configs,
   dry_run,
+  launch,
   processes,
   rules,
   run_log,
@@ -157,9 +157,7 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, list
 
 def start(way: str, arguments: list[str]) -> list[subprocess.Popen]:
   """Two processes."""
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    address = f'localhost:{free.getsockname()[1]}'
+  address = launch.free_address()
   flags = os.environ.get('XLA_FLAGS', '').split()
   environment = {
     **os.environ,

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 from typing import Any
@@ -35,13 +34,6 @@ def start(script: str, *arguments: Any) -> subprocess.Popen:
   command = [sys.executable, ROOT / 'experiments' / script, *arguments]
   return subprocess.Popen([str(part) for part in command], env=environment, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True)
-
-
-def free_port() -> int:
-  """Of this machine."""
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    return free.getsockname()[1]
 
 
 def state(workdir: pathlib.Path, part: str | None = None) -> list[np.ndarray]:

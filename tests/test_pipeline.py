@@ -17,6 +17,7 @@ from lfg_jax.training import (
   algorithms,
   configs,
   hlo,
+  launch,
   optimizers,
   pipeline,
   run_log,
@@ -24,7 +25,7 @@ from lfg_jax.training import (
   train,
   update,
 )
-from tests.runs import FLAGS, STEPS, free_port, start, state, tiny
+from tests.runs import FLAGS, STEPS, start, state, tiny
 
 BATCH = 64
 MIXER = {'model__size': 'S/2/4', 'model__blocks': 4}
@@ -260,7 +261,7 @@ def test_batches_that_come_one_by_one():
 
 @pytest.mark.slow
 def test_two_processes_are_two_stages(tmp_path):
-  address = f'localhost:{free_port()}'
+  address = launch.free_address()
   flags = ['--config.algorithm=LG-BP', '--config.model.blocks=2', '--config.epochs=1', *FLAGS]
   both = [start('train.py', f'--workdir={tmp_path / "two"}', '--config.stages=2', f'--coordinator={address}',
                 '--processes=2', f'--process={i}', *flags) for i in range(2)]
