@@ -8,13 +8,15 @@ made of is in `estimators`. Networks that learn by local losses: `losses`, `mode
 import importlib
 from types import ModuleType
 
-from lfg_jax import estimators
+from lfg_jax import estimators, exact_sums
 from lfg_jax.estimators.activity_gradient import value_and_activity_grad
 from lfg_jax.estimators.diagnosis import diagnose
 from lfg_jax.estimators.forward_gradient import forward_grad, value_and_forward_grad
 from lfg_jax.estimators.marks import mark
 from lfg_jax.estimators.sampling import Sampling
 from lfg_jax.estimators.taps import tap
+
+exact_sums.ensure()
 
 __version__ = '0.1.0'
 _LATER = ('losses', 'models', 'data', 'training')

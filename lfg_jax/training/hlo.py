@@ -154,15 +154,13 @@ def _sent(instruction: Instruction, near: Mapping[str, Instruction]) -> dict[str
   kind = instruction.op.removesuffix('-start')
   if kind not in COLLECTIVES:
     return {}
-  payload = sum(size_bytes(near[name].shape) for name in instruction.operands)
-  group = _group(instruction.line)
-  if kind != 'collective-permute' and group == 1:
-    return {}
-  sent = {
-    'all-reduce': 2 * (group - 1) * payload // group,
-    'all-gather': (group - 1) * payload,
-    'collective-permute': payload,
-  }.get(kind, (group - 1) * payload // group)
+  payload = sent = sum(size_bytes(near[name].shape) for name in instruction.operands)
+  if kind != 'collective-permute':
+    group = _group(instruction.line)
+    if group == 1:
+      return {}
+    times = {'all-reduce': 2, 'all-gather': group}.get(kind, 1)
+    sent = times * (group - 1) * payload // group
   return {f'{kind} operations': 1, f'{kind} payload': payload, f'{kind} sent': sent}
 
 
@@ -171,11 +169,17 @@ def _group(line: str) -> int:
 
   >>> _group('replica_groups={{0,2},{1,3}}'), _group('replica_groups=[2,4]<=[8]')
   (2, 4)
+  >>> _group("replica_groups=mesh['data'=4,'stage'=2] {'data'}")    # as jax 0.11 writes it
+  4
   """
   if match := re.search(r'replica_groups=\[(\d+),(\d+)\]', line):
     return int(match[2])
-  match = re.search(r'replica_groups=\{\{([\d,]*)\}', line)
-  return len(match[1].split(',')) if match else 1
+  if match := re.search(r'replica_groups=\{\{([\d,]*)\}', line):
+    return len(match[1].split(','))
+  if match := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line):
+    axes = dict(axis.split('=') for axis in match[1].split(','))
+    return math.prod(int(axes[name.strip()]) for name in match[2].split(','))
+  raise ValueError(f'no groups of devices in {line}')
 
 
 def _products(instruction: Instruction, near: Mapping[str, Instruction]) -> dict[str, int]:
