@@ -5,16 +5,16 @@ mean of N draws does reveal a bias, if it is farther from the truth g than its o
 Two tests examine it. A bias is reported if either test exceeds `SIGMAS` standard deviations. (That
 is one false alarm in a million; a diagnosis makes two tests for every tap and every leaf.)
 
-*Along the gradient.* The scale <x, g>/|g|² has mean 1. Its standard error comes from the draws.
+*Along the gradient.* The scale x·g/|g|² has mean 1. Its standard error comes from the draws.
 This test is the more sensitive one for a signal that is too long or too short.
 
-*In any direction.* Over pairs n ≠ m of draws with errors e = x - g, the mean of <e_n, e_m> is an
+*In any direction.* Over pairs n ≠ m of draws with errors e = x - g, the mean of e_n·e_m is an
 unbiased estimate of |bias|², since different draws have independent noise. Without bias, its
 variance is 2 tr Σ²/N², where Σ is the covariance of a draw, and its distribution is that of a
 weighted sum of χ². Pearson's approximation by one χ² with ν = (tr Σ²)³/(tr Σ³)² degrees of freedom
 matches three moments; Wilson and Hilferty's cube root then converts it to standard deviations.
 Half-differences of draws, which have zero mean, give the traces: h and h' are independent with
-covariance Σ, so E<h, h'>² = tr Σ², and around triples E<h, h'><h', h''><h'', h> = tr Σ³.
+covariance Σ, so E(h·h')² = tr Σ², and around triples E (h·h')(h'·h'')(h''·h) = tr Σ³.
 
 All numbers are relative to g.
 """
@@ -35,7 +35,7 @@ class Draws(NamedTuple):
   """Statistics of N draws for G groups: each leaf, then all leaves that belong together.
 
   Attributes:
-    along: [N, G] <e, g>/|g|².
+    along: [N, G] e·g/|g|².
     squares: [N, G] |e|²/|g|².
     bias: [G] |bias|²/|g|², unbiased (it may be negative).
     traces: [2, G] tr Σ² and tr Σ³, for errors relative to |g|.
@@ -53,7 +53,7 @@ class Accuracy(NamedTuple):
 
   Attributes:
     name: of a tap, or of a leaf of the differentiated arguments.
-    cosine: for every K, E<x, g> / √(E|x|² |g|²).
+    cosine: for every K, E[x·g] / √(E|x|² |g|²).
     cosine_se: its standard error.
     error: for every K, E|x - g|² / |g|².
     error_se: its standard error.
@@ -61,7 +61,7 @@ class Accuracy(NamedTuple):
       1, the estimate's mean does not point along the gradient.
     noise: a, fitted.
     orthogonal: b, fitted for laws of orthogonal tangents (where it is about 1), else 0.
-    scale: E<x, g>/|g|² for the largest K; 1 without bias.
+    scale: E[x·g]/|g|² for the largest K; 1 without bias.
     scale_se: its standard error.
     bias: |E[x] - g|/|g| for the largest K, with the contribution of noise subtracted.
     sigmas: of the two tests for bias, along the gradient and in any direction.

@@ -21,7 +21,7 @@ class Diagnosis:
     signals: for every perturbed tap, the accuracy of its signal (its gradient estimate).
     gradients: the same for every leaf of the differentiated arguments.
     overall: the same for all leaves together.
-    refused: why `value_and_activity_grad` refuses the function as it is; None: it does not.
+    refused: why `value_and_activity_grad` refuses the function as it is; None if it does not.
   """
   num_tangents: tuple[int, ...]
   draws: int
