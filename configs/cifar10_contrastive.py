@@ -1,4 +1,4 @@
-"""CIFAR-10, contrastive: two augmented views, projection heads, a linear read-out trained on the side."""
+"""CIFAR-10, contrastive: two augmented views, projection heads, a linear read-out on the side."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,4 @@
-"""Fashion-MNIST, which is learnt as MNIST is."""
+"""Fashion-MNIST, trained like MNIST."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,4 @@
-"""ImageNet with the settings of Ren et al. 2023 for L/32/64, on one host of batch 256."""
+"""ImageNet with the settings of Ren et al. 2023 for L/32/64, on one host with batch size 256."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,4 @@
-"""ImageNet, contrastive, with the settings of Ren et al. 2023 for L/32/64 on 16 hosts of batch 128."""
+"""ImageNet, contrastive, with the settings of Ren et al. 2023 for L/32/64: 16 hosts × 128."""
 
 from ml_collections import ConfigDict
 

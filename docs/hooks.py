@@ -1,6 +1,6 @@
-"""Steps of the site's build: notebooks become pages, formulas become MathML.
+"""Steps of the site's build: notebooks become pages, formulas MathML, doctests blocks of code.
 
-Browsers draw MathML by themselves, so that the site needs no script for it and no network.
+Browsers draw MathML by themselves, so the site needs no script for it and no network.
 Notebooks are shown as they were stored; nothing is run.
 """
 
@@ -10,6 +10,7 @@ import pathlib
 import re
 from typing import Any
 
+import griffe
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
@@ -19,10 +20,21 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 # Bars and slashes, which would grow and stand apart like operators.
 BAR = re.compile('<mo(?: stretchy="false")?>(&#x0007C;|&#x02016;|&#x0002F;)</mo>')
 
+# Lines from a prompt to the next empty line.
+DOCTEST = re.compile(r'^>>> .*(?:\n.+)*', re.MULTILINE)
+
 # Code in a table may be broken between the parts of a path or name.
 CELL = re.compile(r'<td.*?</td>', re.DOTALL)
 CODE = re.compile(r'(?<=<code>)[^<]*(?=</code>)')
 BREAK = re.compile(r'(?=::)|(?<=/)|(?<=\w_)')
+
+
+class Doctests(griffe.Extension):
+  """Fences the examples of docstrings; Markdown would take their prompts for quotations."""
+
+  def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+    if obj.docstring:
+      obj.docstring.value = DOCTEST.sub(lambda lines: fenced('pycon', lines[0]), obj.docstring.value)
 
 
 def on_config(config: Any) -> None:

@@ -1,10 +1,12 @@
 """Two random views of every image, on the device: the augmentation of SimCLR and BYOL.
 
-(Chen et al. 2020, appendix A; Grill et al. 2020, appendix B.) A crop of random size and shape, perhaps flipped,
-with its colours jittered in random order or removed, blurred, solarised. Brightness, contrast and saturation blend
-with black, the image's mean grey and its grey image, as in Pillow and torchvision; hue turns in HSV.
+(Chen et al. 2020, appendix A; Grill et al. 2020, appendix B.) A view is a crop of random size and
+shape, with random flips, colour jitter in random order, greyscale, blur and solarisation.
+Brightness, contrast and saturation blend with black, the image's mean grey and its grey image, as
+in Pillow and torchvision; hue is rotated in HSV.
 
-All is per example, by a key of its own, under `jax.vmap` and `jax.jit`; images are float in [0, 1].
+Everything is per example, with its own key, under `jax.vmap` and `jax.jit`. Images are float in
+[0, 1].
 """
 
 import functools
@@ -22,7 +24,7 @@ BLUR_SIGMA = (0.1, 2.0)
 
 
 class Chances(NamedTuple):
-  """Probabilities of what is done to a view."""
+  """Probabilities of the changes to a view."""
   flip: float = 0.5
   jitter: float = 0.8
   grey: float = 0.2
@@ -38,8 +40,8 @@ def views(key_B: jax.Array, image_BxHxWxC: jax.Array, min_area: float = 0.08) ->
 
   Args:
     key_B: one for every image.
-    image_BxHxWxC: uint8, of three colours or one; grey images have just no colour to lose.
-    min_area: of a crop, as a part of the image's area.
+    image_BxHxWxC: uint8, with three colours or one.
+    min_area: the least area of a crop, as a fraction of the image's.
 
   Returns:
     float32 [2B, H, W, C] of pixels 0 … 255.
@@ -71,7 +73,8 @@ def one_view(key: jax.Array, image: jax.Array, min_area: float, chances: Chances
 def random_box(key: jax.Array, height: int, width: int, min_area: float) -> jax.Array:
   """(top, left, height, width) of a crop, uniform in area, log-uniform in aspect ratio.
 
-  The first of `streams.ATTEMPTS` draws that fits; the largest central one of an allowed ratio when none does.
+  It is the first of `streams.ATTEMPTS` draws that fits; if none fits, the largest central crop with
+  an allowed aspect ratio.
 
   >>> random_box(jax.random.key(0), 10, 100, 1.0).astype(int).tolist()
   [0, 43, 10, 13]
@@ -98,7 +101,7 @@ def crop(image: jax.Array, box: jax.Array) -> jax.Array:
 def jitter(key: jax.Array, image: jax.Array) -> jax.Array:
   """Brightness, contrast, saturation and hue, each once, in random order.
 
-  Under `jax.vmap` a choice evaluates all its branches: 16 cheap operations.
+  Under `jax.vmap`, a switch evaluates all its branches: 16 cheap operations.
   """
   order_key, *keys = jax.random.split(key, 5)
   uniform = lambda k, strength, centre: jax.random.uniform(k, minval=centre - strength, maxval=centre + strength)
@@ -127,14 +130,14 @@ def saturation(image: jax.Array, amount: jax.Array | float) -> jax.Array:
 
 
 def hue(image: jax.Array, amount: jax.Array | float) -> jax.Array:
-  """Turns the hue by a part of the full circle."""
+  """Rotates the hue by a fraction of the full circle."""
   with promotion.allowed():
     turned = dm_pix.adjust_hue(image, amount)
   return jnp.clip(turned, 0, 1)
 
 
 def grey(image: jax.Array) -> jax.Array:
-  """[H, W, 3], three equal channels of luma (ITU-R 601)."""
+  """[H, W, 3]: three equal channels of luma (ITU-R 601)."""
   return dm_pix.rgb_to_grayscale(image, keep_dims=True)
 
 
@@ -143,9 +146,10 @@ def _blend(a: jax.Array, b: jax.Array, amount: jax.Array | float) -> jax.Array:
 
 
 def blur(image: jax.Array, sigma: jax.Array | float) -> jax.Array:
-  """Gaussian blur; the kernel is a tenth of the image wide (odd, rounded up), the border is repeated.
+  """Gaussian blur with a kernel of a tenth of the image (odd, rounded up) and a repeated border.
 
-  A sum of shifted images: a convolution with a kernel for each image is slow on CPUs, and dm-pix has a black border.
+  It is a sum of shifted images: on CPUs, a convolution with one kernel per image is slow, and the
+  blur in dm-pix has a black border.
   """
   radius = image.shape[0] // 20
   weight_K = jnp.exp(-jnp.arange(-radius, radius + 1.0) ** 2 / (2 * sigma**2))

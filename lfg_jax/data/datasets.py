@@ -1,8 +1,9 @@
-"""Data sets by name: small ones as arrays that live on the device, ImageNet as a stream.
+"""Data sets by name: small ones as arrays on the device, ImageNet as a stream.
 
-`digits` is part of the package: the 1,797 8×8 images that scikit-learn has, the test part of "Optical
-Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998, UCI Machine Learning Repository,
-doi 10.24432/C50P49, CC BY 4.0). The others are TFDS data sets (see `prepared`), or a user's own.
+`digits` is part of the package: the 1,797 8×8 images from scikit-learn, which are the test part of
+"Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998, UCI Machine Learning
+Repository, doi 10.24432/C50P49, CC BY 4.0). The others are TFDS data sets (see `prepared`), or your
+own.
 """
 
 import importlib.resources
@@ -25,12 +26,12 @@ class Arrays(NamedTuple):
 
   @property
   def examples(self) -> int:
-    """How many there are."""
+    """Number of examples."""
     return len(self.label_N)
 
 
 class Dataset(NamedTuple):
-  """A data set with its per-channel statistics, in units where pixels are 0 … 1."""
+  """A data set with its per-channel statistics, for pixels 0 … 1."""
   name: str
   classes: int
   image_shape: tuple[int, int, int]
@@ -53,23 +54,25 @@ NAMES = ('digits', *TFDS)
 def load(name: str, *, module: str | None = None, data_dir: str | None = None,
          image_size: int | None = None, seed: int = 0, whole_images: bool = False,
          workers: int = 0) -> Dataset:
-  """A data set by name, or a file's own.
+  """A data set by name, or from a file.
 
   Args:
-    name: one of `NAMES`, or of any TFDS data set with images of one size and labels, whose
+    name: one of `NAMES`, or the name of any TFDS data set with labels and images of one size, whose
       statistics are then computed.
-    module: a Python file with a data set of your own, as `load(data_dir) -> Dataset` (see
-      `from_arrays`); None: the one of that name.
+    module: a Python file with your own data set, as `load(data_dir) -> Dataset` (see
+      `from_arrays`); None: the data set with that name.
     data_dir: where TFDS keeps its data sets; None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
     image_size: height and width of streamed images (224); arrays have their own.
-    seed: of a stream's order and crops; arrays are shuffled by `epoch_order`.
-    whole_images: a training stream crops no more than it must, because views are cropped on the device.
-    workers: processes that read a stream; 0: threads of this one.
+    seed: of a stream's order and crops; `epoch_order` shuffles arrays.
+    whole_images: whether a training stream crops as little as possible, because the device crops
+      the views.
+    workers: number of processes that read a stream; 0: threads of this process.
 
   Raises:
-    ValueError: unknown name, another image size than the arrays have, files without random access.
-    FileNotFoundError: the data set is not there; the message has the command that prepares it.
-    UserError: about a file of one's own.
+    ValueError: the name is unknown, the arrays have another image size, or the files do not allow
+      random access.
+    FileNotFoundError: the data set is not on disk; the message has the command that prepares it.
+    UserError: your own file has a mistake.
 
   >>> digits = load('digits')
   >>> digits.image_shape, digits.train.examples, digits.test.examples
@@ -113,7 +116,7 @@ def _imagenet(data_dir: str | None, image_size: int | None, seed: int, whole_ima
 def _prepared(name: str, data_dir: str | None) -> Dataset:
   builder = prepared.builder(name, data_dir, NAMES)
   facts = TFDS.get(name) or prepared.facts(builder)
-  # Both are looked for before any is read.
+  # Look for both before reading either.
   sources = [prepared.source(builder, split) for split in ('train', facts.test_split)]
   train, test = (prepared.arrays(source, facts) for source in sources)
   if facts.mean:
@@ -130,10 +133,10 @@ def from_arrays(name: str, train: Pair, test: Pair, classes: int | None = None) 
   Args:
     name: for summaries.
     train, test: images uint8 [N, H, W, C], pixels 0 … 255, and labels [N], integers from 0.
-    classes: None: as many as there are labels in `train`.
+    classes: number of classes; None: the largest label in `train`, plus 1.
 
   Raises:
-    ValueError: one line, for arrays that are not so.
+    ValueError: one line, for arrays of another form.
 
   >>> image, label = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3), np.array([0, 1])
   >>> mine = from_arrays('mine', (image, label), (image, label))
@@ -145,7 +148,7 @@ def from_arrays(name: str, train: Pair, test: Pair, classes: int | None = None) 
   splits = [_split(name, which, given, image.shape[1:], classes)
             for which, given in (('train', train), ('test', test))]
   mean_C = image.mean((0, 1, 2), dtype=np.float64)
-  # In place of np.std, which would hold all of it in eight times the memory.
+  # Not np.std, which would take eight times the memory of the images.
   square_C = np.einsum('nhwc,nhwc->c', image, image, dtype=np.float64, casting='safe')
   square_C = square_C / image[..., 0].size
   std_C = np.sqrt(np.maximum(square_C - mean_C**2, 0))
@@ -158,7 +161,7 @@ def from_arrays(name: str, train: Pair, test: Pair, classes: int | None = None) 
 
 
 def _split(name: str, which: str, given: Pair, shape: tuple[int, ...], classes: int) -> Arrays:
-  """The arrays of a split, if they are what `from_arrays` allows."""
+  """The arrays of a split, if `from_arrays` allows them."""
   image, label = map(np.asarray, given)
   what = f'dataset {name}: its {which} split has'
   if image.dtype != np.uint8 or image.ndim != 4 or not image.size or image.shape[1:] != shape:
@@ -173,7 +176,7 @@ def _split(name: str, which: str, given: Pair, shape: tuple[int, ...], classes: 
 
 
 def epoch_order(key: jax.Array, n: int, batch_size: int) -> jax.Array:
-  """A random permutation of 0 … n−1 cut into rows, int32 [steps, B]; the last row is filled up with −1.
+  """A random permutation of 0 … n−1 in rows, int32 [steps, B]; the last row is padded with −1.
 
   >>> sorted(epoch_order(jax.random.key(0), 5, 3).ravel().tolist())
   [-1, 0, 1, 2, 3, 4]
@@ -182,7 +185,7 @@ def epoch_order(key: jax.Array, n: int, batch_size: int) -> jax.Array:
 
 
 def sequential_order(n: int, batch_size: int) -> jax.Array:
-  """0 … n−1 cut into rows, int32 [steps, B]; the last row is filled up with −1.
+  """0 … n−1 in rows, int32 [steps, B]; the last row is padded with −1.
 
   >>> sequential_order(5, 3).tolist()
   [[0, 1, 2], [3, 4, -1]]
@@ -196,9 +199,10 @@ def _rows(order_N: jax.Array, batch_size: int) -> jax.Array:
 
 
 def take(arrays: Arrays, row_B: jax.Array) -> Batch:
-  """The examples that a row of an order names; all zeros where it is −1.
+  """The examples in a row of an order; zeros where the row is −1.
 
-  Pure, for use under jit and shard_map: with `arrays` on every device, `row_B` may be a device's part.
+  It is pure, for use under jit and shard_map: with `arrays` on every device, `row_B` may be a
+  device's part of the row.
 
   >>> arrays = Arrays(np.full((2, 1, 1, 1), 7, np.uint8), np.array([3, 4], np.int32))
   >>> batch = take(arrays, jnp.array([1, -1]))
@@ -213,7 +217,7 @@ def take(arrays: Arrays, row_B: jax.Array) -> Batch:
 
 
 def _digits() -> Dataset:
-  """Test: the 3rd, 8th, 13th … example of every class, 359 in all: a rule needs no random generator."""
+  """The digits. The test images are the 3rd, 8th, 13th … example of every class, 359 in all."""
   with (importlib.resources.files('lfg_jax.data') / 'digits.npz').open('rb') as file, np.load(file) as stored:
     image_Nx8x8, label_N = stored['image'], stored['label'].astype(np.int32)
   image_Nx8x8x1 = np.round(image_Nx8x8[..., None] * (255 / 16)).astype(np.uint8)    # stored as 0 … 16

@@ -10,11 +10,11 @@ from lfg_jax.data.streams import BadExample, Source, decode
 
 
 class Facts(NamedTuple):
-  """What is known of a data set.
+  """What is known about a data set.
 
   Attributes:
-    mean, std: per colour, where pixels are 0 … 1; none: to be computed.
-    test_split: name of the split that errors are measured on.
+    mean, std: per colour, for pixels 0 … 1; empty: to be computed.
+    test_split: name of the split on which errors are measured.
   """
   classes: int
   image_shape: tuple[int, int, int]
@@ -24,18 +24,19 @@ class Facts(NamedTuple):
 
 
 def builder(name: str, data_dir: str | None, known: tuple[str, ...]) -> Any:
-  """TFDS's builder of the newest version that is there.
+  """TFDS's builder for the newest version on disk.
 
-  Looks for the files itself: what is not there, TFDS tries to download for minutes.
+  This function looks for the files itself, because TFDS would try for minutes to download missing
+  ones.
 
   Args:
     name: of a data set.
     data_dir: where TFDS keeps its data sets; None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
-    known: names to tell of, where TFDS has no such name.
+    known: names to suggest if TFDS does not know `name`.
 
   Raises:
-    FileNotFoundError: it is not there; the message has the command that prepares it.
-    ValueError: nor does TFDS know the name.
+    FileNotFoundError: the data set is not on disk; the message has the command that prepares it.
+    ValueError: TFDS does not know the name either.
   """
   import tensorflow_datasets as tfds  # here: half a second that `digits` does without
 
@@ -60,11 +61,11 @@ def _command(name: str, place: Any) -> str:
 
 
 def source(builder: Any, split: str) -> Source:
-  """A split, images still encoded.
+  """A split, with images still encoded.
 
   Raises:
     FileNotFoundError: files are missing.
-    ValueError: they have no random access.
+    ValueError: the files do not allow random access.
   """
   import tensorflow_datasets as tfds
 
@@ -82,10 +83,10 @@ def source(builder: Any, split: str) -> Source:
 
 
 def facts(builder: Any) -> Facts:
-  """Of a data set of which only its files are known.
+  """The facts about a data set, from its files.
 
   Raises:
-    ValueError: it has no labelled images of one size, or nothing to test on.
+    ValueError: it lacks labelled images of one size, or a split to test on.
   """
   features, name = dict(builder.info.features.items()), builder.name
   image, label = (features.get(feature) for feature in ('image', 'label'))
@@ -106,12 +107,12 @@ def arrays(source: Any, facts: Facts) -> tuple[np.ndarray, np.ndarray]:
   """All images and labels of a source, decoded."""
   image_NxHxWxC = np.empty((len(source), *facts.image_shape), np.uint8)
   label_N = np.empty(len(source), np.int32)
-  # Read at once: twice as fast as one by one, and the encoded files are smaller than the arrays.
+  # Reading all at once is twice as fast, and the encoded files are smaller than the arrays.
   for i, example in enumerate(source.__getitems__(list(range(len(source))))):
     image, label_N[i] = decode(example, i, facts.classes)
     height, width, colours = facts.image_shape
     if image.size != (width, height):
       raise BadExample(f'example {i} has an image of {image.height}x{image.width}; allowed: '
                        f'{height}x{width}')
-    image_NxHxWxC[i] = np.asarray(image)[..., :colours]    # the three of a grey image are the same
+    image_NxHxWxC[i] = np.asarray(image)[..., :colours]    # grey images have three equal channels
   return image_NxHxWxC, label_N

@@ -1,7 +1,8 @@
 """Batches of a data set too large for memory: read, decoded and cropped on the host.
 
-A batch is a pure function of (seed, epoch, step), and an example's crop of (seed, epoch, index), so training
-that resumes at any step, on any number of processes, sees what it would have seen uninterrupted.
+A batch is a pure function of (seed, epoch, step), and an example's crop one of (seed, epoch,
+index). So training that resumes at any step, on any number of processes, sees the same data as
+without interruption.
 """
 
 import contextlib
@@ -21,21 +22,24 @@ from absl import flags
 from PIL import Image
 
 RATIO = (3 / 4, 4 / 3)    # width / height of a random crop
-CENTRE = 224 / 256        # side of the test crop, as a part of the image's short side
-WORKER_SECONDS = 30       # that a worker lives on after a SIGTERM, until the program sees its own
+CENTRE = 224 / 256        # side of the test crop, as a fraction of the image's short side
+WORKER_SECONDS = 30       # a worker's life after a SIGTERM, until the program handles its own
 Box = tuple[float, float, float, float]    # left, top, right, bottom
-ATTEMPTS = 10             # at a random box that fits, before the central one is taken
+ATTEMPTS = 10             # to find a random box that fits, before the central one is used
 
 
 class Batch(NamedTuple):
-  """Examples with weight 1, and padding with weight 0 that fills up the last batch of an epoch."""
+  """Examples with weight 1, and padding with weight 0 in the last batch of an epoch."""
   image: np.ndarray | jax.Array     # uint8 [B, H, W, C]
   label: np.ndarray | jax.Array     # int32 [B]
   weight: np.ndarray | jax.Array    # float32 [B]
 
 
 class Source(Protocol):
-  """Random access to examples: 'image' is a uint8 array [H, W, 3] or an encoded file, 'label' an integer."""
+  """Random access to examples with an 'image' and an integer 'label'.
+
+  The image is a uint8 array [H, W, 3] or an encoded file.
+  """
 
   def __len__(self) -> int: ...
 
@@ -43,7 +47,7 @@ class Source(Protocol):
 
 
 class BadExample(ValueError):
-  """An example that cannot be used; the message is one line, with its index in the source."""
+  """An unusable example; the message is one line and has the example's index in the source."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +55,16 @@ class Stream:
   """A split read from `source`.
 
   Attributes:
-    source: where the examples are.
-    image_size: height and width of the images given out.
-    train: shuffled, with random crops and flips; else in the order of `source`, with central crops.
-    min_area: of a random crop, as a part of the image's (0.3: ImageNet in Ren et al. 2023; 0.08: SimCLR).
+    source: the examples.
+    image_size: height and width of the returned images.
+    train: whether to shuffle, with random crops and flips; otherwise the order is that of `source`,
+      with central crops.
+    min_area: the least area of a random crop, as a fraction of the image's (0.3: ImageNet in Ren et
+      al. 2023; 0.08: SimCLR).
     seed: of shuffling, crops and flips.
-    threads: that read and decode, without workers.
-    workers: processes that do, each a batch at a time; 0: threads of this one.
+    threads: number of threads that read and decode, if there are no workers.
+    workers: number of processes that read and decode, each one batch at a time; 0: threads of this
+      process.
     classes: labels are 0 … classes − 1; None: any.
 
   >>> source = [{'image': np.full((20, 30, 3), i, np.uint8), 'label': i} for i in range(5)]
@@ -76,16 +83,16 @@ class Stream:
 
   @property
   def examples(self) -> int:
-    """How many there are."""
+    """Number of examples."""
     return len(self.source)
 
   def epoch(self, epoch: int, first_step: int, batch_size: int, process_index: int = 0,
             process_count: int = 1) -> Iterator[Batch]:
-    """Batches `first_step` … of an epoch that has every example exactly once.
+    """Batches of an epoch, from `first_step` on. An epoch has every example exactly once.
 
     Args:
-      epoch: number of the epoch, which decides order, crops and flips.
-      first_step: batches of the epoch to pass over, without reading them.
+      epoch: number of the epoch, which determines order, crops and flips.
+      first_step: number of batches to skip, without reading them.
       batch_size: of the global batch, B.
       process_index, process_count: this process gets the process_index-th of process_count equal,
         contiguous slices of every global batch.
@@ -103,7 +110,7 @@ class Stream:
     local = batch_size // process_count
     order = grain.MapDataset.range(self.examples)
     if self.train:
-      # A hash of both numbers: with grain's own seed + epoch, seeds 0 and 1 would share nearly all orders.
+      # A hash of both numbers: with seed + epoch, as in grain, seeds 0 and 1 would share orders.
       mixed, = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
       order = order.shuffle(seed=int(mixed))
 
@@ -117,14 +124,14 @@ class Stream:
     return iter(self._by_workers(slots, local) if self.workers else self._by_threads(slots, local))
 
   def _by_threads(self, slots: Any, batch_size: int) -> Any:
-    """Two batches ahead of the device."""
+    """Reads two batches ahead of the device."""
     import grain
     options = grain.ReadOptions(num_threads=self.threads,
                                 prefetch_buffer_size=max(2 * batch_size, self.threads))
     return slots.to_iter_dataset(options).batch(batch_size)
 
   def _by_workers(self, slots: Any, batch_size: int) -> Any:
-    """Each makes every so-manyth batch, and is one ahead."""
+    """With n workers, each makes every n-th batch, and is one ahead."""
     import grain
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()    # grain reads its own
@@ -133,7 +140,7 @@ class Stream:
     return slots.batch(batch_size).to_iter_dataset(alone).mp_prefetch(workers, _be_worker)
 
   def example(self, epoch: int, index: int) -> Batch:
-    """One example without a batch axis, cropped as it is in this epoch."""
+    """One example without a batch axis, cropped as in this epoch."""
     example = self.source[index]
     with _named(example, index, self.classes):
       picture, flip = _opened(example['image']), False
@@ -154,7 +161,7 @@ class Stream:
 
 
 def _be_worker(*_: int) -> None:
-  """Called in a worker: it ends with the program, not before, by Ctrl-C or a cluster's SIGTERM."""
+  """Called in a worker: makes it end with the program, not before by Ctrl-C or SIGTERM."""
   def end_with_parent() -> None:
     if parent := multiprocessing.parent_process():
       parent.join()
@@ -167,9 +174,10 @@ def _be_worker(*_: int) -> None:
 
 def random_box(rng: np.random.Generator, width: int, height: int,
                min_area: float) -> Box:
-  """(left, top, right, bottom) of a crop with a uniform area in [min_area, 1] and a log-uniform aspect ratio.
+  """(left, top, right, bottom) of a random crop.
 
-  The image's largest central box of an allowed ratio where no random one fits, as for a very long image.
+  Its area is uniform in [min_area, 1], its aspect ratio log-uniform. If no random box fits, as in a
+  very long image, it is the largest central box with an allowed ratio.
 
   >>> random_box(np.random.default_rng(0), 100, 10, 1.0)
   (43.5, 0.0, 56.5, 10.0)
@@ -185,8 +193,9 @@ def random_box(rng: np.random.Generator, width: int, height: int,
 
 
 def centre_box(width: int, height: int) -> Box:
-  """(left, top, right, bottom) of the square that is left of an image whose short side is scaled to 256 and
-  whose central 224×224 pixels are kept.
+  """(left, top, right, bottom) of the central square of an image.
+
+  It holds the central 224×224 pixels of the image, scaled so that its short side is 256.
 
   >>> centre_box(512, 256)
   (144.0, 16.0, 368.0, 240.0)
@@ -200,10 +209,11 @@ def _central(width: int, height: int, w: float, h: float) -> Box:
 
 
 def decode(example: Mapping[str, Any], index: int, classes: int | None = None) -> tuple[Image.Image, int]:
-  """The image in RGB, as some of ImageNet's files are grey, and the label.
+  """The image in RGB (some of ImageNet's files are grey), and the label.
 
   Raises:
-    BadExample: a file that is no image, or is cut short; an array that is no image; a label out of range.
+    BadExample: the file is not an image or is truncated, the array is not an image, or the label is
+      out of range.
   """
   with _named(example, index, classes):
     return _opened(example['image']).convert('RGB'), int(example['label'])
@@ -211,7 +221,7 @@ def decode(example: Mapping[str, Any], index: int, classes: int | None = None) -
 
 @contextlib.contextmanager
 def _named(example: Mapping[str, Any], index: int, classes: int | None) -> Iterator[None]:
-  """What goes wrong with an example's image, or its label, as a `BadExample`."""
+  """Turns errors about an example's image or label into a `BadExample`."""
   image, label = example['image'], int(example['label'])
   try:
     yield
@@ -225,15 +235,15 @@ def _named(example: Mapping[str, Any], index: int, classes: int | None) -> Itera
 
 
 def _opened(image: bytes | np.ndarray) -> Image.Image:
-  """Of a file, its pixels are not yet decoded."""
+  """The image; a file's pixels are not decoded yet."""
   return Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
 
 
 def cropped(picture: Image.Image, box: Box, size: int) -> Image.Image:
   """The box in RGB, scaled to size × size.
 
-  Cropping and scaling resample once. JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where
-  the box has at least `size` pixels a side then, which costs a fraction: what is left out are
+  Cropping and scaling resample only once. JPEG files are decoded at 1/2, 1/4 or 1/8 of their size
+  if the box then still has at least `size` pixels a side. That is much cheaper, and omits only
   frequencies that scaling would remove.
 
   >>> cropped(Image.new('L', (8, 4)), (0, 0, 4, 4), 2).getpixel((1, 1))

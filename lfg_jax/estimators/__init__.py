@@ -1,4 +1,4 @@
-"""Gradient estimators for any JAX function; they know no model, no data, no trainer.
+"""Gradient estimators for any JAX function, independent of models, data and trainer.
 
 In reading order: `signature`, `tangents`, `sampling`, `derivatives`; `weight` (equation 3); `taps`,
 `walk`, `traced`, `activity` (equation 4), `guesses`, `boundary`, `feedback`; the transformations

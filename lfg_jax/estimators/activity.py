@@ -28,36 +28,36 @@ def activity_perturbation(
     redraw: bool = False, trace: Callable[..., Traced] = Traced) -> GradFn:
   """g_a(w_ij) = x_i (∇z·u) u_j, with z the activity at a tap.
 
-  The loss's derivative along u, times u, is each tapped activity's signal; layers before the tap
-  are then differentiated locally. Signals are linear in that step, so K passes cost K forward
-  derivatives and one local one.
+  The signal of each tapped activity is u times the loss's derivative along u. The layers before
+  the tap are then differentiated locally. That step is linear in the signals, so K passes cost K
+  forward derivatives and one local one.
 
-  *Joint or separate.* With the tangents of all taps in one pass, the derivative is Σ_j g_j·u_j over
-  taps j, and the estimate of tap i has the squared error excess(d_i, K) |g_i|² + (d_i/K) Σ_{j≠i}
-  |g_j|² (see `tangents`, "Blocks"). Propagated by itself, a tap keeps the first term only, and
-  orthogonal laws with K = d_i are exact. It costs a derivative of what lies behind every tap,
-  instead of one of what lies behind the first; behind the last tap of a block lies no matrix
-  product.
+  *Joint or separate.* If all taps are perturbed in one pass, the derivative is Σ_j g_j·u_j over
+  taps j, and the estimate at tap i has the squared error excess(d_i, K) |g_i|² + (d_i/K) Σ_{j≠i}
+  |g_j|² (see `tangents`, "Blocks"). If each tap is perturbed separately, only the first term
+  remains, and orthogonal laws with K = d_i are exact. The price is one derivative of the
+  computation after every tap, instead of one after the first. After the last tap of a block, no
+  matrix product remains.
 
-  *Which taps.* A tap that is not perturbed is transparent: the reverse sweep's own cotangent passes
-  through it. That is exact, and reverse mode then reaches as far as to the perturbed taps before
-  it. Behind the last tap of a block with a local loss lie a norm, a ReLU and the head, of which the
-  last is learnt from its exact gradient in the paper too.
+  *Which taps.* A tap that is not perturbed is transparent: the exact cotangent passes through it,
+  and reverse mode reaches back to the perturbed taps before it. After the last tap of a block with
+  a local loss, only a norm, a ReLU and the head remain, and the head learns from its exact
+  gradient in the paper too.
 
-  *Guesses* of what the derivatives will say take noise out, and add no bias: see `guesses`.
+  *Guesses* of the derivatives remove noise and add no bias: see `guesses`.
 
   Args:
-    learned: a guess that learns; what it learns from is then in aux as 'guess_gradient'.
-    sampling: of every tap; `combine='projection'` takes taps one by one.
+    learned: a guess that learns; aux then holds its gradient as 'guess_gradient'.
+    sampling: for every tap; `combine='projection'` needs `separate`.
     derivative: `jvp_derivative` or `finite_difference(ε)`.
-    separate: whether each tap is perturbed by itself. (The taps of scanned layers are one tap.)
-    passes_of: with `separate`, the number of passes of a tap, by its name; by default those of
-      `sampling`. `variance.allocate` finds good ones.
-    is_perturbed: of a tap's name; the others let the exact signal pass.
-    guess: with `separate`, another guess of taps' gradients.
-    is_guessed: for which taps' names `learned` is a guess.
-    redraw: whether tangents are drawn twice, the second time when a layer's turn has come in the
-      reverse sweep, so that those of all taps are never in memory together.
+    separate: whether to perturb each tap separately. (The taps of scanned layers are one tap.)
+    passes_of: with `separate`, a function from a tap's name to its number of passes; default: that
+      of `sampling`. `variance.allocate` finds good numbers.
+    is_perturbed: which taps to perturb, by name; the others let the exact signal pass.
+    guess: with `separate`, another guess of the taps' gradients.
+    is_guessed: the taps that `learned` guesses, by name.
+    redraw: whether to draw tangents a second time when the reverse sweep reaches their layer, so
+      that the tangents of all taps are never in memory together.
     trace: makes the jaxpr of `fun`.
 
   >>> from lfg_jax.estimators.taps import tap
@@ -82,7 +82,7 @@ def activity_perturbation(
         raise ValueError(f'tap {name!r} influences the losses of other examples, and one tangent for '
                          'the whole batch cannot tell the examples apart; allowed: an independent '
                          'one for every example')
-    # Before any tangent is drawn, and without the key.
+    # Made before any tangent is drawn, and without the key.
     guessed: dict[str, jax.Array] = {}
     pull: Callable | None = None
     if learned:
@@ -122,7 +122,7 @@ def activity_perturbation(
 
 def check_options(sampling: Sampling, separate: bool, has_own_passes: bool, has_guess: bool
                   ) -> None:
-  """Raises ValueError for options of `activity_perturbation` that make no sense together."""
+  """Raises ValueError for options of `activity_perturbation` that contradict each other."""
   sampling.check()
   if sampling.combine == 'projection' and not separate:
     raise ValueError("combine='projection' takes the taps one by one; allowed: taps 'separate'")
@@ -143,7 +143,7 @@ def _check_guess(guessed: Mapping[str, jax.Array], taps: Mapping[str, Tap]) -> N
 
 def _slopes(evaluate: Callable, derivative: Derivative, sampling: Sampling, taps: Mapping[str, Tap],
             keys: Mapping[str, jax.Array]) -> Losses:
-  """Derivatives [K, ...] of the losses along tangents at taps that are perturbed together."""
+  """Derivatives [K, ...] of the losses along tangents at jointly perturbed taps."""
   draw = lambda passes: {name: draw_at_tap(sampling, keys[name], tap, passes)
                          for name, tap in taps.items()}
   shapes = jax.eval_shape(lambda: draw(Passes(1)))
@@ -154,7 +154,7 @@ def _slopes(evaluate: Callable, derivative: Derivative, sampling: Sampling, taps
 
 def _signal(sampling: Sampling, tap: Tap, key: jax.Array, slopes: Losses,
             guessed: jax.Array | None) -> jax.Array:
-  """The estimate of a tap's gradient less what was guessed, from the slopes along its tangents."""
+  """The estimate of a tap's gradient minus its guess, from the slopes along its tangents."""
   def part(passes: Passes) -> jax.Array:
     u_K = draw_at_tap(sampling, key, tap, passes)
     dL_K = jax.tree.map(lambda d: passes.of(d), slopes)
@@ -171,17 +171,17 @@ def _signal(sampling: Sampling, tap: Tap, key: jax.Array, slopes: Losses,
 
 def _guessed_slope(tap: Tap, guessed: jax.Array, u_K: jax.Array, axis_name: str | None
                    ) -> jax.Array:
-  """h·u of each tangent, [K, *1, B, ...]: over all that the tap's credit sums over."""
+  """h·u of each tangent, [K, *1, B, ...], summed over the axes that the tap's credit covers."""
   axes = (*range(1, 1 + tap.scanned), *range(1 + tap.scanned + tap.local_axes, u_K.ndim))
   dot_K = (guessed.astype(jnp.float32)[None] * u_K).sum(axes, keepdims=True)
   return jax.lax.psum(dot_K, axis_name) if tap.local_axes == 0 and axis_name else dot_K
 
 
 def draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap, passes: Passes) -> jax.Array:
-  """Tangents [K, *scan, B, ...] for a tap, or [K, *scan, 1, ...] when shared by the batch.
+  """Tangents [K, *scan, B, ...] for a tap, or [K, *scan, 1, ...] if shared by the batch.
 
-  Each index of the axes that the tap has in common with the losses (example, patch, group) has a
-  set of its own.
+  Each index of the axes that the tap shares with the losses (example, patch, group) has its own
+  set.
   """
   batch, *rest = tap.shape[tap.scanned:]
   own = rest[:max(tap.local_axes, 1) - 1]
@@ -198,10 +198,10 @@ def draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap, passes: Passes) ->
 
 
 def credit(tap: Tap, dL: Losses, axis_name: str | None = None) -> jax.Array:
-  """dL summed over the losses that the tapped activity influences, in a shape that fits it.
+  """dL summed over the losses that the tapped activity influences, in a matching shape.
 
   An activity that shares `local_axes` leading axes with the losses influences the entries at its
-  own indices; with none (batch norm), the losses of the whole global batch.
+  own indices; with 0 (batch norm), the losses of the whole global batch.
   """
   def one(d: jax.Array) -> jax.Array:
     summed = d.sum(tuple(range(tap.local_axes, d.ndim)))

@@ -1,12 +1,12 @@
-"""Activity perturbation for any JAX function: `value_and_activity_grad`, as `jax.value_and_grad`
+"""Activity perturbation for any JAX function: `value_and_activity_grad`, like `jax.value_and_grad`
 plus a key.
 
-The activities that are perturbed are those that the function names by `lfg_jax.tap`, or the outputs
-of the layers that `lfg_jax.mark` marks. Forward derivatives give every tap a signal, an unbiased
-estimate of its gradient, and the reverse sweep goes from tap to tap only. *Any* choice of taps
-gives an unbiased estimate of the parameters' gradient, since the sweep is linear in the signals; it
-decides how far reverse mode reaches. With a tap on every layer, each is differentiated by itself.
-With none it would be backprop.
+The perturbed activities are those named with `lfg_jax.tap`, or the outputs of layers marked with
+`lfg_jax.mark`. Forward derivatives give every tap a signal, an unbiased estimate of its gradient.
+The reverse sweep runs only from tap to tap. Because it is linear in the signals, *any* choice of
+taps gives an unbiased estimate of the parameters' gradient; the choice decides how far reverse mode
+reaches. With a tap on every layer, each layer is differentiated by itself. With no taps, it would
+be backprop.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -35,48 +35,48 @@ def value_and_activity_grad(
     tap_passes: Mapping[str, int] | None = None, taps: Taps = None,
     guess: Callable[..., Mapping[str, jax.Array]] | None = None, mixes_examples: bool | None = None,
     checkpoint_names: bool = False, axis_name: str | None = None) -> Callable:
-  """The mean loss and the estimate of its gradient, from forward derivatives at the taps of `fun`.
+  """The mean loss and an estimate of its gradient, from forward derivatives at the taps of `fun`.
 
-  The objective is the sum of all losses divided by the number of examples. `fun` is traced once, as
-  by `jax.jit`.
+  The objective is the sum of all losses divided by the number of examples. `fun` is traced once,
+  as with `jax.jit`.
 
   Args:
-    fun: returns losses, an array or a pytree of several, with examples on the first axis; with
-      `has_aux` a pair of losses and anything.
+    fun: returns losses, one array or a pytree of arrays, with examples on the first axis; with
+      `has_aux`, a pair of losses and anything.
     argnums: which positional arguments (pytrees of real floating-point arrays) to differentiate.
-    has_aux: see `jax.grad`; aux is that of the unperturbed evaluation.
-    law: of the tangents of each tap and example.
+    has_aux: see `jax.grad`; aux comes from the unperturbed evaluation.
+    law: the distribution of tangents, for each tap and example.
     passes: number of tangents, K.
-    chunk: how many are in memory at once (rounded down to a divisor of `passes`); None: all. Every
-      chunk evaluates what follows the taps again.
-    combination: 'mean', or with `separate` 'projection'; see `sampling.combine`.
+    chunk: how many tangents are in memory at once (rounded down to a divisor of `passes`); None:
+      all. Every chunk re-evaluates the computation after the taps.
+    combination: 'mean', or with `separate` also 'projection'; see `sampling.combine`.
     shared: one tangent for the whole batch instead of an independent one for every example.
-    separate: whether each tap is perturbed by itself; see `activity.activity_perturbation`.
-    tap_passes: with `separate`, numbers of passes for taps of these names; others have `passes`.
-    taps: names of taps, or a predicate of a name: those that are perturbed; None: all. The others
-      let the exact signal pass. A name stands for all calls with it, `name_1` for its second call.
+    separate: whether to perturb each tap separately; see `activity.activity_perturbation`.
+    tap_passes: with `separate`, numbers of passes by tap name; other taps have `passes`.
+    taps: which taps to perturb: names, or a predicate of a name; None: all. The others let the
+      exact signal pass. A name stands for all calls with it, `name_1` for the second call.
     guess: with `separate`, `(activities, *args, **kwargs) -> {name: h}`: guesses of the objective's
-      gradient at some taps from the activities {name: value}. Whatever it guesses, the estimate is
-      unbiased; see `guesses`.
+      gradient at some taps, from the activities {name: value}. The estimate is unbiased whatever
+      the guess; see `guesses`.
     mixes_examples: whether an activity may influence the losses of other examples, as before batch
-      norm in training; it is then credited with the losses of the whole batch. None: read from the
-      function's equations, for every tap; see `mixing`.
-    checkpoint_names: whether values named by `jax.ad_checkpoint.checkpoint_name` are taps too.
-    axis_name: mesh axis the batch is sharded over, in shard_map. The mean over devices of value and
-      gradient is then the same on any number of devices.
+      norm in training; it is then credited with the losses of the whole batch. None: read this
+      from the function's equations, for every tap; see `mixing`.
+    checkpoint_names: whether values named with `jax.ad_checkpoint.checkpoint_name` are taps too.
+    axis_name: in shard_map, the mesh axis over which the batch is sharded. The mean over devices
+      of value and gradient is then the same on any number of devices.
 
   Returns:
-    `(*args, key, **kwargs) -> (value, gradient)`, or `((value, aux), gradient)`; gradients as
-    `jax.grad` has them. `key` is for the tangents. If `fun` has a required parameter `key` too, it
-    gets a key of its own, split from this one; to choose it, give it by position, or bind it:
+    `(*args, key, **kwargs) -> (value, gradient)`, or `((value, aux), gradient)`; gradients are like
+    those of `jax.grad`. `key` is for the tangents. If `fun` also has a required parameter `key`, it
+    gets its own key, split from this one. To choose that key, pass it by position or bind it:
     `functools.partial(fun, key=...)`.
 
   Raises:
-    ValueError: there is no tap, or none of a given name; a tap is where it cannot be reached; a tap
-      or loss has no axis of examples; whether examples mix cannot be read; options do not fit
-      together.
-    TypeError: an argument or a loss is not real floating-point, or what follows a tap has no
-      forward derivative.
+    ValueError: there is no tap, or none with a given name; a tap cannot be reached; a tap or loss
+      has no example axis; the equations do not reveal whether examples mix; options contradict
+      each other.
+    TypeError: an argument or a loss is not real floating-point, or the computation after a tap has
+      no forward derivative.
 
   >>> from lfg_jax import tap
   >>> def losses(w, x, y):
@@ -124,12 +124,12 @@ def _mean_losses(of_point: Callable, has_aux: bool, static: Static) -> Callable:
 
 
 def _passes_of(traced: Traced, passes: int, tap_passes: Mapping[str, int]) -> Callable[[str], int]:
-  """The number of a tap's passes: its own, that of all calls with its name, or `passes`."""
+  """A tap's number of passes: its own, that of all calls with its name, or `passes`."""
   return lambda name: tap_passes.get(name, tap_passes.get(traced.calls[name], passes))
 
 
 def credited(traced: Traced, perturbed: list[str], mixes_examples: bool | None) -> None:
-  """Checks these taps' shapes, and sets `local_axes` to 0 where examples mix."""
+  """Checks the shapes of these taps, and sets `local_axes` to 0 where examples mix."""
   batch = _batch(traced.shape[0])
   for name in perturbed:
     tap = traced.taps[name]
@@ -147,8 +147,8 @@ def _mixes(traced: Traced, name: str, shape: tuple[int, ...]) -> bool:
   """Whether this tap influences the losses of other examples.
 
   Raises:
-    ValueError: it influences those of other parts of the example, against its `local_axes`, or
-      nothing is known.
+    ValueError: it influences those of other parts of the example, contrary to its `local_axes`, or
+      the equations do not reveal it.
   """
   tap, losses = traced.taps[name], jax.tree.leaves(traced.shape[0])
   is_seed, mixed = [other == name for other in traced.taps], False
@@ -172,7 +172,7 @@ def _mixes(traced: Traced, name: str, shape: tuple[int, ...]) -> bool:
 
 
 def perturbed_taps(traced: Traced, chosen: Taps, tap_passes: Mapping[str, int] | None) -> list[str]:
-  """Names of the taps that are perturbed."""
+  """Names of the perturbed taps."""
   names = {*traced.taps, *traced.calls.values()}
   if not names:
     raise ValueError('the function has no tap; allowed: lfg_jax.tap in it, or layers that '
@@ -190,7 +190,7 @@ def perturbed_taps(traced: Traced, chosen: Taps, tap_passes: Mapping[str, int] |
 
 
 def _batch(losses: PyTree) -> int:
-  """Number of examples of an array of losses, or of several."""
+  """Number of examples in an array of losses, or in several."""
   leaves = jax.tree_util.tree_leaves_with_path(losses)
   for path, leaf in leaves:
     if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):

@@ -1,20 +1,20 @@
-"""What many draws of an estimate say: how noisy it is, and whether it is biased.
+"""Statistics of many draws of an estimate: how noisy it is, and whether it is biased.
 
 One draw says nothing about bias: a noisy estimate and a biased one have the same small cosine. The
-mean of N draws does, if it is farther from the truth g than its own noise explains. Two tests look
-at it, and a bias is one that either sees at `SIGMAS` standard deviations. (That is one false alarm
-in a million; a diagnosis makes two tests for every tap and every leaf.)
+mean of N draws does reveal a bias, if it is farther from the truth g than its own noise explains.
+Two tests examine it. A bias is reported if either test exceeds `SIGMAS` standard deviations. (That
+is one false alarm in a million; a diagnosis makes two tests for every tap and every leaf.)
 
-*Along the gradient.* The scale <x, g>/|g|² has the mean 1. Its standard error comes from the draws.
-This test is the strong one for a signal that is too long or too short.
+*Along the gradient.* The scale x·g/|g|² has mean 1. Its standard error comes from the draws.
+This test is the more sensitive one for a signal that is too long or too short.
 
-*In any direction.* Over pairs n ≠ m of draws with errors e = x - g, the mean of <e_n, e_m> is an
-unbiased estimate of |bias|², since different draws have independent noise. Without bias its
-variance is 2 tr Σ²/N², where Σ is the covariance of a draw, and its law that of a weighted sum of
-χ². Pearson's approximation by one χ² with ν = (tr Σ²)³/(tr Σ³)² degrees of freedom matches three
-moments; Wilson and Hilferty's cube root then turns it into standard deviations. Halves of
-differences of draws, which have no mean, give the traces: h and h' are independent with covariance
-Σ, so that E<h, h'>² = tr Σ², and around triples E<h, h'><h', h''><h'', h> = tr Σ³.
+*In any direction.* Over pairs n ≠ m of draws with errors e = x - g, the mean of e_n·e_m is an
+unbiased estimate of |bias|², since different draws have independent noise. Without bias, its
+variance is 2 tr Σ²/N², where Σ is the covariance of a draw, and its distribution is that of a
+weighted sum of χ². Pearson's approximation by one χ² with ν = (tr Σ²)³/(tr Σ³)² degrees of freedom
+matches three moments; Wilson and Hilferty's cube root then converts it to standard deviations.
+Half-differences of draws, which have zero mean, give the traces: h and h' are independent with
+covariance Σ, so E(h·h')² = tr Σ², and around triples E (h·h')(h'·h'')(h''·h) = tr Σ³.
 
 All numbers are relative to g.
 """
@@ -28,14 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 
 SIGMAS = 5.0
-_ZERO = 1e-6    # a leaf with so small a share of the whole gradient is zero up to rounding
+_ZERO = 1e-6    # a leaf with this small a share of the whole gradient is zero up to rounding
 
 
 class Draws(NamedTuple):
-  """Statistics of N draws for G groups: every leaf, then all leaves that belong together.
+  """Statistics of N draws for G groups: each leaf, then all leaves that belong together.
 
   Attributes:
-    along: [N, G] <e, g>/|g|².
+    along: [N, G] e·g/|g|².
     squares: [N, G] |e|²/|g|².
     bias: [G] |bias|²/|g|², unbiased (it may be negative).
     traces: [2, G] tr Σ² and tr Σ³, for errors relative to |g|.
@@ -49,24 +49,24 @@ class Draws(NamedTuple):
 
 
 class Accuracy(NamedTuple):
-  """An estimate beside the true gradient, for the numbers of tangents K of a diagnosis.
+  """An estimate compared with the true gradient, for each number of tangents K of a diagnosis.
 
   Attributes:
     name: of a tap, or of a leaf of the differentiated arguments.
-    cosine: for every K, E<x, g> / √(E|x|² |g|²).
+    cosine: for every K, E[x·g] / √(E|x|² |g|²).
     cosine_se: its standard error.
     error: for every K, E|x - g|² / |g|².
     error_se: its standard error.
-    limit: c in the law cos(K) = c/√(1 + a/K - b), the cosine for very many tangents; below 1: the
-      mean of the estimate has another direction than the gradient.
+    limit: c in the law cos(K) = c/√(1 + a/K - b), the cosine in the limit of many tangents; below
+      1, the estimate's mean does not point along the gradient.
     noise: a, fitted.
     orthogonal: b, fitted for laws of orthogonal tangents (where it is about 1), else 0.
-    scale: E<x, g>/|g|² for the largest K; 1 without bias.
+    scale: E[x·g]/|g|² for the largest K; 1 without bias.
     scale_se: its standard error.
-    bias: |E[x] - g|/|g| for the largest K, without what noise explains.
+    bias: |E[x] - g|/|g| for the largest K, with the contribution of noise subtracted.
     sigmas: of the two tests for bias, along the gradient and in any direction.
-    visible: the smallest bias, relative to |g|, that would be seen in any direction.
-    is_zero: the gradient is zero, so that little can be said.
+    visible: the smallest bias, relative to |g|, that the second test would detect.
+    is_zero: whether the gradient is zero; then little can be said.
   """
   name: str
   cosine: np.ndarray
@@ -112,13 +112,13 @@ class Accuracy(NamedTuple):
 
 def sample(estimate: Callable[[jax.Array], list[jax.Array]], truth: list[jax.Array], key: jax.Array,
            draws: int, at_once: int, together: Sequence[bool]) -> Draws:
-  """Statistics of `estimate(key)` over independent keys, one draw after the other.
+  """Statistics of `estimate(key)` over independent keys, one draw at a time.
 
   Args:
-    estimate: of every leaf of `truth`.
+    estimate: returns an estimate of every leaf of `truth`.
     draws: rounded up to whole chunks.
-    at_once: how many draws are kept, to be compared with each other; 6 or more, even.
-    together: for every leaf whether it belongs to the last group, that of several leaves.
+    at_once: how many draws are kept and compared with each other; even, and at least 6.
+    together: for every leaf, whether it belongs to the last group, which has several leaves.
   """
   norms = [jnp.linalg.norm(t.astype(jnp.float32)) for t in truth]
   whole = jnp.sqrt(sum(norm**2 for norm, is_in in zip(norms, together, strict=True) if is_in))
@@ -167,11 +167,11 @@ def _traces(gram_Gxmxm: jax.Array) -> jax.Array:
 
 def accuracies(names: Sequence[str], num_tangents: Sequence[int], draws: Sequence[Draws],
                rounding: Sequence[float], *, is_orthogonal: bool) -> list[Accuracy]:
-  """What the draws for every K say about every group.
+  """The accuracy of every group, from the draws for every K.
 
   Args:
-    rounding: for every group, errors of the mean relative to |g| that floats explain.
-    is_orthogonal: whether b is fitted too.
+    rounding: for every group, the error of the mean relative to |g| that rounding explains.
+    is_orthogonal: whether to fit b too.
   """
   K = np.asarray(num_tangents)
   return [_accuracy(name, K, [_group(d, n) for d in draws], floor, is_orthogonal)
@@ -233,7 +233,7 @@ def _fit(K: np.ndarray, cosine: np.ndarray, se: np.ndarray, limit: float, is_ort
 
 
 def _any_direction(draws: Draws, floor: float) -> tuple[float, float]:
-  """Standard deviations of the squared bias, and the smallest bias that reaches `SIGMAS`."""
+  """The squared bias in standard deviations, and the smallest bias that reaches `SIGMAS`."""
   N, (second, third) = draws.squares.size, draws.traces
   spread = math.hypot(math.sqrt(2 * max(second, 0)) / N, floor**2)
   freedom = float(np.clip(second**3 / max(third, 1e-30)**2, 1, 1e6))

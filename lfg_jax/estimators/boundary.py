@@ -1,9 +1,9 @@
-"""Another estimator up to a boundary, and the exact gradient behind it.
+"""Another estimator up to a boundary, and the exact gradient after it.
 
-Where all that comes before influences the losses through one activity y alone, the boundary, and
-the exact signal s = ∂L/∂y costs little, forward derivatives need not go further: along any tangent
-the losses' derivative is s·dy. In the LocalMixer y is what the last linear layer of a block
-returns; behind it lie a norm, a ReLU and the local head.
+Suppose everything before some activity y, the boundary, influences the losses through y alone, and
+the exact signal s = ∂L/∂y is cheap. Then forward derivatives can stop at y: along any tangent, the
+losses' derivative is s·dy. In the LocalMixer, y is the output of a block's last linear layer; only
+a norm, a ReLU and the local head follow.
 """
 
 import functools
@@ -24,15 +24,15 @@ Estimator = Callable[..., GradFn]
 
 def exact_behind(fun: LossFn, learned: Learned | None = None, *, estimator: Estimator,
                  is_boundary: Callable[[str], bool]) -> GradFn:
-  """`estimator` up to the taps that are the boundary; the exact gradient behind them.
+  """`estimator` up to the boundary taps; the exact gradient after them.
 
   Reverse mode goes from the losses to the boundary, and gives the exact signal there. The
-  estimator's forward derivatives end at the boundary too, which saves what lies behind.
+  estimator's forward derivatives stop at the boundary, which saves the computation after it.
 
   Args:
-    learned: a guess that learns: cut at the same boundary.
+    learned: a guess that learns, cut at the same boundary.
     estimator: `(fun, learned) -> grad_fn`.
-    is_boundary: of a tap's name.
+    is_boundary: whether a tap belongs to the boundary, by name.
 
   >>> from lfg_jax.estimators.feedback import backprop
   >>> from lfg_jax.estimators.taps import tap
@@ -63,9 +63,9 @@ def exact_behind(fun: LossFn, learned: Learned | None = None, *, estimator: Esti
 
 def _up_to(taps: dict[str, Tap], signal: dict[str, jax.Array], shape: tuple[int, ...],
            trace: Callable[..., Traced]) -> LossFn:
-  """The losses s·y with s fixed: up to the boundary they have the true losses' derivatives.
+  """The losses s·y with s fixed: before the boundary, they have the true losses' derivatives.
 
-  An axis of size 1 in the true losses' shape [B, P, G] is one that the parts of y are summed over.
+  Where the true losses' shape [B, P, G] has an axis of size 1, the parts of y are summed over it.
   """
   uncut = tuple(axis for axis, size in enumerate(shape) if size == 1)
 

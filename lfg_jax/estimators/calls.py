@@ -1,4 +1,4 @@
-"""What the function transformations share: how a function is called, how errors are told."""
+"""Shared by the function transformations: how to call a function, how to explain its errors."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ PyTree = Any
 
 
 def positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
-  """Differentiated arguments of `count`, as non-negative numbers."""
+  """The differentiated arguments among `count`, as non-negative numbers."""
   numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
   for n in numbers:
     if not -count <= n < count:
@@ -23,7 +23,7 @@ def positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
 
 
 def check_floating(point: tuple) -> None:
-  """Raises TypeError if an argument that is differentiated is not real floating-point."""
+  """Raises TypeError if a differentiated argument is not real floating-point."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(point):
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
       raise TypeError('forward gradients are of real floating-point inputs; argument '
@@ -34,7 +34,7 @@ def bind(fun: Callable, argnums: int | Sequence[int], key: jax.Array, args: tupl
          ) -> tuple[Callable, tuple, jax.Array]:
   """(function of the differentiated arguments, their values, key for the tangents).
 
-  A function with a required parameter `key` gets a key of its own, split from `key`.
+  A function with a required parameter `key` gets its own key, split from `key`.
   """
   if _wants_key(fun, args, kwargs):
     key, own = jax.random.split(key)
@@ -50,12 +50,12 @@ def bind(fun: Callable, argnums: int | Sequence[int], key: jax.Array, args: tupl
 
 
 def _wants_key(fun: Callable, args: tuple, kwargs: dict) -> bool:
-  """Whether `fun` has a parameter `key` without a default that the call leaves open."""
+  """Whether `fun` has a parameter `key` without a default that the call does not supply."""
   try:
     signature = inspect.signature(fun)
     given = signature.bind_partial(*args, **kwargs).arguments
   except (TypeError, ValueError):
-    return False    # no signature, or arguments that do not fit: the call itself will tell
+    return False    # no signature, or arguments that do not fit: the call itself will complain
   key = signature.parameters.get('key')
   required = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
   is_required = key is not None and key.kind in required and key.default is key.empty
@@ -74,7 +74,7 @@ def with_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
 
 
 class Static:
-  """Keeps what is not an array (text, say) of an aux, while the arrays pass through JAX."""
+  """Holds the non-arrays of an aux (text, say) while its arrays pass through JAX."""
 
   def split(self, tree: PyTree) -> list[jax.Array]:
     """The arrays."""
@@ -90,7 +90,7 @@ class Static:
 
 
 def explained(error: TypeError, jaxpr: Callable[[], Any]) -> TypeError:
-  """The error, or one that names what cannot be derived forward."""
+  """The error, or one that names the function without a forward derivative."""
   if 'custom_vjp' not in str(error):
     return error
   names = ', '.join(backward_only(jaxpr())) or 'a function'

@@ -1,8 +1,8 @@
 """Derivatives of a function along tangents: by `jax.jvp`, or by finite differences.
 
-All are `derivative(fn, x, in_chunks) -> along`, and `along(v)` is the derivative of all that `fn`
-returns, at x along v. `in_chunks` says that `along` is called for several chunks of tangents, one
-after the other.
+All have the form `derivative(fn, x, in_chunks) -> along`, where `along(v)` is the derivative of
+everything that `fn` returns, at x along v. `in_chunks` says that `along` will be called for several
+chunks of tangents, one after the other.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Derivative = Callable[[Callable[[PyTree], PyTree], PyTree, bool], Along]
 
 
 def jvp_derivative(fn: Callable[[PyTree], PyTree], x: PyTree, in_chunks: bool = False) -> Along:
-  """Exact, by `jax.jvp`. For several chunks by `jax.linearize`, which keeps what they share.
+  """Exact, by `jax.jvp`; for several chunks by `jax.linearize`, which stores what they share.
 
   >>> jvp_derivative(lambda x: x ** 3, 2.0)(1.0).item()
   12.0
@@ -30,10 +30,10 @@ def jvp_derivative(fn: Callable[[PyTree], PyTree], x: PyTree, in_chunks: bool = 
 
 
 def recomputed_jvp(fn: Callable[[PyTree], PyTree], x: PyTree, in_chunks: bool = False) -> Along:
-  """Exact, by `jax.jvp`. Every chunk evaluates `fn` again: nothing is kept for the next one."""
+  """Exact, by `jax.jvp`. Every chunk evaluates `fn` again, and nothing is stored in between."""
   def along(v: PyTree) -> PyTree:
     # The barrier makes the evaluation depend on the chunk. Otherwise XLA would move it out of the
-    # loop, and keep all of it.
+    # loop and store all of it.
     start, v = jax.lax.optimization_barrier((x, v)) if in_chunks else (x, v)
     return jax.jvp(fn, (start,), (v,))[1]
   return along
@@ -42,8 +42,8 @@ def recomputed_jvp(fn: Callable[[PyTree], PyTree], x: PyTree, in_chunks: bool = 
 def finite_difference(step: float = 1e-3) -> Derivative:
   """(fn(x + εv) - fn(x)) / ε, the classical baseline.
 
-  What `fn` has behind `jax.lax.stop_gradient` keeps its value at x, as it does for `jax.jvp`. A
-  function with a derivative rule of its own is evaluated as it is.
+  Values behind `jax.lax.stop_gradient` stay as they are at x, as with `jax.jvp`. Functions with
+  their own derivative rule are evaluated as they are.
 
   >>> f = lambda x: x * jax.lax.stop_gradient(x)
   >>> round(finite_difference(1e-2)(f, 3.0, False)(1.0).item(), 3)

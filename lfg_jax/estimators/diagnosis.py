@@ -1,24 +1,24 @@
 """`diagnose`: is the credit right, and how good is the estimate?
 
 A tap that is declared too local (`local_axes`, `mixes_examples`) is credited with fewer losses than
-it influences. Its estimate is then biased, and nothing shows it: the loss still falls, and the
-cosine of one estimate with the gradient is small for unbiased ones too. `diagnose` finds out by
-derivatives.
+it influences. Its estimate is then biased, but you would not notice: the loss still falls, and a
+single estimate has a small cosine with the gradient even if it is unbiased. `diagnose` finds out
+from derivatives.
 
 *Influence* (`probing`). Which losses does every tap really influence, and which does it declare?
 
-*Accuracy* (`averaging`). Against the exact gradient, for several numbers of tangents K: the cosine
-and the squared error, with the law that they follow. Write x = E[x] + noise. The noise of K
-independent tangents has the variance a |E[x]|²/K, so that |x|² is (1 + a/K) |E[x]|² on average, and
+*Accuracy* (`averaging`). How close is the estimate x to the exact gradient, for several numbers of
+tangents K? Cosine and squared error follow a law. Write x = E[x] + noise. The noise of K
+independent tangents has variance a |E[x]|²/K, so |x|² is (1 + a/K) |E[x]|² on average, and
 
     cos(K) = c / √(1 + a/K),
 
-where c is the cosine of E[x] with the gradient. An unbiased estimate has c = 1, and for one tap and
-`rademacher` a = d - 1. Orthogonal tangents have less noise, with 1 + a/K - 1 under the root.
+where c is the cosine of E[x] with the gradient. An unbiased estimate has c = 1; with one tap and
+`rademacher`, a = d - 1. Orthogonal tangents have less noise, with 1 + a/K - 1 under the root.
 
 *Bias* (`averaging`). Is the mean of many draws farther from the gradient than their noise explains?
 
-The estimate that is diagnosed is that of `value_and_activity_grad` itself (`shifted`).
+The diagnosed estimate is that of `value_and_activity_grad` itself (`shifted`).
 """
 
 from collections.abc import Callable, Sequence
@@ -34,33 +34,33 @@ from lfg_jax.estimators.diagnosis_report import Diagnosis
 def diagnose(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
              num_tangents: Sequence[int] = (1, 4, 16), draws: int = 1000, at_once: int = 20,
              probes: int = 8, **options: Any) -> Callable[..., Diagnosis]:
-  """What `value_and_activity_grad(fun, …)` makes of a function, measured at a point.
+  """Measures the estimate that `value_and_activity_grad(fun, …)` makes at a point.
 
   Call it once for a new model, before training, on a small batch. It costs about
   `draws · sum(num_tangents)` evaluations. The function is evaluated as it is, with the same dropout
-  masks in all draws. A diagnosis is for people: call it outside of `jax.jit`.
+  masks in all draws. A diagnosis is for people to read: call it outside `jax.jit`.
 
   Args:
     fun: as for `value_and_activity_grad`.
     argnums: which positional arguments to differentiate.
     has_aux: whether `fun` returns a pair of losses and anything.
     num_tangents: numbers of tangents K, increasing. Bias is tested with the largest.
-    draws: estimates for every K. With more of them a smaller bias is seen.
-    at_once: how many estimates are kept in memory and compared with each other, 6 or more and even.
-      They are made one after the other.
-    probes: random tangents for every tap and axis, each used twice, that tell which losses it
+    draws: number of estimates for every K. More draws detect a smaller bias.
+    at_once: how many estimates are kept in memory and compared with each other; even, and at
+      least 6. They are computed one at a time.
+    probes: random tangents per tap and axis, each used twice, that determine which losses the tap
       influences.
     **options: of `value_and_activity_grad`: `law`, `separate`, `taps`, `mixes_examples`, `guess`, …
 
   Returns:
-    `(*args, key, **kwargs) -> Diagnosis`. Printed it is two tables, and `plot()` draws the cosines.
+    `(*args, key, **kwargs) -> Diagnosis`. It prints as two tables, and `plot()` draws the cosines.
     If the function's equations contradict what a tap declares, `value_and_activity_grad` refuses.
-    The diagnosis says so then, and is that of the estimate as declared, with
+    The diagnosis then says so, and describes the estimate as declared, with
     `mixes_examples=False`.
 
   Raises:
-    ValueError: numbers that make no sense; whatever else `value_and_activity_grad` refuses.
-    TypeError: as `value_and_activity_grad`.
+    ValueError: a number is out of range, or `value_and_activity_grad` raises it.
+    TypeError: `value_and_activity_grad` raises it.
 
   >>> from lfg_jax import tap
   >>> def losses(w, x):                       # the mean over the batch is not the example's own
@@ -103,7 +103,7 @@ def diagnose(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = Fa
 
 
 def _rounding(leaves: list[jax.Array]) -> list[float]:
-  """Errors of the mean that floats explain, relative to each leaf, and to all together."""
+  """Errors of the mean that rounding explains, relative to each leaf and to all together."""
   least = 16 * float(jnp.finfo(jnp.float32).eps)
   eps = [max(float(jnp.finfo(leaf.dtype).eps), least) for leaf in leaves]
   return [*eps, max(eps)]

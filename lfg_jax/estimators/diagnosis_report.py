@@ -1,4 +1,4 @@
-"""A diagnosis as data, as a table and as a plot."""
+"""A diagnosis as data, as tables and as a plot."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ class Diagnosis:
 
   Attributes:
     num_tangents: the numbers of tangents K.
-    draws: estimates for every K.
-    taps: of every tap that is perturbed its influence on the losses, real and declared.
-    signals: of every such tap how good its signal is, the estimate of the gradient there.
-    gradients: the same of every leaf of the differentiated arguments.
-    overall: of all leaves together.
-    refused: why `value_and_activity_grad` refuses the function as it is; None: it does not.
+    draws: number of estimates for every K.
+    taps: for every perturbed tap, its influence on the losses, real and declared.
+    signals: for every perturbed tap, the accuracy of its signal (its gradient estimate).
+    gradients: the same for every leaf of the differentiated arguments.
+    overall: the same for all leaves together.
+    refused: why `value_and_activity_grad` refuses the function as it is; None if it does not.
   """
   num_tangents: tuple[int, ...]
   draws: int
@@ -33,7 +33,7 @@ class Diagnosis:
 
   @property
   def problems(self) -> list[str]:
-    """All that is wrong, a line each; empty if nothing was found."""
+    """All problems found, one line each."""
     wrong = [f'tap {tap.declared.name}: {tap.verdict}' for tap in self.taps if tap.is_wrong]
     kinds = {'signal': self.signals, 'gradient': self.gradients}
     return wrong + [f'{kind} of {one.name}: {one.verdict}' for kind, all_ in kinds.items()
@@ -81,10 +81,10 @@ class Diagnosis:
     return [head, *_aligned(rows, right=range(1, len(rows[0]) - 1))]
 
   def plot(self, axes: Any = None) -> Any:
-    """Cosines against K with their standard errors, and the fitted laws; returns the figure.
+    """Plots cosines against K with standard errors and fitted laws, and returns the figure.
 
     Args:
-      axes: matplotlib axes to draw in; None: those of a new figure.
+      axes: matplotlib axes to draw in; None: a new figure.
     """
     if axes is None:
       import matplotlib.pyplot as plt
@@ -112,7 +112,7 @@ def _number(x: float) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
-  """Rows of text, with columns of equal width."""
+  """Rows of text with aligned columns."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [[cell.rjust(width) if n in right else cell.ljust(width)
             for n, (cell, width) in enumerate(zip(row, widths, strict=True))] for row in rows]

@@ -1,4 +1,4 @@
-"""Gradients by reverse mode: exact (backprop), or from signals that are given to the taps."""
+"""Gradients by reverse mode: exact (backprop), or from signals injected at the taps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from lfg_jax.estimators.traced import Traced, keep, replace_cotangent
 def backprop(fun: LossFn) -> GradFn:
   """The exact gradient, by `jax.value_and_grad`.
 
-  With fixed feedback matrices in the model's layers it is feedback alignment.
+  If the model's layers have fixed feedback matrices, this is feedback alignment.
 
   >>> loss = lambda w, x: ((x @ w) ** 2, {})
   >>> _, gradient = backprop(loss)(jnp.ones(2), jax.random.key(0), jnp.eye(2))
@@ -29,7 +29,7 @@ def backprop(fun: LossFn) -> GradFn:
 
 def reverse_with_signals(traced: Traced, signal: Mapping[str, jax.Array], params: PyTree,
                          *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
-  """Gradients of every layer from its own tap's signal; see `taps`."""
+  """Gradients of every layer from the signal at its own tap; see `taps`."""
   evaluate = lambda *args: traced.evaluate(replace_cotangent, signal, *args)[0]
   (_, out), grads = jax.value_and_grad(objective(evaluate), has_aux=True)(params, *args)
   return out, grads
@@ -39,8 +39,8 @@ def direct_feedback(fun: LossFn, *, matrices: Mapping[str, jax.Array]) -> GradFn
   """Direct feedback alignment (Nøkland 2016): a tap's signal is the output error times a matrix.
 
   Args:
-    fun: its aux holds `output_error` [B, K], the derivative of the objective by the output.
-    matrices: for every tap of shape [*scan, B, ...] a fixed array [*scan, K, ...].
+    fun: its aux holds `output_error` [B, K], the objective's derivative with respect to the output.
+    matrices: for every tap of shape [*scan, B, ...], a fixed array [*scan, K, ...].
   """
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
     del key

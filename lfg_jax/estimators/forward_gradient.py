@@ -1,4 +1,7 @@
-"""Forward gradients of any pure function: `forward_grad` and `value_and_forward_grad`, as `jax.grad` plus a key."""
+"""Forward gradients of any pure function: `forward_grad` and `value_and_forward_grad`.
+
+They are like `jax.grad` and `jax.value_and_grad`, plus a key.
+"""
 
 import functools
 import math
@@ -21,36 +24,41 @@ PyTree = Any
 def value_and_forward_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
                            law: tangents.Law = tangents.rademacher, passes: int = 1, chunk: int | None = None,
                            combination: str = 'mean') -> Callable:
-  """`jax.value_and_grad` without a backward pass: the gradient's estimate (1/K) Σ_k (∇f·u_k) u_k from K derivatives.
+  """`jax.value_and_grad` without a backward pass.
 
-  Unbiased, since E[u uᵀ] = I, with the squared error `law.excess(d, passes)` · |∇f|², where d is the number of all
-  entries that are differentiated; exact for an orthogonal law with K = d. Each leaf of the estimate has the dtype
-  of its argument, as with `jax.grad`; tangents are drawn in float32 at least. The tangents in memory at once share one
-  evaluation of `fun`, and nothing is kept for a way back: memory is that of K evaluations, or of `chunk` of them.
+  The gradient's estimate is (1/K) Σ_k (∇f·u_k) u_k, from K forward derivatives. It is unbiased,
+  since E[u uᵀ] = I. Its squared error is `law.excess(d, passes)` · |∇f|², where d is the number of
+  differentiated entries; with an orthogonal law and K = d, it is exact. Each leaf of the estimate
+  has the dtype of its argument, as with `jax.grad`; tangents are drawn in float32 at least. All
+  tangents in memory share one evaluation of `fun`, and nothing is stored for a backward pass:
+  memory is that of K evaluations, or of `chunk` of them.
 
-  Replacing `jax.value_and_grad(loss)(params, batch)` by `value_and_forward_grad(loss)(params, batch, key=key)` is all
-  that a training loop needs. It holds under jit, vmap, scan and shard_map. In shard_map, give every device the
-  same key: the mean over devices of the estimates is then the estimate of the mean loss along common tangents.
+  In a training loop, replace `jax.value_and_grad(loss)(params, batch)` with
+  `value_and_forward_grad(loss)(params, batch, key=key)`. It works under jit, vmap, scan and
+  shard_map. In shard_map, give every device the same key: the mean of the devices' estimates is
+  then the estimate for the mean loss, along common tangents.
 
   Args:
     fun: returns a scalar, or with `has_aux` a scalar and anything.
     argnums: which positional arguments (pytrees of real floating-point arrays) to differentiate.
-    has_aux: see `jax.grad`; aux is that of the unperturbed evaluation.
-    law: of the tangents, over all differentiated entries together.
+    has_aux: see `jax.grad`; aux comes from the unperturbed evaluation.
+    law: the distribution of tangents, over all differentiated entries together.
     passes: number of tangents, K.
-    chunk: how many are in memory at once (rounded down to a divisor of `passes`); None: all. Every chunk evaluates
-      `fun` again, and `fun` is then traced as by `jax.jit`.
-    combination: 'mean', or 'projection' on the tangents' span (too short by K/d: see `sampling.combine`).
+    chunk: how many tangents are in memory at once (rounded down to a divisor of `passes`); None:
+      all. Every chunk evaluates `fun` again, and `fun` is then traced as with `jax.jit`.
+    combination: 'mean', or 'projection' onto the tangents' span (too short by K/d, see
+      `sampling.combine`).
 
   Returns:
-    `(*args, key, **kwargs) -> (value, gradient)`, or `((value, aux), gradient)`; gradients as `jax.grad` has them.
-    `key` is for the tangents. If `fun` has a required parameter `key` too, it gets a key of its own, split from this
-    one; to choose it, give it by position, or bind it: `functools.partial(fun, key=...)`.
+    `(*args, key, **kwargs) -> (value, gradient)`, or `((value, aux), gradient)`; gradients are like
+    those of `jax.grad`. `key` is for the tangents. If `fun` also has a required parameter `key`, it
+    gets its own key, split from this one. To choose that key, pass it by position or bind it:
+    `functools.partial(fun, key=...)`.
 
   Raises:
     ValueError: the output is not scalar, or an argument number is out of range.
-    TypeError: an argument or the output is not real floating-point; `fun` uses a function with `jax.custom_vjp`, which
-      has no forward derivative; with `has_aux`, the output is not a pair.
+    TypeError: an argument or the output is not real floating-point; `fun` uses a function with
+      `jax.custom_vjp`, which has no forward derivative; with `has_aux`, the output is not a pair.
 
   >>> f = lambda x: (x ** 2).sum()
   >>> law = tangents.hadamard
@@ -91,7 +99,9 @@ def _scalar(value: Any) -> jax.Array:
 
 
 def forward_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, **options: Any) -> Callable:
-  """`jax.grad` by forward gradients: `value_and_forward_grad` (which explains the options) without the value.
+  """`jax.grad` by forward gradients: `value_and_forward_grad` without the value.
+
+  See there for the options.
 
   Returns:
     `(*args, key, **kwargs) -> gradient`, or `(gradient, aux)`.
@@ -110,7 +120,7 @@ def forward_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
 
 def _estimate(evaluate: Callable, point: tuple, key: jax.Array, sampling: Sampling
               ) -> tuple[jax.Array, list[jax.Array], tuple]:
-  """(value, aux, estimate). Tangents are drawn for all entries in a row: orthogonal ones are so in the whole."""
+  """(value, aux, estimate). A tangent covers all entries, so orthogonality holds for the whole."""
   leaves, treedef = jax.tree.flatten(point)
   shapes, dtypes = [jnp.shape(leaf) for leaf in leaves], [jnp.result_type(leaf) for leaf in leaves]
   ends = np.cumsum([math.prod(shape) for shape in shapes])
@@ -124,7 +134,7 @@ def _estimate(evaluate: Callable, point: tuple, key: jax.Array, sampling: Sampli
 
   def draw(passes: Passes) -> jax.Array:
     u_KxD = sampling.law.draw(key, passes, (), int(ends[-1]), wide)
-    # A tangent is what its rounding to the parameters' types leaves of it.
+    # Use each tangent as rounded to the parameters' types.
     return u_KxD if set(dtypes) == {wide} else jax.vmap(lambda u: ravel(unravel(u)))(u_KxD)
 
   mean = lambda slope_K, u_KxD: combine(sampling.combine, slope_K[:, None], u_KxD, sampling.passes)

@@ -1,28 +1,31 @@
-"""Guided tangents: laws that draw along given directions: a local gradient, a momentum buffer, upstream weights.
+"""Guided tangents: laws that draw along given directions.
 
-A guide spans a space of M dimensions, with the projection P. Let g be the gradient.
+A guide may be a local gradient, a momentum buffer, or upstream weights. It spans a space of M
+dimensions, with the projection P. Let g be the gradient.
 
 | law | estimate, on average | squared error, K passes |
 |---|---|---|
-| `along(guide)` | P g: biased, never uphill | (1 - cos²) · g², with no noise |
+| `along(guide)` | P g: biased, but a descent direction | (1 - cos²) · g², with no noise |
 | `mixed(guide)` | g: unbiased | excess(d - M, K - M) · (1 - cos²) · g² |
-| `within(guide)` | P g: unbiased if the guide's span holds g | excess(M, K) · cos² · g² + (1 - cos²) · g² |
+| `within(guide)` | P g: unbiased if g is in the span | excess(M, K) · cos² · g² + (1 - cos²) · g² |
 | a guess h of g, with any law (`guesses`) | g: unbiased | excess(d, K) · (g - h)² |
 
-with g² = |g|² and cos the cosine of the angle between g and the guide's span. All compose with `forward_grad`; a guide
-for a tree of parameters is made flat by `jax.flatten_util.ravel_pytree`. Guides may be traced: a law can be made
-inside a jitted step, of the optimizer's state. A guide must not depend on the tangents' key. A guide says in which
-direction the gradient lies, and costs passes. A guess gives its length too, and costs none: at the best length it
-leaves (1 - cos²) · g².
+Here g² = |g|², and cos is the cosine of the angle between g and the guide's span. All laws compose
+with `forward_grad`; flatten a guide for a tree of parameters with `jax.flatten_util.ravel_pytree`.
+Guides may be traced: a jitted step can make a law from the optimizer's state. A guide must not
+depend on the tangents' key. A guide only gives the gradient's direction, and costs passes. A guess
+also gives its length, and costs none: at the best length it leaves (1 - cos²) · g².
 
-*Proofs.* Let Q be an orthonormal basis of the span, P = Q Qᵀ. `along`: the K = M passes are √M q_m, so that the
-mean of (g·u) u is Σ (g·q_m) q_m = P g, and g·P g = |P g|² ≥ 0 (Fournier et al. 2023, arXiv 2306.06968, with guides
-from local losses). `mixed`: M passes are √K q_m, the others √(K/(K-M)) (1 - P) v with E[v vᵀ] = 1; the mean over all
-K of (g·u) u is P g + (1/(K-M)) Σ ((1-P) g·v) (1-P) v, on average P g + (1 - P)² g = g. What is left to chance is a
-forward gradient in d - M dimensions, if the law of v does not change under rotations (`normal`; then excess is that
-of `normal`). `within`: u = Q ε with E[ε εᵀ] = 1 has E[u uᵀ] = P. An activity's gradient is Wᵀ δ with W the weights of
-the layer above and δ any vector, so that it lies in the span of W's rows: with fewer rows than columns a guess from
-upstream weights (arXiv 2511.03110) in this form is unbiased, and its error grows with the rows only.
+*Proofs.* Let Q be an orthonormal basis of the span, P = Q Qᵀ. `along`: the K = M passes are √M q_m,
+so the mean of (g·u) u is Σ (g·q_m) q_m = P g, and g·P g = |P g|² ≥ 0 (Fournier et al. 2023,
+arXiv 2306.06968, with guides from local losses). `mixed`: M passes are √K q_m, the others
+√(K/(K-M)) (1 - P) v with E[v vᵀ] = 1. The mean over all K of (g·u) u is
+P g + (1/(K-M)) Σ ((1-P) g·v) (1-P) v, on average P g + (1 - P)² g = g. The noise is that of a
+forward gradient in d - M dimensions, if the law of v is invariant under rotations (`normal`; the
+excess is then that of `normal`). `within`: u = Q ε with E[ε εᵀ] = 1 has E[u uᵀ] = P. An activity's
+gradient is Wᵀ δ, where W are the weights of the layer above and δ is any vector, so it lies in the
+span of W's rows. If W has fewer rows than columns, a guess from upstream weights (arXiv 2511.03110)
+in this form is unbiased, and its error grows only with the number of rows.
 """
 
 import math
@@ -45,7 +48,7 @@ def _check(guide_MxD: jax.Array, d: int) -> None:
 
 
 def along(guide_MxD: jax.Array) -> Law:
-  """The guide's directions and no others; K must be M. Biased: the estimate is P g.
+  """Only the guide's directions; K must be M. Biased: the estimate is P g.
 
   >>> guide = jnp.array([[3., 4.]])
   >>> u = along(guide).draw(jax.random.key(0), Passes(1), (), 2, jnp.float32)
@@ -63,10 +66,11 @@ def along(guide_MxD: jax.Array) -> Law:
 
 
 def mixed(guide_MxD: jax.Array) -> Law:
-  """M passes along the guide, the other K - M normal in the rest of the space. Unbiased.
+  """M passes along the guide; the other K - M are normal in the rest of the space. Unbiased.
 
-  With a guide of cosine c to the gradient, one direction and one more pass, the squared error falls from that of
-  two normal passes, (d + 1)/2 |g|², to d (1 - c²) |g|²: a guide pays above c² = 1/2, and for more passes sooner.
+  With one guide direction of cosine c to the gradient and one more pass, the squared error falls
+  from that of two normal passes, (d + 1)/2 |g|², to d (1 - c²) |g|². So a guide pays above
+  c² = 1/2, and sooner with more passes.
   """
   def draw(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
     _check(guide_MxD, d)
@@ -79,13 +83,13 @@ def mixed(guide_MxD: jax.Array) -> Law:
     ids_K = passes.ids_K.reshape(-1, *[1] * (len(shape) + 1))
     fixed = math.sqrt(K) * jnp.take(basis_MxD, jnp.minimum(passes.ids_K, M - 1), axis=0)
     return jnp.where(ids_K < M, fixed.reshape(-1, *[1] * len(shape), d), rest)
-  # Of a gradient in any direction: E[1 - cos²] = 1 - M/d.
+  # For a gradient in a random direction: E[1 - cos²] = 1 - M/d.
   M = len(guide_MxD)
   return Law(draw, lambda d, K: normal.excess(d - M, K - M) * (1 - M / d))
 
 
 def within(guide_MxD: jax.Array, law: Law = normal) -> Law:
-  """Tangents of another law inside the guide's span. Unbiased just for gradients that lie in it."""
+  """Tangents of another law inside the guide's span. Unbiased only for gradients in the span."""
   M = len(guide_MxD)
 
   def draw(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:

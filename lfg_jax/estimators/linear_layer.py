@@ -1,7 +1,7 @@
-"""A linear layer with examples of known statistics: where the variances of Table 1 hold exactly.
+"""A linear layer with known example statistics, for which the variances of Table 1 hold exactly.
 
-The loss of an example is δ·(x W), with x ~ N(a, 1) and δ ~ N(b, 1), so that its gradient x δᵀ has the mean a bᵀ and
-entries of variance (a_i² + 1)(b_j² + 1) - a_i² b_j².
+The loss of an example is δ·(x W), with x ~ N(a, 1) and δ ~ N(b, 1). So its gradient x δᵀ has mean
+a bᵀ and entries of variance (a_i² + 1)(b_j² + 1) - a_i² b_j².
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class LinearLayer(NamedTuple):
 
   @property
   def truth(self) -> jax.Array:
-    """[p, q], the gradient."""
+    """The gradient [p, q]."""
     return jnp.outer(self.a, self.b)
 
   @property
@@ -44,7 +44,7 @@ class LinearLayer(NamedTuple):
     return float(jnp.outer(self.a**2 + 1, self.b**2 + 1).mean()) - self.S
 
   def estimate(self, estimator: str, sampling: Sampling, batch: int) -> Callable[[jax.Array], jax.Array]:
-    """`key -> [p, q]`: a batch is drawn, and its gradient estimated with 'weight' or 'activity' tangents."""
+    """`key -> [p, q]`: the estimated gradient of a random batch, by 'weight' or 'activity'."""
     def fun(kernel: jax.Array, x: jax.Array, delta: jax.Array) -> tuple[jax.Array, dict]:
       return (delta * tap(x @ kernel, 'z')).sum(-1) / batch, {}
 

@@ -1,5 +1,6 @@
-"""Layers marked by type: `mark(model, nn.Dense)` taps the outputs of a model's layers without
-touching its code.
+"""Layers marked by type: `mark(model, nn.Dense)` taps the outputs of layers.
+
+The model's code stays as it is.
 
     def losses(params, x, y):                                           # Flax linen
       logits = lfg_jax.mark(model, nn.Dense).apply({'params': params}, x)
@@ -11,7 +12,7 @@ touching its code.
       logits = jax.vmap(lfg_jax.mark(model, eqx.nn.Linear))(x)
       return optax.softmax_cross_entropy_with_integer_labels(logits, y)
 
-A tap has the path of its layer as name; a layer that is called twice has a tap for each call.
+A tap is named after its layer's path; a layer that is called twice has one tap per call.
 """
 
 import copy
@@ -32,18 +33,18 @@ Layers = type | Sequence[type] | Callable[[Any], bool]
 
 
 def mark(model: Any, layers: Layers) -> Any:
-  """The model, with taps at the outputs of some layers; the model that was given is not changed.
+  """The model, with taps at the outputs of some layers. The given model is not changed.
 
   Args:
     model: a Flax linen or NNX module, or an Equinox module (or another pytree of layers).
-    layers: a type of layer, several, or a predicate of a layer.
+    layers: a layer type, several types, or a predicate of a layer.
 
   Returns:
-    For linen something with the model's `apply` and `init`; otherwise a copy of the model, whose
+    For linen, an object with the model's `apply` and `init`; otherwise a copy of the model, whose
     parameters keep their paths and values.
 
   Raises:
-    ValueError: no layer fits. (With linen, `apply` raises it: layers come into being when they are
+    ValueError: no layer fits. (With linen, `apply` raises it, because layers are created when
       called.)
 
   >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
@@ -77,7 +78,7 @@ def _none_fits(names: Sequence[str]) -> ValueError:
 
 
 class MarkedLinen(NamedTuple):
-  """A linen module whose marked layers are tapped when it is applied."""
+  """A linen module that taps its marked layers when applied."""
   model: nn.Module
   is_marked: Callable[[Any], bool]
   layers: Any
@@ -91,7 +92,7 @@ class MarkedLinen(NamedTuple):
     run = lambda tag: self._apply(variables, args, mutable, kwargs, tag)
     output, called, is_found = run(('marked', self.layers))
     if not is_found:
-      # Layers behind an nn.jit that was traced before are not called again: now all are.
+      # Layers inside an nn.jit that was traced before are not called again. Now all of them are.
       def names() -> None:
         nonlocal called, is_found
         _, called, is_found = run(object())
@@ -116,8 +117,8 @@ class MarkedLinen(NamedTuple):
       is_found = True
       return _tapped(output, name or type(context.module).__name__)
 
-    # nn.jit finds an earlier trace by (among others) what is mutable. An entry that no collection
-    # has keeps the traces apart that are marked differently.
+    # nn.jit looks up earlier traces by (among other things) what is mutable. An entry that matches
+    # no collection separates the traces of differently marked models.
     deny = mutable is True or isinstance(mutable, DenyList)
     own = (subtract_filters if deny else union_filters)(mutable, (tag,))
     with nn.intercept_methods(intercept):
@@ -138,7 +139,7 @@ def _mark_nnx(model: nnx.Module, is_marked: Callable[[Any], bool]) -> nnx.Module
 
 
 def _mark_tree(model: PyTree, is_marked: Callable[[Any], bool]) -> PyTree:
-  """Of Equinox, say: a module is a frozen dataclass that is a pytree."""
+  """For Equinox, say, where a module is a frozen dataclass and a pytree."""
   kinds: list[str] = []
 
   def is_leaf(node: Any) -> bool:
@@ -161,7 +162,7 @@ def _mark_tree(model: PyTree, is_marked: Callable[[Any], bool]) -> PyTree:
 
 
 def _tapping(kind: Any, name: str) -> type:
-  """A subclass of a type of layer that taps its output."""
+  """A subclass of a layer type that taps its output."""
   def call(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _tapped(kind.__call__(self, *args, **kwargs), name or kind.__name__)
   body = lambda names: names.update(__call__=call)

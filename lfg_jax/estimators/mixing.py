@@ -1,18 +1,17 @@
 """Which losses a tap can influence, read from the jaxpr: do examples influence each other's losses?
 
 An activity of one example that moves the losses of others (batch norm in training, a contrastive
-loss) must be credited with them, or its estimate is biased. Here one axis of the taps, that of the
-examples or of their parts, is followed through the equations up to the losses. Each value has a
+loss) must be credited with those losses, or its estimate is biased. This module follows one axis of
+the taps (the examples, or parts of them) through the equations up to the losses. Each value has a
 label:
 
-* None: no derivative by the taps reaches it.
-* an int: the axis along which its entries belong to the examples, each with the derivatives of its
-own example only. (It may be longer: after a reshape [B, T] -> [B T], T entries in a row belong to
-an example.)
-* `Mixed`: it holds derivatives by several examples, or the primitive is not known.
+* None: it does not depend on the taps.
+* An int: the axis along which its entries belong to the examples; each entry depends on its own
+  example only. (The axis may be longer: after a reshape [B, T] -> [B T], T consecutive entries
+  belong to one example.)
+* `Mixed`: it depends on several examples, or the primitive is unknown.
 
-The labels are those of derivatives: behind `stop_gradient` and in integers there is nothing to
-follow.
+"Depends" is meant in terms of derivatives: nothing passes a `stop_gradient` or an integer.
 """
 
 import itertools
@@ -28,7 +27,7 @@ from lfg_jax.estimators.walk import Walk, bind, inner_jaxprs, opened, scan_count
 
 
 class Mixed(NamedTuple):
-  """Entries of several examples have come together, in a primitive known to mix them or not."""
+  """Entries of several examples may have been combined, by a primitive that is known or not."""
   primitive: str
   is_known: bool
 
@@ -56,18 +55,18 @@ _CALLS = ('jit', 'pjit', 'closed_call', 'core_call', 'remat2', 'remat', 'checkpo
 
 
 class Influence(NamedTuple):
-  """Follows axis `axis` of some taps.
+  """Follows one axis of some taps.
 
   Attributes:
     walk: what counts as a tap.
-    axis, size: of the taps as the function sees them, without scanned axes.
+    axis, size: the followed axis, of the taps as the function sees them (without scanned axes).
   """
   walk: Walk
   axis: int
   size: int
 
   def of(self, jaxpr: Any, seeds: Sequence[bool]) -> list[Label]:
-    """Labels of the outputs of a jaxpr, when `seeds` tells for each tap whether it is followed."""
+    """Labels of the outputs of a jaxpr; `seeds` says for each tap whether to follow it."""
     return self._jaxpr(jaxpr, [None] * len(opened(jaxpr).invars), list(seeds))
 
   def _jaxpr(self, jaxpr: Any, ins: Sequence[Label], seeds: list[bool]) -> list[Label]:
@@ -105,7 +104,7 @@ class Influence(NamedTuple):
     return [mixed or self._moved(eqn, ins)] * outs
 
   def _moved(self, eqn: Any, ins: list) -> Label:
-    """The label of the outputs of a primitive, none of whose inputs is mixed."""
+    """The label of the outputs of a primitive with no mixed input."""
     name, shapes = eqn.primitive.name, [v.aval.shape for v in eqn.invars]
     if name == 'reshape':
       return _reshape(shapes[0], eqn.outvars[0].aval.shape, ins[0], self.size)
@@ -125,7 +124,7 @@ class Influence(NamedTuple):
     return rule(eqn.params, shapes, ins, name) if rule else Mixed(name, False)
 
   def _own_derivative(self, eqn: Any, ins: list[Label]) -> list[Label]:
-    """A function with a derivative rule of its own: the rule counts, not how the value comes."""
+    """A function with its own derivative rule: what counts is the rule, not the value."""
     moves = [_has_derivative(v) for v in eqn.invars]
     moved = [_has_derivative(v) for v in eqn.outvars]
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
@@ -171,7 +170,7 @@ def _has_derivative(v: Any) -> bool:
 
 
 def _join(name: str, labels: Sequence[Label]) -> Label:
-  """That of values which come together entry by entry."""
+  """The label of values combined entry by entry."""
   mixed = [label for label in labels if isinstance(label, Mixed)]
   found = {label for label in labels if label is not None}
   if mixed:
@@ -180,7 +179,7 @@ def _join(name: str, labels: Sequence[Label]) -> Label:
 
 
 def _fixed_point(body: Callable[[list[Label]], list[Label]], carry: list[Label]) -> list[Label]:
-  """Labels of a loop's carry: they only go from None to an axis to `Mixed`, so that this ends."""
+  """Labels of a loop's carry. They only go from None to an axis to `Mixed`, so this terminates."""
   while True:
     after = [_join('scan', pair) for pair in zip(carry, body(carry), strict=True)]
     if after == carry:
@@ -189,9 +188,9 @@ def _fixed_point(body: Callable[[list[Label]], list[Label]], carry: list[Label])
 
 
 def _reshape(before: tuple, after: tuple, label: Label, size: int) -> Label:
-  """Examples stay together if the axes in front keep their product.
+  """Examples stay together if the product of the leading axes is unchanged.
 
-  The axis that follows must hold all examples.
+  The axis after those must hold all examples.
   """
   assert isinstance(label, int)
   front = math.prod(before[:label])
@@ -201,7 +200,7 @@ def _reshape(before: tuple, after: tuple, label: Label, size: int) -> Label:
   return Mixed('reshape', False)
 
 
-# Primitives that move axes: `(params, shapes, labels, name) -> label`, one operand labelled at least.
+# Primitives that move axes: `(params, shapes, labels, name) -> label`, with a labelled operand.
 def _dot_general(params: dict, shapes: list, ins: list, name: str) -> Label:
   contracted, batch = params['dimension_numbers']
   outs: list[Label] = []
@@ -252,7 +251,7 @@ def _scatter(params: dict, shapes: list, ins: list, name: str) -> Label:
 
 
 def _kept(is_whole: Callable[[dict, list, int], bool]) -> Callable:
-  """Primitives that leave an axis where it is; `is_whole`: and each of its entries to itself."""
+  """Primitives that leave an axis in place and, if `is_whole`, keep its entries separate."""
   def rule(params: dict, shapes: list, ins: list, name: str) -> Label:
     whole = all(is_whole(params, shapes, label) for label in ins if label is not None)
     return _join(name, ins) if whole else Mixed(name, True)
@@ -260,7 +259,7 @@ def _kept(is_whole: Callable[[dict, list, int], bool]) -> Callable:
 
 
 def _removed(axes: str) -> Callable:
-  """Primitives that take axes away."""
+  """Primitives that remove axes."""
   def rule(params: dict, shapes: list, ins: list, name: str) -> Label:
     gone = params[axes] if isinstance(params[axes], tuple) else (params[axes],)
     label = _join(name, ins)

@@ -1,9 +1,10 @@
-"""A batch in parts, one after the other: gradients add up, and a part's activities stay in the processor's cache.
+"""A batch processed in parts, so that a part's activities stay in the processor's cache.
 
-A norm or a ReLU does little arithmetic per number, so on a CPU it takes as long as its numbers take to come from
-memory. For the 8 MiB that an activity of 64 examples has in M/8/16 that is the main memory; the 1 MiB of 8 examples
-stays in a core's own cache, where passes over it are two to five times faster, and temporaries shrink as the part does.
-What is lost is one addition of all gradients per part. GPUs want the whole batch at once.
+The gradients of the parts add up. On a CPU, a norm or a ReLU does so little arithmetic that its
+time is the time to move data. In M/8/16, an activity of 64 examples takes 8 MiB and comes from main
+memory; that of 8 examples takes 1 MiB and stays in a core's cache, where passes over it are two to
+five times faster. Temporaries shrink with the part. The price is one addition of all gradients per
+part. GPUs want the whole batch at once.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 PyTree = Any
-CACHE_BYTES = 2**20    # of one activity: several are in use at a time, and caches of a core have 1 or 2 MiB
+CACHE_BYTES = 2**20    # for one activity; several are in use, and a core's cache has 1-2 MiB
 Part = tuple[jax.Array | int, int]    # (index of the part, number of parts)
 WHOLE: Part = (0, 1)
 
@@ -22,9 +23,9 @@ def number_of_parts(examples: int, micro_batch: int, bytes_per_example: int) -> 
   """How many equal parts to make.
 
   Args:
-    examples: of the batch, on this device.
-    micro_batch: most examples of a part, which has the largest divisor of `examples` not above it; 0: on a CPU
-      as many as fit in cache, elsewhere all.
+    examples: number in the batch, on this device.
+    micro_batch: the most examples in a part, rounded down to a divisor of `examples`; 0: as many as
+      fit in the cache on a CPU, all elsewhere.
     bytes_per_example: size of one activity.
 
   >>> number_of_parts(64, 16, 2**17)
@@ -45,7 +46,7 @@ def _divisor(number: int, most: int) -> int:
 
 
 def sum_over_parts(gradient: Callable[[Part, PyTree], PyTree], batch: PyTree, parts: int) -> PyTree:
-  """The sum of `gradient(part, its share of the batch)` over the parts, of which one is in memory at a time.
+  """The sum of `gradient(part, its share of the batch)` over parts, with one in memory at a time.
 
   >>> sum_over_parts(lambda part, x: (x**2).sum(), jnp.arange(4.), 2).item()
   14.0
@@ -55,7 +56,7 @@ def sum_over_parts(gradient: Callable[[Part, PyTree], PyTree], batch: PyTree, pa
 
 def sum_and_join(gradient: Callable[[Part, PyTree], tuple[PyTree, PyTree]], batch: PyTree, parts: int
                  ) -> tuple[PyTree, PyTree]:
-  """As `sum_over_parts`; what `gradient` gives second has a row for every example, and is joined.
+  """Like `sum_over_parts`; concatenates a second result of `gradient`, one row per example.
 
   >>> total, rows = sum_and_join(lambda part, x: ((x**2).sum(), x + 1), jnp.arange(4.), 2)
   >>> total.item(), rows.tolist()

@@ -1,14 +1,14 @@
-"""Which losses does a tap really influence? Derivatives tell, along tangents with gaps.
+"""Which losses does a tap really influence? Derivatives along tangents with gaps tell.
 
-Let a tap have the axes [B, P, c] and the losses [B, P]. A random tangent that is zero in half of
-the examples leaves the losses of these examples alone, if every activity influences the losses of
-its own example only. If any such loss has a derivative, examples mix. The same with half of the
-parts tells about axis 1. Halves are drawn at random, and each is used with its complement: a pair
-of entries, wherever it is, is told apart by one probe in two.
+Let a tap have axes [B, P, c] and the losses [B, P]. Take a random tangent that is zero in half of
+the examples. If every activity influences only its own example's losses, the losses of these
+examples have no derivative. If one does, examples mix. The same with half of the parts tests
+axis 1. The halves are random, and each is used with its complement, so every second probe, on
+average, separates any given pair of entries.
 
-A derivative may be zero by accident: behind a head that starts at zero, or a ReLU that is off. So
-there are probes near the point too, where all differentiated arguments are moved by a tenth of
-their size, and what is seen nowhere is not called right.
+A derivative may be zero by accident: after a head that starts at zero, say, or a ReLU that is off.
+So probes are also made near the point, with all differentiated arguments moved by a tenth of their
+size. An influence seen nowhere is reported as such, not as right.
 """
 
 import functools
@@ -27,13 +27,13 @@ class Declared(NamedTuple):
   """A tap before it is probed.
 
   Attributes:
-    name: as `value_and_activity_grad` knows it.
+    name: as in `value_and_activity_grad`.
     shape: as the function sees it, examples first.
     scanned: sizes of the scanned axes, which come before.
     dtype: of the activity.
     local_axes: as the tap declares it.
-    credited: what the estimate goes by: 0 where examples are said or read to mix.
-    reaches: names of the losses to which derivatives can come by the equations.
+    credited: the local axes that the estimate uses: 0 where examples are declared or found to mix.
+    reaches: names of the losses that the tap can influence, by the equations.
   """
   name: str
   shape: tuple[int, ...]
@@ -45,18 +45,18 @@ class Declared(NamedTuple):
 
   @property
   def dimensions(self) -> int:
-    """How many perturbed dimensions one loss, or sum of losses, is credited to."""
+    """Number of perturbed dimensions to which one loss, or sum of losses, is credited."""
     return math.prod(self.scanned) * math.prod(self.shape[self.credited:])
 
 
 class Seen(NamedTuple):
-  """What probes at one point saw of a tap.
+  """What probes of a tap at one point saw.
 
   Attributes:
     losses: names of the losses that have a derivative.
-    mixed: axes along which it influences losses that are not its own.
-    own: axes that activity and losses have in common, so that it can have losses of its own.
-    is_finite: whether all derivatives are.
+    mixed: axes along which the tap influences losses other than its own.
+    own: axes that activity and losses share, so that losses can be its own.
+    is_finite: whether all derivatives are finite.
   """
   losses: frozenset[str]
   mixed: frozenset[int]
@@ -65,12 +65,11 @@ class Seen(NamedTuple):
 
 
 class Influence(NamedTuple):
-  """A tap's real influence on the losses against what it declares.
+  """A tap's real influence on the losses, compared with what it declares.
 
   Attributes:
     declared: the tap.
-    real: how many leading axes activity and losses really have in common; None: no influence was
-      seen.
+    real: how many leading axes activity and losses really share; None: no influence was seen.
     verdict: in words; it begins with 'ok', 'too local', 'could be more local' or 'no influence'.
   """
   declared: Declared
@@ -89,9 +88,9 @@ def probe(derivative: Callable[[PyTree, list[jax.Array]], dict[str, jax.Array]],
 
   Args:
     derivative: `(point, tangents [n, ...] of all taps) -> derivatives [n, ...] of losses by name`.
-    points: the point itself, and others near it.
+    points: the point itself, then points near it.
     losses: shapes of the losses, by name.
-    probes: random halves for every tap and axis.
+    probes: number of random halves for every tap and axis.
   """
   random = _generator(key)
   zeros = [jnp.zeros((2 * probes, *tap.scanned, *tap.shape), tap.dtype) for tap in taps]
@@ -105,7 +104,7 @@ def probe(derivative: Callable[[PyTree, list[jax.Array]], dict[str, jax.Array]],
 
 
 def moved(point: PyTree, key: jax.Array) -> PyTree:
-  """A point near this one: every leaf is moved by a tenth of its root mean square, or of 1."""
+  """A nearby point: every leaf moves by a tenth of its root mean square (of 1 if that is zero)."""
   random = _generator(key)
 
   def one(leaf: jax.Array) -> np.ndarray:
@@ -116,7 +115,7 @@ def moved(point: PyTree, key: jax.Array) -> PyTree:
 
 
 def _generator(key: jax.Array) -> np.random.Generator:
-  """Random numbers on the host, where no program must be compiled for every shape."""
+  """Random numbers on the host, so that no program is compiled for every shape."""
   return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
 
@@ -155,7 +154,7 @@ def _halves(random: np.random.Generator, size: int, probes: int) -> np.ndarray:
 
 
 def _leaks(d: np.ndarray, mask: np.ndarray, axis: int, eps: float) -> bool:
-  """Whether losses have derivatives by activities that are not their own, beyond rounding."""
+  """Whether losses depend on activities other than their own, beyond rounding."""
   others = ~mask.reshape(len(mask), *(-1 if a == axis else 1 for a in range(d.ndim - 1)))
   return bool((d * others).max() > 16 * eps * d.max())
 

@@ -1,4 +1,4 @@
-"""How many tangents are drawn, how many at once, and how their derivatives are combined."""
+"""How many tangents to draw, how many at once, and how to combine their derivatives."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,15 +18,15 @@ class Sampling(NamedTuple):
   """How tangents are drawn and combined.
 
   Attributes:
-    law: of the tangents of all passes together, from `tangents`.
+    law: the distribution of the tangents of all passes, from `tangents`.
     passes: number of tangents, K; they share one primal evaluation.
-    shared: one tangent for the whole batch, or an independent one for every example.
-    axis_name: mesh axis the batch is sharded over, so that noise follows the example's global position.
-    chunk: how many passes are in memory at once (the largest divisor of `passes` not above it); None: all. What
-      the derivatives need of the primal is then kept, as backprop would keep it, for the next chunk.
-    combine: 'mean', or 'projection'; see `combine`.
+    shared: whether the whole batch shares one tangent, or every example has an independent one.
+    axis_name: mesh axis over which the batch is sharded; noise follows the example's global place.
+    chunk: how many passes are in memory at once (rounded down to a divisor of `passes`); None: all.
+      With several chunks, what the derivatives need of the primal is stored, as in backprop.
+    combine: 'mean' or 'projection'; see `combine`.
     part: which part of this device's share of the batch is given.
-    rows: so many consecutive rows of the batch share a tangent, as the two views of an example may.
+    rows: how many consecutive rows of the batch share a tangent (2: both views of an example).
   """
   law: tangents.Law = tangents.rademacher
   passes: int = 1
@@ -39,12 +39,12 @@ class Sampling(NamedTuple):
 
   @property
   def at_once(self) -> int:
-    """Passes of one chunk."""
+    """Number of passes in one chunk."""
     limit = min(self.chunk or self.passes, self.passes)
     return max(n for n in range(1, limit + 1) if self.passes % n == 0)
 
   def check(self) -> None:
-    """Raises ValueError for a combination that makes no sense."""
+    """Raises ValueError for options that contradict each other."""
     if self.combine not in COMBINATIONS:
       raise ValueError(f'combine is {self.combine!r}; allowed: {", ".join(COMBINATIONS)}')
     if self.passes < 1 or (self.chunk is not None and self.chunk < 1):
@@ -54,11 +54,11 @@ class Sampling(NamedTuple):
 
 
 def after(key: jax.Array, x: PyTree) -> jax.Array:
-  """A key for what must not be drawn before x is known; the same one whatever x is.
+  """A key for numbers that must not be drawn before x is known; its value does not depend on x.
 
-  XLA draws early and keeps what it has drawn. An optimization barrier does not stop it on CPUs,
-  where barriers are dropped before operations are put in order. A zero that is computed from x
-  does: no compiler sees that a number of 16 bits is less than 65537.
+  XLA would draw early and keep the numbers. An optimization barrier does not prevent that on CPUs,
+  where barriers are dropped before operations are scheduled. A zero computed from x does: no
+  compiler knows that a 16-bit number is less than 65537.
   """
   leaves = jax.tree.leaves(x)
   if not leaves:
@@ -68,7 +68,7 @@ def after(key: jax.Array, x: PyTree) -> jax.Array:
 
 
 def each_chunk(part: Callable[[Passes], PyTree], sampling: Sampling) -> PyTree:
-  """part(passes) for all passes, [K, ...], a chunk after the other."""
+  """part(passes) for all passes, [K, ...], one chunk at a time."""
   total, count = sampling.passes, sampling.at_once
   if count == total:
     return part(Passes(total))
@@ -77,7 +77,7 @@ def each_chunk(part: Callable[[Passes], PyTree], sampling: Sampling) -> PyTree:
 
 
 def sum_over_chunks(part: Callable[[Passes], PyTree], sampling: Sampling) -> PyTree:
-  """Σ part(passes) over chunks of passes, one after the other: memory does not grow with their number."""
+  """Σ part(passes), one chunk of passes at a time: memory does not grow with their number."""
   total, count = sampling.passes, sampling.at_once
   if count == total:
     return part(Passes(total))
@@ -85,31 +85,33 @@ def sum_over_chunks(part: Callable[[Passes], PyTree], sampling: Sampling) -> PyT
   def add(so_far: PyTree, first: jax.Array) -> tuple[PyTree, None]:
     return jax.tree.map(jnp.add, so_far, part(Passes(total, first, count))), None
 
-  first_part = part(Passes(total, 0, count))    # not zeros: under shard_map it varies over the mesh as the others do
+  # Not zeros: under shard_map, the sum must vary over the mesh as the parts do.
+  first_part = part(Passes(total, 0, count))
   return jax.lax.scan(add, first_part, jnp.arange(count, total, count))[0]
 
 
 def combine(kind: str, slope_K: jax.Array, u_K: jax.Array, passes: int, axes: int = 1) -> jax.Array:
   """The estimate Σ_k a_k u_k from the derivatives along the tangents.
 
-  'mean': a_k = (g·u_k) / K, unbiased. 'projection': the point of the tangents' span nearest to g, a = (UᵀU)⁻¹ Uᵀg
-  (Flügel et al. 2024, arXiv 2410.17764). Of all combinations of these tangents it has the least error, but it is too
-  short: for tangents of uniform direction E[estimate] = (K/d) g, since the mean of a projection on K of d
-  dimensions is K/d, and its squared error is (1 - K/d) |g|². Times d/K it is unbiased, and is the mean
-  over passes of the law `haar`. (An optimizer with a rate of its own for every parameter, as Adam, does not see
-  the scale; SGD does.)
+  'mean': a_k = (g·u_k) / K, unbiased. 'projection': the point in the tangents' span nearest to g,
+  a = (UᵀU)⁻¹ Uᵀg (Flügel et al. 2024, arXiv 2410.17764). Among all combinations of these tangents
+  it has the least error, but it is too short: for uniformly random directions,
+  E[estimate] = (K/d) g, since the mean projection onto K of d dimensions is K/d. Its squared error
+  is (1 - K/d) |g|². Multiplied by d/K it is unbiased, and equals the mean over passes of the law
+  `haar`. (An optimizer with a rate per parameter, such as Adam, is insensitive to the scale; SGD is
+  not.)
 
   Args:
     slope_K: [K, ...] derivatives g·u_k, with size 1 in the last `axes` axes.
     u_K: [K, ...] tangents.
-    passes: K, of all chunks.
-    axes: how many last axes the perturbed dimensions have.
+    passes: K, over all chunks.
+    axes: how many trailing axes hold the perturbed dimensions.
   """
   if kind == 'mean':
     return (slope_K * u_K).sum(0) / passes
   u_DxK = jnp.moveaxis(u_K.reshape(*u_K.shape[:u_K.ndim - axes], -1), 0, -1)
   slope = jnp.moveaxis(slope_K.reshape(*slope_K.shape[:slope_K.ndim - axes]), 0, -1)
-  # With U = W S Vᵀ the projection W Wᵀ g is W S⁻¹ Vᵀ (Uᵀ g); passes may repeat each other, then some of S are zero.
+  # With U = W S Vᵀ, the projection W Wᵀ g is W S⁻¹ Vᵀ (Uᵀ g). If passes repeat, some of S are zero.
   w, s, v = jnp.linalg.svd(u_DxK, full_matrices=False)
   inverse = jnp.where(s > s.max(-1, keepdims=True) * jnp.finfo(s.dtype).eps * max(u_DxK.shape[-2:]), 1 / s, 0)
   along = inverse * jnp.einsum('...mk,...k->...m', v, slope)

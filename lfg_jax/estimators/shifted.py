@@ -1,9 +1,9 @@
-"""A function with a shift of zero before every tap: its signals are gradients.
+"""A function with a zero shift before every tap, which turns signals into gradients.
 
-The gradient with respect to a shift before a tap is the signal that the tap receives. So the
-estimate of all signals is `value_and_activity_grad` of this function, the exact ones are `jax.grad`
-of it, and its derivatives along a shift tell what a tap influences. All that `diagnose` needs to
-know of a function is in this module.
+The gradient with respect to a shift before a tap is the signal that the tap receives. So
+`value_and_activity_grad` of this function gives the estimates of all signals, `jax.grad` the exact
+signals, and its derivatives along a shift show what a tap influences. This is all that `diagnose`
+needs to know about a function.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ PyTree = Any
 
 
 def _shift(eqn: Any, ins: list, given: jax.Array | None) -> tuple[list, None]:
-  """Visit of a walk that leaves the tap where it is."""
+  """Adds a shift before a tap, and leaves the tap in place."""
   if given is None:
     return bind_equation(eqn, ins), None
   moved = {0, 1 + eqn.params['further'].index('source')} if (
@@ -33,12 +33,12 @@ def _shift(eqn: Any, ins: list, given: jax.Array | None) -> tuple[list, None]:
 
 
 class Shifted(NamedTuple):
-  """A function of shifts before its taps, and of its differentiated arguments.
+  """A function of shifts before its taps and of its differentiated arguments.
 
   Attributes:
     traced: the function of the differentiated arguments.
     point: their values.
-    taps: those that are perturbed.
+    taps: the perturbed taps.
     options: of `value_and_activity_grad`.
   """
   traced: Traced
@@ -48,7 +48,7 @@ class Shifted(NamedTuple):
 
   @property
   def losses(self) -> PyTree:
-    """What the function returns, a tree of shapes."""
+    """Shapes of what the function returns."""
     return self.traced.shape[0]
 
   def __call__(self, shifts: list[jax.Array], point: PyTree) -> PyTree:
@@ -74,14 +74,14 @@ class Shifted(NamedTuple):
     return jax.tree.leaves(jax.jit(jax.grad(objective, (0, 1)))(self.zeros, self.point))
 
   def estimate(self, num_tangents: int) -> Callable[[jax.Array], list[jax.Array]]:
-    """`key -> ` the estimate of what `exact` returns."""
+    """`key -> estimate` of what `exact` returns."""
     step = value_and_activity_grad(self.__call__, (0, 1), passes=num_tangents, **self.options)
     return lambda key: jax.tree.leaves(step(self.zeros, self.point, key=key)[1])
 
 
 def shifted(fun: Callable, argnums: int | Sequence[int], has_aux: bool, options: dict, args: tuple,
             key: jax.Array, kwargs: dict) -> Shifted:
-  """The function that `value_and_activity_grad` differentiates, at these arguments."""
+  """The function that `value_and_activity_grad` differentiates, with shifts, at these arguments."""
   of_point, point, _ = bind(fun, argnums, key, args, kwargs)
 
   def of_losses(point: tuple) -> tuple[PyTree, dict]:
@@ -101,10 +101,10 @@ def shifted(fun: Callable, argnums: int | Sequence[int], has_aux: bool, options:
 
 def accepted(fun: Callable, argnums: int | Sequence[int], has_aux: bool, options: dict, args: tuple,
              key: jax.Array, kwargs: dict) -> tuple[dict, str | None]:
-  """Options that `value_and_activity_grad` accepts for a call, and why not these (None: it does).
+  """Options that `value_and_activity_grad` accepts, and why it refuses the given ones, if it does.
 
   Raises:
-    ValueError, TypeError: as `value_and_activity_grad`, with `mixes_examples=False` too.
+    ValueError, TypeError: like `value_and_activity_grad`, if it refuses `mixes_examples=False` too.
   """
   def check(options: dict) -> None:
     step = value_and_activity_grad(fun, argnums, has_aux, **options)
@@ -125,7 +125,7 @@ def accepted(fun: Callable, argnums: int | Sequence[int], has_aux: bool, options
 
 
 def named(tree: PyTree, whole: str) -> dict[str, Any]:
-  """Leaves by path; a tree that is one leaf is called `whole`."""
+  """Leaves by path; a tree that is a single leaf is called `whole`."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='/') or whole: leaf
           for path, leaf in leaves}

@@ -3,10 +3,10 @@
     (losses, aux), grads = estimator(fun)(params, key, *args)
 
 is close to `jax.value_and_grad(fun, has_aux=True)(params, *args)`. `fun(params, *args)` returns
-`(losses, aux)`, aux a dict. The objective is the *sum* of all entries of `losses` (which each
-example's weight, 1/B for a mean, multiplies beforehand). It is an array rather than a scalar,
-`[B, P, G]` or any shape with examples first, because an estimator credits a perturbation with just
-those entries that it can influence.
+`(losses, aux)`, where aux is a dict. The objective is the *sum* of all entries of `losses`, which
+already include each example's weight (1/B for a mean). `losses` is an array, `[B, P, G]` or any
+shape with examples first, rather than a scalar, because an estimator credits a perturbation only
+with the entries that it can influence.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def total(losses: Losses) -> jax.Array:
 
 
 def objective(fun: LossFn) -> Callable[..., tuple[jax.Array, tuple[Losses, dict[str, Any]]]]:
-  """`fun` for `jax.value_and_grad(…, has_aux=True)`: the objective, and all that `fun` returns."""
+  """`fun` for `jax.value_and_grad(…, has_aux=True)`: the objective, and what `fun` returns."""
   def of_params(params: PyTree, *args: Any) -> tuple[jax.Array, tuple[Losses, dict[str, Any]]]:
     losses, aux = fun(params, *args)
     return total(losses), (losses, aux)

@@ -1,8 +1,8 @@
-"""Tangent laws: the random directions along which a forward gradient is measured.
+"""Tangent laws: the distributions of the random directions of forward gradients.
 
-K passes along u_1 … u_K estimate a gradient g in d dimensions by (1/K) Σ_k (g·u_k) u_k. That is unbiased when
-E[u uᵀ] = I, which every law here fulfils exactly. Its squared error is `excess · |g|²`, with a factor that the
-law's fourth moments decide:
+K passes along u_1 … u_K estimate a gradient g in d dimensions by (1/K) Σ_k (g·u_k) u_k. This is
+unbiased if E[u uᵀ] = I, which every law here satisfies exactly. The squared error is
+`excess · |g|²`, with a factor that depends on the law's fourth moments:
 
 | law | drawn as | excess for K passes |
 |---|---|---|
@@ -13,23 +13,24 @@ law's fourth moments decide:
 | `haar` | √d times K columns of a uniform rotation | d/K - 1 |
 | `hadamard` | K rows of a Hadamard matrix, columns with random signs | d/K - 1 |
 
-*Independent passes.* E[(g·u)² |u|²] = Σ_ij g_i² E[u_i² u_j²] = (d - 1 + κ) |g|² for independent entries of fourth
-moment κ (3 for normal ones; 1 for ±1, the smallest that unit variance allows). Subtract |g|², divide by K. On the
-sphere |u|² = d, so that E[(g·u)² |u|²] = d |g|².
+*Independent passes.* E[(g·u)² |u|²] = Σ_ij g_i² E[u_i² u_j²] = (d - 1 + κ) |g|² for independent
+entries of fourth moment κ (3 for normal ones; 1 for ±1, the smallest possible at unit variance).
+Subtract |g|² and divide by K. On the sphere |u|² = d, so E[(g·u)² |u|²] = d |g|².
 
-*Orthogonal passes.* If u_k·u_l = d δ_kl, then |(1/K) Σ (g·u_k) u_k|² = (d/K²) Σ (g·u_k)², with mean (d/K) |g|². With
-K = d the estimate is g itself. Beyond, a new orthogonal set begins: whole sets add no error, the r = K mod d passes of
-the last one add r (d - r) / K².
+*Orthogonal passes.* If u_k·u_l = d δ_kl, then |(1/K) Σ (g·u_k) u_k|² = (d/K²) Σ (g·u_k)², with mean
+(d/K) |g|². With K = d, the estimate is g itself. Beyond that, a new orthogonal set begins: whole
+sets add no error, and the r = K mod d passes of the last set add r (d - r) / K².
 
-*Blocks.* Let u have independent parts, each by itself orthogonal over the passes; part i has d_i dimensions, the
-gradient's part is g_i, the tangents' u_ki. Part i of the estimate is disturbed by part j with
-(1/K²) Σ_kl E[(g_j·u_kj)(g_j·u_lj)] E[u_ki·u_li] = (d_i/K) |g_j|²: only k = l remains. Summed over all, the factor is
-(d_1 + d_2 + …)/K - 1 again: orthogonality in parts is as good as in the whole, while K is not above the smallest
-part. So `hadamard` works for every d, in blocks of the largest power of two that divides d (1 if d is odd: then it
-is `rademacher`).
+*Blocks.* Let u have independent parts, each orthogonal over the passes by itself. Part i has d_i
+dimensions; g_i and u_ki are its parts of the gradient and of the tangents. Part j adds noise of
+(1/K²) Σ_kl E[(g_j·u_kj)(g_j·u_lj)] E[u_ki·u_li] = (d_i/K) |g_j|² to part i of the estimate, as only
+terms with k = l remain. Summed over all parts, the factor is (d_1 + d_2 + …)/K - 1 again. So
+orthogonality in parts is as good as in the whole, as long as K does not exceed the smallest part.
+Hence `hadamard` works for every d, in blocks of the largest power of two that divides d (1 if d is
+odd: then it is `rademacher`).
 
-Noise that belongs to an example is keyed by the example's position in the *global* batch, so the same
-update comes out on any number of devices.
+An example's noise is keyed by its position in the *global* batch, so the update is the same on any
+number of devices.
 """
 
 import functools
@@ -46,9 +47,9 @@ from lfg_jax.estimators.parts import WHOLE, Part
 
 
 class Passes(NamedTuple):
-  """Some of the passes of an estimate: `size` of them (None: all) from number `first` (may be traced), of `total`.
+  """Some passes of an estimate: `size` (None: all) of `total`, from number `first` (may be traced).
 
-  A law's draw for parts of the passes gives the parts of what it gives for all.
+  A law draws the same tangents for some passes as it does for those passes among all.
   """
   total: int
   first: int | jax.Array = 0
@@ -70,8 +71,8 @@ class Law(NamedTuple):
   """A law of tangents with E[u uᵀ] = I.
 
   Attributes:
-    draw: `(key, passes, shape, d, dtype) -> [K, *shape, d]`: for every index of `shape` independent sets of K
-      tangents in d dimensions, which within a set may depend on each other.
+    draw: `(key, passes, shape, d, dtype) -> [K, *shape, d]`: for every index of `shape`, an
+      independent set of K tangents in d dimensions; those within a set may depend on each other.
     excess: `(d, K) -> E|estimate - g|² / |g|²` for the mean over K passes.
   """
   draw: Callable[[jax.Array, Passes, tuple[int, ...], int, Any], jax.Array]
@@ -79,7 +80,7 @@ class Law(NamedTuple):
 
 
 def draw_signs(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-  """±1 with probability one half each, 32 drawn from every random word.
+  """±1 with equal probability, 32 from every random word.
 
   >>> sorted(set(draw_signs(jax.random.key(0), (3, 50)).ravel().tolist()))
   [-1.0, 1.0]
@@ -91,14 +92,14 @@ def draw_signs(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32)
 
 
 def _in_float32(draw: Callable) -> Callable:
-  """Drawn in float32, then rounded. Normal numbers of a shorter type, from as few random bits, would have no tails."""
+  """Draws in float32, then rounds. Normal numbers drawn from fewer bits would lack tails."""
   def rounded(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
     return draw(key, passes, shape, d, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
   return rounded
 
 
 def _each_pass(draw_one: Callable[[jax.Array, tuple[int, ...], Any], jax.Array]) -> Callable:
-  """Independent passes, each with a key of its own."""
+  """Independent passes, each with its own key."""
   def draw(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
     return jax.vmap(lambda k: draw_one(k, (*shape, d), dtype))(fold_in_all(key, passes.ids_K))
   return draw
@@ -125,7 +126,7 @@ def _draw_coordinate(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: 
 
 
 def _draw_haar(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
-  """Q of a normal matrix's QR decomposition; uniform once the signs of R's diagonal are made positive."""
+  """Q of a normal matrix's QR decomposition; uniform if the diagonal of R is made positive."""
   sets, size = -(-passes.total // d), min(passes.total, d)
   q, r = jnp.linalg.qr(jax.random.normal(key, (sets, *shape, d, size), dtype))
   signs = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1).astype(dtype)
@@ -133,7 +134,10 @@ def _draw_haar(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, d
 
 
 def _draw_hadamard(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
-  """u_kj = s_j (-1)^(number of bits that k and j share): Sylvester's matrix; one draw of signs serves a whole set."""
+  """u_kj = s_j (-1)^(number of bits that k and j share): Sylvester's matrix.
+
+  One draw of signs s serves a whole set.
+  """
   size, ids_K = d & -d, passes.ids_K
   odd_KxD = jax.lax.population_count((ids_K % size)[:, None] & jnp.arange(d)[None]) & 1
   rows = (1 - 2 * odd_KxD).astype(dtype).reshape(-1, *[1] * len(shape), d)
@@ -159,15 +163,15 @@ LAWS = {'normal': normal, 'rademacher': rademacher, 'sphere': sphere, 'coordinat
 
 
 def find(name: str, module: str | None = None) -> Law:
-  """The law of a name, or a file's own.
+  """A law by name, or from a file.
 
   Args:
     name: one of `LAWS`.
-    module: a Python file with a `law` of your own; None: the one of that name.
+    module: a Python file with your own `law`; None: the law with that name.
 
   Raises:
-    ValueError, UserError: no such law or file, or the file's has not E[u uᵀ] = I: estimates would
-      be biased.
+    ValueError, UserError: there is no such law or file, or the file's law violates E[u uᵀ] = I, so
+      that estimates would be biased.
 
   >>> find('sphere') is sphere
   True
@@ -182,7 +186,7 @@ def find(name: str, module: str | None = None) -> Law:
 
 @functools.cache
 def _check(what: str, law: Law, d: int = 4, passes: int = 2, draws: int = 4096) -> None:
-  """Raises ValueError unless mean products of entries are 1 and 0, as far as so many draws tell."""
+  """Raises ValueError unless E[u uᵀ] = I, as far as this many draws can tell."""
   with user_files.mistakes(what):
     draw = lambda key: law.draw(key, Passes(passes), (), d, jnp.float32)
     u_NxKxD = jax.vmap(draw)(jax.random.split(jax.random.key(0), draws))
@@ -198,7 +202,7 @@ def _check(what: str, law: Law, d: int = 4, passes: int = 2, draws: int = 4096) 
 
 
 def like_tree(law: Law, key: jax.Array, tree: Any, passes: Passes) -> Any:
-  """Tangents [K, ...] for every leaf of `tree`, of its dtype; independent between leaves.
+  """Tangents [K, ...] for every leaf of `tree`, in its dtype; independent between leaves.
 
   >>> v = like_tree(rademacher, jax.random.key(0), {'a': jnp.zeros(3), 'b': jnp.zeros((2, 2))}, Passes(5))
   >>> v['b'].shape
@@ -211,7 +215,7 @@ def like_tree(law: Law, key: jax.Array, tree: Any, passes: Passes) -> Any:
 
 
 def example_ids(batch: int, axis_name: str | None, part: Part = WHOLE) -> jax.Array:
-  """int32 [batch]: positions in the global batch of the examples in one of the equal parts that this device takes."""
+  """int32 [batch]: global positions of the examples in one of this device's equal parts."""
   index, parts = part
   device = jax.lax.axis_index(axis_name) if axis_name else 0
   return (device * parts + index) * batch + jnp.arange(batch)

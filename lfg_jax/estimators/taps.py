@@ -1,17 +1,17 @@
-"""`tap`: the identity, by which any JAX function names an activity that may be perturbed.
+"""`tap`: an identity with which any JAX function names an activity that may be perturbed.
 
     def losses(params, x, y):
       h = lfg_jax.tap(x @ params['hidden'], 'hidden')
       return cross_entropy(jax.nn.relu(h) @ params['out'], y)
 
-A tap is an equation of the function's jaxpr. `jax.jit`, `jax.grad` and `jax.vmap` see the identity.
-An estimator finds the taps, adds tangents to their activities, and in the reverse sweep replaces
-their cotangents by *signals*: estimates of the activities' gradients.
+A tap is an equation in the function's jaxpr. To `jax.jit`, `jax.grad` and `jax.vmap` it is the
+identity. An estimator finds the taps, adds tangents to their activities, and in the reverse sweep
+replaces their cotangents with *signals*: estimates of the activities' gradients.
 
-What reverse mode derives between two taps is then a layer's own, local, derivative. What lies
-before a tap receives that tap's signal and nothing from behind it (XLA removes the unused
-computation). If every signal is an unbiased estimate of its activity's gradient, so is every
-parameter's gradient, whatever the parameters, residuals and sharing, because the reverse sweep is
+Between two taps, reverse mode then computes only the local derivative of a layer. Everything
+before a tap receives that tap's signal, and nothing from after it (XLA removes the unused
+computation). If every signal is an unbiased estimate of its activity's gradient, then so is every
+parameter's gradient, whatever the residuals and shared parameters, because the reverse sweep is
 linear in the signals.
 """
 
@@ -26,13 +26,13 @@ tap_p = Primitive('tap')
 
 
 class Tap(NamedTuple):
-  """What an estimator knows of a tap before the function is evaluated.
+  """What an estimator knows about a tap before the function is evaluated.
 
   Attributes:
-    shape: of the activity, `[B, ...]`; in a scan with the scanned axes before B.
+    shape: of the activity, `[B, ...]`; in a scan, the scanned axes come before B.
     dtype: of the activity.
     ndim: number of axes of the activity as the function sees it, without scanned axes.
-    local_axes: how many leading axes activity and losses have in common; see `tap`.
+    local_axes: how many leading axes activity and losses share; see `tap`.
   """
   shape: tuple[int, ...]
   dtype: Any
@@ -47,22 +47,22 @@ class Tap(NamedTuple):
 
 def tap(z: jax.Array, name: str, *, local_axes: int = 1, active: jax.Array | None = None,
         source: jax.Array | None = None) -> jax.Array:
-  """The activity `z` `[B, ...]` itself, known by `name` to estimators.
+  """Returns the activity `z` `[B, ...]` and makes it known to estimators as `name`.
 
-  Every call is a tap of its own. A second call with the same name is known as `name_1`, and so on.
-  Inside `vmap` the mapped axes count as the first ones of `z`: a function of one example, mapped
-  over the batch, may tap its activities as they are.
+  Every call is a separate tap. A second call with the same name is known as `name_1`, and so on.
+  Inside `vmap`, the mapped axes count as the first axes of `z`, so a function of one example can
+  tap its activities as they are and then be mapped over the batch.
 
   Args:
     z: real floating-point, examples first.
     name: any text.
-    local_axes: how many leading axes activity and losses have in common. An activity `[B, P, c]`
-      with `local_axes=2` influences entry `[b, p]` of the losses only through its own `[b, p]`;
-      with 1, all losses of its own example; with 0, losses of other examples too.
+    local_axes: how many leading axes activity and losses share. With `local_axes=2`, the part
+      `[b, p]` of an activity `[B, P, c]` influences only the losses at `[b, p]`; with 1, all losses
+      of example b; with 0, losses of other examples too.
     active: boolean, broadcast to z's shape: where a following ReLU is on. Units that are off have
       no gradient, so their signal is set to zero.
-    source: of z's shape. It receives the signal in z's place: what lies between the two, a norm
-      say, is then not differentiated on the way back.
+    source: of z's shape. It receives the signal in place of z; the computation between the two, a
+      norm say, is then not differentiated.
 
   Raises:
     TypeError: z is not real floating-point.
@@ -83,7 +83,7 @@ def tap(z: jax.Array, name: str, *, local_axes: int = 1, active: jax.Array | Non
 
 
 def _batch(operands: tuple, axes: tuple, **params: Any) -> tuple[jax.Array, int]:
-  """The mapped axis goes to the front of all operands."""
+  """Moves the mapped axis to the front of all operands."""
   size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
   front = [batching.bdim_at_front(x, a, size) for x, a in zip(operands, axes, strict=True)]
   return tap_p.bind(*front, **params), 0
@@ -105,7 +105,7 @@ mlir.register_lowering(tap_p, lambda ctx, z, *further, **params: [z])
 
 @jax.custom_vjp
 def inject(z: jax.Array, signal: jax.Array) -> jax.Array:
-  """z, whose cotangent is replaced by `signal` in the reverse sweep.
+  """Returns z; in the reverse sweep, `signal` replaces its cotangent.
 
   >>> jax.grad(lambda z: jnp.sum(inject(z, jnp.array([3., 4.])) ** 2))(jnp.ones(2)).tolist()
   [3.0, 4.0]
@@ -119,7 +119,7 @@ inject.defvjp(lambda z, signal: (z, signal), lambda signal, _: (signal, jnp.zero
 
 @jax.custom_vjp
 def inject_at(source: jax.Array, z: jax.Array, signal: jax.Array) -> jax.Array:
-  """z. In the reverse sweep `source` receives `signal`, and z nothing.
+  """Returns z; in the reverse sweep, `source` receives `signal`, and z nothing.
 
   >>> jax.grad(lambda x: inject_at(x, 5 * x, jnp.array([3., 4.])).sum())(jnp.ones(2)).tolist()
   [3.0, 4.0]

@@ -1,4 +1,4 @@
-"""A loss function as its jaxpr: its taps, and its value with something done at them."""
+"""A loss function as a jaxpr: its taps, and its value with some action at each tap."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,10 +16,10 @@ class Traced:
   """`fun(*args)`, traced once.
 
   Attributes:
-    jaxpr: of `fun`, a function of the leaves of `args`.
-    taps: all taps by name, in the order of evaluation. Calls of one name are told apart: `h`,
+    jaxpr: of `fun`, as a function of the leaves of `args`.
+    taps: all taps by name, in order of evaluation. Calls with the same name are numbered: `h`,
       `h_1`, ….
-    calls: for each of them the name that it was called by.
+    calls: for each tap, the name it was called with.
 
   >>> from lfg_jax.estimators.taps import tap
   >>> double = Traced(lambda x: tap(2 * x, 'double') ** 2, jnp.ones(3))
@@ -42,8 +42,8 @@ class Traced:
     """What `fun` returns for `args` (of the traced shapes), and the record of every tap.
 
     Args:
-      visit: what is done at a tap, one of those below.
-      given: by tap, for `visit`; None for those that are missing.
+      visit: the action at a tap, one of the functions below.
+      given: what `visit` is given at each tap; None where missing.
     """
     of_taps = [given.get(name) for name in self.taps]
     outs, records = self.walk.run(self.jaxpr, jax.tree.leaves(args), of_taps, visit)
@@ -52,7 +52,7 @@ class Traced:
 
 
 def keep(eqn: Any, ins: list, given: Any) -> tuple[list, None]:
-  """Leaves the tap, for another estimator to find."""
+  """Leaves the tap in place for another estimator."""
   del given
   return bind(eqn, ins), None
 
@@ -65,23 +65,20 @@ def record(eqn: Any, ins: list, given: Any) -> tuple[list, jax.Array]:
 
 
 def perturb(eqn: Any, ins: list, given: jax.Array | None) -> tuple[list, None]:
-  """Adds what is given. `jax.jvp` by it tells, forward, what the activity does to the losses."""
+  """Adds what is given. `jax.jvp` with respect to it tells how the activity moves the losses."""
   z = _activity(eqn, ins)
   return [z if given is None else z + given.astype(z.dtype)], None
 
 
 def detach(eqn: Any, ins: list, given: jax.Array | None) -> tuple[list, None]:
-  """As `perturb`, of a constant: nothing before the tap has a gradient through it."""
+  """Like `perturb`, but nothing before the tap has a gradient through it."""
   if given is None:
     return [_activity(eqn, ins)], None
   return perturb(eqn, [jax.lax.stop_gradient(x) for x in ins], given)
 
 
 def replace_cotangent(eqn: Any, ins: list, given: jax.Array | None) -> tuple[list, None]:
-  """Sends the signal that is given to what is before the tap, and nothing else.
-
-  What is given replaces the cotangent that arrives at the tap in the reverse sweep.
-  """
+  """Replaces the cotangent that arrives at the tap in the reverse sweep with the given signal."""
   z = _activity(eqn, ins)
   if given is None:
     return [z], None
@@ -122,7 +119,7 @@ def _tap(found: Found) -> Tap:
 
 
 def _unique(names: list[str]) -> list[str]:
-  """The names, with numbers behind all but the first of those that are equal.
+  """The names, with numbers appended to repeated ones.
 
   >>> _unique(['h', 'h_1', 'h', 'h'])
   ['h', 'h_1', 'h_2', 'h_3']

@@ -1,8 +1,9 @@
-"""The variance of forward gradients: what theory predicts, what is measured, how passes are best spent.
+"""The variance of forward gradients: predicted, measured, and minimised for a given cost.
 
-Let g_n = ∂L_n/∂W be the gradient of example n's loss by a p × q matrix, V the mean over its entries of the variance of
-g_n over examples, S the mean of the squared true gradient E[g]². The estimate for a batch of N examples then has,
-per entry, the variance (Ren et al. 2023, Table 1, for normal tangents and K = 1, where e = d + 1)
+Let g_n = ∂L_n/∂W be the gradient of example n's loss with respect to a p × q matrix. Let V be the
+variance of g_n over examples and S the squared true gradient E[g]², both averaged over entries. For
+a batch of N examples, an entry of the estimate then has the variance (Ren et al. 2023, Table 1, for
+normal tangents and K = 1, where e = d + 1)
 
 | | tangents shared by the batch | independent |
 |---|---|---|
@@ -11,14 +12,17 @@ per entry, the variance (Ren et al. 2023, Table 1, for normal tangents and K = 1
 
 with e = `law.excess(d, K)`, the squared error of K passes relative to |g|² (see `tangents`).
 
-*Proof.* Given the gradient g that a set of tangents is applied to, the estimate is unbiased and has the squared error
-e |g|². *Weights, shared:* g is the batch's mean ḡ = (1/N) Σ g_n, with E|ḡ|² = p q (V/N + S); the variance is
-that of ḡ, p q V/N, plus e E|ḡ|². *Weights, independent:* the mean of N independent estimates, each with variance
-p q V + e E|g_n|² = p q (V + e (V + S)). *Activities:* g_n = x_n δ_nᵀ, and the estimate x_n (δ_n·u) uᵀ applies u, of
-d = q dimensions, to every row of g_n; shared by the batch, to every row of ḡ. Sum over the p rows. ∎
+*Proof.* Given the gradient g to which a set of tangents is applied, the estimate is unbiased with
+squared error e |g|². *Weights, shared:* g is the batch mean ḡ = (1/N) Σ g_n, with
+E|ḡ|² = p q (V/N + S). The variance is that of ḡ, p q V/N, plus e E|ḡ|². *Weights, independent:* the
+estimate is the mean of N independent ones, each with variance
+p q V + e E|g_n|² = p q (V + e (V + S)). *Activities:* g_n = x_n δ_nᵀ. The estimate x_n (δ_n·u) uᵀ
+applies u, of d = q dimensions, to every row of g_n; if shared by the batch, to every row of ḡ. Sum
+over the p rows. ∎
 
-A guess h of g (see `guesses`) that leaves the share r = E|g - h|² / E|g|² of it multiplies e by r: the tangents are
-applied to g - h, and h adds nothing. In `predicted_taps`, `norms` are then |g_i - h_i|².
+A guess h of g (see `guesses`) that leaves the fraction r = E|g - h|² / E|g|² multiplies e by r: the
+tangents are applied to g - h, and h adds no variance. In `predicted_taps`, `norms` are then
+|g_i - h_i|².
 """
 
 import heapq
@@ -45,7 +49,7 @@ def predicted(estimator: str, law: Law, passes: int, *, shared: bool, batch: int
     p, q: fan-in and fan-out.
     V: mean variance over examples of an entry of the per-example gradient.
     S: mean squared entry of the true gradient.
-    left: share of the squared gradient that a guess leaves; 1: no guess.
+    left: fraction of the squared gradient that a guess leaves; 1: no guess.
 
   Raises:
     ValueError: an unknown estimator.
@@ -62,12 +66,13 @@ def predicted(estimator: str, law: Law, passes: int, *, shared: bool, batch: int
 
 def predicted_taps(law: Law, passes: Sequence[int], dims: Sequence[int], norms: Sequence[float], *, joint: bool
                    ) -> list[float]:
-  """Squared error of each tap's signal for one example (patch, group), given the tangents' dimensions.
+  """Squared error of each tap's signal for one example (patch, group).
 
-  Separately, tap i has excess(d_i, K_i) |g_i|². Jointly, with K passes of all, each other tap adds (d_i/K) |g_j|².
+  With separate taps, tap i has excess(d_i, K_i) |g_i|². With K joint passes, every other tap j adds
+  (d_i/K) |g_j|².
 
   Args:
-    passes: K_i for every tap; when joint all the same.
+    passes: K_i for every tap; if joint, all the same.
     dims: d_i, the perturbed dimensions that influence one loss.
     norms: |g_i|², the squared gradients of that loss.
 
@@ -83,20 +88,19 @@ def predicted_taps(law: Law, passes: Sequence[int], dims: Sequence[int], norms: 
 
 
 def allocate(law: Law, dims: Sequence[int], norms: Sequence[float], costs: Sequence[float], budget: float) -> list[int]:
-  """Passes for every tap, perturbed by itself, that minimise Σ excess(d_i, K_i) |g_i|² at Σ c_i K_i ≤ budget.
+  """Passes for separate taps that minimise Σ excess(d_i, K_i) |g_i|² subject to Σ c_i K_i ≤ budget.
 
-  For excess = a_i/K_i (all laws while K ≤ d, up to a constant) the minimum over real numbers has
-  K_i ∝ √(a_i |g_i|² / c_i), from setting the derivative of the Lagrange function to zero. For whole numbers: starting
-  with one pass each, the
-  pass that lowers the error most per cost is added while it fits. For equal costs that is optimal, as the terms are
-  convex; for unequal ones nearly.
+  If excess = a_i/K_i (all laws while K ≤ d, up to a constant), the minimum over real numbers has
+  K_i ∝ √(a_i |g_i|² / c_i), by setting the derivative of the Lagrangian to zero. For whole numbers,
+  start with one pass each, and keep adding the pass that reduces the error most per cost while it
+  fits. For equal costs this is optimal, since the terms are convex; for unequal costs, nearly so.
 
   Args:
     norms: |g_i|², squared gradients.
-    costs: c_i of one pass, in the unit of `budget`.
+    costs: c_i of one pass, in units of `budget`.
 
   Raises:
-    ValueError: the budget does not suffice for one pass each.
+    ValueError: the budget is too small for one pass each.
 
   >>> from lfg_jax.estimators.tangents import hadamard
   >>> allocate(hadamard, dims=[32, 32], norms=[1., 1.], costs=[4., 1.], budget=40.)
@@ -122,10 +126,10 @@ def allocate(law: Law, dims: Sequence[int], norms: Sequence[float], costs: Seque
 
 
 class Measured(NamedTuple):
-  """Statistics over independent draws of an estimate, of which none is stored.
+  """Statistics over independent draws of an estimate, computed without storing the draws.
 
   Attributes:
-    draws: their number.
+    draws: number of draws.
     mean: of the estimate, a tree.
     variance: of every entry, a tree.
     squared_error: mean over draws of the mean over entries of (estimate - truth)², for the whole tree.
@@ -140,9 +144,9 @@ class Measured(NamedTuple):
   cosine: jax.Array
 
   def bias_z(self, truth: PyTree) -> jax.Array:
-    """Root mean square over all entries of (mean - truth) / (standard error): 1 for no bias.
+    """Root mean square over all entries of (mean - truth) / (standard error): 1 without bias.
 
-    The rounding of floats counts as an error too, so that an exact estimate has no bias.
+    The standard error includes rounding, so an exact estimate counts as unbiased.
     """
     def squares(mean: jax.Array, variance: jax.Array, truth: jax.Array) -> jax.Array:
       rounding = 16 * jnp.finfo(mean.dtype).eps * jnp.abs(truth).max()
@@ -152,7 +156,7 @@ class Measured(NamedTuple):
 
 
 class _Moments(NamedTuple):
-  """Number, mean and sum of squared deviations of a tree, merged as by Welford and Chan et al."""
+  """Count, mean and sum of squared deviations of a tree, merged as in Welford and Chan et al."""
   size: jax.Array
   mean: PyTree
   squares: PyTree
@@ -172,7 +176,7 @@ class _Moments(NamedTuple):
     return _Moments(size, mean, squares)
 
   def over_devices(self, axis: str) -> '_Moments':
-    """All devices' together, who have equally many."""
+    """Merges those of all devices, which have equal counts."""
     mean = jax.lax.pmean(self.mean, axis)
     squares = jax.tree.map(lambda s, m, all_: s + self.size * (m - all_)**2, self.squares, self.mean, mean)
     return _Moments(jax.lax.psum(self.size, axis), mean, jax.lax.psum(squares, axis))
@@ -180,14 +184,14 @@ class _Moments(NamedTuple):
 
 def measure(estimate: Callable[[jax.Array], PyTree], truth: PyTree, key: jax.Array, draws: int, *, at_once: int = 100,
             mesh: Mesh | None = None) -> Measured:
-  """Mean, variance and squared error of `estimate(key)` over independent keys, by Welford's recurrence.
+  """Mean, variance and squared error of `estimate(key)` over keys, by Welford's recurrence.
 
-  Memory is that of `at_once` draws, which are vmapped.
+  `at_once` draws are vmapped and determine the memory.
 
   Args:
-    truth: what the estimate is compared with, of its structure.
+    truth: what to compare the estimate with, of the same structure.
     draws: rounded down to whole chunks of `at_once` on every device.
-    mesh: with one axis, over which the draws are divided; None: one device.
+    mesh: has one axis, over which the draws are divided; None: one device.
 
   Raises:
     ValueError: fewer draws than one chunk on every device, or fewer than two.

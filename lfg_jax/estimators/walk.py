@@ -1,9 +1,9 @@
-"""Evaluation of a jaxpr that reaches into it for some of its equations, to record or replace them.
+"""Evaluates a jaxpr while visiting some of its equations, to record or replace them.
 
-Equations are visited inside `jit`, `scan`, `remat` and `cond`. One that is in a scan is visited
-once, with the scanned axis in front of all that is recorded there and handed in. Every call has
-equations of its own, although JAX may share one jaxpr between calls. All other equations are bound
-as they are, so that functions with rules of their own keep them.
+Equations are visited inside `jit`, `scan`, `remat` and `cond`. An equation in a scan is visited
+once; everything recorded there or handed in has the scanned axis in front. Every call has its own
+equations, although JAX may share one jaxpr between calls. All other equations are bound as they
+are, so functions with their own derivative rules keep them.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,37 +13,37 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-# Primitives that are entered, by the names that JAX has had for them.
+# Primitives to enter, by all names that JAX has used for them.
 _CALLS = ('jit', 'pjit', 'closed_call', 'core_call')
 _REMAT = ('remat2', 'remat', 'checkpoint')
 _ENTERED = (*_CALLS, *_REMAT, 'scan', 'cond')
 OWN_RULES = ('custom_jvp_call', 'custom_vjp_call')
 
-# `(equation, its inputs, what is given) -> (its outputs, record)`; a record is a pytree of arrays.
+# `(equation, its inputs, given) -> (its outputs, record)`; a record is a pytree of arrays.
 Visit = Callable[[Any, list, Any], tuple[list, Any]]
 
 
 class Found(NamedTuple):
-  """An equation, and the lengths of the scans that it is in, from outside."""
+  """An equation, and the lengths of the scans around it, outermost first."""
   eqn: Any
   lengths: tuple[int, ...] = ()
 
 
 class Walk(NamedTuple):
-  """Which equations are visited.
+  """Which equations to visit.
 
   Attributes:
-    is_visited: of an equation.
-    refused: what is said, as a ValueError, of an equation inside a primitive that cannot be
-      entered: a function of equation and primitive.
-    ignored: names of primitives in which no equation is looked for.
+    is_visited: whether to visit an equation.
+    refused: `(equation, primitive) -> message` of the ValueError for an equation inside a primitive
+      that cannot be entered.
+    ignored: names of primitives inside which equations are not visited.
   """
   is_visited: Callable[[Any], bool]
   refused: Callable[[Any, str], str]
   ignored: tuple[str, ...] = ()
 
   def find(self, jaxpr: Any) -> list[Found]:
-    """All equations that are visited, in the order of evaluation.
+    """All visited equations, in order of evaluation.
 
     Raises:
       ValueError: one is inside a primitive that cannot be entered.
@@ -51,7 +51,7 @@ class Walk(NamedTuple):
     return [found for eqn in opened(jaxpr).eqns for found in self.find_in(eqn)]
 
   def find_in(self, eqn: Any) -> list[Found]:
-    """The equation itself, or those inside."""
+    """The equation itself if visited, or the visited ones inside it."""
     if self.is_visited(eqn):
       return [Found(eqn)]
     name = eqn.primitive.name
@@ -69,9 +69,9 @@ class Walk(NamedTuple):
     """Evaluates a jaxpr.
 
     Args:
-      given: for every visited equation what `visit` is handed, a pytree of arrays or None; in a
-        scan with the scanned axis in front.
-      visit: what is done there.
+      given: what `visit` is given for every visited equation, a pytree of arrays or None; in a
+        scan, with the scanned axis in front.
+      visit: the action at a visited equation.
 
     Returns:
       The outputs, and the record of every visited equation.
@@ -85,7 +85,7 @@ class Walk(NamedTuple):
       count = len(self.find_in(eqn))
       own, given = given[:count], given[count:]
       ins = [read(v) for v in eqn.invars]
-      # What the equation was traced under (matmul precision, a mesh, …) holds for it here too.
+      # The context in which the equation was traced (matmul precision, a mesh, …) applies here too.
       with eqn.ctx.manager:
         outs, own_records = self._equation(eqn, ins, own, visit) if count else (bind(eqn, ins), [])
       env.update(zip(eqn.outvars, outs, strict=True))
@@ -93,7 +93,7 @@ class Walk(NamedTuple):
     return [read(v) for v in inner.outvars], records
 
   def _equation(self, eqn: Any, ins: list, given: list, visit: Visit) -> tuple[list, list]:
-    """An equation that is visited or holds some that are."""
+    """An equation that is visited or contains visited ones."""
     name, params = eqn.primitive.name, eqn.params
     if self.is_visited(eqn):
       outs, record = visit(eqn, ins, given[0])
@@ -105,13 +105,13 @@ class Walk(NamedTuple):
     (jaxpr,) = inner_jaxprs(eqn)
     body = lambda ins, given: self.run(jaxpr, ins, given, visit)
     if name in _REMAT:
-      prevent = params['prevent_cse']    # in recent versions of JAX one for each input
+      prevent = params['prevent_cse']    # one per input in recent versions of JAX
       prevent = prevent if isinstance(prevent, bool) else any(prevent)
       body = jax.checkpoint(body, prevent_cse=prevent, policy=params['policy'])
     return body(ins, given)
 
   def _scan(self, params: dict, ins: list, given: list, visit: Visit) -> tuple[list, list]:
-    """What is given goes in with the scanned inputs, records come out with the scanned outputs."""
+    """`given` goes in with the scanned inputs; records come out with the scanned outputs."""
     constants, carried = scan_counts(params)
     consts, ins = ins[:constants], ins[constants:]
     init, xs = ins[:carried], ins[carried:]
@@ -126,7 +126,7 @@ class Walk(NamedTuple):
 
   def _cond(self, branches: Sequence[Any], ins: list, given: list, visit: Visit
             ) -> tuple[list, list]:
-    """Equations of a branch that is not taken have a record of zero, and influence nothing."""
+    """Equations in a branch that is not taken have a zero record and no influence."""
     index, *ins = ins
     counts = [len(self.find(branch)) for branch in branches]
     starts = [sum(counts[:n]) for n in range(len(branches))]
@@ -147,7 +147,7 @@ class Walk(NamedTuple):
 
 
 def scan_counts(params: dict) -> tuple[int, int]:
-  """How many of a scan's inputs are constants, and how many are carried, by its parameters."""
+  """How many of a scan's inputs are constants, and how many are carried."""
   if 'ft_in' in params:    # since jax 0.11
     constants, carried, _ = params['ft_in'].unpack()
     return len(constants), len(carried)
@@ -180,7 +180,7 @@ def backward_only(jaxpr: Any) -> list[str]:
 def bind(eqn: Any, ins: list) -> list:
   """The equation's outputs."""
   params = eqn.primitive.get_bind_params(eqn.params)
-  if isinstance(params, tuple):    # the form before jax 0.10.1: functions apart
+  if isinstance(params, tuple):    # before jax 0.10.1, functions are separate
     functions, params = params
     outs = eqn.primitive.bind(*functions, *ins, **params)
   else:

@@ -1,4 +1,4 @@
-"""Weight perturbation: tangents of the parameters (equation 3 of the paper)."""
+"""Weight perturbation: tangents in the space of the parameters (equation 3 of the paper)."""
 
 import functools
 from collections.abc import Callable
@@ -20,16 +20,16 @@ def weight_perturbation(
     group_axis: Callable[[tuple], int | None] = lambda path: None) -> GradFn:
   """g_w(θ) = (∇θ·v) v, with local losses if the loss array has them.
 
-  Unbiased when every weight is credited with all the losses that it influences.
+  It is unbiased if every weight is credited with all the losses that it influences.
 
   Args:
     sampling: `shared=False` draws one weight tangent per example (memory: B copies of the weights;
       losses of one example must not depend on others).
     derivative: `jvp_derivative` or `finite_difference(ε)`.
-    is_exact: paths of parameters that get their exact gradient: those of a head or read-out, a
-      single linear layer under its loss.
-    group_axis: for a parameter's path, the axis that runs over the G groups (or G equal chunks)
-      each of which influences the losses `[B, P, g]` of its own group only; None: all losses.
+    is_exact: whether a parameter, by its path, gets its exact gradient. This is for heads and the
+      read-out, single linear layers right below their loss.
+    group_axis: for a parameter's path, the axis over the G groups (or G equal chunks), each of
+      which influences only the losses `[B, P, g]` of its own group; None: all losses.
 
   >>> loss = lambda w, x: ((x @ w) ** 2, {})
   >>> exact = Sampling(tangents.hadamard, 2)    # as many orthogonal tangents as weights
@@ -77,7 +77,7 @@ def weight_perturbation(
 
 
 def _credit(dL_K: Losses, v: jax.Array, axis: int | None) -> jax.Array:
-  """dL, summed over what the weight influences, in a shape that broadcasts with v [K, ...]."""
+  """dL, summed over the losses that the weight influences, in a shape that broadcasts with v."""
   K = v.shape[0]
   if axis is None:
     dL = sum(d.reshape(K, -1).sum(-1) for d in jax.tree.leaves(dL_K))

@@ -1,1 +1,1 @@
-"""Local losses: replicated over blocks, patches and groups at the cost of one."""
+"""Local losses, replicated over blocks, patches and groups at the cost of one."""

@@ -1,20 +1,21 @@
 """Local losses, one for every block × patch × channel group, at the cost of one.
 
-A head's first layer is linear on the aggregated feature x̄ = (1/P) Σ_p concat_g(x_{p,g}) of the
-whole block: z = W x̄. Any loss L(z) of a row of its outputs may follow, also behind a hidden layer.
-Each of the P·G replicas of an example's loss sees x̄, but only its own x_{p,g} without a
+A head's first layer is linear in the aggregated feature x̄ = (1/P) Σ_p concat_g(x_{p,g}) of the
+whole block: z = W x̄. Any loss L(z) per row of outputs may follow, with or without a hidden layer.
+An example's loss has P·G replicas. Each sees x̄, with everything except its own x_{p,g} behind a
 stop-gradient (Ren et al. 2023, section 3.2 and figure 2). All replicas of an example have the same
-value; their derivatives differ:
+value, but different derivatives:
 
     dL[b,p,g] = (1/P) Σ_c dx[b,p,g,c] · (W_g ∂L/∂z_b)_c
 
-Summed over p and g this is the derivative of the plain loss. Stored naively it takes P·G copies of
-x̄; here the value is computed once, with its slope ∂L/∂z by `jax.vjp`, and the rule above serves
-forward mode and, transposed by JAX, reverse mode. For the cross-entropy ∂L/∂z is softmax - onehot.
+Summed over p and g, this is the derivative of the plain loss. A naive implementation stores P·G
+copies of x̄. Here the value is computed once, with its slope ∂L/∂z from `jax.vjp`, and the rule
+above serves forward mode and, transposed by JAX, reverse mode. For the cross-entropy, ∂L/∂z is
+softmax - onehot.
 
-Where the loss of a row depends on other rows too, as InfoNCE without its stop-gradient, there is no
-slope of a row. Then L is differentiated along each replica's own (1/P) W_gᵀ dx[·,p,g], patch by
-patch: dz of all replicas would be larger than the features are.
+If the loss of a row also depends on other rows, like InfoNCE without its stop-gradient, a row has
+no slope of its own. Then L is differentiated along each replica's own (1/P) W_gᵀ dx[·,p,g], one
+patch at a time, because dz of all replicas would be larger than the features.
 """
 
 import functools
@@ -33,12 +34,12 @@ PyTree = Any
 
 
 class Cut(NamedTuple):
-  """Which axes of a block's features have a loss of their own (figure 6 of the paper)."""
+  """Which axes of a block's features have their own losses (figure 6 of the paper)."""
   patch: bool = True
   group: bool = True
 
   def replicas(self, features_BxPxGxC: jax.Array) -> int:
-    """Number of losses per example: P·G when both cuts are made."""
+    """Number of losses per example: P·G with both cuts."""
     _, P, G, _ = features_BxPxGxC.shape
     return (P if self.patch else 1) * (G if self.group else 1)
 
@@ -61,16 +62,16 @@ def _scale_gradient_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax
 
 def head_outputs(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array
                  ) -> jax.Array:
-  """[B, K]: a head's first layer on the mean over patches of all groups."""
+  """[B, K]: a head's first layer, applied to the mean over patches of all groups."""
   G, C, K = kernel_GxCxK.shape
   mean_BxD = features_BxPxGxC.mean(1, dtype=kernel_GxCxK.dtype).reshape(-1, G * C)
   return mean_BxD @ kernel_GxCxK.reshape(G * C, K) + bias_K[None]
 
 
 def own_slopes(d_BxPxGxC: jax.Array, slope_BxGxC: jax.Array, cut: Cut) -> jax.Array:
-  """[B, P, G]: what each replica's own features add to its loss when they move along d.
+  """[B, P, G]: the change of each replica's loss when its own features move along d.
 
-  Summed in two steps: on CPUs, XLA would write out all products before a sum of more than 32.
+  The sum has two steps, because on CPUs XLA stores all products before summing more than 32.
   """
   C = d_BxPxGxC.shape[-1]
   part = 16 if C % 16 == 0 else C
@@ -79,19 +80,19 @@ def own_slopes(d_BxPxGxC: jax.Array, slope_BxGxC: jax.Array, cut: Cut) -> jax.Ar
 
 
 def sum_uncut(x: jax.Array, cut: Cut) -> jax.Array:
-  """x [B, P, G, ...], summed, to size 1, over those of the axes P and G that are not cut."""
+  """x [B, P, G, ...], summed (to size 1) over the axes of P and G that are not cut."""
   axes = tuple(axis for axis, own in ((1, cut.patch), (2, cut.group)) if not own)
   return x.sum(axes, keepdims=True) if axes else x
 
 
 def replicate(loss_B: jax.Array, P: int, G: int, cut: Cut) -> jax.Array:
-  """[B, P, G] copies (1 in place of an axis that is not cut)."""
+  """[B, P, G] copies (size 1 for an axis that is not cut)."""
   shape = (loss_B.shape[0], P if cut.patch else 1, G if cut.group else 1)
   return jnp.broadcast_to(loss_B[:, None, None], shape)
 
 
 class _Form(NamedTuple):
-  """What is static: `loss(outputs_BxK, above, targets) -> [B]`, and how it is replicated."""
+  """The static part: `loss(outputs_BxK, above, targets) -> [B]`, and how it is replicated."""
   loss: Callable[[jax.Array, PyTree, PyTree], jax.Array]
   cut: Cut
   mixes_rows: bool
@@ -124,7 +125,7 @@ def _fused_jvp(form: _Form, primals: tuple, tangents: tuple) -> tuple[jax.Array,
     along = lambda d_BxK: (d_BxK * slope_BxK).sum(-1)
     slope_BxGxC = jnp.einsum('gck,bk->bgc', backward, slope_BxK) / P
     d_loss = own_slopes(_filled(d_features), slope_BxGxC, form.cut)
-  # Where only activities move, no product with the head's zero tangent.
+  # If only activities move, there is no product with the head's zero tangent.
   if _moves((d_kernel, d_bias)):
     d_z_BxK = head_outputs(features, _filled(d_kernel), _filled(d_bias))
     d_loss += along(d_z_BxK)[:, None, None]
@@ -149,7 +150,7 @@ def _filled(d: jax.Array | SymbolicZero) -> jax.Array:
 
 def _own_and_others(along: Callable[[jax.Array], jax.Array], d_BxPxGxC: jax.Array,
                     backward_GxCxK: jax.Array, cut: Cut) -> jax.Array:
-  """[B, P, G]: what the replica's own features of all rows add, for losses that mix rows."""
+  """[B, P, G]: the change of each replica's loss by its features in all rows, if rows mix."""
   P = d_BxPxGxC.shape[1]
 
   def one_patch(d_BxGxC: jax.Array) -> jax.Array:
@@ -164,7 +165,7 @@ def _own_and_others(along: Callable[[jax.Array], jax.Array], d_BxPxGxC: jax.Arra
 
 def check_shapes(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array,
                  targets: Targets) -> None:
-  """Raises AssertionError, saying what was expected, if arguments do not fit together."""
+  """Raises AssertionError, saying what was expected, if the arguments' shapes do not match."""
   chex.assert_rank([features_BxPxGxC, kernel_GxCxK], [4, 3])
   B, _, G, C = features_BxPxGxC.shape
   chex.assert_shape(kernel_GxCxK, (G, C, None),
@@ -177,26 +178,26 @@ def check_shapes(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: j
 def replicated_loss(row_loss: RowLoss, features_BxPxGxC: jax.Array, head: dict[str, Any],
                     targets: Targets, cut: Cut = Cut(), *, feedback: dict[str, Any] | None = None,
                     held_BxPxGxC: jax.Array | None = None, mixes_rows: bool = False) -> jax.Array:
-  """The loss of a head on the mean feature, with one replica per cut of patch and group.
+  """The loss of a head on the mean feature, with one replica per patch and group.
 
-  Time and memory are those of the plain loss: independent of P·G.
+  Time and memory are those of the plain loss, independent of P·G.
 
   Args:
-    row_loss: of the head's outputs; see `row_losses`.
+    row_loss: the loss of the head's outputs; see `row_losses`.
     features_BxPxGxC: normalised output of the block, in groups.
     head: 'kernel' [G, C, K] and 'bias' [K], shared by patches; row g of the kernel belongs to group
-      g. With a hidden layer also 'out', 'kernel' [K, L] and 'bias' [L], behind a ReLU.
+      g. With a hidden layer also 'out', with 'kernel' [K, L] and 'bias' [L], after a ReLU.
     targets: of each example.
     cut: an axis that is not cut has size 1 in the result.
-    feedback: fixed kernels used in place of the head's in derivatives with respect to what goes
-      into them (feedback alignment).
+    feedback: fixed kernels that replace the head's in derivatives with respect to their inputs
+      (feedback alignment).
     held_BxPxGxC: the value of the copies behind the stop-gradient; by default that of the features.
-      To be given where `features` is *evaluated* at a perturbed point (finite differences):
-      replicas then differ.
-    mixes_rows: the loss of a row has a derivative by other rows' outputs too.
+      Pass it if `features` is *evaluated* at a perturbed point (finite differences), where the
+      replicas differ.
+    mixes_rows: whether a row's loss also depends on other rows' outputs.
 
   Returns:
-    [B, P, G] (1 in place of an axis that is not cut), in the row loss's unit.
+    [B, P, G] (size 1 for an axis that is not cut), in the row loss's unit.
 
   >>> from lfg_jax.losses.row_losses import cross_entropy
   >>> x, head = jnp.ones((2, 4, 3, 5)), {'kernel': jnp.ones((3, 5, 10)), 'bias': jnp.zeros(10)}
@@ -219,7 +220,7 @@ def replicated_loss(row_loss: RowLoss, features_BxPxGxC: jax.Array, head: dict[s
 
 
 def _behind_relu(z_BxK: jax.Array, layer: dict[str, jax.Array], feedback: dict | None) -> jax.Array:
-  """The layer behind the hidden one. Its input's derivative goes through the feedback, if any."""
+  """The layer after the hidden one. Its input's derivative goes through the feedback, if any."""
   h_BxK = jax.nn.relu(z_BxK)
   if not feedback:
     return h_BxK @ layer['kernel'] + layer['bias'][None]
@@ -231,7 +232,7 @@ def _behind_relu(z_BxK: jax.Array, layer: dict[str, jax.Array], feedback: dict |
 def _displaced(loss: Callable[[jax.Array], jax.Array], features_BxPxGxC: jax.Array,
                held_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array, cut: Cut
                ) -> jax.Array:
-  """Replicas at a point where each sees its own features displaced and all others held."""
+  """Replicas at a point where each sees its own features displaced and all others fixed."""
   P = features_BxPxGxC.shape[1]
   step_BxPxGxK = jnp.einsum('bpgc,gck->bpgk', features_BxPxGxC - held_BxPxGxC, kernel_GxCxK) / P
   z_BxK = head_outputs(held_BxPxGxC, kernel_GxCxK, bias_K)

@@ -1,8 +1,8 @@
-"""Row losses: what a local head learns, by name or from a file of one's own.
+"""Row losses: what a local head learns, by name or from your own file.
 
-A row loss is `row_loss(outputs_BxK, targets) -> losses_B`: outputs of a head, one row per example,
-and what is known of the examples. The loss of a row depends on that row's outputs only. Its
-derivative is JAX's own, and `lfg_jax.losses.replicated` replicates it for nothing.
+A row loss is `row_loss(outputs_BxK, targets) -> losses_B`. It takes a head's outputs, one row per
+example, and the examples' targets. A row's loss depends only on that row's outputs. JAX provides
+its derivative, and `lfg_jax.losses.replicated` replicates it for free.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def cross_entropy(outputs_BxK: jax.Array, targets: Targets) -> jax.Array:
 
 
 def squared_error(outputs_BxK: jax.Array, targets: Targets) -> jax.Array:
-  """[B] half of the squared distance to the one-hot label, no unit.
+  """[B] half the squared distance to the one-hot label, no unit.
 
   >>> squared_error(jnp.array([[0., 3.]]), Targets(jnp.array([1]), jnp.ones(1))).tolist()
   [2.0]
@@ -58,15 +58,16 @@ ROW_LOSSES: dict[str, RowLoss] = {
 
 
 def find(row: str, module: str | None = None, outputs: int = 10) -> RowLoss:
-  """The row loss of a name, or a file's own.
+  """A row loss by name, or from a file.
 
   Args:
     row: one of `ROW_LOSSES`.
-    module: a Python file with a `row_loss` of your own; None: the one of that name.
-    outputs: of a head, K.
+    module: a Python file with your own `row_loss`; None: the loss with that name.
+    outputs: number of a head's outputs, K.
 
   Raises:
-    ValueError, UserError: no such loss or file; or the file's does not give one loss per row.
+    ValueError, UserError: there is no such loss or file, or the file's does not return one loss per
+      row.
 
   >>> find('margin') is margin
   True
@@ -80,7 +81,7 @@ def find(row: str, module: str | None = None, outputs: int = 10) -> RowLoss:
 
 
 def _check(what: str, row_loss: RowLoss, outputs: int) -> None:
-  """Raises ValueError unless three rows of outputs have a loss each, of themselves alone."""
+  """Raises ValueError unless each of three rows has one loss that depends on that row alone."""
   outputs_3xK = jnp.linspace(-1, 1, 3 * outputs).reshape(3, outputs)
   targets = Targets(jnp.arange(3) % outputs, jnp.full(3, 1 / 3))
   with user_files.mistakes(what):

@@ -1,4 +1,4 @@
-"""What losses must know of the examples."""
+"""What losses need to know about the examples."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ import jax
 
 
 class Targets(NamedTuple):
-  """A pytree with all that a loss must know of the examples.
+  """A pytree with everything that a loss needs to know about the examples.
 
   Attributes:
-    label_B: integer classes; contrastive losses do not look at them.
-    weight_B: of each example in the objective; sums to 1 over the global batch.
+    label_B: integer classes; contrastive losses ignore them.
+    weight_B: each example's weight in the objective; sums to 1 over the global batch.
   """
   label_B: jax.Array
   weight_B: jax.Array

@@ -1,1 +1,1 @@
-"""Networks whose activities are tapped."""
+"""Networks with tapped activities."""

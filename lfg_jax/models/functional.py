@@ -1,7 +1,7 @@
-"""Layers as pure functions of their parameters, for models that are written without modules.
+"""Layers as pure functions of their parameters, for models written without modules.
 
-Parameters are {'kernel', 'bias'}. With `feedback` {'kernel'}, a fixed or learned matrix takes the
-kernel's place where gradients are sent to the layer's input.
+Parameters are {'kernel', 'bias'}. With `feedback` {'kernel'}, a fixed or learned matrix replaces
+the kernel when gradients are sent to the layer's input.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Params = dict[str, jax.Array]
 
 def init(key: jax.Array, kernel: tuple[int, ...], bias: tuple[int, ...], fan_in: int,
          kind: str = 'lecun') -> Params:
-  """A normal kernel (see `layers.initializer`) and a bias of zeros.
+  """A random kernel (see `layers.initializer`) and a zero bias.
 
   >>> jax.tree.map(jnp.shape, init(jax.random.key(0), (3, 4), (4,), 3))
   {'bias': (4,), 'kernel': (3, 4)}
@@ -31,8 +31,8 @@ def init_head(key: jax.Array, heads: Heads, groups: int, width: int, classes: in
               kind: str = 'lecun') -> dict[str, Any]:
   """Parameters of a local head on `groups` groups of `width` channels.
 
-  The last layer is zero, or random for contrastive losses: the direction of a projection of zeros
-  would be undefined. A layer before it is random.
+  The last layer is zero, except with contrastive losses, where a zero projection would have no
+  direction. A hidden layer is random.
 
   >>> jax.tree.map(jnp.shape, init_head(jax.random.key(0), Heads(hidden=7), 2, 3, 10))['out']
   {'bias': (10,), 'kernel': (7, 10)}
@@ -46,7 +46,7 @@ def init_head(key: jax.Array, heads: Heads, groups: int, width: int, classes: in
 
 
 def affine(linear: Callable, params: Params, x: jax.Array, feedback: Any = None) -> jax.Array:
-  """linear(x, kernel) + bias, for one of `layers.dense`, `grouped`, `convolution`, …."""
+  """linear(x, kernel) + bias, where `linear` is `layers.dense`, `grouped`, `convolution`, …."""
   if feedback:
     out = layers.with_feedback(linear, x, params['kernel'], feedback['kernel'])
   else:
@@ -57,7 +57,7 @@ def affine(linear: Callable, params: Params, x: jax.Array, feedback: Any = None)
 
 def read_out(variables: dict[str, Any], x_BxPxC: jax.Array, weight_B: jax.Array
              ) -> tuple[jax.Array, jax.Array, dict]:
-  """Mean over patches → norm → linear: logits, features [B, C], no updates. For `StagedModel`."""
+  """Mean over patches → norm → linear. Returns logits, features [B, C] and no updates."""
   del weight_B
   features = layers.layer_norm(x_BxPxC.mean(1))
   feedback = variables.get('feedback', {}).get('linear')
@@ -66,7 +66,7 @@ def read_out(variables: dict[str, Any], x_BxPxC: jax.Array, weight_B: jax.Array
 
 
 def stacked(init_one: Callable[[jax.Array], Any], key: jax.Array, count: int) -> Any:
-  """Parameters of `count` equal blocks, with the blocks in front."""
+  """Parameters of `count` equal blocks, stacked along the first axis."""
   return jax.vmap(init_one)(jax.random.split(key, count))
 
 

@@ -1,7 +1,7 @@
 """The layers of a LocalMixer: norms without parameters, linear maps, fixed feedback matrices.
 
-Every linear layer takes a fixed random matrix from the collection `feedback`, where there is one, in place of
-its kernel when gradients are sent to its input (feedback alignment, Lillicrap et al. 2016).
+If the collection `feedback` has a fixed random matrix for a linear layer, that matrix replaces the
+kernel when gradients are sent to the layer's input (feedback alignment, Lillicrap et al. 2016).
 """
 
 import functools
@@ -17,8 +17,8 @@ from flax.linen.dtypes import promote_dtype
 from lfg_jax.promotion import upcast
 
 EPSILON = 1e-5
-LEARNING_STRIDE = 5    # between patches that feedback is learned from; no divisor of a row's length
-RUNNING = 0.9   # share of the past in running statistics, each step
+LEARNING_STRIDE = 5    # between the patches used to learn feedback; must not divide a row's length
+RUNNING = 0.9   # weight of the past in running statistics, per step
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -39,7 +39,7 @@ def _normalise(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Arra
 
 @layer_norm.defjvp
 def _layer_norm_jvp(axes: tuple[int, ...], primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-  """The projection (1 - 1/n - y yᵀ/n) · scale: symmetric, so its transpose costs the same."""
+  """The projection (1 - 1/n - y yᵀ/n) · scale, which is symmetric: its transpose costs the same."""
   (x,), (dx,) = primals, tangents
   y, scale = _normalise(x, axes)
   dx = upcast(dx)
@@ -48,7 +48,10 @@ def _layer_norm_jvp(axes: tuple[int, ...], primals: tuple, tangents: tuple) -> t
 
 
 class Norm(nn.Module):
-  """`layer` (last axis), `whole` (all axes of an example) or `batch` norm (running statistics when not training)."""
+  """`layer` (last axis), `whole` (all axes of an example) or `batch` norm.
+
+  Batch norm uses running statistics when not training.
+  """
   kind: str
   train: bool = True
   axis_name: str | None = None
@@ -63,9 +66,10 @@ class Norm(nn.Module):
     return self._batch_norm(x, weight_B)
 
   def _batch_norm(self, x: jax.Array, weight_B: jax.Array) -> jax.Array:
-    """By the statistics of the global batch: sums, as devices may have different numbers of real examples, or none.
+    """Batch norm with the statistics of the global batch.
 
-    (`nn.BatchNorm` averages the devices' means, and divides 0 by 0 where a device has padding only.)
+    They are sums over devices, which may have different numbers of real examples, or none.
+    (`nn.BatchNorm` averages the devices' means, and divides 0 by 0 if a device has only padding.)
     """
     channels = math.prod(x.shape[2:] or x.shape[1:])    # [B, C], [B, P, C] or, in groups, [B, P, G, C]
     flat_BxNxC = upcast(x).reshape(x.shape[0], -1, channels)
@@ -89,7 +93,7 @@ class Norm(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def with_feedback(linear: Callable, x: jax.Array, kernel: jax.Array, feedback: jax.Array) -> jax.Array:
-  """linear(x, kernel), whose gradient with respect to x goes through `feedback` instead of the kernel."""
+  """linear(x, kernel), with `feedback` in place of the kernel in the gradient with respect to x."""
   del feedback
   return linear(x, kernel)
 
@@ -113,9 +117,9 @@ with_feedback.defvjp(_feedback_forward, _feedback_backward)
 def _carried_back(linear: Callable, feedback: jax.Array, ct: jax.Array, x: jax.Array) -> jax.Array:
   """The cotangent of the layer's input, of x's shape.
 
-  Its own derivative, from which feedback is learned (see `guesses`), is the matrix's alone: layers
-  learn one by one. Where there are many patches it is taken from some: their sum over a batch has
-  terms enough.
+  Its own derivative, from which feedback is learned (see `guesses`), is with respect to the matrix
+  only: layers learn one by one. If there are many patches, a subset is used; over a batch, the sum
+  still has enough terms.
   """
   (d_x,) = jax.vjp(lambda x: linear(x, feedback), x)[1](ct)
   return d_x
@@ -127,7 +131,7 @@ def _learn_forward(linear: Callable, feedback: jax.Array, ct: jax.Array, x: jax.
 
 
 def _learn_backward(linear: Callable, residuals: tuple, moved: jax.Array) -> tuple[jax.Array, ...]:
-  """moved · (Fᵀ ct) = (F moved) · ct: the gradient by F is a kernel's, for the input `moved`."""
+  """moved · (Fᵀ ct) = (F moved) · ct, so the gradient of F is a kernel's, for the input `moved`."""
   feedback, ct, x = residuals
   is_by_patch = linear in (dense, grouped)
   stride = LEARNING_STRIDE if is_by_patch and moved.shape[1] > LEARNING_STRIDE**2 else 1
@@ -142,20 +146,26 @@ _carried_back.defvjp(_learn_forward, _learn_backward)
 def dense(x: jax.Array, kernel_CxD: jax.Array) -> jax.Array:
   """[..., C] → [..., D], as one product of two matrices.
 
-  With several leading axes XLA would copy its arguments before the product of the kernel's gradient.
+  With several leading axes, XLA would copy the arguments to compute the kernel's gradient.
   """
   return (x.reshape(-1, x.shape[-1]) @ kernel_CxD).reshape(*x.shape[:-1], -1)
 
 
 def grouped(x_BxPxGxC: jax.Array, kernel_GxCxD: jax.Array) -> jax.Array:
-  """Every group by its own matrix. The group axis leads the product, which is several times faster on CPUs."""
+  """Multiplies every group by its own matrix.
+
+  The group axis leads the product, which is several times faster on CPUs.
+  """
   B, P, G, C = x_BxPxGxC.shape
   x_GxNxC = jnp.moveaxis(x_BxPxGxC.reshape(B * P, G, C), 1, 0)
   return jnp.moveaxis(x_GxNxC @ kernel_GxCxD, 0, 1).reshape(B, P, G, -1)
 
 
 def across_tokens(x_BxPxC: jax.Array, kernel_PxP: jax.Array) -> jax.Array:
-  """One P×P matrix, shared by channels. The token axis leads the product: its kernel's gradient is twice as fast so."""
+  """One P×P matrix, shared by channels.
+
+  The token axis leads the product, which makes the kernel's gradient twice as fast.
+  """
   B, P, C = x_BxPxC.shape
   x_PxN = jnp.moveaxis(x_BxPxC, 1, 0).reshape(P, B * C)
   return jnp.moveaxis((kernel_PxP.T @ x_PxN).reshape(P, B, C), 0, 1)
@@ -177,7 +187,10 @@ def convolution(x_BxHxWxC: jax.Array, kernel_KxKxCxD: jax.Array, stride: int = 1
 
 
 def initializer(kind: str, fan_in: int) -> Callable:
-  """normal × min(2/√fan_in, 0.1) ("kaiming"), min(1/√fan_in, 0.1) ("lecun"), 0.1 ("constant"), or zeros ("zero")."""
+  """Normal numbers times a scale, or zeros ("zero").
+
+  The scale is min(2/√fan_in, 0.1) ("kaiming"), min(1/√fan_in, 0.1) ("lecun") or 0.1 ("constant").
+  """
   if kind == 'zero':
     return nn.initializers.zeros_init()
   scale = {'kaiming': min(2 / fan_in**0.5, 0.1), 'lecun': min(1 / fan_in**0.5, 0.1), 'constant': 0.1}[kind]
@@ -185,13 +198,13 @@ def initializer(kind: str, fan_in: int) -> Callable:
 
 
 class Linear(nn.Module):
-  """linear(x, kernel) + bias, with the feedback matrix if the module is given one.
+  """linear(x, kernel) + bias, with the feedback matrix if there is one.
 
   Attributes:
     linear: one of `dense`, `grouped`, `across_tokens`, `depthwise`.
     kernel_shape, bias_shape: bias_shape broadcasts with the output.
     fan_in: inputs per output, for the initial scale.
-    dtype: in which it computes; None: of inputs and parameters.
+    dtype: in which to compute; None: that of inputs and parameters.
   """
   linear: Callable
   kernel_shape: tuple[int, ...]
@@ -214,10 +227,10 @@ class Linear(nn.Module):
 
 
 def like_kernels(key: jax.Array, params: Any) -> Any:
-  """Fixed feedback matrices: for every `kernel` of `params` a normal matrix of the kernel's own initial scale.
+  """Fixed feedback matrices: for every `kernel` in `params`, a normal matrix of the same scale.
 
-  Kernels start with entries of standard deviation s; a zero kernel (read-out) gets 1/√fan_in. Only kernels are
-  in the result.
+  The scale is the standard deviation of the kernel's initial entries; for a zero kernel (read-out),
+  it is 1/√fan_in. The result contains only kernels.
   """
   paths_leaves, _ = jax.tree_util.tree_flatten_with_path(params)
   kernels = [(path, leaf) for path, leaf in paths_leaves if path[-1].key == 'kernel']

@@ -28,7 +28,7 @@ from lfg_jax.models.mixer import (
 from lfg_jax.models.registry import Images
 from lfg_jax.models.sizes import mixer_spec, parse, patches
 
-# The layer through which a tap's guess comes.
+# The layer through which a tap's guess passes.
 GUESSED = {'after_channel': 'group', 'after_token': 'channel'}
 KINDS = ('params', 'batch_stats')
 DEFAULTS: dict[str, Any] = {
@@ -37,11 +37,11 @@ DEFAULTS: dict[str, Any] = {
     'pool_every': 0, 'channel_ratio': 2, 'group_ratio': 2, 'pool': 'average', 'norm': 'layer',
     'norm_derivative': True, 'mixing': 'linear', 'conv_size': 3, 'init': 'lecun', 'norms': NORMS,
     'precision': 'float32'}          # or 'bfloat16': `mixer.Style`
-EXPLAINED = (mixer_spec, Style)      # whose docstrings have the fields' meanings
+EXPLAINED = (mixer_spec, Style)      # their docstrings explain the fields
 
 
 def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> StagedModel:
-  """The model for images of some data set; see `registry.Model`."""
+  """The model for the images of a data set; see `registry.Model`."""
   size = fields['size']
   numbers = {name: value for name, value in fields.items() if name != 'size'}
   spec = mixer_spec(size, image_shape=images.shape, classes=images.classes, heads=heads,
@@ -52,11 +52,11 @@ def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> Stag
 
 def staged(spec: MixerSpec, prepare: Callable[[jax.Array], jax.Array], *, project: bool = False
            ) -> StagedModel:
-  """The staged model of these sizes.
+  """The staged model with these sizes.
 
   Args:
     prepare: images → patches [B, P, D].
-    project: there is a projection at the end, for contrastive learning without local losses.
+    project: whether a projection follows at the end, for contrastive learning without local losses.
 
   >>> from lfg_jax.models.sizes import mixer_spec
   >>> model = staged(mixer_spec('M/8/16', image_shape=(32, 32, 3), classes=10), lambda image: image)
@@ -125,10 +125,9 @@ def _group_axis(path: tuple[str, ...], credit: str) -> int | None:
 
 
 def block_flop(spec: BlockSpec, conv_size: int | None = None) -> dict[str, int]:
-  """Floating-point operations per example of a block's linear maps, by the tap behind each.
+  """Floating-point operations per example of a block's linear maps, by the tap after each.
 
-  A multiplication and an addition count as two; norms and ReLU, which are no matter of matmuls,
-  count nothing.
+  A multiplication and an addition count as two; norms and ReLUs are not counted.
 
   >>> block_flop(BlockSpec(tokens=64, inputs=512, hidden=512, channels=512, groups=16))
   {'after_token': 4194304, 'after_channel': 33554432, 'after_group': 2097152}

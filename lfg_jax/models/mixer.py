@@ -1,11 +1,12 @@
-"""LocalMixer: an MLP-mixer whose every block ends in groups of channels with losses of their own.
+"""LocalMixer: an MLP-Mixer in which every block ends in channel groups with their own losses.
 
-(Ren et al. 2023, section 4, figure 3.) An image is cut into P patches; a block mixes tokens, then channels,
-then the channels of each group by itself. Blocks of equal shape are scanned with stacked parameters, so
-that compile time and, for local rules, memory do not grow with depth.
+(Ren et al. 2023, section 4, figure 3.) An image is cut into P patches. A block mixes tokens, then
+channels, then channels within each group. Blocks of equal shape are scanned with stacked
+parameters, so compile time does not grow with depth, and with local rules neither does memory.
 
-Parameter tree: `stem`, `blocks` (with pooling also `blocks_1`, …) and `readout`. The leaves of a stack of
-blocks have the blocks on their first axis; blocks that change the shape (stem, pooling) are not stacked.
+The parameter tree has `stem`, `blocks` (with pooling also `blocks_1`, …) and `readout`. The leaves
+of a stack have the blocks on their first axis; blocks that change the shape (stem, pooling) are not
+stacked.
 """
 
 import dataclasses
@@ -26,28 +27,28 @@ from lfg_jax.models import functional, layers
 from lfg_jax.promotion import upcast
 
 NORMS = ('token_in', 'token_out', 'channel_in', 'channel_out', 'group_in', 'group_out', 'head', 'readout')
-# Taps have the name of their block in front: 'blocks/after_token'.
+# The block's name is put in front: 'blocks/after_token'.
 TAPS = ('after_token', 'after_channel', 'after_group')
-BOUNDARY = 'last_linear'    # a tap too: what the grouped layer of a block under a local loss returns
+BOUNDARY = 'last_linear'    # also a tap: the grouped layer's output, in a block with a local loss
 
 
 class Style(NamedTuple):
-  """Choices that all blocks of a model share.
+  """Options shared by all blocks of a model.
 
   Attributes:
     mixing: `linear` (a P×P matrix) or `conv` (depth-wise `conv_size` × `conv_size`).
     conv_size: height and width of that convolution.
     norm: `layer`, `whole` (all axes of an example) or `batch`.
-    norms: which of `NORMS` are there.
+    norms: which of `NORMS` to use.
     init: `kaiming`, `lecun` or `constant`.
     pool: `average` or `max`, where tokens are pooled.
-    norm_derivative: whether a tap's signal goes to its linear layer through the derivative of the norm in
-      between, or straight.
-    train: batch norm uses the batch's statistics.
+    norm_derivative: whether a tap's signal reaches its linear layer through the derivative of the
+      norm in between, or directly.
+    train: whether batch norm uses the batch's statistics.
     axis_name: mesh axis over which batch norm takes its statistics.
     heads: of local losses.
-    precision: 'bfloat16': blocks compute in it, with parameters, statistics of norms, heads, losses and read-out in
-      float32; 'float32': all is of the parameters' type.
+    precision: 'bfloat16': blocks compute in bfloat16; parameters, norm statistics, heads, losses
+      and read-out are in float32. 'float32': everything has the parameters' type.
   """
   mixing: str = 'linear'
   conv_size: int = 3
@@ -63,12 +64,12 @@ class Style(NamedTuple):
 
   @property
   def dtype(self) -> Any:
-    """In which blocks compute; None: the parameters'."""
+    """The type in which blocks compute; None: the parameters'."""
     return jnp.bfloat16 if self.precision == 'bfloat16' else None
 
 
 class BlockSpec(NamedTuple):
-  """Sizes of one block. Without token mixing and residual it is a stem."""
+  """Sizes of one block. A stem has no token mixing and no residual."""
   tokens: int
   inputs: int
   hidden: int
@@ -84,12 +85,12 @@ class BlockSpec(NamedTuple):
 
   @property
   def stacked(self) -> bool:
-    """A block whose output has its input's shape can be scanned with others, and has stacked parameters."""
+    """A block whose output has its input's shape can be scanned, with stacked parameters."""
     return self.residual and not self.pool
 
 
 class _Unit(NamedTuple):
-  """Norm → linear → norm: what the linear layer returns, and the second norm of it."""
+  """Norm → linear → norm: the outputs of the linear layer and of the second norm."""
   linear: jax.Array
   out: jax.Array
 
@@ -101,8 +102,8 @@ class LocalBlock(nn.Module):
   """One block with its local head.
 
   Attributes:
-    last: the block's output goes to local losses only, so that its activities influence the losses of their own
-      patch and group; otherwise they are credited with all losses of the example.
+    last: whether the block's output goes only to local losses. Activities then influence only the
+      losses of their own patch and group; otherwise, they are credited with all of the example's.
     cut: how the head's loss is replicated.
     classes: of labels.
   """
@@ -134,7 +135,7 @@ class LocalBlock(nn.Module):
     return out_BxPxGxC.reshape(B, s.tokens, s.channels), losses
 
   def _local_axes(self, axes: int) -> int:
-    """With layer norm a last block's activity stays in its patch (and group) up to the loss."""
+    """With layer norm, a last block's activity stays in its patch (and group) up to the loss."""
     if self.style.norm == 'batch':
       return 0
     return axes if self.last and self.style.norm == 'layer' else 1
@@ -156,7 +157,7 @@ class LocalBlock(nn.Module):
     return _Unit(y, _norm(self.style, f'{name}_out', y, weight_B))
 
   def _tap(self, name: str, z: '_Unit', active: jax.Array, local_axes: int) -> jax.Array:
-    """The unit's output, tapped. Its signal can pass the second norm on the way back."""
+    """The unit's output, tapped. Its signal can bypass the second norm."""
     source = None if self.style.norm_derivative else z.linear
     return tap(z.out, f'{self.name}/{name}', local_axes=self._local_axes(local_axes), active=active, source=source)
 
@@ -169,14 +170,14 @@ class LocalBlock(nn.Module):
 
 
 def _norm(style: Style, name: str, x: jax.Array, weight_B: jax.Array) -> jax.Array:
-  """To be called inside a compact method: the norm becomes a child of the calling module."""
+  """Call it inside a compact method: the norm becomes a child of the calling module."""
   if name not in style.norms:
     return x
   return layers.Norm(style.norm, style.train, style.axis_name, name=f'norm_{name}')(x, weight_B)
 
 
 class Head(nn.Module):
-  """The local head: group norm, and losses shared by all patches and groups."""
+  """The local head: group norm, then losses with parameters shared by all patches and groups."""
   spec: BlockSpec
   style: Style
   classes: int
@@ -199,13 +200,13 @@ class Head(nn.Module):
 
 
 class Projection(nn.Module):
-  """Group norm, mean over tokens → linear, and no local loss: the head of a network that learns end to end."""
+  """Group norm → mean over tokens → linear: the head of a network that learns end to end."""
   style: Style
   groups: int
 
   @nn.compact
   def __call__(self, x_NxPxC: jax.Array, weight_N: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Projections [N, K] as anchors, and as candidates (behind the stop-gradient, if there is one)."""
+    """Projections [N, K] as anchors and as candidates (behind the stop-gradient, if any)."""
     contrast, (N, P, C) = self.style.heads.contrast, x_NxPxC.shape
     assert contrast
     features = _norm(self.style, 'head', x_NxPxC.reshape(N, P, self.groups, -1), weight_N)
@@ -230,7 +231,7 @@ class ReadOut(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """`count` blocks of one shape; more than one only where `spec.stacked`."""
+  """`count` blocks of one shape; more than one only if `spec.stacked`."""
   name: str
   spec: BlockSpec
   count: int
@@ -249,7 +250,7 @@ class LocalMixer(nn.Module):
 
   Attributes:
     cut: how the local heads' losses are replicated.
-    project: there is a `Projection` at the end, `head`.
+    project: whether a `Projection` follows at the end, as `head`.
 
   >>> from lfg_jax.models.sizes import mixer_spec
   >>> model = LocalMixer(mixer_spec('M/8/16', image_shape=(32, 32, 3), classes=10))
@@ -264,9 +265,9 @@ class LocalMixer(nn.Module):
   @nn.compact
   def __call__(self, tokens_BxPxD: jax.Array, targets: Targets | None = None, weight_B: jax.Array | None = None
                ) -> tuple[jax.Array, dict[str, Any]]:
-    """Returns logits [B, classes] and the local losses [n, B, P, G] of every stack (None without targets).
+    """Returns logits [B, classes] and every stack's local losses [n, B, P, G] (None if no targets).
 
-    With `project`, what it returns is among the latter as `head`.
+    With `project`, the latter also have the projections, as `head`.
     """
     x, stem = tokens_BxPxD, self.spec.runs[0].spec
     chex.assert_shape(x, (None, stem.tokens, stem.inputs), custom_message='tokens are [examples, patches, inputs]')

@@ -1,4 +1,4 @@
-"""A multi-layer perceptron whose blocks learn from losses of their own: the model to read first.
+"""A multi-layer perceptron with local losses: the model to read first.
 
 A block is norm → linear → ReLU → grouped linear → norm → ReLU, with a local head on the groups.
 """
@@ -21,12 +21,12 @@ TAPS = ('hidden', 'out')
 
 def make(fields: dict[str, Any], images: Images, heads: Heads = Heads(), project: bool = False
          ) -> StagedModel:
-  """The model for images of some data set; see `registry.Model`.
+  """The model for the images of a data set; see `registry.Model`.
 
   Fields:
-    blocks: how many, the stem among them.
+    blocks: number of blocks, including the stem.
     channels: of every layer.
-    groups: of channels, each with losses of its own.
+    groups: number of channel groups, each with its own losses.
   """
   C, G, inputs = fields['channels'], fields['groups'], images.size
   check_divides(G, 'channels', C)

@@ -1,7 +1,7 @@
-"""Models by name, or from a file of one's own; and what they are told of the images.
+"""Models by name or from your own file, and what they need to know about the images.
 
-A model is a module with `DEFAULTS`, the fields of config.model with their defaults (a type stands
-for a field that may be None), `TAPS`, names of its taps, and `make`, see `Model`.
+A model is a Python module with `DEFAULTS`, the fields of config.model and their defaults (a type
+stands for a field that may be None); `TAPS`, the names of its taps; and `make`, see `Model`.
 """
 
 import importlib
@@ -19,11 +19,11 @@ MODELS = {'mixer': 'local_mixer', 'mlp': 'mlp', 'resnet': 'resnet'}
 
 
 class Images(NamedTuple):
-  """What a model must know of a data set.
+  """What a model needs to know about a data set.
 
   Attributes:
     shape: (height, width, colours).
-    mean, std: by which colours are normalised.
+    mean, std: for normalising the colours.
     axis_name: mesh axis over which the batch is sharded.
   """
   shape: tuple[int, int, int]
@@ -34,31 +34,31 @@ class Images(NamedTuple):
 
   @property
   def size(self) -> int:
-    """Numbers in an image."""
+    """How many numbers an image has."""
     height, width, colours = self.shape
     return height * width * colours
 
 
 class Model(Protocol):
-  """A module with a model."""
+  """A Python module that defines a model."""
   DEFAULTS: dict[str, Any]
   TAPS: tuple[str, ...]
 
   def make(self, fields: dict[str, Any], images: Images, heads: Heads) -> StagedModel:
     """The staged model with these fields, which have the types of the defaults.
 
-    Its docstring may have a list `Fields:` that explains them, which `--help` shows.
+    Its docstring may explain the fields in a list `Fields:`, which `--help` shows.
 
     Raises:
-      ValueError: one line, for a value that is not allowed, which it calls 'model.FIELD'.
+      ValueError: a value is not allowed. The message is one line and calls the field 'model.FIELD'.
     """
 
 
 def find(name: str, path: str | None = None) -> Model:
-  """The model of a name, or the one that is in the file `path`.
+  """The model with this name, or the one in the file `path`.
 
   Raises:
-    UserError: there is no such model, or the file has none.
+    UserError: there is no such model, or the file does not define one.
 
   >>> find('mlp').TAPS
   ('hidden', 'out')
@@ -73,13 +73,13 @@ def find(name: str, path: str | None = None) -> Model:
 
 
 def pixels(image_BxHxWxC: jax.Array, images: Images) -> jax.Array:
-  """Pixels 0 … 255 → normalised floating-point numbers, for images of some data set."""
+  """Pixels 0 … 255 → normalised floating-point numbers, for the images of a data set."""
   return normalised(image_BxHxWxC, images.mean, images.std)
 
 
 def normalised(image_BxHxWxC: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
                ) -> jax.Array:
-  """Pixels 0 … 255 → floating-point numbers, by each colour's mean and standard deviation.
+  """Pixels 0 … 255 → floating-point numbers, normalised by each colour's mean and std.
 
   >>> normalised(jnp.full((1, 1, 1, 1), 255, jnp.uint8), (0.5,), (0.5,)).item()
   1.0
@@ -89,13 +89,13 @@ def normalised(image_BxHxWxC: jax.Array, mean: tuple[float, ...], std: tuple[flo
 
 
 def check_range(field: str, value: int, low: int, high: int = 10_000) -> None:
-  """Raises ValueError for a field outside of low … high."""
+  """Raises ValueError if a field is outside low … high."""
   if not low <= value <= high:
     raise ValueError(f'model.{field} is {value!r}; allowed: {low} … {high}')
 
 
 def check_divides(groups: int, field: str, width: int) -> None:
-  """Raises ValueError if groups do not divide a width."""
+  """Raises ValueError if `groups` does not divide a width."""
   check_range('groups', groups, 1)
   check_range(field, width, 1, 10**6)
   if width % groups:

@@ -1,12 +1,12 @@
 """A small residual network for images, with losses per block, patch and channel group.
 
-A block is conv 3×3 → group norm → ReLU → conv 3×3 → group norm → + input → ReLU. Its first block in
-every stage but the first halves the image and doubles the channels; there the input is averaged and
-filled up with zeros (He et al. 2016, option A). Two blocks in each of four stages of 64, 128, 256
-and 512 channels are ResNet-18.
+A block is conv 3×3 → group norm → ReLU → conv 3×3 → group norm → + input → ReLU. In every stage but
+the first, the first block halves the image and doubles the channels; there the added input is
+averaged and padded with zero channels (He et al. 2016, option A). Two blocks in each of four stages
+of 64, 128, 256 and 512 channels give ResNet-18.
 
 Convolutions carry an activity to other patches, so a perturbation of the first layer is credited
-with all losses of the example: its noise grows with the size of the whole image.
+with all losses of the example, and its noise grows with the size of the whole image.
 """
 
 import functools
@@ -29,13 +29,13 @@ TAPS = ('first', 'second')
 
 def make(fields: dict[str, Any], images: Images, heads: Heads = Heads(), project: bool = False
          ) -> StagedModel:
-  """The model for images of some data set; see `registry.Model`.
+  """The model for the images of a data set; see `registry.Model`.
 
   Fields:
-    stages: blocks in each of them.
+    stages: number of blocks in each stage.
     channels: of the first stage.
-    groups: of channels, each normalised by itself and with losses of its own.
-    patches: rows and columns of patches that have losses of their own.
+    groups: number of channel groups, each normalised separately and with its own losses.
+    patches: number of rows and of columns of patches with their own losses.
   """
   _check(fields, images)
   G, side = fields['groups'], fields['patches']
@@ -138,10 +138,10 @@ def _group_norm(x_BxHxWxC: jax.Array, G: int) -> jax.Array:
 
 
 def _shortcut(x_BxHxWxC: jax.Array, channels: int, stride: int) -> jax.Array:
-  """The input, averaged to the output's size and filled up with channels of zeros."""
+  """The input, averaged to the output's size and padded with zero channels."""
   B, H, W, C = x_BxHxWxC.shape
   if channels < C or (stride == 1 and channels != C):
-    return jnp.zeros((), x_BxHxWxC.dtype)    # the first block of all: colours are no channels
+    return jnp.zeros((), x_BxHxWxC.dtype)    # the very first block: colours are not channels
   cells = x_BxHxWxC.reshape(B, H // stride, stride, W // stride, stride, C).mean((2, 4))
   return jnp.pad(cells, ((0, 0), (0, 0), (0, 0), (0, channels - C)))
 

@@ -35,13 +35,14 @@ def mixer_spec(size: str = 'M/8/16', *, image_shape: tuple[int, int, int], class
   """Sizes and style of a LocalMixer.
 
   Args:
-    size: `SIZE/PATCHES/GROUPS`; S, M, L have 256, 512, 2048 channels; one patch has one block, more have 4.
+    size: `SIZE/PATCHES/GROUPS`, with PATCHES per side; S, M, L have 256, 512, 2048 channels. There
+      is 1 block with one patch, and 4 with more.
     image_shape: (height, width, colours).
-    classes: outputs of read-out and local heads.
-    blocks, channels, hidden: numbers in place of those that the name implies (hidden: channels).
-    pool_every: pool tokens 2×2 → 1 after every so many blocks; 0: never.
-    channel_ratio, group_ratio: by which channels and groups of the blocks behind a pooling grow.
-    norms: which norms are there, of `mixer.NORMS`.
+    classes: number of outputs of read-out and local heads.
+    blocks, channels, hidden: override the numbers that the name implies (hidden: channels).
+    pool_every: pool tokens 2×2 → 1 after every `pool_every` blocks; 0: never.
+    channel_ratio, group_ratio: by which channels and groups grow at every pooling.
+    norms: which of `mixer.NORMS` to use.
     **style: further fields of `mixer.Style`.
 
   Raises:
