@@ -8,7 +8,7 @@ import pytest
 
 from lfg_jax.errors import UserError
 from lfg_jax.estimators import tangents
-from lfg_jax.models import mixer
+from lfg_jax.models import block
 from lfg_jax.training import command_line, configs, optimizers, rules
 from tests.runs import FLAGS, ROOT, STEPS, tiny
 
@@ -50,7 +50,7 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
     ('--config.optimizer.staircase_epochs=-1',
      'optimizer.staircase_epochs is (-1,); allowed: numbers, 0 or more'),
     ('--config.model.norms=head,readuot',
-     f"model.norms is 'readuot'; allowed: {', '.join(mixer.NORMS)}"),
+     f"model.norms is 'readuot'; allowed: {', '.join(block.NORMS)}"),
     ('--config.model.channels=0', 'model.channels is 0; allowed: 1 or more'),
     ('--config.model.hidden=-2', 'model.hidden is -2; allowed: 1 or more'),
     ('--config.model.blocks=0', 'model.blocks is 0; allowed: 1 … 10000'),
