@@ -204,7 +204,8 @@ def test_predicted_variance_with_a_guess():
     ('FG-A', {'last_tap': 'exact'}, "last_tap='exact' is for activity perturbation with losses per block"),
     ('LG-BP', {'guess': 'all'}, "estimator.guess='all' is for"),
     ('LG-FG-A', {'last_tap': 'guessed'}, "last_tap is 'guessed'; allowed: auto, perturbed, exact"),
-    ('LG-FG-A', {'guess_rate': 0.0}, 'estimator.guess_rate is 0.0; allowed: more than 0')])
+    ('LG-FG-A', {'guess_rate': 0.0}, 'estimator.guess_rate is 0.0; allowed: more than 0'),
+])  # fmt: skip
 def test_what_is_refused(name, options, message):
   with pytest.raises(ValueError, match=message):
     compose(model(), name, **options)
