@@ -15,5 +15,6 @@ def get_config() -> ConfigDict:
   config.optimizer.readout_multiplier = 1.0
   config.epochs = 20
   config.batch_size = 32
-  config.steps_per_dispatch = 9    # of 45; a step takes 5 ms on two cores, its dispatch half a millisecond
+  # Of 45; a step takes 5 ms on two cores, its dispatch half a millisecond.
+  config.steps_per_dispatch = 9
   return config

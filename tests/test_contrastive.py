@@ -126,7 +126,8 @@ def test_displaced_replicas_are_the_naive_ones_with_frozen_copies():
 def test_memory_does_not_grow_with_the_number_of_replicas():
   """64 rows, 1,024 replicas: one [64, 64] float32 array for each would be 16 MiB; the features are 1 MiB."""
   for stop in (True, False):
-    loss = lambda f, w: replicated(f, w, jnp.zeros(16), jnp.ones(64, bool), Contrast(stop_gradient=stop))  # noqa: B023
+    contrast = Contrast(stop_gradient=stop)
+    loss = lambda f, w: replicated(f, w, jnp.zeros(16), jnp.ones(64, bool), contrast)  # noqa: B023
     args = jax.ShapeDtypeStruct((64, 64, 16, 4), jnp.float32), jax.ShapeDtypeStruct((16, 4, 16), jnp.float32)
     forward = jax.jit(lambda f, w: jax.jvp(loss, (f, w), (f, w)))  # noqa: B023
     reverse = jax.jit(jax.grad(lambda f, w: loss(f, w).sum(), (0, 1)))  # noqa: B023

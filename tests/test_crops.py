@@ -57,7 +57,8 @@ def test_test_crop_is_the_centre_of_the_image_scaled_to_256():
   pixels = np.kron(blocks, np.ones((20, 20, 1))).astype(np.uint8)
   test = streams.Stream([{'image': pixels, 'label': 0}], train=False)
   batch, = test.epoch(0, 0, 1)
-  scaled = np.asarray(Image.fromarray(pixels).resize((320, 256), Image.Resampling.BICUBIC))[16:-16, 48:-48]
+  scaled = Image.fromarray(pixels).resize((320, 256), Image.Resampling.BICUBIC)
+  scaled = np.asarray(scaled)[16:-16, 48:-48]
   assert batch.image[0].shape == scaled.shape == (224, 224, 3)
   assert np.abs(batch.image[0].astype(int) - scaled).max() <= 1
 

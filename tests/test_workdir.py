@@ -211,7 +211,8 @@ def no_file_grows():
   resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')    # Orbax's unfinished writes
+# Orbax's unfinished writes.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('place', ['claim', 'build', 'write', 'save', '_finish'])
 def test_no_room(place, finished, tmp_path, monkeypatch, no_file_grows):
   old = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -85,7 +85,8 @@ def sum_over_chunks(part: Callable[[Passes], PyTree], sampling: Sampling) -> PyT
   def add(so_far: PyTree, first: jax.Array) -> tuple[PyTree, None]:
     return jax.tree.map(jnp.add, so_far, part(Passes(total, first, count))), None
 
-  first_part = part(Passes(total, 0, count))    # not zeros: under shard_map it varies over the mesh as the others do
+  # Not zeros: under shard_map it varies over the mesh as the others do.
+  first_part = part(Passes(total, 0, count))
   return jax.lax.scan(add, first_part, jnp.arange(count, total, count))[0]
 
 

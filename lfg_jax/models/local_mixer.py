@@ -22,10 +22,12 @@ GUESSED = {'after_channel': 'group', 'after_token': 'channel'}
 KINDS = ('params', 'batch_stats')
 DEFAULTS: dict[str, Any] = {
     'size': 'M/8/16',                # size / patches per side / groups
-    'blocks': int, 'channels': int, 'hidden': int,    # None: as the size implies
+    # None: as the size implies.
+    'blocks': int, 'channels': int, 'hidden': int,
     'pool_every': 0, 'channel_ratio': 2, 'group_ratio': 2, 'pool': 'average', 'norm': 'layer',
     'norm_derivative': True, 'mixing': 'linear', 'conv_size': 3, 'init': 'lecun', 'norms': NORMS,
-    'precision': 'float32'}          # or 'bfloat16': `block.Style`
+    'precision': 'float32',          # or 'bfloat16': `block.Style`
+}
 EXPLAINED = (mixer_spec, Style)      # whose docstrings have the fields' meanings
 
 
