@@ -27,7 +27,8 @@ from lfg_jax.losses.greedy import greedy
 from lfg_jax.losses.staged import StagedModel, in_block
 from lfg_jax.losses.targets import Targets
 from lfg_jax.models import local_mixer
-from lfg_jax.models.mixer import TAPS, Run
+from lfg_jax.models.block import TAPS
+from lfg_jax.models.mixer import Run
 from lfg_jax.models.sizes import mixer_spec, parse, patches
 from lfg_jax.training import algorithms, rule_estimators
 from lfg_jax.training.rules import REGISTRY, Options

@@ -10,7 +10,7 @@ import numpy as np
 SINGLE = 4.0     # one number: beyond it by chance once in 16,000
 ROW = 3.0        # one number, where the test must see twice the value as wrong: once in 370
 SIGMAS = 4.5     # the largest of up to 1,000 numbers: once in 150
-LARGEST = 5.5    # the largest of all parameters of a small network: M numbers, with probability M·4e-8
+LARGEST = 5.5    # the largest of all M parameters of a small network: with probability M·4e-8
 LEAF = 6.0       # an r.m.s. z over n numbers, which is 1 ± 1/√(2n)
 SKEWNESS = 0.1   # added to 1 there: the law of a mean of estimates is not quite normal (2nd order in 1/√draws)
 RMS = 1.5        # an r.m.s. z over all numbers of a small network

@@ -1,4 +1,4 @@
-"""Every expected mistake ends in one line on stderr and exit code 2, before any long work."""
+"""Every expected mistake of a run ends in one line on stderr and exit code 2, before any long work."""
 
 import runpy
 import subprocess
@@ -6,11 +6,10 @@ import sys
 
 import pytest
 
-from lfg_jax.errors import UserError
 from lfg_jax.estimators import tangents
-from lfg_jax.models import mixer
+from lfg_jax.models import block
 from lfg_jax.training import command_line, configs, optimizers, rules
-from tests.runs import FLAGS, ROOT, STEPS, tiny
+from tests.runs import FLAGS, ROOT, STEPS
 
 ALGORITHMS = ', '.join(rules.REGISTRY)
 TOP = ', '.join(sorted(configs.base()))
@@ -50,7 +49,7 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
     ('--config.optimizer.staircase_epochs=-1',
      'optimizer.staircase_epochs is (-1,); allowed: numbers, 0 or more'),
     ('--config.model.norms=head,readuot',
-     f"model.norms is 'readuot'; allowed: {', '.join(mixer.NORMS)}"),
+     f"model.norms is 'readuot'; allowed: {', '.join(block.NORMS)}"),
     ('--config.model.channels=0', 'model.channels is 0; allowed: 1 or more'),
     ('--config.model.hidden=-2', 'model.hidden is -2; allowed: 1 or more'),
     ('--config.model.blocks=0', 'model.blocks is 0; allowed: 1 … 10000'),
@@ -90,7 +89,7 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
     ('--confg=configs/mnist.py', 'unknown option --confg; did you mean --config?'),
     ('--workdir', 'argument --workdir: expected one argument'),
     ('more', "unexpected argument 'more'"),
-])
+])  # fmt: skip
 def test_arguments(argument, message, tmp_path, monkeypatch, capsys):
   workdir = [f'--workdir={tmp_path / "run"}']
   assert run(monkeypatch, capsys, [*workdir, argument]) == (2, '', f'train.py: {message}\n')
@@ -102,58 +101,6 @@ def test_a_convolution_has_a_size(tmp_path, monkeypatch, capsys):
     arguments = ['--config.model.mixing=conv', f'--config.model.conv_size={size}', f'--workdir={tmp_path / "run"}']
     message = f'train.py: model.conv_size is {size}; allowed: 1 … 8, the height of an image\n'
     assert run(monkeypatch, capsys, arguments) == (2, '', message)
-
-
-@pytest.mark.parametrize('argument, field, value', [
-    ('model.norms=head,readout', 'model.norms', ('head', 'readout')),
-    ("model.norms=('head', 'readout')", 'model.norms', ('head', 'readout')),
-    ('model.norms=[head]', 'model.norms', ('head',)),
-    ('model.norms=', 'model.norms', ()),
-    ('optimizer.staircase_epochs=1,2.5', 'optimizer.staircase_epochs', (1, 2.5)),
-    ('optimizer.staircase_epochs=3', 'optimizer.staircase_epochs', (3,)),
-    ('data_dir=None', 'data_dir', None),
-    ('data_dir=none', 'data_dir', None),
-    ('data_dir=/a=b', 'data_dir', '/a=b'),
-    ('model.channels=None', 'model.channels', None),
-    ('losses.patch=False', 'losses.patch', False),
-    ('optimizer.learning_rate=1', 'optimizer.learning_rate', 1.0),
-])
-def test_values_on_a_command_line(argument, field, value):
-  config = tiny(data_dir='x')
-  changed = command_line.override(config, [f'--config.{argument}'])
-  given = dict(configs.flatten(changed))[field]
-  assert (given, type(given)) == (value, type(value))
-  assert config.data_dir == 'x' and config.model.channels == 16    # a copy was changed
-
-
-def test_every_field_that_may_be_none_reads_none():
-  fields = [name for name, value in configs.flatten(configs.base()) if value is None]
-  assert len(fields) >= 6
-  config = command_line.override(tiny(data_dir='x'), [f'--config.{field}=None' for field in fields])
-  assert all(dict(configs.flatten(config))[field] is None for field in fields)
-  configs.validate(config)
-
-
-def test_none_is_for_fields_of_the_models_that_may_be_open(tmp_path):
-  path = tmp_path / 'mine.py'
-  path.write_text("""DEFAULTS, TAPS = {'width': int, 'size': 3}, ('out',)
-make = None
-""")
-  own = [f'--config.model.module={path}']
-  config = command_line.override(tiny(), [*own, '--config.model.width=3'])
-  assert config.model.width == 3
-  assert command_line.override(config, ['--config.model.width=None']).model.width is None
-  for arguments in ([*own, '--config.model.size=None'], ['--config.model.name=mlp', '--config.model.channels=None']):
-    with pytest.raises(UserError, match="is 'None'; allowed: int"):
-      command_line.override(tiny(), arguments)
-  assert command_line.override(config, ['--config.model.module=None', '--config.model.name=mlp']).model.channels == 256
-
-
-def test_values_may_be_arguments_of_their_own():
-  config = command_line.override(tiny(), ['--config.epochs', '7', '--noconfig.losses.patch', '--config.losses.overlap'])
-  assert (config.epochs, config.losses.patch, config.losses.overlap) == (7, False, True)
-  config = command_line.override(tiny(), ['--config.model.name', 'mlp', '--config.model.groups', '4'])
-  assert (config.model.name, config.model.groups) == ('mlp', 4)
 
 
 def test_missing_data_names_the_command(tmp_path, monkeypatch, capsys):
@@ -172,7 +119,7 @@ def test_missing_data_names_the_command(tmp_path, monkeypatch, capsys):
      'config field losses is 3; allowed: fields every, group, head_hidden, module, overlap, patch, row'),
     ('c = configs.base()\n  del c.seed\n  c.seed = None\n  return c',
      'config field seed is None; allowed: int'),
-])
+])  # fmt: skip
 def test_mistakes_in_a_config_file(body, message, tmp_path, monkeypatch, capsys):
   path = tmp_path / 'mine.py'
   path.write_text(f'from lfg_jax.training import configs\n\ndef get_config():\n  {body}\n')
@@ -244,68 +191,3 @@ def test_infinite_loss_stops_and_keeps_the_good_checkpoint(tmp_path, monkeypatch
                             'checkpoints of before are kept; a smaller optimizer.learning_rate may help\n')
   assert [folder.name for folder in (workdir / 'checkpoints').iterdir()] == [str(STEPS)]
   assert (workdir / 'metrics.jsonl').read_text().count('\n') == 1
-
-
-@pytest.mark.parametrize('arguments, message', [
-    ([], 'the following arguments are required: --algorithms'),
-    (['--algorithms=BP,XX'], f"algorithm is 'XX'; allowed: {ALGORITHMS}"),
-    (['--algorithms=BP', '--seeds=a'], "--seeds is 'a'; allowed: numbers with commas between them"),
-])
-def test_compare(arguments, message, tmp_path, monkeypatch, capsys):
-  given = [*arguments, f'--out={tmp_path / "out"}']
-  assert run(monkeypatch, capsys, given, 'compare.py') == (2, '', f'compare.py: {message}\n')
-  assert not (tmp_path / 'out').exists()
-
-
-@pytest.mark.parametrize('script, arguments, message', [
-    ('augmentations', ['--data_dir=/nowhere'], 'dataset cifar10 is not in /nowhere; prepare it with: '),
-    ('augmentations', ['--dataset=letters'], "unknown dataset 'letters'; allowed: "),
-    ('augmentations', ['--min_area=nan'], '--min_area is nan; allowed: more than 0, at most 1'),
-    ('augmentations', ['--images=0'], '--images is 0; allowed: 1 or more'),
-    ('compare', ['--algorithms=BP', '--seeds=-1'], '--seeds has -1; allowed: 0 or more'),
-    ('depth', ['--algorithms=NOPE'], f"--algorithms has 'NOPE'; allowed: {ALGORITHMS}"),
-    ('depth', ['--blocks=2,x'], "--blocks is '2,x'; allowed: numbers with commas between them"),
-    ('depth', ['--blocks=0'], '--blocks has 0; allowed: 1 or more'),
-    ('depth', ['--model=Q/1/1'], "model.size is 'Q/1/1'; allowed: "),
-    ('depth', ['--batch=0'], '--batch is 0; allowed: 1 or more'),
-    ('dry_run', ['--stages=x'], "--stages is 'x'; allowed: numbers with commas between them"),
-    ('dry_run', ['--devices=6', '--stages=4'], 'stages is 4; allowed: divisors of 6, the number of devices'),
-    ('dry_run', ['--devices=64'], 'devices is 64; allowed: 1 … 8, as many as there are'),
-    ('dry_run', ['--stages=2', '--config.algorithm=BP'], 'stages is 2, but BP learns from a loss at the end'),
-    ('frontier', ['--passes=a'], "--passes is 'a'; allowed: numbers with commas between them"),
-    ('frontier', ['--laws=cauchy'], "--laws has 'cauchy'; allowed: "),
-    ('linear_probe', ['--workdir=/nowhere'], '/nowhere is not the folder of a run: it has no config.json'),
-    ('linear_probe', ['--workdir=/nowhere', '--l2=nan'], '--l2 is nan; allowed: 0 or more'),
-    ('pipeline_throughput', ['--cores=0'], '--cores is 0; allowed: two numbers with a comma between them'),
-    ('pipeline_throughput', ['--algorithm=BP'], "--algorithm has 'BP'; allowed: LG-BP, "),
-    ('prepare_data', ['--dataset=digits'], "--dataset is 'digits'; "),
-    ('prepare_data', ['--dataset=imagenet2012'], 'imagenet2012 must be downloaded by hand'),
-    ('replicated_losses', ['--groups=3'], '3 groups do not divide --channels=512'),
-    ('replicated_losses', ['--many_patches=0'], '--many_patches has 0; allowed: 1 or more'),
-    ('step_time', ['--algorithms=NOPE'], f"--algorithms has 'NOPE'; allowed: {ALGORITHMS}"),
-    ('step_time', ['--precision=half'], "argument --precision: invalid choice: 'half'"),
-    ('throughput', ['--config.stages=2'], 'stages is 2; allowed: 1, as the bare update has it'),
-    ('throughput', ['--epochs=0'], '--epochs is 0; allowed: 1 or more'),
-    ('time_to_accuracy', ['--thresholds=x'], "--thresholds is 'x'; allowed: numbers with commas between them"),
-    ('time_to_accuracy', ['--config.dataset=digits'], 'digits has no default thresholds'),
-    ('variance', ['--parts=mixer', '--data_dir=/nowhere'], 'dataset cifar10 is not in /nowhere; prepare it with: '),
-    ('variance', ['--draws=1'], '--draws is 1; allowed: 2 or more'),
-    ('paper/index', ['--results=/nowhere'], '--results is /nowhere; allowed: a folder'),
-    ('paper/reproduce', ['figure6', '--seeds=a'], "argument --seeds: invalid numbers value: 'a'"),
-])
-def test_scripts(script, arguments, message, tmp_path, monkeypatch, capsys):
-  for folder in (ROOT / 'experiments', ROOT / 'experiments' / 'paper'):
-    monkeypatch.syspath_prepend(folder)
-  if script not in ('prepare_data', 'linear_probe', 'paper/index'):
-    arguments = [*arguments, f'--out={tmp_path / "out"}']
-  code, out, err = run(monkeypatch, capsys, arguments, f'{script}.py')
-  assert (code, out, err.count('\n')) == (2, '', 1)
-  assert err.startswith(f'{script.rpartition("/")[2]}.py: {message}')
-  assert not (tmp_path / 'out').exists()
-
-
-def test_compare_leaves_folders_of_others(tmp_path, monkeypatch, capsys):
-  (tmp_path / 'thesis.tex').write_text('x')
-  code, _, err = run(monkeypatch, capsys, ['--algorithms=BP', f'--out={tmp_path}'], 'compare.py')
-  assert (code, err) == (2, f'compare.py: {tmp_path} exists and is not the folder of a comparison; '
-                            'name another with --out\n')

@@ -7,7 +7,7 @@ import pytest
 
 from lfg_jax.losses import row_losses
 from lfg_jax.losses.heads import Heads
-from lfg_jax.models import mixer
+from lfg_jax.models import block
 from lfg_jax.training import configs, rules
 from tests.runs import FLAGS, ROOT, STEPS
 
@@ -53,7 +53,7 @@ def test_comparison_goes_on(tmp_path, capsys):
 
 
 def test_base_config_has_the_defaults_of_the_code():
-  base, style, heads = configs.base(), mixer.Style(), Heads()
+  base, style, heads = configs.base(), block.Style(), Heads()
   assert set(base.estimator.tap_passes.values()) == {0}
   assert rules.Options.read(base, tap_passes={}) == rules.Options()
   assert (row_losses.find(base.losses.row), base.losses.head_hidden) == (heads.row_loss, heads.hidden)

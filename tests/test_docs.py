@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / 'experiments' / 'notebooks').glob('*.ipynb'))
 sys.path += [str(ROOT / 'experiments' / 'paper'), str(ROOT / 'docs')]
 import figures  # noqa: E402
+import measurements  # noqa: E402
 import studies  # noqa: E402
 
 FOLDERS = ('lfg_jax', 'tests', 'experiments', 'configs', 'docs')
@@ -153,8 +154,8 @@ def test_wrong_commands_are_noticed(command, problem):
 
 
 def test_figures_are_measured():
-  excess = figures.tangents.hadamard.excess(16, 4)
-  assert figures.error_of_direction(16, 4) == pytest.approx(excess, rel=0.2)
+  excess = measurements.tangents.hadamard.excess(16, 4)
+  assert measurements.error_of_direction(16, 4) == pytest.approx(excess, rel=0.2)
   drawn = {path.stem for path in (ROOT / 'docs' / 'figures').glob('*.svg')}
   assert drawn == set(figures.FIGURES)
 

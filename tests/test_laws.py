@@ -33,7 +33,8 @@ def test_second_moment_is_the_identity_and_squared_error_the_known_factor(name, 
   law = LAWS[name]
   u = np.asarray(draws(law, passes, d))
   assert z_of_second_moment(u) < SIGMAS
-  assert z_of_second_moment(u * np.linspace(0.9, 1.1, d)) > SIGMAS    # the test sees a law that is wrong
+  # The test sees a law that is wrong.
+  assert z_of_second_moment(u * np.linspace(0.9, 1.1, d)) > SIGMAS
   g = np.linspace(-1, 2, d)
   estimate = np.einsum('nk,nkd->nd', u @ g, u) / passes
   errors = ((estimate - g)**2).sum(1) / (g**2).sum()

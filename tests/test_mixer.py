@@ -10,7 +10,8 @@ import pytest
 from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.info_nce import Contrast
 from lfg_jax.models import layers
-from lfg_jax.models.mixer import NORMS, LocalMixer
+from lfg_jax.models.block import NORMS
+from lfg_jax.models.mixer import LocalMixer
 from lfg_jax.models.sizes import mixer_spec
 from tests import oracle
 from tests.small import compose, gradient, relative_error, small

@@ -51,9 +51,9 @@ def test_multipliers_act_on_updates():
 
 def test_adam_sees_decay_and_adamw_does_not():
   # First step: adam divides what it sees by its size.
-  decayed = updates(name='adam', weight_decay=0.5)['readout']['linear']['kernel']    # of gradient 1 - 0.5
-  close(decayed, [-0.1])
-  close(updates(name='adam', weight_decay=2.0)['readout']['linear']['kernel'], [0.1])    # of gradient 1 - 2
+  of_adam = lambda decay: updates(name='adam', weight_decay=decay)['readout']['linear']['kernel']
+  close(of_adam(0.5), [-0.1])    # of gradient 1 - 0.5
+  close(of_adam(2.0), [0.1])    # of gradient 1 - 2
   u = updates(name='adamw', weight_decay=0.5)
   close(u['stem']['group']['kernel'], -0.1 * (1 + 0.5 * np.array([3, 4])))
   close(u['stem']['group']['bias'], [-0.1])

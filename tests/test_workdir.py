@@ -135,7 +135,7 @@ def test_epochs_on_which_the_schedule_depends_are_another_run(tmp_path):
 @pytest.mark.parametrize('field, value', [
     ('micro_batch', 4), ('steps_per_dispatch', 2), ('keep', 7), ('checkpoint_every', 2), ('eval_every', 2),
     ('data_dir', '/elsewhere'),
-])
+])  # fmt: skip
 def test_what_changes_no_number_may_differ(field, value, finished, tmp_path, monkeypatch):
   assert field in workdir.MAY_DIFFER
   with workdir.claim(finished, tiny(**ENDLESS, **{field: value})) as summary:
@@ -187,7 +187,7 @@ def test_a_new_run_starts_from_the_parameters_of_another(finished, tmp_path, mon
     ({'model__channels': 32}, r'has another model: params.readout.linear.kernel is \(16, 10\) there, \(32, 10\) here'),
     ({'model__blocks': 2}, r'has another model: params.blocks.channel.bias is missing there, \(1, 16\) here'),
     ({'init_from': '/nowhere'}, '^/nowhere is not the folder of a run: it has no config.json'),
-])
+])  # fmt: skip
 def test_a_new_run_needs_the_same_model(fields, message, finished, tmp_path):
   with pytest.raises(UserError, match=message):
     start(tmp_path / 'run', **{'init_from': str(finished), **fields})
@@ -211,7 +211,8 @@ def no_file_grows():
   resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')    # Orbax's unfinished writes
+# Orbax's unfinished writes.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('place', ['claim', 'build', 'write', 'save', '_finish'])
 def test_no_room(place, finished, tmp_path, monkeypatch, no_file_grows):
   old = resource.getrlimit(resource.RLIMIT_FSIZE)

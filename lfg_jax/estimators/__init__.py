@@ -2,8 +2,8 @@
 
 In reading order: `signature`, `tangents`, `sampling`, `derivatives`; `weight` (equation 3); `taps`,
 `walk`, `traced`, `activity` (equation 4), `guesses`, `boundary`, `feedback`; the transformations
-`forward_gradient` and `activity_gradient`, with `calls`, `mixing` and `marks`; `variance` (Table 1),
-`guided`.
+`forward_gradient` and `activity_gradient`, with `calls`, `mixing`, `mixing_rules` and `marks`;
+`variance` (Table 1), `guided`.
 """
 
 from lfg_jax.estimators import (

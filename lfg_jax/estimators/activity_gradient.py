@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from lfg_jax.estimators import activity, tangents
 from lfg_jax.estimators.calls import Static, bind, explained, with_aux
 from lfg_jax.estimators.derivatives import recomputed_jvp
-from lfg_jax.estimators.mixing import Influence, Mixed
+from lfg_jax.estimators.mixing import Influence
+from lfg_jax.estimators.mixing_rules import Mixed
 from lfg_jax.estimators.sampling import Sampling
 from lfg_jax.estimators.signature import total
 from lfg_jax.estimators.traced import Traced

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 PyTree = Any
-CACHE_BYTES = 2**20    # for one activity; several are in use, and a core's cache has 1-2 MiB
+# For one activity; several are in use, and a core's cache has 1-2 MiB.
+CACHE_BYTES = 2**20
 Part = tuple[jax.Array | int, int]    # (index of the part, number of parts)
 WHOLE: Part = (0, 1)
 
@@ -37,7 +38,8 @@ def number_of_parts(examples: int, micro_batch: int, bytes_per_example: int) -> 
     return 1
   most = max(CACHE_BYTES // bytes_per_example, 1)
   size = _divisor(examples, most)
-  return examples // size if 2 * size > min(most, examples) else 1    # parts much smaller would waste what they save
+  # Parts much smaller would waste what they save.
+  return examples // size if 2 * size > min(most, examples) else 1
 
 
 def _divisor(number: int, most: int) -> int:

@@ -26,8 +26,9 @@ def _shift(eqn: Any, ins: list, given: jax.Array | None) -> tuple[list, None]:
   """Adds a shift before a tap, and leaves the tap in place."""
   if given is None:
     return bind_equation(eqn, ins), None
+  # Where the signal goes.
   moved = {0, 1 + eqn.params['further'].index('source')} if (
-      'source' in eqn.params.get('further', ())) else {0}    # where the signal goes
+      'source' in eqn.params.get('further', ())) else {0}
   ins = [x + given.astype(x.dtype) if n in moved else x for n, x in enumerate(ins)]
   return bind_equation(eqn, ins), None
 

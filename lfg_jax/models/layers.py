@@ -71,7 +71,8 @@ class Norm(nn.Module):
     They are sums over devices, which may have different numbers of real examples, or none.
     (`nn.BatchNorm` averages the devices' means, and divides 0 by 0 if a device has only padding.)
     """
-    channels = math.prod(x.shape[2:] or x.shape[1:])    # [B, C], [B, P, C] or, in groups, [B, P, G, C]
+    # x is [B, C], [B, P, C] or, in groups, [B, P, G, C].
+    channels = math.prod(x.shape[2:] or x.shape[1:])
     flat_BxNxC = upcast(x).reshape(x.shape[0], -1, channels)
     running = [self.variable('batch_stats', name, fill, flat_BxNxC.shape[-1:], jnp.float32)
                for name, fill in (('mean', jnp.zeros), ('var', jnp.ones))]

@@ -12,19 +12,8 @@ from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.replicated import Cut
 from lfg_jax.losses.staged import Block, Stack, StagedModel, Variables
 from lfg_jax.losses.targets import Targets
-from lfg_jax.models.mixer import (
-  BOUNDARY,
-  NORMS,
-  TAPS,
-  BlockSpec,
-  LocalBlock,
-  LocalMixer,
-  MixerSpec,
-  Projection,
-  ReadOut,
-  Run,
-  Style,
-)
+from lfg_jax.models.block import BOUNDARY, NORMS, TAPS, BlockSpec, LocalBlock, Style
+from lfg_jax.models.mixer import LocalMixer, MixerSpec, Projection, ReadOut, Run
 from lfg_jax.models.registry import Images
 from lfg_jax.models.sizes import mixer_spec, parse, patches
 
@@ -33,10 +22,12 @@ GUESSED = {'after_channel': 'group', 'after_token': 'channel'}
 KINDS = ('params', 'batch_stats')
 DEFAULTS: dict[str, Any] = {
     'size': 'M/8/16',                # size / patches per side / groups
-    'blocks': int, 'channels': int, 'hidden': int,    # None: as the size implies
+    # None: as the size implies.
+    'blocks': int, 'channels': int, 'hidden': int,
     'pool_every': 0, 'channel_ratio': 2, 'group_ratio': 2, 'pool': 'average', 'norm': 'layer',
     'norm_derivative': True, 'mixing': 'linear', 'conv_size': 3, 'init': 'lecun', 'norms': NORMS,
-    'precision': 'float32'}          # or 'bfloat16': `mixer.Style`
+    'precision': 'float32',          # or 'bfloat16': `block.Style`
+}
 EXPLAINED = (mixer_spec, Style)      # their docstrings explain the fields
 
 

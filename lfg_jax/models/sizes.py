@@ -8,7 +8,8 @@ import einops
 import jax
 
 from lfg_jax.errors import one_of
-from lfg_jax.models.mixer import NORMS, BlockSpec, MixerSpec, Run, Style
+from lfg_jax.models.block import NORMS, BlockSpec, Style
+from lfg_jax.models.mixer import MixerSpec, Run
 from lfg_jax.models.registry import normalised
 
 CHANNELS = {'S': 256, 'M': 512, 'L': 2048}
@@ -42,8 +43,8 @@ def mixer_spec(size: str = 'M/8/16', *, image_shape: tuple[int, int, int], class
     blocks, channels, hidden: override the numbers that the name implies (hidden: channels).
     pool_every: pool tokens 2×2 → 1 after every `pool_every` blocks; 0: never.
     channel_ratio, group_ratio: by which channels and groups grow at every pooling.
-    norms: which of `mixer.NORMS` to use.
-    **style: further fields of `mixer.Style`.
+    norms: which of `block.NORMS` to use.
+    **style: further fields of `block.Style`.
 
   Raises:
     ValueError: one line, for an unknown value or sizes that do not divide.

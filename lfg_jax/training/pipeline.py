@@ -23,30 +23,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lfg_jax.data.streams import Batch
-from lfg_jax.training import packing, stage_work, update
+from lfg_jax.training import packing, pipeline_plan, stage_work, update
 from lfg_jax.training.algorithms import Algorithm
 from lfg_jax.training.packing import Rows
-from lfg_jax.training.stage_work import Message, Own, Stage
-from lfg_jax.training.update import AXIS, STAGE, Feed, TrainState
+from lfg_jax.training.pipeline_plan import PipelineState, Plan
+from lfg_jax.training.stage_work import Message
+from lfg_jax.training.update import STAGE, Feed, TrainState
 
-PyTree = Any
 Carry = tuple[Rows, Message, dict[str, jax.Array], jax.Array]
-
-
-class PipelineState(NamedTuple):
-  """What the pipeline goes on from.
-
-  Attributes:
-    step: batches that have entered.
-    own: of every stage its part of the state, [S, n] by dtype; a device has its stage's row.
-    message: to every stage, [S, ...]: what it is to work on in the next tick.
-    sums, bad_step: as in `TrainState`, of the batches that have left.
-  """
-  step: jax.Array
-  own: Rows
-  message: Message
-  sums: dict[str, jax.Array]
-  bad_step: jax.Array
 
 
 class Pipeline(NamedTuple):
@@ -75,118 +59,34 @@ class Pipeline(NamedTuple):
     return self.dispatch(state, key, self.stages - 1, 0, *inputs)
 
 
-class _Plan(NamedTuple):
-  """What the functions of a pipeline know; shapes stage by stage.
-
-  Attributes:
-    own: of each stage's part of the state.
-    summed, stats: of what `stage_work.gradient` gives.
-    ends: of each stage's output, but the last's.
-    between: of a message between stages, on one device.
-  """
-  algorithm: Algorithm
-  optimizer: optax.GradientTransformation
-  mesh: Mesh
-  feed: Feed
-  stages: tuple[Stage, ...]
-  own: list[Own]
-  summed: list[dict[str, PyTree]]
-  stats: list[PyTree]
-  ends: list[jax.ShapeDtypeStruct]
-  between: Message
-
-  def total(self, x: PyTree) -> PyTree:
-    """The sum over devices with other examples."""
-    return jax.lax.psum(x, AXIS) if self.mesh.shape[AXIS] > 1 else x
-
-
 def make(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Mesh, feed: Feed,
          spans: Sequence[range], like: TrainState, batch: Batch) -> Pipeline:
   """The functions of a run in stages.
 
   Args:
-    algorithm: made with AXIS as its axis_name.
-    mesh: with the axes AXIS and STAGE.
+    algorithm: made with `update.AXIS` as its axis_name.
+    mesh: with the axes `update.AXIS` and `update.STAGE`.
     spans: each stage's greedy stages, see `stage_plan`.
     like: shapes of the run's state.
     batch: shapes of a global batch.
   """
-  plan = _plan(algorithm, optimizer, mesh, feed, spans, like, batch)
+  plan = pipeline_plan.make(algorithm, optimizer, mesh, feed, spans, like, batch)
   everywhere, of_stage = cast(Any, P()), cast(Any, P(STAGE))
-  specs = PipelineState(everywhere, of_stage, _message_specs(plan), everywhere, everywhere)
+  specs = PipelineState(everywhere, of_stage, pipeline_plan.message_specs(plan), everywhere, everywhere)
   ticks = jax.shard_map(
       functools.partial(_dispatch, plan), mesh=mesh,
       in_specs=(specs, P(), P(), P(), *feed.specs), out_specs=specs, check_vma=False)
   place = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs,
                        is_leaf=lambda spec: isinstance(spec, P))
   return Pipeline(
-      len(spans), place, jax.jit(functools.partial(_begin, plan), out_shardings=place),
+      len(spans), place,
+      jax.jit(functools.partial(pipeline_plan.begin, plan), out_shardings=place),
       jax.jit(ticks, donate_argnums=0),
-      jax.jit(functools.partial(_whole, plan), out_shardings=NamedSharding(mesh, P())))
+      jax.jit(functools.partial(pipeline_plan.whole, plan),
+              out_shardings=NamedSharding(mesh, P())))
 
 
-def _plan(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Mesh, feed: Feed,
-          spans: Sequence[range], like: TrainState, batch: Batch) -> _Plan:
-  made_of = algorithm.made_of
-  stages = stage_work.make_stages(made_of, spans)
-  own = [jax.eval_shape(functools.partial(stage_work.own, stage=stage, made_of=made_of), like)
-         for stage in stages]
-  scalar = jax.ShapeDtypeStruct((), jnp.result_type(float))
-  summed = [{'grads': mine.params, 'guess_gradient': mine.rest.get('guess', {}),
-             **({'metrics': dict.fromkeys(algorithm.metrics, scalar)} if stage.is_last else {})}
-            for stage, mine in zip(stages, own, strict=True)]
-  stats = [mine.rest.get('batch_stats', {}) for mine in own]
-  ends, between = _between(algorithm, stages, like, batch, mesh.shape[AXIS])
-  return _Plan(algorithm, optimizer, mesh, feed, stages, own, summed, stats, ends, between)
-
-
-def _between(algorithm: Algorithm, stages: Sequence[Stage], like: TrainState, batch: Batch,
-             devices: int) -> tuple[list[Any], Message]:
-  """Shapes of every stage's output but the last's, and of a message that has room for each."""
-  made_of = algorithm.made_of
-  of_device = lambda x: jax.ShapeDtypeStruct((x.shape[0] // devices, *x.shape[1:]), x.dtype)
-  seeing = made_of._replace(axis_name=None).seen
-  image, targets = jax.eval_shape(seeing, jax.random.key(0), jax.tree.map(of_device, batch))
-  shapes = stage_work.output_shapes(made_of, {'params': like.params, **like.rest}, image)
-  ends = [shapes[list(stage.owned)[-1]] for stage in stages[:-1]]
-  width = max(math.prod(end.shape[1:]) for end in ends)
-  dtype = jnp.result_type(*(end.dtype for end in ends))
-  x = jax.ShapeDtypeStruct((len(targets.label_B), width), dtype)
-  scalar = lambda dtype: cast(Any, jax.ShapeDtypeStruct((), dtype))
-  message = Message(scalar(jnp.int32), scalar(targets.weight_B.dtype), targets, cast(Any, x),
-                    targets.weight_B if made_of.model.contrast else None)
-  return ends, message
-
-
-def _message_specs(plan: _Plan) -> Message:
-  return jax.tree.map(lambda leaf: P(STAGE, AXIS) if leaf.ndim else P(STAGE), plan.between)
-
-
-def _begin(plan: _Plan, state: TrainState) -> PipelineState:
-  """Every stage's part in its row; no batch is on its way."""
-  made_of, width = plan.algorithm.made_of, packing.widths(plan.own)
-  own = [packing.pack(stage_work.own(state, stage, made_of), width) for stage in plan.stages]
-  devices, stages = plan.mesh.shape[AXIS], len(plan.stages)
-
-  def empty(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    rows = (leaf.shape[0] * devices, *leaf.shape[1:]) if leaf.ndim else ()
-    return jnp.zeros((stages, *rows), leaf.dtype)
-
-  message = jax.tree.map(empty, plan.between)
-  return PipelineState(state.step, jax.tree.map(lambda *rows: jnp.stack(rows), *own),
-                       message._replace(number=message.number - 1), state.sums, state.bad_step)
-
-
-def _whole(plan: _Plan, state: PipelineState) -> TrainState:
-  """The sequential run's state."""
-  rows = [jax.tree.map(lambda x, s=s: x[s], state.own) for s in range(len(plan.stages))]
-  own = [packing.unpack(row, like) for row, like in zip(rows, plan.own, strict=True)]
-  whole: Own = packing.join(own, *stage_work.names(plan.algorithm.made_of))
-  return TrainState(state.step, whole.params, whole.rest, whole.opt_state, state.sums,
-                    state.bad_step)
-
-
-def _dispatch(plan: _Plan, state: PipelineState, key: jax.Array, ticks: jax.Array, fresh: jax.Array,
+def _dispatch(plan: Plan, state: PipelineState, key: jax.Array, ticks: jax.Array, fresh: jax.Array,
               *inputs: Any) -> PipelineState:
   """So many ticks of one device; in the first `fresh` of them a batch enters."""
   mine = jax.tree.map(lambda x: x[0], (state.own, state.message))
@@ -215,17 +115,17 @@ def _dispatch(plan: _Plan, state: PipelineState, key: jax.Array, ticks: jax.Arra
   return PipelineState(state.step + fresh, own, message, *_told(len(plan.stages), sums, bad))
 
 
-def _fetch(plan: _Plan, message: Message, inputs: tuple) -> Batch:
+def _fetch(plan: Plan, message: Message, inputs: tuple) -> Batch:
   return plan.feed.fetch(*inputs, jnp.maximum(message.number, 0) % plan.feed.steps)
 
 
-def _nothing(plan: _Plan, own: Rows, message: Message, inputs: tuple) -> tuple[Rows, Rows, Message]:
+def _nothing(plan: Plan, own: Rows, message: Message, inputs: tuple) -> tuple[Rows, Rows, Message]:
   """What a stage without a batch does."""
   zeros = lambda trees: packing.pack({}, packing.widths(trees))
   return zeros(plan.summed), zeros(plan.stats), message
 
 
-def _gradient(plan: _Plan, s: int, key: jax.Array, own: Rows, message: Message, inputs: tuple
+def _gradient(plan: Plan, s: int, key: jax.Array, own: Rows, message: Message, inputs: tuple
               ) -> tuple[Rows, Rows, Message]:
   """What stage s sums over devices, its new statistics, and what it hands on."""
   made_of, key = plan.algorithm.made_of, jax.random.fold_in(key, message.number)
@@ -250,7 +150,7 @@ def _gradient(plan: _Plan, s: int, key: jax.Array, own: Rows, message: Message, 
           packing.pack(result.stats, packing.widths(plan.stats)), output)
 
 
-def _updated(plan: _Plan, s: int, now: tuple[Rows, dict[str, jax.Array], jax.Array], summed: Rows,
+def _updated(plan: Plan, s: int, now: tuple[Rows, dict[str, jax.Array], jax.Array], summed: Rows,
              stats: Rows, message: Message) -> tuple[Rows, dict[str, jax.Array], jax.Array]:
   """The rows of stage s after the step; and of the last stage the metrics."""
   own, sums, bad = now

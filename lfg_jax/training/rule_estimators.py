@@ -57,7 +57,8 @@ def _activity_estimator(options: Options, model: StagedModel, sampling: Sampling
       is_guessed=lambda name: in_block(name) in options.guessed_taps(model))
   if options.last_tap == 'perturbed' or not model.boundary:
     return functools.partial(activity, is_perturbed=lambda name: in_block(name) in model.taps)
-  boundary, behind = (f'last/{tap}' for tap in model.boundary)    # of the block under a stage's losses
+  # Of the block under a stage's losses.
+  boundary, behind = (f'last/{tap}' for tap in model.boundary)
   before = functools.partial(activity, is_perturbed=lambda name: in_block(name) in model.taps and name != behind)
   return functools.partial(exact_behind, estimator=before, is_boundary=boundary.__eq__)
 
