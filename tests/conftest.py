@@ -23,7 +23,8 @@ os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = folder = tempfile.mkdtemp(prefix='lfg_jax-compiled-')
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+# Storing a small program takes longer than compiling it.
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 # On some CPUs, XLA reports an error for every program in the folder, because LLVM's list of the CPU's
 # features has tuning hints that the CPU does not.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -38,6 +39,14 @@ def what_is_old_is_no_garbage():
   gc.freeze()
   yield
   gc.unfreeze()
+
+
+def pytest_collection_modifyitems(config, items):
+  """Coverage is that of the quick tests: measuring it takes a third of a test's time."""
+  if config.pluginmanager.hasplugin('_cov'):
+    for item in items:
+      if item.get_closest_marker('slow'):
+        item.add_marker(pytest.mark.no_cover)
 
 
 def pytest_sessionfinish():

@@ -158,6 +158,7 @@ def temporaries(f, layers):
   return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_tangents_of_all_taps_are_never_in_memory_together():
   def estimate(fun, passes):
     of_key = value_and_activity_grad(fun, passes=passes, chunk=1)

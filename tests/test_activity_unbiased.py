@@ -39,6 +39,7 @@ def test_unbiased(middle):
   is_unbiased(*measure(functools.partial(bare, middle=NOISY[middle])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'options',
   [
@@ -66,6 +67,7 @@ def ensemble(w):
   return square(jnp.tanh(h).sum(0) @ w['c'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'fun',
   [contrast, ensemble, functools.partial(bare, middle=batch_normed)],

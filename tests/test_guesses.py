@@ -146,6 +146,7 @@ def estimates(guess, draws=20_000, **options):
   return jax.jit(jax.vmap(lambda key: run(VARIABLES['params'], X, Y, key=key)[1]['first']))(keys)
 
 
+@pytest.mark.slow
 def test_a_users_guess_leaves_the_error_that_theory_has():
   """Of the signal, which the gradient of the first layer's bias sums over the examples."""
   params = VARIABLES['params']

@@ -57,6 +57,7 @@ def test_a_part_of_the_passes_is_that_part_of_all(name):
   assert jnp.allclose(part, whole[4:8])
 
 
+@pytest.mark.slow
 def test_a_law_from_a_file_must_not_bias(tmp_path):
   path = tmp_path / 'mine.py'
   for text, message in (

@@ -105,6 +105,7 @@ def test_as_many_orthogonal_tangents_as_dimensions_are_exact(name):
     assert relative_error(ours[stack.name][last], exact[stack.name][last]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FIELDS)
 def test_a_guess_through_the_kernels_leaves_nothing(name):
   """Then one pass is exact in the layers behind which there is a guess."""
@@ -117,6 +118,7 @@ def test_a_guess_through_the_kernels_leaves_nothing(name):
   assert relative_error(ours, gradient(name, 'LG-BP')) < 3e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FIELDS)
 def test_an_example_has_its_noise_wherever_it_is_computed(name):
   """Two devices with half of the batch each: the same gradient."""

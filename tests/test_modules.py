@@ -102,6 +102,7 @@ def estimator(model, variables, x, layers, kwargs, rngs=None, losses=losses, tar
   return lambda key: step(variables['params'], x, target, key=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(set(CASES) - {'gru'}))
 def test_all_orthogonal_passes_of_each_tap_give_the_exact_gradient(name):
   """Passes are whole sets: a multiple of the dimensions of every tap. (A scanned tap has one for every time.)"""

@@ -25,12 +25,12 @@ BATCH = 64
 MIXER = {'model__size': 'S/2/4', 'model__blocks': 4}
 
 
-def perceptron(**fields):
-  """Eight blocks of a perceptron; the mixer is what `fields` of the model make of `tiny`."""
+def perceptron(blocks=8, **fields):
+  """A perceptron of so many blocks; the mixer is what `fields` of the model make of `tiny`."""
   if any(name.startswith('model__') for name in fields):
     return tiny(**fields)
   config = tiny()
-  configs.use_model(config, 'mlp', blocks=8, channels=16, groups=4)
+  configs.use_model(config, 'mlp', blocks=blocks, channels=16, groups=4)
   config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in fields.items()})
   return config
 
@@ -103,22 +103,21 @@ def assert_same(state, other):
       lambda path, a, b: np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path)), state, other)
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.slow
-def test_contrastive_learning_is_equal_but_for_rounding():
+@pytest.mark.parametrize('devices, stages, steps', [(1, 4, 20), (2, 2, 8)])
+def test_contrastive_learning_is_equal_but_for_rounding(devices, stages, steps):
   """XLA sums the slopes of a scanned block's rows in another order than those of a single one."""
-  config = perceptron(steps_per_dispatch=7, algorithm='LG-FG-A', loss='contrastive', optimizer__name='sgd')
-  one, several = both(config, 1, 4, 20)
+  config = perceptron(4, steps_per_dispatch=7, algorithm='LG-FG-A', loss='contrastive', optimizer__name='sgd')
+  one, several = both(config, devices, stages, steps)
   assert one.step == STEPS and one.sums['contrastive_loss'] > 0
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max()),
                (one.params, one.sums), (several.params, several.sums))
 
 
-@pytest.mark.parametrize('stages', [2, pytest.param(4, marks=SLOW), pytest.param(8, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize('stages', [2, 4, 8])
 def test_equal_after_twenty_steps(stages):
-  assert_equal(perceptron(steps_per_dispatch=7), 1, stages, 20)
+  assert_equal(perceptron(max(stages, 4), steps_per_dispatch=7), 1, stages, 20)
 
 
 @pytest.mark.slow
@@ -130,14 +129,12 @@ def test_equal_after_twenty_steps(stages):
     (2, {'algorithm': 'LG-BP', 'optimizer__name': 'adamw', 'optimizer__weight_decay': 0.1}),
 ], ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else str(value))  # fmt: skip
 def test_equal_for_rules_models_and_losses(stages, fields):
-  assert_equal(perceptron(steps_per_dispatch=7, **fields), 1, stages, 20)
+  assert_equal(perceptron(max(stages, 4), steps_per_dispatch=7, **fields), 1, stages, 20)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('devices, stages, fields', [
-    (2, 4, {'algorithm': 'LG-FG-A'}), (2, 2, {'algorithm': 'LG-FG-A', 'loss': 'contrastive'})])
-def test_equal_with_data_parallelism_beside_it(devices, stages, fields):
-  assert_equal(perceptron(steps_per_dispatch=7, **fields), devices, stages, 8)
+def test_equal_with_data_parallelism_beside_it():
+  assert_equal(perceptron(4, steps_per_dispatch=7), 2, 4, 8)
 
 
 @pytest.mark.slow
@@ -152,7 +149,7 @@ def test_batch_norm_has_the_same_statistics():
 @pytest.mark.slow
 def test_the_first_bad_step_is_told():
   fields = {'optimizer__name': 'sgd', 'optimizer__learning_rate': 1e9, 'optimizer__schedule': 'constant'}
-  one, several = both(perceptron(algorithm='LG-BP', steps_per_dispatch=2, **fields), 1, 4, 12)
+  one, several = both(perceptron(4, algorithm='LG-BP', steps_per_dispatch=2, **fields), 1, 4, 12)
   assert several.bad_step == one.bad_step > STEPS - 11
 
 

@@ -45,7 +45,7 @@ def test_a_run_goes_on_with_other_stages(tmp_path, monkeypatch):
   def go(folder, epochs, stages):
     monkeypatch.setattr(jax, 'device_count', lambda: stages)
     monkeypatch.setattr(update, 'make_mesh', functools.partial(mesh_of, 1))
-    train.train(train.prepare(perceptron(epochs=epochs, stages=stages, **fields)), tmp_path / folder)
+    train.train(train.prepare(perceptron(4, epochs=epochs, stages=stages, **fields)), tmp_path / folder)
     rows = run_log.read_rows(tmp_path / folder / 'metrics.jsonl')
     return [{name: value for name, value in row.items() if name != 'examples_per_second'} for row in rows]
 
@@ -59,7 +59,7 @@ def test_a_run_goes_on_with_other_stages(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_batches_that_come_one_by_one():
   """As those of a stream: one tick per dispatch, and the pipeline stays full."""
-  config, steps = perceptron(algorithm='LG-BP', steps_per_dispatch=1), 6
+  config, steps = perceptron(4, algorithm='LG-BP', steps_per_dispatch=1), 6
   one = after(config, 1, 1, steps)
   feed, before, made = build(config, 1, 4)
   (_, (arrays, order)), *_ = feed.epoch(0, 0)

@@ -116,6 +116,7 @@ def two_views(key_B, image):
   return jnp.stack([image, 255 - image], 1).reshape(-1, *image.shape[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['margin', 'hidden'])
 @pytest.mark.parametrize('name', FIELDS)
 def test_heads_learn_from_their_exact_gradient_by_every_rule(name, kind):
@@ -156,6 +157,7 @@ def test_a_hidden_layer_may_project_for_the_contrastive_loss(stop_gradient):
   assert relative_error(written_out, fused) < 1e-3
 
 
+@pytest.mark.slow
 def test_finite_differences_see_the_same_hidden_heads():
   with jax.enable_x64(True):
     exact = gradient('mlp', 'LG-FG-A-paper', heads=KINDS['hidden'])

@@ -78,6 +78,7 @@ def test_an_epoch_has_every_example_once():
   assert (orders[0] != orders[2]).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_errors_are_of_the_whole_sets():
   """With no step to speak of, the running means of an epoch are those of the initial model."""
   config, dataset = tiny(algorithm='LG-BP'), data.load('digits')
