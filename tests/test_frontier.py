@@ -1,4 +1,4 @@
-"""experiments/frontier.py and time_to_accuracy.py: what they write of small models."""
+"""experiments/bench/frontier.py and time_to_accuracy.py: what they write of small models."""
 
 import importlib
 import json
@@ -14,7 +14,7 @@ from lfg_jax.training import configs
 from tests.runs import FLAGS, ROOT
 from tests.statistics import is_mean
 
-EXPERIMENTS = ROOT / 'experiments'
+EXPERIMENTS = ROOT / 'experiments' / 'bench'
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def frontier(out, *arguments):
 def test_errors_fall_with_passes(tmp_path):
   rows, content = frontier(tmp_path, '--epochs=0', '--variants=joint', '--passes=1,4', '--draws=16')
   assert len(rows) == len(content['rows']) == 2 * len(LAYERS)
-  assert content['command'].startswith('python experiments/frontier.py --dataset=digits')
+  assert content['command'].startswith('python experiments/bench/frontier.py --dataset=digits')
   for layer in LAYERS:
     one, four = rows['joint', 1, layer], rows['joint', 4, layer]
     assert four['relative_error'] < 0.5 * one['relative_error']

@@ -194,7 +194,7 @@ def test_index_is_of_the_files_that_are_there(study, tmp_path):
 
 
 @pytest.mark.parametrize(('name', 'program'), [
-    ('table1', 'variance.py --parts=table1'), ('figure5', 'replicated_losses.py')])
+    ('table1', 'paper/variance.py --parts=table1'), ('figure5', 'paper/replicated_losses.py')])
 def test_programs_get_their_arguments(name, program, tmp_path, capsys):
   reproduce.main([name, f'--out={tmp_path}', '--groups=2', '--dry_run'])
   command = f'python experiments/{program} --out={tmp_path} --groups=2\n'

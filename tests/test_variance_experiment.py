@@ -1,4 +1,4 @@
-"""experiments/variance.py: what it writes, and one line for a mistake."""
+"""experiments/paper/variance.py: what it writes, and one line for a mistake."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ import pytest
 
 from lfg_jax.errors import UserError
 
-SCRIPT = pathlib.Path(__file__).parent.parent / 'experiments' / 'variance.py'
+SCRIPT = pathlib.Path(__file__).parent.parent / 'experiments' / 'paper' / 'variance.py'
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def test_rows_table_and_figure(tmp_path):
   program['PARTS']['laws'] = (lambda options: itertools.islice(rows(options), 2), figure)
   program['main']([f'--out={tmp_path}', '--parts=laws'])
   content = json.loads((tmp_path / 'laws.json').read_text())
-  assert content['command'] == f'python experiments/variance.py --out={tmp_path} --parts=laws'
+  assert content['command'] == f'python experiments/paper/variance.py --out={tmp_path} --parts=laws'
   first, second = content['rows']
   assert (first['law'], first['passes'], second['passes']) == ('normal', 1, 2)
   assert abs(first['measured'] - first['predicted']) < 4 * first['standard_error']

@@ -33,6 +33,8 @@ The paper: Ren, Kornblith, Liao, Hinton 2023, arXiv 2210.03310.
 *LG-FG-A-paper* is the paper's LG-FG-A: all activities of a block perturbed at once.
 *LG-FG-A (ours)* is another, quieter estimator of the same gradient.
 Files from before commit tracking call the first one LG-FG-A; the commands here have today's names.
+Every other command is as of the commit beside it: programs that were in `experiments/` then may be in
+`experiments/bench/` or `experiments/paper/` now.
 """
 
 
@@ -123,12 +125,12 @@ OLD_FILES = {
   'variance/table1.json': f'{REPRODUCE} table1',
   'replicated_losses/*.json': f'{REPRODUCE} figure5',
   **{
-    f'variance/{part}.json': f'python experiments/variance.py --parts={part}'
+    f'variance/{part}.json': f'python experiments/paper/variance.py --parts={part}'
     for part in ('laws', 'mlp', 'mixer', 'passes')
   },
   'cifar10_contrastive/linear_probe_M_4_16.json': f'{_PROBE} --pairs=2',
   'cifar10_contrastive/linear_probe_*.json': f'{_PROBE} --images=20000 --pairs=4',
-  'depth/depth.json': 'python experiments/depth.py',
+  'depth/depth.json': 'python experiments/bench/depth.py',
   'digits/comparison.json':
     'python experiments/compare.py --algorithms=BP,LG-BP,FG-W,FG-A,LG-FG-A-paper',
   **{
@@ -143,9 +145,9 @@ OLD_FILES = {
     for passes, fields in _passes(law)
   },
   'step_time/step_time.json':
-    'python experiments/step_time.py --algorithms=BP,LG-BP,FG-A,LG-FG-W,LG-FG-A-paper',
+    'python experiments/bench/step_time.py --algorithms=BP,LG-BP,FG-A,LG-FG-W,LG-FG-A-paper',
   'throughput/throughput.json':
-    'python experiments/throughput.py --config.batch_size=64 --config.algorithm=LG-FG-A-paper',
+    'python experiments/bench/throughput.py --config.batch_size=64 --config.algorithm=LG-FG-A-paper',
 }
 FIGURES = {
   'table1': 'Table 1: variances of forward gradients',

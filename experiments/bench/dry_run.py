@@ -1,6 +1,6 @@
 """What a training step would take of each of N devices, without them: memory, operations, bytes, time.
 
-    python experiments/dry_run.py --devices=N[,N …] [--stages=S[,S …]] [--batch_per_device=B]
+    python experiments/bench/dry_run.py --devices=N[,N …] [--stages=S[,S …]] [--batch_per_device=B]
         [--flops=1e14] [--link=1e11] [--config=NAME or FILE] [--config.field=value …] [--out=DIR]
 
 Compiles the step for N virtual devices on one CPU and runs nothing. The batch is config.batch_size,
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     command_line.at_least(options, batch_per_device=1)
   configs.validate(config)
   dry_run.virtual_devices(max(devices))
-  origin = run_log.provenance(['experiments/dry_run.py', *arguments])
+  origin = run_log.provenance(['experiments/bench/dry_run.py', *arguments])
   rows = []
   for count in devices:
     for number in stages:

@@ -1,6 +1,6 @@
 """Temporaries, compile time and step time against depth: backprop must keep all activities, a local rule one block's.
 
-    python experiments/depth.py [--model=M/8/16] [--batch=64] [--micro_batch=0] [--algorithms=BP,LG-FG-A]
+    python experiments/bench/depth.py [--model=M/8/16] [--batch=64] [--micro_batch=0] [--algorithms=BP,LG-FG-A]
         [--blocks=2,4,8,16,32,64] [--repetitions=3] [--out=DIR]
 
 DIR gets depth.json (one row per algorithm and depth) and depth.png. Temporaries are those of the gradient; where a
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     for blocks in depths:    # all mistakes before any long work
       model_of(options.model, blocks)
     options.out.mkdir(parents=True, exist_ok=True)
-  origin = run_log.provenance(['experiments/depth.py', *arguments])
+  origin = run_log.provenance(['experiments/bench/depth.py', *arguments])
   rows: list[Row] = []
   for blocks in depths:
     for name in names:

@@ -1,6 +1,6 @@
 """The block pipeline on two processes of one core each, against what the machine can give.
 
-    python experiments/pipeline_throughput.py [--model=M/8/16] [--batch=64] [--steps=40]
+    python experiments/bench/pipeline_throughput.py [--model=M/8/16] [--batch=64] [--steps=40]
         [--repetitions=3] [--algorithm=LG-FG-A] [--cores=0,1] [--link=1e9] [--out=DIR]
 
 Three ways to do --steps steps on two cores, in turn, --repetitions times, in processes that stay:
@@ -195,7 +195,7 @@ def report(
 ) -> dict[str, Any]:
   """Medians per step, against the limit, and at the speed of the link."""
   virtual_devices(2)
-  origin = run_log.provenance(['experiments/pipeline_throughput.py', *arguments])
+  origin = run_log.provenance(['experiments/bench/pipeline_throughput.py', *arguments])
   sent = {
     'limit': 0,
     **{way: dry_run.cost(config_of(options, way), 2).sent for way in ('pipeline', 'data')},

@@ -1,7 +1,7 @@
 """A contact sheet of the two views: to look at what contrastive learning is told not to see.
 
-    python experiments/augmentations.py [--dataset=cifar10] [--data_dir=DIR] [--images=8] [--draws=3] [--min_area=0.08]
-        [--out=runs/augmentations.png]
+    python experiments/paper/augmentations.py [--dataset=cifar10] [--data_dir=DIR] [--images=8]
+        [--draws=3] [--min_area=0.08] [--out=runs/augmentations.png]
 
 Columns: images. First row: the image; then pairs of rows: view 1, view 2.
 """

@@ -1,6 +1,6 @@
 """Seconds of training until the test error has fallen to given thresholds, by algorithm.
 
-    python experiments/time_to_accuracy.py --config=configs/mnist.py
+    python experiments/bench/time_to_accuracy.py --config=configs/mnist.py
         [--algorithms=BP,LG-BP,LG-FG-A-paper,LG-FG-A] [--thresholds=4,3,2.5] [--seeds=0,1,2]
         [--rates='BP=1e-3|3e-4,LG-FG-A=1e-3'] [--interval=100] [--max_epochs=20] [--out=DIR]
         [--config.field=value …]
@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from lfg_jax.errors import UserError
 from lfg_jax.training import command_line, configs, run_log, train
 
-DEFAULT = pathlib.Path(__file__).parent.parent / 'configs' / 'mnist.py'
+DEFAULT = pathlib.Path(__file__).parents[2] / 'configs' / 'mnist.py'
 ALGORITHMS = ('BP', 'LG-BP', 'LG-FG-A-paper', 'LG-FG-A')
 THRESHOLDS = {'mnist': '4,3,2.5', 'cifar10': '55,50,45,40'}
 RESULT = 'time_to_accuracy.json'
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
   dataset = None
   for name in names:  # all mistakes before any long work
     dataset = train.prepare(_variant(config, name, rates[name][0], 0), dataset).dataset
-  origin = {**run_log.provenance(['experiments/time_to_accuracy.py', *arguments]),
+  origin = {**run_log.provenance(['experiments/bench/time_to_accuracy.py', *arguments]),
             'settings': _settings(config, options)}
   curves = _kept(options.out, origin['settings'])
   for seed in options.seeds:

@@ -1,6 +1,6 @@
 """Measures the variance of forward gradients: against theory, and on real images layer by layer.
 
-    python experiments/variance.py --out=DIR [--parts=table1,laws,mlp,mixer,passes] [--data_dir=DIR] [--draws=N]
+    python experiments/paper/variance.py --out=DIR [--parts=table1,laws,mlp,mixer,passes] [--data_dir=DIR] [--draws=N]
 
 | part | what |
 |---|---|
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
       data.load('cifar10', data_dir=options.data_dir)    # before any long work
   with as_user_errors():
     options.out.mkdir(parents=True, exist_ok=True)
-  origin = run_log.provenance(['experiments/variance.py', *arguments])
+  origin = run_log.provenance(['experiments/paper/variance.py', *arguments])
   for part in parts:
     rows = []
     for row in PARTS[part][0](options):

@@ -1,6 +1,6 @@
 """A run of several processes under random SIGTERM and SIGKILL: does it end as if undisturbed?
 
-    python experiments/torture.py [--minutes=30] [--seed=0] [--processes=2] [--out=DIR]
+    python experiments/bench/torture.py [--minutes=30] [--seed=0] [--processes=2] [--out=DIR]
         [--config=NAME or FILE] [--config.field=value …]
 
 The run is done once undisturbed, and then, again and again until the time is over, with signals to
@@ -26,7 +26,7 @@ from lfg_jax.errors import LOST, UserError
 from lfg_jax.training import command_line, configs, launch, run_log
 from lfg_jax.training.train import load
 
-TRAIN = pathlib.Path(__file__).parent / 'train.py'
+TRAIN = pathlib.Path(__file__).parents[1] / 'train.py'
 SIGNALS = (signal.SIGTERM, signal.SIGKILL)
 EARLY = 0.2              # of the signals come while the processes start
 START_SECONDS = 5.0      # in which they do then
@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
     rounds += 1
     stops += torment(options.out / f'round{rounds}', options.processes, flags, rng, end)
     same(whole, options.out / f'round{rounds}')
-  result = {**run_log.provenance(['experiments/torture.py', *arguments]), 'rounds': rounds,
+  result = {**run_log.provenance(['experiments/bench/torture.py', *arguments]), 'rounds': rounds,
             'undisturbed_seconds': seconds, **report(stops)}
   run_log.write_atomically(options.out / 'torture.json', json.dumps(result, indent=1) + '\n')
   print(json.dumps({name: value for name, value in result.items() if name != 'stops'}))

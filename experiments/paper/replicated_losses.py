@@ -1,6 +1,6 @@
 """Figure 5: memory and time of replicated losses, naive and fused, against the numbers of groups and of patches.
 
-    python experiments/replicated_losses.py [--batch=16] [--channels=512] [--patches=64] [--groups=16]
+    python experiments/paper/replicated_losses.py [--batch=16] [--channels=512] [--patches=64] [--groups=16]
         [--many_groups=1,2,4,8,16,32,64] [--many_patches=1,4,16,64,256] [--limit_gib=8] [--repetitions=5] [--out=DIR]
 
 Measured is what a forward gradient asks of a loss: its values and their derivatives along one tangent. Naively every
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
   sweeps = {'groups': [(options.patches, groups) for groups in many_groups],
             'patches': [(patches, options.groups) for patches in many_patches]}
-  origin = run_log.provenance(['experiments/replicated_losses.py', *arguments])
+  origin = run_log.provenance(['experiments/paper/replicated_losses.py', *arguments])
   rows = []
   for sweep, sizes in sweeps.items():
     for kind in OUTPUTS:

@@ -1,6 +1,6 @@
 """Each layer's error against milliseconds per step, for variants of LG-FG-A on real images.
 
-    python experiments/frontier.py [--dataset=cifar10] [--model=M/8/16] [--batch=16]
+    python experiments/bench/frontier.py [--dataset=cifar10] [--model=M/8/16] [--batch=16]
         [--workdir=DIR | --epochs=2] [--variants=…] [--laws=normal,rademacher,hadamard]
         [--passes=1,2,4,8,16,32] [--draws=32] [--out=DIR]
 
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
   if options.workdir or options.epochs:
     points['trained'] = _trained(options, job)
   rows = frontier_rows.measure(bench, points, options)
-  result = {**run_log.provenance(['experiments/frontier.py', *arguments]), 'model': options.model,
+  result = {**run_log.provenance(['experiments/bench/frontier.py', *arguments]), 'model': options.model,
             'dataset': options.dataset, 'batch': options.batch, 'rows': rows}
   run_log.write_atomically(options.out / 'frontier.json', json.dumps(result, indent=1) + '\n')
   run_log.write_atomically(options.out / 'frontier.md', table(result))

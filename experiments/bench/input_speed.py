@@ -1,6 +1,6 @@
 """How fast photographs become batches: decoding alone, streams, and training.
 
-    python experiments/input_speed.py [--photos=512] [--width=500] [--height=375] [--workers=0,2]
+    python experiments/bench/input_speed.py [--photos=512] [--width=500] [--height=375] [--workers=0,2]
         [--out=DIR] [--config=NAME or FILE] [--config.field=value …]
 
 The photographs are made here: random ones, about as smooth as natural ones are, in JPEG of quality
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
   size = config.image_size or 224
   one = Stream(source, size)
   many = range(4 * DIFFERENT)
-  result = {**run_log.provenance(['experiments/input_speed.py', *arguments]),
+  result = {**run_log.provenance(['experiments/bench/input_speed.py', *arguments]),
             'cores': len(os.sched_getaffinity(0)),
             'decoding_alone': rates(lambda: len([decode(source[i], i) for i in many])),
             'with_cropping': rates(lambda: len([one.example(0, i) for i in many])),

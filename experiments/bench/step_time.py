@@ -1,6 +1,6 @@
 """Time, memory and arithmetic of a training step, algorithm by algorithm, and how near the machine's limit that is.
 
-    python experiments/step_time.py [--model=M/8/16] [--batch=64] [--algorithms=BP,LG-BP,LG-FG-A] [--passes=1]
+    python experiments/bench/step_time.py [--model=M/8/16] [--batch=64] [--algorithms=BP,LG-BP,LG-FG-A] [--passes=1]
         [--precision=float32|tensorfloat32|bfloat16] [--repetitions=20] [--out=DIR]
 
 The floor is the time that the gradient's matmuls alone would take at the rate of a plain matmul, measured in the same
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
   options = parser.parse_args(arguments)
   command_line.at_least(options, batch=1, passes=1, repetitions=1)
   command_line.names('algorithms', options.algorithms, rules.REGISTRY)
-  origin = run_log.provenance(['experiments/step_time.py', *arguments])
+  origin = run_log.provenance(['experiments/bench/step_time.py', *arguments])
   # What is not in bfloat16 in a model that is may be computed as the machine likes.
   with jax.default_matmul_precision(None if options.precision == 'bfloat16' else options.precision):
     rows = measure(options)

@@ -1,6 +1,6 @@
 """How near training comes to the speed of its bare update: what input, logging and dispatch cost.
 
-    python experiments/throughput.py [--images=1280] [--epochs=3] [--out=DIR]
+    python experiments/bench/throughput.py [--images=1280] [--epochs=3] [--out=DIR]
         [--config=configs/NAME.py] [--config.field=value …]
 
 The update alone is timed before and after training on the first --images images. DIR gets throughput.json.
@@ -18,7 +18,7 @@ from lfg_jax.errors import UserError
 from lfg_jax.training import command_line, optimizers, run_log, update
 from lfg_jax.training.train import Job, first_images, prepare, train
 
-DEFAULT = pathlib.Path(__file__).parent.parent / 'configs' / 'cifar10.py'
+DEFAULT = pathlib.Path(__file__).parents[2] / 'configs' / 'cifar10.py'
 
 
 def main(arguments: list[str]) -> None:
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     train(job, pathlib.Path(folder))
     speeds = [row['examples_per_second'] for row in run_log.read_rows(pathlib.Path(folder, 'metrics.jsonl'))]
   after = bare.examples_per_second()
-  result = {**run_log.provenance(['experiments/throughput.py', *arguments]), 'algorithm': config.algorithm,
+  result = {**run_log.provenance(['experiments/bench/throughput.py', *arguments]), 'algorithm': config.algorithm,
             'model': config.model.size, 'batch_size': config.batch_size, 'train': speeds, 'bare': [before, after],
             'ratio': statistics.median(speeds) / statistics.mean([before, after])}
   options.out.mkdir(parents=True, exist_ok=True)
