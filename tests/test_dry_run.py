@@ -1,14 +1,13 @@
 """The dry run, held to the compiled program: what is sent, what is computed, what is kept."""
 
 import json
-import runpy
 
 import jax
 import pytest
 
 from lfg_jax.errors import UserError
 from lfg_jax.training import algorithms, configs, dry_run, rules, timing
-from tests.runs import ROOT
+from tests.runs import script
 
 BATCH, WIDTH = 64, 16
 SCALARS = 3  # loss, error, and the number of examples
@@ -78,7 +77,7 @@ def test_predicted_seconds():
 
 @pytest.mark.slow
 def test_the_script_writes_where_its_numbers_come_from(tmp_path):
-  main = runpy.run_path(str(ROOT / 'experiments' / 'bench' / 'dry_run.py'))['main']
+  main = script('bench/dry_run')['main']
   small = [
     '--config=digits',
     '--config.model.size=S/1/2',

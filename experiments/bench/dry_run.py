@@ -11,53 +11,36 @@ dry_run.md.
 """
 
 import copy
-import json
-import pathlib
 import time
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from lfg_jax.errors import as_user_errors
-from lfg_jax.training import command_line, configs, dry_run, run_log
+from lfg_jax.training import command_line, configs, dry_run, results
 
 Row = dict[str, Any]
 
 
 def main(arguments: list[str]) -> None:
   """Compiles, prints and writes."""
-  parser = command_line.Parser(description=__doc__)
-  parser.add_argument(
-    '--config', default='imagenet', help='name of a config, or a file; default: imagenet'
-  )
-  parser.add_argument('--devices', default='8', help='numbers, with commas; default: 8')
-  parser.add_argument('--stages', default='1', help='numbers, with commas; default: 1')
-  parser.add_argument(
-    '--batch_per_device', type=int, help='default: config.batch_size of all devices together'
-  )
-  parser.add_argument(
-    '--flops', type=float, default=1e14, help='operations per second; default: 1e14'
-  )
-  parser.add_argument('--link', type=float, default=1e11, help='bits per second; default: 1e11')
-  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/dry_run'))
+  parser = results.parser(__doc__, out='runs/dry_run', config='imagenet')
+  parser.numbers('devices', '8')
+  parser.numbers('stages', '1')
+  parser.number('batch_per_device', None, 'default: config.batch_size of all devices together')
+  parser.number('flops', 1e14, 'operations per second', kind=float)
+  parser.number('link', 1e11, 'bits per second', kind=float)
   options, config = command_line.parse(parser, arguments)
-  command_line.at_least(options, flops=1, link=1)
-  devices = command_line.numbers('devices', options.devices, 1)
-  stages = command_line.numbers('stages', options.stages, 1)
-  if options.batch_per_device is not None:
-    command_line.at_least(options, batch_per_device=1)
   configs.validate(config)
-  dry_run.virtual_devices(max(devices))
-  origin = run_log.provenance(['experiments/bench/dry_run.py', *arguments])
+  dry_run.virtual_devices(max(options.devices))
   rows = []
-  for count in devices:
-    for number in stages:
+  for count in options.devices:
+    for number in options.stages:
       rows.append(row(config, count, number, options.batch_per_device, options.flops, options.link))
-      print(table(rows[-1:]) if len(rows) == 1 else table(rows[-1:]).splitlines()[-1], flush=True)
-  options.out.mkdir(parents=True, exist_ok=True)
-  content = {**origin, 'flops': options.flops, 'link': options.link, 'rows': rows}
-  run_log.write_atomically(options.out / 'dry_run.json', json.dumps(content, indent=2) + '\n')
-  run_log.write_atomically(options.out / 'dry_run.md', table(rows) + '\n')
+      print(table(rows[-1:]).splitlines()[-1], flush=True)
+  folder = results.Folder(options.out, __file__, arguments)
+  folder.write('dry_run', flops=options.flops, link=options.link, rows=rows)
+  folder.write_table('dry_run', table(rows) + '\n')
 
 
 def row(

@@ -9,7 +9,6 @@ row per algorithm), step_time.md and step_time.png.
 """
 
 import argparse
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,11 +21,20 @@ from lfg_jax import data
 from lfg_jax.errors import as_user_errors
 from lfg_jax.models import local_mixer
 from lfg_jax.models.sizes import mixer_spec, parse
-from lfg_jax.training import algorithms, command_line, configs, optimizers, rules, run_log, timing, update
+from lfg_jax.training import (
+  algorithms,
+  command_line,
+  configs,
+  optimizers,
+  results,
+  rules,
+  timing,
+  update,
+)
 
 Row = dict[str, Any]
 PRECISIONS = ('float32', 'tensorfloat32', 'bfloat16')
-DEFAULT = ('BP', 'LG-BP', 'FG-A', 'LG-FG-W', 'LG-FG-A')
+DEFAULT = 'BP,LG-BP,FG-A,LG-FG-W,LG-FG-A'
 
 
 class Step(NamedTuple):
@@ -39,32 +47,23 @@ class Step(NamedTuple):
 
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes."""
-  parser = command_line.Parser(description=__doc__)
-  parser.add_argument('--model', default='M/8/16', help='SIZE/PATCHES/GROUPS; default: M/8/16')
-  parser.add_argument('--batch', type=int, default=64, help='examples per step; default: 64')
-  parser.add_argument('--algorithms', default=','.join(DEFAULT), help='names, with commas')
-  parser.add_argument('--passes', type=int, default=1, help='tangents per step; default: 1')
-  parser.add_argument('--precision', choices=PRECISIONS, default='float32', help='of matmuls; default: float32')
-  parser.add_argument('--repetitions', type=int, default=20, help='default: 20')
-  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/step_time'),
-                      help='default: runs/step_time')
+  parser = results.parser(__doc__, out='runs/step_time', model='M/8/16', batch=64,
+                          algorithms=DEFAULT, repetitions=20)
+  parser.number('passes', 1, 'tangents per step')
+  parser.option('precision', 'float32', 'of matmuls', choices=PRECISIONS)
   options = parser.parse_args(arguments)
-  command_line.at_least(options, batch=1, passes=1, repetitions=1)
-  command_line.names('algorithms', options.algorithms, rules.REGISTRY)
-  origin = run_log.provenance(['experiments/bench/step_time.py', *arguments])
+  folder = results.Folder(options.out, __file__, arguments)
   # What is not in bfloat16 in a model that is may be computed as the machine likes.
   with jax.default_matmul_precision(None if options.precision == 'bfloat16' else options.precision):
     rows = measure(options)
-  options.out.mkdir(parents=True, exist_ok=True)
-  run_log.write_atomically(options.out / 'step_time.json', json.dumps({**origin, 'rows': rows}, indent=2) + '\n')
-  run_log.write_atomically(options.out / 'step_time.md', table(rows))
-  draw(options.out / 'step_time.png', rows)
-  print(table(rows))
+  folder.write('step_time', rows=rows)
+  draw(folder.path / 'step_time.png', rows)
+  folder.write_table('step_time', table(rows))
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
   """One row per algorithm; backprop, which the others are compared with, is always timed."""
-  names, batch = options.algorithms.split(','), options.batch
+  names, batch = options.algorithms, options.batch
   with as_user_errors():
     steps = {name: compile_step(name, options) for name in dict.fromkeys(('BP', *names))}
   product, product_flop = timing.matmul(jnp.bfloat16 if options.precision == 'bfloat16' else jnp.float32)

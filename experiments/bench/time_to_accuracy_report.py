@@ -67,9 +67,9 @@ def _best(own: list[Row]) -> float:
   return first['rate']
 
 
-def table(found: list[Row], thresholds: list[float], origin: dict[str, Any]) -> str:
+def table(found: list[Row], origin: dict[str, Any]) -> str:
   """In markdown: seconds, (times BP), steps."""
-  config = origin['settings']['config']
+  config, thresholds = (origin['settings'][key] for key in ('config', 'thresholds'))
   settings = (
     f'{config["model"]["size"]} on {config["dataset"]}, batch {config["batch_size"]}, '
     f'{config["optimizer"]["name"]} with constant rates; {origin["device"]}, '

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from studies import Run, Study
 
-from lfg_jax.training import plots, run_log
+from lfg_jax.training import plots, results, run_log
 
 Row = dict[str, Any]
 ORIGIN = 'provenance.json'  # in a run's folder
@@ -29,14 +29,13 @@ def folder(run: Run) -> str:
   return re.sub(r'[^\w+-]+', '-', run.label).strip('-')
 
 
-def write(out: pathlib.Path, name: str, study: Study, origin: dict[str, str | None]) -> None:
-  """Reports all finished runs of a study in `out`, of this command and of earlier ones."""
-  rows = collect(out, study)
-  content = {**origin, 'study': name, 'title': study.title, 'rows': rows}
-  run_log.write_atomically(out / f'{name}.json', json.dumps(content, indent=1) + '\n')
-  run_log.write_atomically(out / f'{name}.md', table(study.title, rows))
+def write(folder: results.Folder, name: str, study: Study) -> None:
+  """Reports all finished runs of a study in a folder, of this command and of earlier ones."""
+  rows = collect(folder.path, study)
+  folder.write(name, study=name, title=study.title, rows=rows)
+  run_log.write_atomically(folder.path / f'{name}.md', table(study.title, rows))
   if rows:
-    draw(out / f'{name}.png', study, rows)
+    draw(folder.path / f'{name}.png', study, rows)
 
 
 def collect(out: pathlib.Path, study: Study) -> list[Row]:
