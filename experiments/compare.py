@@ -10,7 +10,6 @@ same arguments, it goes on where it stopped; with more algorithms or seeds, it a
 import copy
 import json
 import pathlib
-import statistics
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -62,26 +61,20 @@ def report(folder: results.Folder, runs: list[tuple[str, int]]) -> None:
 
 
 def summarize(algorithm: str, summaries: list[dict[str, Any]]) -> dict[str, Any]:
-  """Means over seeds; the standard error of the test error is None for a single seed."""
-  test = [summary['test_error'] for summary in summaries]
-  return {'algorithm': algorithm, 'seeds': len(summaries), 'test_error': statistics.mean(test),
-          'test_error_se': statistics.stdev(test) / len(test)**0.5 if len(test) > 1 else None,
-          'train_error': statistics.mean(summary['train_error'] for summary in summaries),
-          'seconds': statistics.mean(summary['seconds'] for summary in summaries),
+  """A row; what all seeds have in common is taken from the first."""
+  return {'algorithm': algorithm, 'seeds': len(summaries), **results.over_seeds(summaries),
           **{key: summaries[0][key] for key in ('model', 'dataset', 'parameters', 'steps')}}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
   """In markdown."""
   first = rows[0]
-  lines = [f'{first["model"]} on {first["dataset"]}, {first["steps"]} steps; errors in %, '
-           '± standard error over seeds; training error: mean over the last epoch, while it was learnt.',
-           '', '| algorithm | test error | train error | seconds | seeds |', '|---|---|---|---|---|']
-  for r in rows:
-    deviation = '' if r['test_error_se'] is None else f' ± {100 * r["test_error_se"]:.2f}'
-    lines.append(f'| {r["algorithm"]} | {100 * r["test_error"]:.2f}{deviation} '
-                 f'| {100 * r["train_error"]:.2f} | {r["seconds"]:.0f} | {r["seeds"]} |')
-  return '\n'.join(lines) + '\n'
+  cells = [[row['algorithm'], results.percent(row), f'{100 * row["train_error"]:.2f}',
+            f'{row["seconds"]:.0f}', str(row['seeds'])] for row in rows]
+  head = 'algorithm | test error | train error | seconds | seeds'
+  return (f'{first["model"]} on {first["dataset"]}, {first["steps"]} steps; errors in %, '
+          '± standard error over seeds; training error: mean over the last epoch, while it was '
+          f'learnt.\n\n{results.in_table(head, cells)}\n')
 
 
 if __name__ == '__main__':

@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
       print(table(rows[-1:]).splitlines()[-1], flush=True)
   folder = results.Folder(options.out, __file__, arguments)
   folder.write('dry_run', flops=options.flops, link=options.link, rows=rows)
-  folder.write_table('dry_run', table(rows) + '\n')
+  folder.write_table('dry_run', table(rows))
 
 
 def row(
@@ -80,24 +80,15 @@ def row(
 
 def table(rows: list[Row]) -> str:
   """In markdown, per device."""
-  first = rows[0]
-  lines = [
-    f'{first["model"]}, {first["algorithm"]}; per device and step',
-    '',
-    '| devices | stages | batch | parameters, M | state, MiB | temporaries, MiB | GFLOP '
-    '| sent, MiB | step, ms '
-    '| steps/s | examples/s |',
-    '|' + '---|' * 11,
-  ]
-  lines += [
-    f'| {r["devices"]} | {r["stages"]} | {r["batch_size"]} | {r["parameters"] / 1e6:.2f} '
-    f'| {r["state_bytes"] / 2**20:.1f} | {r["temporaries_bytes"] / 2**20:.0f} '
-    f'| {r["flop"] / 1e9:.2f} '
-    f'| {sent(r)} | {1e3 * r["step_seconds"]:.1f} | {1 / r["step_seconds"]:.2f} '
-    f'| {r["examples_per_second"]:.0f} |'
-    for r in rows
-  ]
-  return '\n'.join(lines)
+  head = ('devices | stages | batch | parameters, M | state, MiB | temporaries, MiB | GFLOP '
+          '| sent, MiB | step, ms | steps/s | examples/s')
+  cells = [[str(r['devices']), str(r['stages']), str(r['batch_size']),
+            f'{r["parameters"] / 1e6:.2f}', f'{r["state_bytes"] / 2**20:.1f}',
+            f'{r["temporaries_bytes"] / 2**20:.0f}', f'{r["flop"] / 1e9:.2f}', sent(r),
+            f'{1e3 * r["step_seconds"]:.1f}', f'{1 / r["step_seconds"]:.2f}',
+            f'{r["examples_per_second"]:.0f}'] for r in rows]
+  return (f'{rows[0]["model"]}, {rows[0]["algorithm"]}; per device and step\n\n'
+          f'{results.in_table(head, cells)}\n')
 
 
 def sent(row: Row) -> str:

@@ -101,20 +101,22 @@ def table(about: dict[str, Any], rows: list[Row]) -> str:
           f'Signals against theory: of {len(rows)} rows {sum(z > WITHIN for z in far)} are further '
           f'than {WITHIN} standard errors from it; the furthest is {max(far):.1f} away.\n')
   for point in dict.fromkeys(row['point'] for row in rows):
-    text += (f'\n## {point}\n\n| variant | law | passes | ms | × BP | × paper '
-             f'| {" | ".join(layers)} |\n|{"---|" * (6 + len(layers))}\n')
     groups: dict[tuple, dict[str, Row]] = {}
     for row in rows:
       if row['point'] == point:
         key = (row['variant'], row['law'], _passes(row['passes']), row.get('budget_passes'))
         groups.setdefault(key, {})[row['layer']] = row
-    for (name, law, passes, _), own in groups.items():
-      first = own[layers[0]]
-      cells = [f'{own[layer]["relative_error"]:.3g} ({own[layer]["cosine"]:.3f})'
-               for layer in layers]
-      text += (f'| {name} | {law} | {passes} | {first["ms"]:.3g} | {first["ratio_to_bp"]:.2f} '
-               f'| {first["ratio_to_paper"]:.2f} | {" | ".join(cells)} |\n')
+    cells = [[name, law, passes, *_cells([own[layer] for layer in layers])]
+             for (name, law, passes, _), own in groups.items()]
+    head = ' | '.join(['variant | law | passes | ms | × BP | × paper', *layers])
+    text += f'\n## {point}\n\n{results.in_table(head, cells)}\n'
   return text
+
+
+def _cells(of_layers: list[Row]) -> list[str]:
+  first = of_layers[0]
+  return [f'{first["ms"]:.3g}', f'{first["ratio_to_bp"]:.2f}', f'{first["ratio_to_paper"]:.2f}',
+          *(f'{row["relative_error"]:.3g} ({row["cosine"]:.3f})' for row in of_layers)]
 
 
 def _passes(passes: int | dict[str, int]) -> str:

@@ -116,15 +116,15 @@ def compile_step(name: str, options: argparse.Namespace) -> Step:
 def table(rows: list[Row]) -> str:
   """In markdown."""
   first = rows[0]
-  lines = [f'{first["model"]}, batch {first["batch"]}, {first["passes"]} passes, {first["precision"]}, '
-           f'{jax.devices()[0].device_kind}; a plain matmul: {first["matmul_gflop_per_s"]:.0f} GFLOP/s', '',
-           '| algorithm | gradient, ms | update, ms | examples/s | temporaries, MiB | GFLOP | GFLOP/s '
-           '| × BP | × floor |', '|---|---|---|---|---|---|---|---|---|']
-  lines += [f'| {r["algorithm"]} | {r["ms_gradient"]:.0f} | {r["ms_update"]:.0f} '
-            f'| {r["examples_per_s"]:.0f} | {r["temporaries_bytes"] / 2**20:.0f} '
-            f'| {r["gflop"]:.1f} | {r["gflop_per_s"]:.0f} | {r["ratio_to_bp"]:.2f} | {r["ratio_to_floor"]:.2f} |'
-            for r in rows]
-  return '\n'.join(lines) + '\n'
+  head = ('algorithm | gradient, ms | update, ms | examples/s | temporaries, MiB | GFLOP | GFLOP/s '
+          '| × BP | × floor')
+  cells = [[r['algorithm'], f'{r["ms_gradient"]:.0f}', f'{r["ms_update"]:.0f}',
+            f'{r["examples_per_s"]:.0f}', f'{r["temporaries_bytes"] / 2**20:.0f}',
+            f'{r["gflop"]:.1f}', f'{r["gflop_per_s"]:.0f}', f'{r["ratio_to_bp"]:.2f}',
+            f'{r["ratio_to_floor"]:.2f}'] for r in rows]
+  return (f'{first["model"]}, batch {first["batch"]}, {first["passes"]} passes, '
+          f'{first["precision"]}, {jax.devices()[0].device_kind}; a plain matmul: '
+          f'{first["matmul_gflop_per_s"]:.0f} GFLOP/s\n\n{results.in_table(head, cells)}\n')
 
 
 def draw(path: pathlib.Path, rows: list[Row]) -> None:

@@ -62,6 +62,7 @@ def main(arguments: list[str]) -> None:
   results.claim(options.out, 'torture', 'a torture')
   shutil.rmtree(options.out)
   folder = results.Folder(options.out, __file__, arguments)
+  folder.write('torture')    # it stays known as the folder of a torture
   flags = [f'--config={options.config}', *(a for a in arguments if a.startswith('--config.'))]
   whole = options.out / 'whole'
   begin = time.monotonic()

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import re
-import statistics
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -55,12 +54,11 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def summarize(run: Run, folders: list[pathlib.Path]) -> Row:
-  """Means over seeds; the standard error of the test error is None for a single seed."""
+  """A row; what all seeds have in common is taken from the first."""
   config = _read(folders[0] / 'config.json')
   summaries, origins = (
     [_read(path / name) for path in folders] for name in ('summary.json', ORIGIN)
   )
-  test = [summary['test_error'] for summary in summaries]
   return {
     'label': run.label,
     'rule': run.rule,
@@ -69,10 +67,7 @@ def summarize(run: Run, folders: list[pathlib.Path]) -> Row:
     'epochs': config['epochs'],
     'images': config['images'],
     'seeds': [_read(path / 'config.json')['seed'] for path in folders],
-    'test_error': statistics.mean(test),
-    'test_error_se': statistics.stdev(test) / len(test) ** 0.5 if len(test) > 1 else None,
-    'train_error': statistics.mean(summary['train_error'] for summary in summaries),
-    'seconds': statistics.mean(summary['seconds'] for summary in summaries),
+    **results.over_seeds(summaries),
     'paper': run.paper,
     'paper_note': run.note,
     'origins': origins,
@@ -82,14 +77,9 @@ def summarize(run: Run, folders: list[pathlib.Path]) -> Row:
 
 def table(title: str, rows: list[Row]) -> str:
   """In markdown."""
-  lines = [f'# {title}', '', EXPLANATION, '']
-  if any(row['dataset'] == 'cifar10' for row in rows):
-    lines += [JPEG, '']
-  lines += [
-    '| run | here | paper | data, model | epochs | images | seeds | device | commit |',
-    '|---|---|---|---|---|---|---|---|---|',
-  ]
-  return '\n'.join([*lines, *(f'| {" | ".join(cells(row))} |' for row in rows)]) + '\n'
+  jpeg = f'{JPEG}\n\n' if any(row['dataset'] == 'cifar10' for row in rows) else ''
+  head = 'run | here | paper | data, model | epochs | images | seeds | device | commit'
+  return f'# {title}\n\n{EXPLANATION}\n\n{jpeg}{results.in_table(head, list(map(cells, rows)))}\n'
 
 
 def cells(row: Row) -> list[str]:
@@ -97,7 +87,7 @@ def cells(row: Row) -> list[str]:
   together = lambda key: ', '.join(dict.fromkeys(str(origin[key]) for origin in row['origins']))
   return [
     row['label'],
-    errors(row),
+    f'{results.percent(row)} / {100 * row["train_error"]:.2f}',
     published(row),
     f'{row["dataset"]}, {row["model"]}',
     str(row['epochs']),
@@ -106,12 +96,6 @@ def cells(row: Row) -> list[str]:
     together('device'),
     together('commit'),
   ]
-
-
-def errors(row: Row) -> str:
-  """Ours."""
-  deviation = '' if row['test_error_se'] is None else f' ± {100 * row["test_error_se"]:.2f}'
-  return f'{100 * row["test_error"]:.2f}{deviation} / {100 * row["train_error"]:.2f}'
 
 
 def published(row: Row) -> str:

@@ -71,8 +71,8 @@ def table(out: pathlib.Path) -> str:
     content = json.loads(path.read_text())
     rows = content['rows'] if isinstance(content, dict) else content    # older files have only rows
     names = list(rows[0])
-    text += f'\n## {path.stem}\n\n| {" | ".join(names)} |\n|{"---|" * len(names)}\n'
-    text += ''.join(f'| {" | ".join(str(_short(row[name])) for name in names)} |\n' for row in rows)
+    cells = [[str(_short(row[name])) for name in names] for row in rows]
+    text += f'\n## {path.stem}\n\n{results.in_table(" | ".join(names), cells)}\n'
   return text.lstrip()
 
 

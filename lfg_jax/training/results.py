@@ -3,7 +3,9 @@
 import json
 import pathlib
 import shlex
+import statistics
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -107,3 +109,38 @@ def claim(path: pathlib.Path, name: str, what: str) -> None:
     raise UserError(f'{path} exists and is not the folder of {what}; name another with --out')
   path.mkdir(parents=True, exist_ok=True)
   write_json(path / f'{name}.json', {})
+
+
+def in_table(head: str, rows: Sequence[Sequence[str]]) -> str:
+  """In markdown; nothing without rows.
+
+  >>> print(in_table('name | ms', [['BP', '3']]))
+  | name | ms |
+  |---|---|
+  | BP | 3 |
+  """
+  lines = [f'| {head} |', '|---' * (head.count('|') + 1) + '|',
+           *(f'| {" | ".join(row)} |' for row in rows)]
+  return '\n'.join(lines) if rows else ''
+
+
+def over_seeds(summaries: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+  """Means of runs that differ in the seed, from their `summary.json`.
+
+  The standard error of the test error is None for a single one.
+  """
+  test = [summary['test_error'] for summary in summaries]
+  return {'test_error': statistics.mean(test),
+          'test_error_se': statistics.stdev(test) / len(test)**0.5 if len(test) > 1 else None,
+          **{key: statistics.mean(summary[key] for summary in summaries)
+             for key in ('train_error', 'seconds')}}
+
+
+def percent(row: dict[str, Any]) -> str:
+  """The test error of `over_seeds`.
+
+  >>> percent({'test_error': 0.0223, 'test_error_se': 0.0043})
+  '2.23 ± 0.43'
+  """
+  deviation = '' if row['test_error_se'] is None else f' ± {100 * row["test_error_se"]:.2f}'
+  return f'{100 * row["test_error"]:.2f}{deviation}'
