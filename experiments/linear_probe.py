@@ -10,9 +10,10 @@ probe and of online read-out, with the standard error of a test error. It refuse
 checkpoint.
 """
 
+import argparse
 import functools
-import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from lfg_jax import data
 from lfg_jax.data import augmentation
 from lfg_jax.errors import UserError
 from lfg_jax.losses import info_nce
-from lfg_jax.training import command_line, run_log
+from lfg_jax.training import command_line, results
 from lfg_jax.training.train import Job, first_images, load
 
 BATCH = 500
@@ -32,38 +33,44 @@ BATCH = 500
 def main(arguments: list[str]) -> None:
   """Exports features, fits, reports."""
   parser = command_line.Parser(description=__doc__)
-  parser.add_argument('--workdir', type=pathlib.Path, required=True, help='of a run')
-  parser.add_argument('--data_dir', help='of TFDS; default: as the run had it')
-  parser.add_argument('--images', type=int, help='train on the first so many; default: all')
-  parser.add_argument('--pairs', type=int, default=0, help='of views, of every training image; default: 0, the image')
-  parser.add_argument('--l2', type=float, default=1e-4, help='weight of |W|²/2; default: 1e-4')
-  parser.add_argument('--iterations', type=int, default=300, help='of L-BFGS; default: 300')
+  parser.option('workdir', None, 'of a run', type=pathlib.Path, required=True)
+  parser.option('data_dir', None, 'of TFDS; default: as the run had it')
+  parser.number('images', None, 'train on the first so many; default: all')
+  parser.number('pairs', 0, 'of views, of every training image; 0: the image', least=0)
+  parser.number('l2', 1e-4, 'weight of |W|²/2', least=0, kind=float)
+  parser.number('iterations', 300, 'of L-BFGS')
   options = parser.parse_args(arguments)
-  command_line.at_least(options, pairs=0, l2=0, iterations=1)
   job, state = load(options.workdir, options.data_dir)
   if options.pairs and job.config.loss != 'contrastive':
-    raise UserError(f'--pairs is {options.pairs}, and {options.workdir} has a {job.config.loss} run, which has '
-                            'no views; allowed: 0')
+    raise UserError(f'--pairs is {options.pairs}, and {options.workdir} has a {job.config.loss} '
+                    'run, which has no views; allowed: 0')
   if not isinstance(job.dataset.train, data.Arrays):
     raise UserError(f'{job.config.dataset} is a stream; the probe keeps all features in memory, '
-                            'and is for data sets that fit')
-  job = first_images(job, options.images)
-  variables = {'params': state.params, **state.rest}
+                    'and is for data sets that fit')
+  folder = results.Folder(options.workdir, __file__, arguments)
+  found = probe(first_images(job, options.images), {'params': state.params, **state.rest}, options)
+  report = {'step': int(state.step), **found}
+  folder.write('linear_probe', **report)
+  print('  '.join(f'{name} {value}' for name, value in report.items()))
+
+
+def probe(job: Job, variables: dict, options: argparse.Namespace) -> dict[str, Any]:
+  """Errors of the fit and of the online read-out; writes the features into the run's folder."""
   train_x, train_y = (view_features(job, variables, options.pairs) if options.pairs else
                       features(job, variables, job.dataset.train))
   test_x, test_y = features(job, variables, job.dataset.test)
-  np.savez(options.workdir / 'features.npz', train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y)
-  kernel, bias = fit(train_x, train_y, job.dataset.classes, options.l2, options.iterations)
+  np.savez(options.workdir / 'features.npz', train_x=train_x, train_y=train_y, test_x=test_x,
+           test_y=test_y)
+  fitted = fit(train_x, train_y, job.dataset.classes, options.l2, options.iterations)
   read_out = variables['params']['readout']['linear']
+  online = np.asarray(read_out['kernel']), np.asarray(read_out['bias'])
   error = lambda x, y, kernel, bias: float(np.mean((x @ kernel + bias).argmax(-1) != y))
-  test_error = error(test_x, test_y, kernel, bias)
-  report = {'step': int(state.step), 'train_error': error(train_x, train_y, kernel, bias), 'test_error': test_error,
-            'standard_error': float(np.sqrt(test_error * (1 - test_error) / len(test_y))),
-            'online_test_error': error(test_x, test_y, np.asarray(read_out['kernel']), np.asarray(read_out['bias'])),
-            'images': job.dataset.train.examples, 'pairs': options.pairs, 'l2': options.l2,
-            'iterations': options.iterations, **run_log.provenance(['experiments/linear_probe.py', *arguments])}
-  run_log.write_atomically(options.workdir / 'linear_probe.json', json.dumps(report, indent=2) + '\n')
-  print('  '.join(f'{name} {value}' for name, value in report.items()))
+  test_error = error(test_x, test_y, *fitted)
+  return {'train_error': error(train_x, train_y, *fitted), 'test_error': test_error,
+          'standard_error': float(np.sqrt(test_error * (1 - test_error) / len(test_y))),
+          'online_test_error': error(test_x, test_y, *online),
+          'images': job.dataset.train.examples, 'pairs': options.pairs, 'l2': options.l2,
+          'iterations': options.iterations}
 
 
 def features(job: Job, variables: dict, split: data.Arrays) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 from typing import Any
@@ -25,6 +26,14 @@ def tiny(**fields: Any) -> Any:
 
 
 FLAGS = ['--config.model.size=S/1/2', '--config.model.channels=16', '--config.batch_size=64']
+
+
+def script(name: str) -> dict[str, Any]:
+  """What experiments/NAME.py defines; modules beside it are found, as when it is started."""
+  path = ROOT / 'experiments' / f'{name}.py'
+  if str(path.parent) not in sys.path:
+    sys.path.append(str(path.parent))
+  return runpy.run_path(str(path))
 
 
 def start(script: str, *arguments: Any) -> subprocess.Popen:

@@ -1,6 +1,5 @@
 """Every expected mistake of a run ends in one line on stderr and exit code 2, before any long work."""
 
-import runpy
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import pytest
 from lfg_jax.estimators import tangents
 from lfg_jax.models import block
 from lfg_jax.training import command_line, configs, optimizers, rules
+from tests import runs
 from tests.runs import FLAGS, ROOT, STEPS
 
 ALGORITHMS = ', '.join(rules.REGISTRY)
@@ -17,7 +17,7 @@ TOP = ', '.join(sorted(configs.base()))
 
 def run(monkeypatch, capsys, arguments, script='train.py'):
   """Exit code, stdout and stderr of a script, in this process."""
-  main = runpy.run_path(str(ROOT / 'experiments' / script))['main']
+  main = runs.script(script.removesuffix('.py'))['main']
   monkeypatch.setattr(sys, 'argv', [script, *arguments])
   with pytest.raises(SystemExit) as stop:
     command_line.run(main)
@@ -160,7 +160,7 @@ def run_of_one_epoch(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, 'argv', ['train.py', f'--workdir={workdir}', '--config.epochs=1', *FLAGS])
     with pytest.raises(SystemExit) as stop:
-      command_line.run(runpy.run_path(str(ROOT / 'experiments' / 'train.py'))['main'])
+      command_line.run(runs.script('train')['main'])
   assert not stop.value.code
   return workdir
 

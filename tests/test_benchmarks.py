@@ -3,31 +3,30 @@
 import json
 import os
 import random
-import runpy
 
 import numpy as np
 import pytest
 
 from lfg_jax.errors import UserError
+from tests import runs
 from tests.runs import ROOT
 
 pytestmark = pytest.mark.slow
 
-EXPERIMENTS = ROOT / 'experiments'
 
-
-@pytest.mark.parametrize(('name', 'arguments', 'rows', 'field'), [
-    ('step_time', ['--model=S/1/2', '--batch=8', '--algorithms=LG-FG-A', '--repetitions=1', '--precision=bfloat16'], 1,
-     'ratio_to_floor'),
-    ('depth', ['--model=S/8/2', '--batch=8', '--blocks=2,3', '--algorithms=LG-FG-A', '--repetitions=1'], 2,
+@pytest.mark.parametrize(('script', 'arguments', 'rows', 'field'), [
+    ('bench/step_time', ['--model=S/1/2', '--batch=8', '--algorithms=LG-FG-A', '--repetitions=1',
+                         '--precision=bfloat16'], 1, 'ratio_to_floor'),
+    ('bench/depth', ['--model=S/8/2', '--batch=8', '--blocks=2,3', '--algorithms=LG-FG-A', '--repetitions=1'], 2,
      'temporaries_bytes'),
-    ('replicated_losses', ['--batch=2', '--channels=8', '--patches=2', '--many_groups=1,2', '--many_patches=2',
+    ('paper/replicated_losses', ['--batch=2', '--channels=8', '--patches=2', '--many_groups=1,2', '--many_patches=2',
                            '--groups=2', '--repetitions=1'], 12, 'ms'),
 ])
-def test_rows_and_figure(name, arguments, rows, field, tmp_path):
-  runpy.run_path(str(EXPERIMENTS / f'{name}.py'))['main']([*arguments, f'--out={tmp_path}'])
+def test_rows_and_figure(script, arguments, rows, field, tmp_path):
+  name = script.rpartition('/')[2]
+  runs.script(script)['main']([*arguments, f'--out={tmp_path}'])
   content = json.loads((tmp_path / f'{name}.json').read_text())
-  assert content['command'].startswith(f'python experiments/{name}.py ') and content['device'] == 'cpu'
+  assert content['command'].startswith(f'python experiments/{script}.py ') and content['device'] == 'cpu'
   assert len(content['rows']) == rows and all(row[field] > 0 for row in content['rows'])
   assert (tmp_path / f'{name}.png').stat().st_size > 1000
 
@@ -35,7 +34,7 @@ def test_rows_and_figure(name, arguments, rows, field, tmp_path):
 def test_pipeline_throughput(tmp_path):
   """Six processes, two for each way."""
   cores = sorted(os.sched_getaffinity(0))
-  main = runpy.run_path(str(EXPERIMENTS / 'pipeline_throughput.py'))['main']
+  main = runs.script('bench/pipeline_throughput')['main']
   main(['--model=S/2/4', '--algorithm=LG-BP', '--batch=4', '--steps=2', '--repetitions=1',
         f'--cores={cores[0]},{cores[-1]}', f'--out={tmp_path}'])
   rows = json.loads((tmp_path / 'pipeline_throughput.json').read_text())['rows']
@@ -46,7 +45,7 @@ def test_pipeline_throughput(tmp_path):
 
 
 def test_throughput(tmp_path):
-  main = runpy.run_path(str(EXPERIMENTS / 'throughput.py'))['main']
+  main = runs.script('bench/throughput')['main']
   arguments = [f'--config={ROOT}/configs/digits.py', '--config.model.size=S/1/2', '--epochs=2']
   main([f'--out={tmp_path}', '--images=320', *arguments])
   written = json.loads((tmp_path / 'throughput.json').read_text())
@@ -58,7 +57,7 @@ def test_throughput(tmp_path):
 
 
 def test_input_speed(tmp_path):
-  main = runpy.run_path(str(EXPERIMENTS / 'input_speed.py'))['main']
+  main = runs.script('bench/input_speed')['main']
   main([f'--out={tmp_path}', '--photos=128', '--width=40', '--height=30', '--workers=0', '--config.image_size=16',
         '--config.model.size=S/1/2', '--config.model.channels=16'])
   written = json.loads((tmp_path / 'input_speed.json').read_text())
@@ -67,12 +66,42 @@ def test_input_speed(tmp_path):
   assert written['decoding_alone']['per_cpu_second'] > written['with_cropping']['per_cpu_second']
 
 
+def test_augmentations(tmp_path):
+  main = runs.script('paper/augmentations')['main']
+  main(['--dataset=digits', '--images=2', '--draws=1', f'--out={tmp_path}'])
+  assert (tmp_path / 'augmentations.png').stat().st_size > 1000
+
+
+STUB = """
+import pathlib, sys, time
+options = dict(argument[2:].split('=', 1) for argument in sys.argv[1:])
+workdir = pathlib.Path(options['workdir'])
+workdir.mkdir(exist_ok=True)
+if options['process'] == '0':
+  (workdir / 'metrics.jsonl').write_text('{"step": 1}')
+time.sleep(0.2)
+"""
+
+
+def test_torture(tmp_path, monkeypatch):
+  """A stub takes the place of training: what is tried are signals, exit codes and the report."""
+  main, compared = runs.script('bench/torture')['main'], []
+  (tmp_path / 'stub.py').write_text(STUB)
+  for name, value in {'TRAIN': tmp_path / 'stub.py', 'PAUSE': (0.01, 0.1), 'START_SECONDS': 0.1,
+                      'same': lambda *folders: compared.append(folders)}.items():
+    monkeypatch.setitem(main.__globals__, name, value)
+  main(['--minutes=0.02', f'--out={tmp_path / "out"}'])
+  found = json.loads((tmp_path / 'out' / 'torture.json').read_text())
+  assert found['rounds'] == len(compared) > 0 and found['undisturbed_seconds'] > 0
+  assert sum(found['signals'].values()) == len(found['stops'])
+
+
 def rows(*steps):
   return ''.join(json.dumps({'step': step, 'examples_per_second': random.random()}) + '\n' for step in steps)
 
 
 def test_what_a_torture_looks_for(tmp_path, monkeypatch):
-  torture = runpy.run_path(str(EXPERIMENTS / 'torture.py'))
+  torture = runs.script('bench/torture')
   numbers = {'whole': 1.0, 'same': 1.0, 'double': 1.0, 'missing': 1.0, 'other': 1.0 + 1e-7}
   for name, steps in (('whole', (5, 10)), ('same', (5, 10)), ('other', (5, 10)), ('missing', (10,)),
                       ('double', (5, 5, 10))):

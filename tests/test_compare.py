@@ -1,7 +1,6 @@
 """A comparison, and what it does when it is started again."""
 
 import json
-import runpy
 
 import pytest
 
@@ -9,11 +8,11 @@ from lfg_jax.losses import row_losses
 from lfg_jax.losses.heads import Heads
 from lfg_jax.models import block
 from lfg_jax.training import configs, rules
-from tests.runs import FLAGS, ROOT, STEPS
+from tests.runs import FLAGS, ROOT, STEPS, script
 
 
 def compare(out, names, seeds):
-  main = runpy.run_path(str(ROOT / 'experiments' / 'compare.py'))['main']
+  main = script('compare')['main']
   main([f'--algorithms={names}', f'--seeds={seeds}', f'--out={out}', '--config.epochs=2', *FLAGS])
 
 

@@ -147,7 +147,7 @@ def test_the_page_of_launching_has_options_and_fields_that_exist():
   ('python experiments/paper/reproduce.py table2', 'no study table2'),
   ('python experiments/train.py --config=configs/svhn.py', 'configs/svhn.py does not exist'),
   ('python experiments/train.py --config.algorithm=LG-FG', 'no algorithm LG-FG'),
-  ('python experiments/depth.py --deep', 'experiments/depth.py has no --deep'),
+  ('python experiments/bench/depth.py --deep', 'experiments/bench/depth.py has no --deep'),
 ])
 def test_wrong_commands_are_noticed(command, problem):
   assert wrong(command) == problem

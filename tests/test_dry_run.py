@@ -1,14 +1,13 @@
 """The dry run, held to the compiled program: what is sent, what is computed, what is kept."""
 
 import json
-import runpy
 
 import jax
 import pytest
 
 from lfg_jax.errors import UserError
 from lfg_jax.training import algorithms, configs, dry_run, rules, timing
-from tests.runs import ROOT
+from tests.runs import script
 
 BATCH, WIDTH = 64, 16
 SCALARS = 3  # loss, error, and the number of examples
@@ -78,7 +77,7 @@ def test_predicted_seconds():
 
 @pytest.mark.slow
 def test_the_script_writes_where_its_numbers_come_from(tmp_path):
-  main = runpy.run_path(str(ROOT / 'experiments' / 'dry_run.py'))['main']
+  main = script('bench/dry_run')['main']
   small = [
     '--config=digits',
     '--config.model.size=S/1/2',
@@ -88,7 +87,7 @@ def test_the_script_writes_where_its_numbers_come_from(tmp_path):
   main([*small, '--devices=2', '--stages=1,2', '--batch_per_device=4', f'--out={tmp_path}'])
   content = json.loads((tmp_path / 'dry_run.json').read_text())
   assert (
-    content['command'].startswith('python experiments/dry_run.py --config=digits')
+    content['command'].startswith('python experiments/bench/dry_run.py --config=digits')
     and content['flops'] == 1e14
   )
   assert [

@@ -1,8 +1,7 @@
-"""experiments/frontier.py and time_to_accuracy.py: what they write of small models."""
+"""experiments/bench/frontier.py and time_to_accuracy.py: what they write of small models."""
 
-import importlib
 import json
-import runpy
+import sys
 
 import jax
 import numpy as np
@@ -11,19 +10,16 @@ import pytest
 from lfg_jax import data
 from lfg_jax.errors import UserError
 from lfg_jax.training import configs
-from tests.runs import FLAGS, ROOT
+from tests.runs import FLAGS, ROOT, script
 from tests.statistics import is_mean
 
-EXPERIMENTS = ROOT / 'experiments'
-
-
-@pytest.fixture(autouse=True)
-def beside_its_modules(monkeypatch):
-  monkeypatch.syspath_prepend(EXPERIMENTS)
+sys.path.append(str(ROOT / 'experiments' / 'bench'))
+import frontier_network as network
+import frontier_rows
 
 
 def run(name, *arguments):
-  runpy.run_path(str(EXPERIMENTS / f'{name}.py'))['main']([*arguments])
+  script(name)['main']([*arguments])
 
 
 FRONTIER = ['--dataset=digits', '--model=S/1/4', '--batch=4', '--warm_up=10', '--repetitions=1']
@@ -32,7 +28,7 @@ LAYERS = ['stem/channel', 'stem/group']
 
 def frontier(out, *arguments):
   """Rows by variant, passes and layer, of the last point; and the whole content."""
-  run('frontier', *FRONTIER, '--laws=hadamard', *arguments, f'--out={out}')
+  run('bench/frontier', *FRONTIER, '--laws=hadamard', *arguments, f'--out={out}')
   content = json.loads((out / 'frontier.json').read_text())
   return {(row['variant'], row['passes'], row['layer']): row for row in content['rows']}, content
 
@@ -41,7 +37,7 @@ def frontier(out, *arguments):
 def test_errors_fall_with_passes(tmp_path):
   rows, content = frontier(tmp_path, '--epochs=0', '--variants=joint', '--passes=1,4', '--draws=16')
   assert len(rows) == len(content['rows']) == 2 * len(LAYERS)
-  assert content['command'].startswith('python experiments/frontier.py --dataset=digits')
+  assert content['command'].startswith('python experiments/bench/frontier.py --dataset=digits')
   for layer in LAYERS:
     one, four = rows['joint', 1, layer], rows['joint', 4, layer]
     assert four['relative_error'] < 0.5 * one['relative_error']
@@ -63,7 +59,6 @@ def test_trained_network(tmp_path):
 
 @pytest.mark.slow
 def test_errors_of_signals_are_as_theory_says():
-  network = importlib.import_module('frontier_network')
   config = configs.base()
   config.model.size = 'S/2/4'
   bench = network.Bench(config, data.load('digits'), 4)
@@ -82,12 +77,10 @@ def test_errors_of_signals_are_as_theory_says():
 
 
 def test_more_passes_go_where_they_are_cheap():
-  rows = importlib.import_module('frontier_rows')
-  network = importlib.import_module('frontier_network')
   bench = network.Bench(configs.base(), data.load('digits'), 4)
   errors = [{'layer': f'blocks/{layer}', 'passes': 2, 'relative_error': 1.0}
             for layer in ('token', 'channel')]
-  variant = rows._allocate(bench, errors, {'token': 8.0, 'channel': 1.0}, 8)
+  variant = frontier_rows._allocate(bench, errors, {'token': 8.0, 'channel': 1.0}, 8)
   passes = dict(variant.tap_passes)
   assert passes['after_channel'] > 8 > passes['after_token']
   assert 8 * passes['after_token'] + passes['after_channel'] <= 9 * 8
@@ -102,7 +95,7 @@ def test_more_passes_go_where_they_are_cheap():
 ])
 def test_frontier_refuses(argument, message, tmp_path):
   with pytest.raises(UserError) as error:
-    run('frontier', *FRONTIER, argument, f'--out={tmp_path}')
+    run('bench/frontier', *FRONTIER, argument, f'--out={tmp_path}')
   assert message in str(error.value) and not any(tmp_path.iterdir())
 
 
@@ -114,7 +107,7 @@ def test_time_to_accuracy(tmp_path, capsys):
   # At a rate of next to nothing the read-out's first step is still worth an error of 49 %.
   arguments = [*ACCURACY, '--algorithms=BP,LG-FG-A', '--rates=BP=1e-8|1e-2', '--thresholds=40,0',
                f'--out={tmp_path}']
-  run('time_to_accuracy', *arguments, '--seeds=0')
+  run('bench/time_to_accuracy', *arguments, '--seeds=0')
   content = json.loads((tmp_path / 'time_to_accuracy.json').read_text())
   rows = {(row['algorithm'], row['rate'], row['threshold']): row for row in content['rows']}
   assert not rows['BP', 1e-8, 40]['best'] and rows['BP', 1e-2, 40]['best']
@@ -127,15 +120,15 @@ def test_time_to_accuracy(tmp_path, capsys):
     assert curve['test_error'][0] > 0.8
   assert (tmp_path / 'time_to_accuracy.png').stat().st_size > 1000
   capsys.readouterr()
-  run('time_to_accuracy', *arguments, '--seeds=0')
+  run('bench/time_to_accuracy', *arguments, '--seeds=0')
   assert 'step 20' not in capsys.readouterr().out    # all runs were finished
   assert json.loads((tmp_path / 'time_to_accuracy.json').read_text())['curves'] == content['curves']
   with pytest.raises(UserError, match='was measured with other settings'):
-    run('time_to_accuracy', *arguments, '--seeds=0', '--interval=10')
+    run('bench/time_to_accuracy', *arguments, '--seeds=0', '--interval=10')
 
 
 def test_a_run_ends_at_its_last_threshold(tmp_path):
-  run('time_to_accuracy', *ACCURACY, '--algorithms=BP', '--thresholds=60', '--seeds=0',
+  run('bench/time_to_accuracy', *ACCURACY, '--algorithms=BP', '--thresholds=60', '--seeds=0',
       f'--out={tmp_path}')
   (curve,) = json.loads((tmp_path / 'time_to_accuracy.json').read_text())['curves']
   assert curve['finished'] and curve['test_error'][-1] <= 0.6 < min(curve['test_error'][:-1])
@@ -150,6 +143,6 @@ def test_a_run_ends_at_its_last_threshold(tmp_path):
 ])
 def test_time_to_accuracy_refuses(argument, message, tmp_path):
   with pytest.raises(UserError) as error:
-    run('time_to_accuracy', *ACCURACY, '--algorithms=BP', '--thresholds=60', argument,
+    run('bench/time_to_accuracy', *ACCURACY, '--algorithms=BP', '--thresholds=60', argument,
         f'--out={tmp_path}')
   assert message in str(error.value)

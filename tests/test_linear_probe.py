@@ -1,7 +1,6 @@
 """experiments/linear_probe.py: against the online read-out, and against scikit-learn on the exported features."""
 
 import json
-import runpy
 
 import numpy as np
 import pytest
@@ -9,13 +8,13 @@ from sklearn.linear_model import LogisticRegression
 
 from lfg_jax.errors import UserError
 from lfg_jax.training.train import prepare, train
-from tests.runs import ROOT, tiny
+from tests.runs import script, tiny
 
 pytestmark = pytest.mark.slow
 
 
 def probe(*arguments):
-  runpy.run_path(str(ROOT / 'experiments' / 'linear_probe.py'))['main']([str(a) for a in arguments])
+  script('linear_probe')['main']([str(a) for a in arguments])
 
 
 @pytest.fixture(scope='module')

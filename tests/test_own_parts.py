@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import runpy
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from lfg_jax import tap, user_files, value_and_activity_grad
 from lfg_jax.losses import row_losses
 from lfg_jax.losses.targets import Targets
 from lfg_jax.training import program, train
-from tests.runs import ROOT
+from tests.runs import ROOT, script
 from tests.statistics import ROUNDING, SIGMAS, z_of_mean
 
 PAGES = {'model': 'bring_a_model', 'loss': 'new_local_loss', 'law': 'new_tangent_law',
@@ -42,7 +41,7 @@ def arguments(files):
 @pytest.mark.parametrize('rule', ['LG-FG-A', 'LG-BP', 'BP', 'FG-W', 'LG-FA'])
 def test_all_parts_from_outside_train_together(files, tmp_path, rule):
   """Stripes in four directions: chance is 75 %, with a standard error of 4 %."""
-  main = runpy.run_path(str(ROOT / 'experiments' / 'train.py'))['main']
+  main = script('train')['main']
   of_taps = ['--config.estimator.tap_passes.hidden=2'] * (rule == 'LG-FG-A')
   main([*arguments(files), *of_taps, f'--config.algorithm={rule}', f'--workdir={tmp_path / "run"}'])
   summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())

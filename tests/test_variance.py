@@ -15,7 +15,7 @@ BATCHES = (1, 16, 128)
 KINDS = [(estimator, law, shared) for estimator in ('weight', 'activity') for law in ('normal', 'rademacher')
          for shared in (True, False)]
 # All nine pairs of p and q, every batch size with every p and every q, each with two of the kinds of estimates.
-# (experiments/variance.py measures all 216 combinations.)
+# (experiments/paper/variance.py measures all 216 combinations.)
 ROWS = [(KINDS[(3 * i + j + 4 * k) % 8], p, q, BATCHES[(i + j) % 3])
         for i, p in enumerate(SIZES) for j, q in enumerate(SIZES) for k in range(2)]
 

@@ -1,29 +1,21 @@
-"""experiments/variance.py: what it writes, and one line for a mistake."""
+"""experiments/paper/variance.py: what it writes, and one line for a mistake."""
 
 import itertools
 import json
-import pathlib
-import runpy
 
 import pytest
 
 from lfg_jax.errors import UserError
-
-SCRIPT = pathlib.Path(__file__).parent.parent / 'experiments' / 'variance.py'
-
-
-@pytest.fixture(autouse=True)
-def beside_its_modules(monkeypatch):
-  monkeypatch.syspath_prepend(SCRIPT.parent)
+from tests.runs import script
 
 
 def test_rows_table_and_figure(tmp_path):
-  program = runpy.run_path(str(SCRIPT))
+  program = script('paper/variance')
   rows, figure = program['PARTS']['laws']
   program['PARTS']['laws'] = (lambda options: itertools.islice(rows(options), 2), figure)
   program['main']([f'--out={tmp_path}', '--parts=laws'])
   content = json.loads((tmp_path / 'laws.json').read_text())
-  assert content['command'] == f'python experiments/variance.py --out={tmp_path} --parts=laws'
+  assert content['command'] == f'python experiments/paper/variance.py --out={tmp_path} --parts=laws'
   first, second = content['rows']
   assert (first['law'], first['passes'], second['passes']) == ('normal', 1, 2)
   assert abs(first['measured'] - first['predicted']) < 4 * first['standard_error']
@@ -33,4 +25,4 @@ def test_rows_table_and_figure(tmp_path):
 
 def test_unknown_part(tmp_path):
   with pytest.raises(UserError, match="--parts has 'all'; allowed: table1, laws, mlp, mixer, passes"):
-    runpy.run_path(str(SCRIPT))['main']([f'--out={tmp_path}', '--parts=all'])
+    script('paper/variance')['main']([f'--out={tmp_path}', '--parts=all'])

@@ -45,7 +45,7 @@ step() {    # NAME LIMIT COMMAND…
 }
 
 speed() {    # PRECISION LIMIT
-  step "step_time_$1" "$2" experiments/step_time.py --model="$model" --batch="$batch" \
+  step "step_time_$1" "$2" experiments/bench/step_time.py --model="$model" --batch="$batch" \
     --precision="$1" --algorithms=BP,LG-FG-A-paper,LG-FG-A --repetitions="$repetitions" \
     --out="$out/step_time_$1"
 }
@@ -96,6 +96,6 @@ errors cifar10-M-8-16 FA $few
 errors cifar10-M-8-16 DFA $few
 END
 speed tensorfloat32 200
-step time_to_accuracy 300 experiments/time_to_accuracy.py --config=configs/cifar10.py --seeds=0 \
+step time_to_accuracy 300 experiments/bench/time_to_accuracy.py --config=configs/cifar10.py --seeds=0 \
   "${accuracy[@]}" --config.steps_per_dispatch=100 --out="$out/time_to_accuracy"
 ! ls "$out"/*.failed 2> /dev/null

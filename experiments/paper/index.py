@@ -16,7 +16,7 @@ import report
 from studies import PROGRAMS, STUDIES, published
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import command_line, run_log
+from lfg_jax.training import command_line, results, run_log
 
 RESULTS = pathlib.Path(__file__).parents[1] / 'results'
 BEFORE = 'before commit tracking'
@@ -33,6 +33,8 @@ The paper: Ren, Kornblith, Liao, Hinton 2023, arXiv 2210.03310.
 *LG-FG-A-paper* is the paper's LG-FG-A: all activities of a block perturbed at once.
 *LG-FG-A (ours)* is another, quieter estimator of the same gradient.
 Files from before commit tracking call the first one LG-FG-A; the commands here have today's names.
+Every other command is as of the commit beside it: programs that were in `experiments/` then may be in
+`experiments/bench/` or `experiments/paper/` now.
 """
 
 
@@ -123,12 +125,12 @@ OLD_FILES = {
   'variance/table1.json': f'{REPRODUCE} table1',
   'replicated_losses/*.json': f'{REPRODUCE} figure5',
   **{
-    f'variance/{part}.json': f'python experiments/variance.py --parts={part}'
+    f'variance/{part}.json': f'python experiments/paper/variance.py --parts={part}'
     for part in ('laws', 'mlp', 'mixer', 'passes')
   },
   'cifar10_contrastive/linear_probe_M_4_16.json': f'{_PROBE} --pairs=2',
   'cifar10_contrastive/linear_probe_*.json': f'{_PROBE} --images=20000 --pairs=4',
-  'depth/depth.json': 'python experiments/depth.py',
+  'depth/depth.json': 'python experiments/bench/depth.py',
   'digits/comparison.json':
     'python experiments/compare.py --algorithms=BP,LG-BP,FG-W,FG-A,LG-FG-A-paper',
   **{
@@ -143,9 +145,9 @@ OLD_FILES = {
     for passes, fields in _passes(law)
   },
   'step_time/step_time.json':
-    'python experiments/step_time.py --algorithms=BP,LG-BP,FG-A,LG-FG-W,LG-FG-A-paper',
+    'python experiments/bench/step_time.py --algorithms=BP,LG-BP,FG-A,LG-FG-W,LG-FG-A-paper',
   'throughput/throughput.json':
-    'python experiments/throughput.py --config.batch_size=64 --config.algorithm=LG-FG-A-paper',
+    'python experiments/bench/throughput.py --config.batch_size=64 --config.algorithm=LG-FG-A-paper',
 }
 FIGURES = {
   'table1': 'Table 1: variances of forward gradients',
@@ -160,18 +162,18 @@ def main(arguments: list[str]) -> None:
   parser.add_argument(
     '--results', type=pathlib.Path, default=RESULTS, help='default: experiments/results'
   )
-  results = parser.parse_args(arguments).results
-  if not results.is_dir():
-    raise UserError(f'--results is {results}; allowed: a folder')
-  run_log.write_atomically(results / 'README.md', index(results))
-  print(results / 'README.md')
+  folder = parser.parse_args(arguments).results
+  if not folder.is_dir():
+    raise UserError(f'--results is {folder}; allowed: a folder')
+  run_log.write_atomically(folder / 'README.md', index(folder))
+  print(folder / 'README.md')
 
 
-def index(results: pathlib.Path) -> str:
+def index(folder: pathlib.Path) -> str:
   """All of the README."""
   files = {
-    path.relative_to(results).as_posix(): json.loads(path.read_text())
-    for path in results.rglob('*.json')
+    path.relative_to(folder).as_posix(): json.loads(path.read_text())
+    for path in folder.rglob('*.json')
   }
   files = dict(sorted(files.items()))
   text = INTRODUCTION
@@ -181,20 +183,10 @@ def index(results: pathlib.Path) -> str:
   return f'{text}\n## Other measurements\n\n{measurements(files, None)}\n'
 
 
-def in_table(head: str, rows: list[list[str]]) -> str:
-  """In markdown; nothing without rows."""
-  lines = [
-    f'| {head} |',
-    '|---' * (head.count('|') + 1) + '|',
-    *(f'| {" | ".join(row)} |' for row in rows),
-  ]
-  return '\n'.join(lines) if rows else ''
-
-
 def runs(files: dict[str, Any], study: str) -> str:
   """New and old runs of a study."""
   rows = [*new_rows(files, study), *old_rows(files, study)]
-  return in_table(
+  return results.in_table(
     'run | here | paper | epochs | images | seeds | device | commit | file | command', rows
   )
 
@@ -247,7 +239,7 @@ def measurements(files: dict[str, Any], study: str | None) -> str:
       origin = [MACHINE, BEFORE, old_command(path)]
     if study == belongs_to(origin[2], path):
       rows.append([link(path), *origin[:2], f'`{origin[2]}`'])
-  return in_table('file | device | commit | command', rows)
+  return results.in_table('file | device | commit | command', rows)
 
 
 def belongs_to(command: str, path: str) -> str | None:

@@ -3,13 +3,12 @@
 import json
 import pathlib
 import re
-import statistics
 from typing import Any
 
 from matplotlib.figure import Figure
 from studies import Run, Study
 
-from lfg_jax.training import plots, run_log
+from lfg_jax.training import plots, results, run_log
 
 Row = dict[str, Any]
 ORIGIN = 'provenance.json'  # in a run's folder
@@ -29,14 +28,13 @@ def folder(run: Run) -> str:
   return re.sub(r'[^\w+-]+', '-', run.label).strip('-')
 
 
-def write(out: pathlib.Path, name: str, study: Study, origin: dict[str, str | None]) -> None:
-  """Reports all finished runs of a study in `out`, of this command and of earlier ones."""
-  rows = collect(out, study)
-  content = {**origin, 'study': name, 'title': study.title, 'rows': rows}
-  run_log.write_atomically(out / f'{name}.json', json.dumps(content, indent=1) + '\n')
-  run_log.write_atomically(out / f'{name}.md', table(study.title, rows))
+def write(folder: results.Folder, name: str, study: Study) -> None:
+  """Reports all finished runs of a study in a folder, of this command and of earlier ones."""
+  rows = collect(folder.path, study)
+  folder.write(name, study=name, title=study.title, rows=rows)
+  run_log.write_atomically(folder.path / f'{name}.md', table(study.title, rows))
   if rows:
-    draw(out / f'{name}.png', study, rows)
+    draw(folder.path / f'{name}.png', study, rows)
 
 
 def collect(out: pathlib.Path, study: Study) -> list[Row]:
@@ -56,12 +54,11 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def summarize(run: Run, folders: list[pathlib.Path]) -> Row:
-  """Means over seeds; the standard error of the test error is None for a single seed."""
+  """A row; what all seeds have in common is taken from the first."""
   config = _read(folders[0] / 'config.json')
   summaries, origins = (
     [_read(path / name) for path in folders] for name in ('summary.json', ORIGIN)
   )
-  test = [summary['test_error'] for summary in summaries]
   return {
     'label': run.label,
     'rule': run.rule,
@@ -70,10 +67,7 @@ def summarize(run: Run, folders: list[pathlib.Path]) -> Row:
     'epochs': config['epochs'],
     'images': config['images'],
     'seeds': [_read(path / 'config.json')['seed'] for path in folders],
-    'test_error': statistics.mean(test),
-    'test_error_se': statistics.stdev(test) / len(test) ** 0.5 if len(test) > 1 else None,
-    'train_error': statistics.mean(summary['train_error'] for summary in summaries),
-    'seconds': statistics.mean(summary['seconds'] for summary in summaries),
+    **results.over_seeds(summaries),
     'paper': run.paper,
     'paper_note': run.note,
     'origins': origins,
@@ -83,14 +77,9 @@ def summarize(run: Run, folders: list[pathlib.Path]) -> Row:
 
 def table(title: str, rows: list[Row]) -> str:
   """In markdown."""
-  lines = [f'# {title}', '', EXPLANATION, '']
-  if any(row['dataset'] == 'cifar10' for row in rows):
-    lines += [JPEG, '']
-  lines += [
-    '| run | here | paper | data, model | epochs | images | seeds | device | commit |',
-    '|---|---|---|---|---|---|---|---|---|',
-  ]
-  return '\n'.join([*lines, *(f'| {" | ".join(cells(row))} |' for row in rows)]) + '\n'
+  jpeg = f'{JPEG}\n\n' if any(row['dataset'] == 'cifar10' for row in rows) else ''
+  head = 'run | here | paper | data, model | epochs | images | seeds | device | commit'
+  return f'# {title}\n\n{EXPLANATION}\n\n{jpeg}{results.in_table(head, list(map(cells, rows)))}\n'
 
 
 def cells(row: Row) -> list[str]:
@@ -98,7 +87,7 @@ def cells(row: Row) -> list[str]:
   together = lambda key: ', '.join(dict.fromkeys(str(origin[key]) for origin in row['origins']))
   return [
     row['label'],
-    errors(row),
+    f'{results.percent(row)} / {100 * row["train_error"]:.2f}',
     published(row),
     f'{row["dataset"]}, {row["model"]}',
     str(row['epochs']),
@@ -107,12 +96,6 @@ def cells(row: Row) -> list[str]:
     together('device'),
     together('commit'),
   ]
-
-
-def errors(row: Row) -> str:
-  """Ours."""
-  deviation = '' if row['test_error_se'] is None else f' ± {100 * row["test_error_se"]:.2f}'
-  return f'{100 * row["test_error"]:.2f}{deviation} / {100 * row["train_error"]:.2f}'
 
 
 def published(row: Row) -> str:

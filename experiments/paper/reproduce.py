@@ -16,7 +16,6 @@ figure5 take the arguments of the program that makes them.
 """
 
 import argparse
-import json
 import pathlib
 import shlex
 import subprocess
@@ -28,7 +27,7 @@ from ml_collections import ConfigDict
 from studies import GROUPS, PROGRAMS, STUDIES, Run, Study
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import command_line, configs, run_log
+from lfg_jax.training import command_line, configs, results
 from lfg_jax.training.train import Interrupted, Job, prepare, train
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -61,18 +60,18 @@ def main(arguments: list[str]) -> None:
       print(shlex.join(['python', *planned.command]))
     return None
   jobs = prepare_all(plans)
-  claim(out, options.study)
+  results.claim(out, options.study, options.study)
+  folder = results.Folder(out, __file__, arguments)
   errors = []
-  origin = run_log.provenance(['experiments/paper/reproduce.py', *arguments])
   for planned, job in zip(plans, jobs, strict=True):
     print(f'{planned.run.label}, seed {job.config.seed}:')
     try:
-      finish(planned, job, origin)
+      finish(planned, job, folder.origin)
     except Interrupted:
       raise
     except UserError as error:    # its loss became infinite, say: the other runs go on
       errors.append(f'{planned.run.label}: {error}')
-    report.write(out, options.study, study, origin)
+    report.write(folder, options.study, study)
   print((out / f'{options.study}.md').read_text())
   if errors:
     raise UserError('; '.join(errors))
@@ -80,26 +79,22 @@ def main(arguments: list[str]) -> None:
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
   """The options, and what is left: changes of fields, or all arguments of another program."""
-  parser = command_line.Parser(description=__doc__)
+  parser = results.parser(__doc__, out=None)
   parser.add_argument('study', metavar='STUDY', choices=[*PROGRAMS, *STUDIES])
-  parser.add_argument('--out', type=pathlib.Path, help='default: runs/STUDY')
   parser.add_argument('--dry_run', action='store_true', help='only print the commands')
   options, rest = parser.parse_known_args(arguments)
   if options.study in PROGRAMS:
     return options, rest
   parser = command_line.Parser()
-  parser.add_argument('--data_dir')
-  parser.add_argument('--rules')
-  parser.add_argument('--epochs', type=int)
-  parser.add_argument('--seeds', type=numbers, default=[0])
-  parser.add_argument('--images', type=int)
-  parser.add_argument('--groups', type=numbers, default=[1, 4, 16, 64])
+  study = STUDIES[options.study]
+  rules = list(dict.fromkeys(run.rule for run in study.runs))
+  parser.option('data_dir', None)
+  parser.names('rules', ','.join(rules), rules)
+  parser.number('epochs', None)
+  parser.numbers('seeds', '0', least=0)
+  parser.number('images', None)
+  parser.numbers('groups', '1,4,16,64')
   return parser.parse_known_args(rest, options)
-
-
-def numbers(text: str) -> list[int]:
-  """Numbers with commas between them."""
-  return [int(number) for number in text.split(',')]
 
 
 def call(options: argparse.Namespace, rest: list[str]) -> None:
@@ -115,13 +110,10 @@ def call(options: argparse.Namespace, rest: list[str]) -> None:
 
 def selected(study: Study, options: argparse.Namespace) -> list[Run]:
   """The runs of these rules; in figure 7, with these numbers of groups."""
-  allowed = list(dict.fromkeys(run.rule for run in study.runs))
-  wanted = allowed if options.rules is None else options.rules.split(',')
-  for name, given, known in (('rules', wanted, allowed), ('groups', options.groups, GROUPS)):
-    if unknown := [one for one in given if one not in known]:
-      raise UserError(f'--{name} has {unknown[0]!r}; allowed: {", ".join(map(str, known))}')
+  if unknown := [number for number in options.groups if number not in GROUPS]:
+    raise UserError(f'--groups has {unknown[0]}; allowed: {", ".join(map(str, GROUPS))}')
   sizes = [f'M/8/{number}' for number in options.groups]
-  return [run for rule in dict.fromkeys(wanted) for run in study.runs if run.rule == rule
+  return [run for rule in dict.fromkeys(options.rules) for run in study.runs if run.rule == rule
           and (options.study != 'figure7' or run.fields['model.size'] in sizes)]
 
 
@@ -154,23 +146,13 @@ def prepare_all(plans: list[Plan]) -> list[Job]:
   return [first] + [prepare(planned.config, shared) for planned in plans[1:]]
 
 
-def claim(out: pathlib.Path, name: str) -> None:
-  """Makes `out` the folder of this study, which it must be already when it is not empty."""
-  if (out / f'{name}.json').exists():
-    return
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise UserError(f'{out} exists and is not the folder of {name}; name another with --out')
-  out.mkdir(parents=True, exist_ok=True)
-  run_log.write_atomically(out / f'{name}.json', '{}\n')
-
-
 def finish(planned: Plan, job: Job, origin: dict[str, str | None]) -> None:
   """Trains to the end; the run's folder then also tells where the run comes from."""
   train(job, planned.folder)
   path = planned.folder / report.ORIGIN
   if not path.exists():
-    content = {**origin, 'command': shlex.join(['python', *planned.command])}
-    run_log.write_atomically(path, json.dumps(content, indent=2) + '\n')
+    command = shlex.join(['python', *planned.command])
+    results.write_json(path, {**origin, 'command': command})
 
 
 if __name__ == '__main__':

@@ -195,6 +195,6 @@ STUDIES = {
 }
 # Table 1 and figure 5 are measurements, not runs: other programs make them.
 PROGRAMS = {
-  'table1': ['experiments/variance.py', '--parts=table1'],
-  'figure5': ['experiments/replicated_losses.py'],
+  'table1': ['experiments/paper/variance.py', '--parts=table1'],
+  'figure5': ['experiments/paper/replicated_losses.py'],
 }

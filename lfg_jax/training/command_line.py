@@ -4,6 +4,7 @@ import argparse
 import ast
 import copy
 import difflib
+import functools
 import itertools
 import pathlib
 import re
@@ -40,6 +41,27 @@ class Parser(argparse.ArgumentParser):
   def error(self, message: str) -> NoReturn:
     """Called by argparse, which else prints the usage and exits."""
     raise UserError(message)
+
+  def option(self, name: str, default: Any, meaning: str = '', **more: Any) -> None:
+    """Adds --NAME, whose help tells the default."""
+    told = '' if default in (None, '') else f'default: {default}'
+    self.add_argument(f'--{name}', default=default, help='; '.join(filter(None, [meaning, told])),
+                      **more)
+
+  def number(self, name: str, default: float | None, meaning: str = '', *, least: float = 1,
+             kind: type = int, **more: Any) -> None:
+    """Adds an option that is a number, `least` or more."""
+    self.option(name, default, meaning, type=functools.partial(_number, name, least, kind), **more)
+
+  def numbers(self, name: str, default: str | None, meaning: str = 'numbers, with commas', *,
+              least: float = 1, kind: type = int) -> None:
+    """Adds an option that is a list of numbers, each `least` or more."""
+    self.option(name, default, meaning, type=functools.partial(_numbers, name, least, kind))
+
+  def names(self, name: str, default: str | None, allowed: Collection[str],
+            meaning: str = 'names, with commas', **more: Any) -> None:
+    """Adds an option that is a list of names."""
+    self.option(name, default, meaning, type=functools.partial(_names, name, allowed), **more)
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
@@ -172,44 +194,46 @@ def _item(text: str) -> Any:
     return text
 
 
-# --- options of scripts -------------------------------------------------------------------------
+# --- values of options ----------------------------------------------------------------------------
 
 
-def names(option: str, text: str, allowed: Collection[str]) -> list[str]:
-  """A list of names, with commas between them.
+def _number(option: str, least: float, kind: type, text: str) -> Any:
+  """A number, `least` or more; else a UserError.
 
-  Raises:
-    UserError: a name that is not allowed.
-
-  >>> names('algorithms', 'BP,FA', ('BP', 'FA', 'DFA'))
-  ['BP', 'FA']
+  >>> _number('batch', 1, int, '64')
+  64
   """
-  found = text.split(',')
-  if unknown := [name for name in found if name not in allowed]:
-    raise UserError(f'--{option} has {unknown[0]!r}; allowed: {", ".join(allowed)}')
+  try:
+    found = kind(text)
+  except ValueError as error:
+    raise UserError(f'--{option} is {text!r}; allowed: numbers, {least} or more') from error
+  if not found >= least:    # nan, too
+    raise UserError(f'--{option} is {found}; allowed: {least} or more')
   return found
 
 
-def numbers(option: str, text: str, least: float | None = None, kind: type = int) -> list[Any]:
-  """A list of numbers, with commas between them.
+def _numbers(option: str, least: float, kind: type, text: str) -> list[Any]:
+  """A list of numbers, with commas between them, each `least` or more; else a UserError.
 
-  Raises:
-    UserError: what is no number, or less than `least`.
-
-  >>> numbers('seeds', '0,3')
+  >>> _numbers('seeds', 0, int, '0,3')
   [0, 3]
   """
   try:
     found = [kind(part) for part in text.split(',')]
   except ValueError as error:
     raise UserError(f'--{option} is {text!r}; allowed: numbers with commas between them') from error
-  if least is not None and not all(number >= least for number in found):
+  if not all(number >= least for number in found):
     raise UserError(f'--{option} has {min(found)}; allowed: {least} or more')
   return found
 
 
-def at_least(options: argparse.Namespace, **least: float) -> None:
-  """Raises UserError for an option with a number that is less than allowed."""
-  for name, low in least.items():
-    if not (given := getattr(options, name)) >= low:
-      raise UserError(f'--{name} is {given}; allowed: {low} or more')
+def _names(option: str, allowed: Collection[str], text: str) -> list[str]:
+  """A list of names, with commas between them; a UserError for one that is not allowed.
+
+  >>> _names('algorithms', ('BP', 'FA', 'DFA'), 'BP,FA')
+  ['BP', 'FA']
+  """
+  found = text.split(',')
+  if unknown := [name for name in found if name not in allowed]:
+    raise UserError(f'--{option} has {unknown[0]!r}; allowed: {", ".join(allowed)}')
+  return found

@@ -25,7 +25,7 @@ def base() -> ConfigDict:
   """All fields, with their defaults.
 
   The docstrings of `rules.Options` explain those of estimator and losses, a model's `make` its own (`sizes.mixer_spec`
-  and `mixer.Style` those of the mixer), `model_fields` those that every model has, `info_nce.Contrast` those of the
+  and `block.Style` those of the mixer), `model_fields` those that every model has, `info_nce.Contrast` those of the
   contrastive loss. What is left is explained here; `--help` prints all.
 
   Attributes:

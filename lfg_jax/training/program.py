@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
                       'default: $JAX_COORDINATOR_ADDRESS, or as the cluster tells')
   parser.add_argument('--processes', type=int, help='how many; default: $JAX_NUM_PROCESSES')
   parser.add_argument('--process', type=int, help='which this is, from 0; default: $JAX_PROCESS_ID')
-  parser.add_argument('--rehearse', type=int, metavar='N', help='N processes on the CPUs of this machine')
+  parser.number('rehearse', None, 'N processes on the CPUs of this machine', metavar='N')
   options, config = command_line.parse(parser, arguments)
   configs.validate(config)
   if options.print_config:
@@ -47,7 +47,6 @@ def _place(options: argparse.Namespace, config: ConfigDict) -> Place | None:
   """Among several processes, each in a child of a guard; None: there is one."""
   given = Place(options.coordinator, options.processes, options.process)
   if options.rehearse is not None:
-    command_line.at_least(options, rehearse=1)
     if given != Place():
       raise UserError('--rehearse starts all processes itself; allowed: it, or --coordinator --processes --process')
     return launch.rehearse(options.rehearse, config.lost_after)

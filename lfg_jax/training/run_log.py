@@ -3,44 +3,16 @@
 import json
 import os
 import pathlib
-import shlex
-import subprocess
 import sys
 import time
 from typing import Any
 
-import jax
 import tqdm
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 Row = dict[str, Any]
-
-
-def provenance(arguments: list[str]) -> dict[str, str | None]:
-  """Where a result comes from; every JSON file of results has it.
-
-  Args:
-    arguments: the command line after `python`, as it is typed in the repository's root.
-
-  Returns:
-    'command'; 'commit', which ends in '-dirty' when tracked files differ from it and is None outside git; the version
-    of 'jax'; the kind of 'device'.
-  """
-  return {'command': shlex.join(['python', *arguments]), 'commit': _commit(), 'jax': jax.__version__,
-          'device': jax.devices()[0].device_kind}
-
-
-def _commit() -> str | None:
-  """Of the repository that this file lies in."""
-  # No tag matches the excluding pattern: what is left is the short hash.
-  command = ['git', 'describe', '--always', '--dirty', '--exclude=*']
-  try:
-    done = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True)
-  except FileNotFoundError:
-    return None
-  return done.stdout.strip() or None
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

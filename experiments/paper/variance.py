@@ -1,6 +1,7 @@
 """Measures the variance of forward gradients: against theory, and on real images layer by layer.
 
-    python experiments/variance.py --out=DIR [--parts=table1,laws,mlp,mixer,passes] [--data_dir=DIR] [--draws=N]
+    python experiments/paper/variance.py [--out=DIR] [--parts=table1,laws,mlp,mixer,passes]
+        [--data_dir=DIR] [--draws=N]
 
 | part | what |
 |---|---|
@@ -31,58 +32,48 @@ from lfg_jax.errors import as_user_errors
 from lfg_jax.estimators import linear_layer, variance
 from lfg_jax.estimators.sampling import Sampling
 from lfg_jax.estimators.tangents import LAWS
-from lfg_jax.training import command_line, run_log, timing
+from lfg_jax.training import command_line, results, run_log, timing
 
 Row = dict[str, Any]
 
 
 def main(arguments: list[str]) -> None:
   """Runs the parts."""
-  parser = command_line.Parser(description=__doc__)
-  parser.add_argument('--out', type=pathlib.Path, required=True)
-  parser.add_argument('--parts', default=','.join(PARTS), help=f'default: {",".join(PARTS)}')
-  parser.add_argument('--data_dir', help='of TFDS')
-  parser.add_argument('--draws', type=int, default=16, help='of every estimate on images; default: 16')
+  parser = results.parser(__doc__, out='runs/variance')
+  parser.names('parts', ','.join(PARTS), PARTS)
+  parser.option('data_dir', None, 'of TFDS')
+  parser.number('draws', 16, 'of every estimate on images', least=2)
   options = parser.parse_args(arguments)
-  command_line.at_least(options, draws=2)
-  parts = command_line.names('parts', options.parts, PARTS)
-  if {'mixer', 'passes'} & {*parts}:
+  if {'mixer', 'passes'} & {*options.parts}:
     with as_user_errors():
       data.load('cifar10', data_dir=options.data_dir)    # before any long work
-  with as_user_errors():
-    options.out.mkdir(parents=True, exist_ok=True)
-  origin = run_log.provenance(['experiments/variance.py', *arguments])
-  for part in parts:
-    rows = []
+  folder = results.Folder(options.out, __file__, arguments)
+  for part in options.parts:
+    rows: list[Row] = []
     for row in PARTS[part][0](options):
       rows.append(row)
       print({name: _short(value) for name, value in row.items()}, flush=True)
-      run_log.write_atomically(options.out / f'{part}.json', _as_json(origin, rows))
+      folder.write(part, rows=rows)
     figure = Figure(figsize=(9, 5), layout='constrained')
     PARTS[part][1](figure, rows)
-    figure.savefig(options.out / f'{part}.png', dpi=100)
-  _write_table(options.out)
+    figure.savefig(folder.path / f'{part}.png', dpi=100)
+  run_log.write_atomically(folder.path / 'table.md', table(folder.path))
 
 
 def _short(value: Any) -> Any:
   return float(f'{value:.4g}') if isinstance(value, float) else value
 
 
-def _as_json(origin: dict[str, str | None], rows: list[Row]) -> str:
-  """One line for every row."""
-  return f'{json.dumps(origin)[:-1]}, "rows": [\n' + ',\n'.join(map(json.dumps, rows)) + '\n]}\n'
-
-
-def _write_table(out: pathlib.Path) -> None:
+def table(out: pathlib.Path) -> str:
   """All parts there are, in markdown."""
   text = ''
   for path in sorted(out.glob('*.json')):
     content = json.loads(path.read_text())
     rows = content['rows'] if isinstance(content, dict) else content    # older files have only rows
     names = list(rows[0])
-    text += f'\n## {path.stem}\n\n| {" | ".join(names)} |\n|{"---|" * len(names)}\n'
-    text += ''.join(f'| {" | ".join(str(_short(row[name])) for name in names)} |\n' for row in rows)
-  run_log.write_atomically(out / 'table.md', text.lstrip())
+    cells = [[str(_short(row[name])) for name in names] for row in rows]
+    text += f'\n## {path.stem}\n\n{results.in_table(" | ".join(names), cells)}\n'
+  return text.lstrip()
 
 
 # --- one linear layer ---------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Each layer's error against milliseconds per step, for variants of LG-FG-A on real images.
 
-    python experiments/frontier.py [--dataset=cifar10] [--model=M/8/16] [--batch=16]
+    python experiments/bench/frontier.py [--dataset=cifar10] [--model=M/8/16] [--batch=16]
         [--workdir=DIR | --epochs=2] [--variants=…] [--laws=normal,rademacher,hadamard]
         [--passes=1,2,4,8,16,32] [--draws=32] [--out=DIR]
 
@@ -14,7 +14,6 @@ is looked at with one pass only. Rows with 'allocated' spend the time that unifo
 """
 
 import argparse
-import json
 import pathlib
 from typing import Any
 
@@ -28,7 +27,7 @@ from ml_collections import ConfigDict
 
 from lfg_jax.errors import UserError
 from lfg_jax.estimators.tangents import LAWS
-from lfg_jax.training import command_line, configs, run_log, train
+from lfg_jax.training import command_line, configs, results, train
 
 Row = dict[str, Any]
 
@@ -39,45 +38,29 @@ def main(arguments: list[str]) -> None:
   config = _config(options)
   job = train.prepare(config)
   bench = Bench(config, job.dataset, options.batch)
-  options.out.mkdir(parents=True, exist_ok=True)
+  folder = results.Folder(options.out, __file__, arguments)
   points = {'start': frontier_network.warm_up(bench, options.warm_up)}
   if options.workdir or options.epochs:
     points['trained'] = _trained(options, job)
   rows = frontier_rows.measure(bench, points, options)
-  result = {**run_log.provenance(['experiments/frontier.py', *arguments]), 'model': options.model,
-            'dataset': options.dataset, 'batch': options.batch, 'rows': rows}
-  run_log.write_atomically(options.out / 'frontier.json', json.dumps(result, indent=1) + '\n')
-  run_log.write_atomically(options.out / 'frontier.md', table(result))
-  frontier_figure.draw(options.out / 'frontier.png', rows)
-  print(table(result))
+  settings = {'model': options.model, 'dataset': options.dataset, 'batch': options.batch}
+  folder.write('frontier', **settings, rows=rows)
+  frontier_figure.draw(folder.path / 'frontier.png', rows)
+  folder.write_table('frontier', table({**folder.origin, **settings}, rows))
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-  parser = command_line.Parser(description=__doc__)
-  parser.add_argument('--dataset', default='cifar10', help='default: cifar10')
-  parser.add_argument('--data_dir', help='of TFDS')
-  parser.add_argument('--model', default='M/8/16', help='SIZE/PATCHES/GROUPS; default: M/8/16')
-  parser.add_argument('--batch', type=int, default=16, help='images; default: 16')
-  parser.add_argument('--workdir', type=pathlib.Path, help='of a run of LG-FG-A, not to train')
-  parser.add_argument('--epochs', type=int, default=2, help='of training; 0: none; default: 2')
-  parser.add_argument('--warm_up', type=int, default=40, help='steps of LG-BP; default: 40')
-  parser.add_argument('--variants', default=','.join(VARIANTS), help='names, with commas')
-  parser.add_argument('--laws', default=f'{SINGLE},rademacher,{LAW}', help='names, with commas')
-  parser.add_argument('--passes', default='1,2,4,8,16,32', help='numbers, with commas')
-  parser.add_argument('--draws', type=int, default=32, help='of every estimate; default: 32')
-  parser.add_argument('--repetitions', type=int, default=10, help='of every timing; default: 10')
-  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/frontier'))
-  options = parser.parse_args(arguments)
-  _check(options)
-  return options
-
-
-def _check(options: argparse.Namespace) -> None:
-  """Finds mistakes; takes lists apart."""
-  command_line.at_least(options, batch=1, epochs=0, warm_up=1, draws=2, repetitions=1)
-  options.passes = command_line.numbers('passes', options.passes, 1)
-  options.variants = command_line.names('variants', options.variants, VARIANTS)
-  options.laws = command_line.names('laws', options.laws, LAWS)
+  parser = results.parser(__doc__, out='runs/frontier', model='M/8/16', batch=16, repetitions=10)
+  parser.option('dataset', 'cifar10')
+  parser.option('data_dir', None, 'of TFDS')
+  parser.option('workdir', None, 'of a run of LG-FG-A, not to train', type=pathlib.Path)
+  parser.number('epochs', 2, 'of training; 0: none', least=0)
+  parser.number('warm_up', 40, 'steps of LG-BP')
+  parser.names('variants', ','.join(VARIANTS), VARIANTS)
+  parser.names('laws', f'{SINGLE},rademacher,{LAW}', LAWS)
+  parser.numbers('passes', '1,2,4,8,16,32')
+  parser.number('draws', 32, 'of every estimate', least=2)
+  return parser.parse_args(arguments)
 
 
 def _config(options: argparse.Namespace) -> ConfigDict:
@@ -96,7 +79,7 @@ def _config(options: argparse.Namespace) -> ConfigDict:
   for field in ('algorithm', 'loss', 'model.norm', 'model.norm_derivative', *fields):
     if given[field] != base[field]:
       raise UserError(f'{options.workdir} has a run with {field}={given[field]!r}; '
-                              f'allowed: {base[field]!r}')
+                      f'allowed: {base[field]!r}')
   return config
 
 
@@ -109,30 +92,31 @@ def _trained(options: argparse.Namespace, job: train.Job) -> dict[str, Any]:
   return {'params': state.params, **state.rest}
 
 
-def table(result: dict[str, Any]) -> str:
+def table(about: dict[str, Any], rows: list[Row]) -> str:
   """In markdown: for every point and variant, errors (and cosines) of all layers."""
-  rows = result['rows']
   layers = list(dict.fromkeys(row['layer'] for row in rows))
   far = [abs(row['z']) for row in rows]
-  text = (f'{result["model"]} on {result["dataset"]}, batch {result["batch"]}, {result["device"]}, '
-          f'commit {result["commit"]}. Cells: squared error / |gradient|² (cosine).\n\n'
+  text = (f'{about["model"]} on {about["dataset"]}, batch {about["batch"]}, {about["device"]}, '
+          f'commit {about["commit"]}. Cells: squared error / |gradient|² (cosine).\n\n'
           f'Signals against theory: of {len(rows)} rows {sum(z > WITHIN for z in far)} are further '
           f'than {WITHIN} standard errors from it; the furthest is {max(far):.1f} away.\n')
   for point in dict.fromkeys(row['point'] for row in rows):
-    text += (f'\n## {point}\n\n| variant | law | passes | ms | × BP | × paper '
-             f'| {" | ".join(layers)} |\n|{"---|" * (6 + len(layers))}\n')
     groups: dict[tuple, dict[str, Row]] = {}
     for row in rows:
       if row['point'] == point:
         key = (row['variant'], row['law'], _passes(row['passes']), row.get('budget_passes'))
         groups.setdefault(key, {})[row['layer']] = row
-    for (name, law, passes, _), own in groups.items():
-      first = own[layers[0]]
-      cells = [f'{own[layer]["relative_error"]:.3g} ({own[layer]["cosine"]:.3f})'
-               for layer in layers]
-      text += (f'| {name} | {law} | {passes} | {first["ms"]:.3g} | {first["ratio_to_bp"]:.2f} '
-               f'| {first["ratio_to_paper"]:.2f} | {" | ".join(cells)} |\n')
+    cells = [[name, law, passes, *_cells([own[layer] for layer in layers])]
+             for (name, law, passes, _), own in groups.items()]
+    head = ' | '.join(['variant | law | passes | ms | × BP | × paper', *layers])
+    text += f'\n## {point}\n\n{results.in_table(head, cells)}\n'
   return text
+
+
+def _cells(of_layers: list[Row]) -> list[str]:
+  first = of_layers[0]
+  return [f'{first["ms"]:.3g}', f'{first["ratio_to_bp"]:.2f}', f'{first["ratio_to_paper"]:.2f}',
+          *(f'{row["relative_error"]:.3g} ({row["cosine"]:.3f})' for row in of_layers)]
 
 
 def _passes(passes: int | dict[str, int]) -> str:

@@ -1,12 +1,11 @@
 """A contact sheet of the two views: to look at what contrastive learning is told not to see.
 
-    python experiments/augmentations.py [--dataset=cifar10] [--data_dir=DIR] [--images=8] [--draws=3] [--min_area=0.08]
-        [--out=runs/augmentations.png]
+    python experiments/paper/augmentations.py [--dataset=cifar10] [--data_dir=DIR] [--images=8]
+        [--draws=3] [--min_area=0.08] [--out=DIR]
 
-Columns: images. First row: the image; then pairs of rows: view 1, view 2.
+DIR gets augmentations.png. Columns: images. First row: the image; then pairs of rows: view 1,
+view 2.
 """
-
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +15,18 @@ from matplotlib.figure import Figure
 from lfg_jax import data
 from lfg_jax.data import augmentation
 from lfg_jax.errors import UserError, as_user_errors
-from lfg_jax.training import command_line
+from lfg_jax.training import command_line, results
 
 
 def main(arguments: list[str]) -> None:
   """Draws the sheet."""
-  parser = command_line.Parser(description=__doc__)
-  parser.add_argument('--dataset', default='cifar10', help='default: cifar10')
-  parser.add_argument('--data_dir', help='of TFDS')
-  parser.add_argument('--images', type=int, default=8, help='default: 8')
-  parser.add_argument('--draws', type=int, default=3, help='pairs of views of each; default: 3')
-  parser.add_argument('--min_area', type=float, default=0.08, help='of a crop; default: 0.08')
-  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/augmentations.png'))
+  parser = results.parser(__doc__, out='runs/augmentations')
+  parser.option('dataset', 'cifar10')
+  parser.option('data_dir', None, 'of TFDS')
+  parser.number('images', 8)
+  parser.number('draws', 3, 'pairs of views of each')
+  parser.option('min_area', 0.08, 'of a crop', type=float)
   options = parser.parse_args(arguments)
-  command_line.at_least(options, images=1, draws=1)
   if not 0 < options.min_area <= 1:
     raise UserError(f'--min_area is {options.min_area}; allowed: more than 0, at most 1')
   with as_user_errors():
@@ -42,9 +39,9 @@ def main(arguments: list[str]) -> None:
   for draw in range(options.draws):
     both = view(jax.random.split(jax.random.key(draw), len(image)))
     rows += [both[0::2], both[1::2]]
-  options.out.parent.mkdir(parents=True, exist_ok=True)
-  sheet(np.asarray(jnp.stack(rows)) / 255).savefig(options.out, dpi=100)
-  print(options.out)
+  path = results.Folder(options.out, __file__, arguments).path / 'augmentations.png'
+  sheet(np.asarray(jnp.stack(rows)) / 255).savefig(path, dpi=100)
+  print(path)
 
 
 def sheet(image_RxNxHxWxC: np.ndarray) -> Figure:

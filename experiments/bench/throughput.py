@@ -1,12 +1,11 @@
 """How near training comes to the speed of its bare update: what input, logging and dispatch cost.
 
-    python experiments/throughput.py [--images=1280] [--epochs=3] [--out=DIR]
+    python experiments/bench/throughput.py [--images=1280] [--epochs=3] [--out=DIR]
         [--config=configs/NAME.py] [--config.field=value …]
 
 The update alone is timed before and after training on the first --images images. DIR gets throughput.json.
 """
 
-import json
 import pathlib
 import statistics
 import tempfile
@@ -15,21 +14,16 @@ import time
 import jax
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import command_line, optimizers, run_log, update
+from lfg_jax.training import command_line, optimizers, results, run_log, update
 from lfg_jax.training.train import Job, first_images, prepare, train
-
-DEFAULT = pathlib.Path(__file__).parent.parent / 'configs' / 'cifar10.py'
 
 
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes."""
-  parser = command_line.Parser(description=__doc__)
-  parser.add_argument('--images', type=int, default=1280, help='of an epoch; default: 1280')
-  parser.add_argument('--epochs', type=int, default=3, help='default: 3')
-  parser.add_argument('--config', default=str(DEFAULT), help='default: configs/cifar10.py')
-  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/throughput'))
+  parser = results.parser(__doc__, out='runs/throughput', config='cifar10')
+  parser.number('images', 1280, 'of an epoch')
+  parser.number('epochs', 3)
   options, config = command_line.parse(parser, arguments)
-  command_line.at_least(options, images=1, epochs=1)
   if config.stages > 1:
     raise UserError(f'stages is {config.stages}; allowed: 1, as the bare update has it')
   config.epochs = config.eval_every = options.epochs
@@ -37,20 +31,21 @@ def main(arguments: list[str]) -> None:
   steps = -(-job.dataset.train.examples // config.batch_size)
   if steps <= config.steps_per_dispatch:
     raise UserError(f'--images is {options.images}: an epoch of {steps} steps, the first '
-                            f'{config.steps_per_dispatch} of which are not timed; allowed: more steps than '
-                            'config.steps_per_dispatch')
+                    f'{config.steps_per_dispatch} of which are not timed; allowed: more steps '
+                    'than config.steps_per_dispatch')
+  folder = results.Folder(options.out, __file__, arguments)
   bare = Bare(job)
   before = bare.examples_per_second()
-  with tempfile.TemporaryDirectory() as folder:
-    train(job, pathlib.Path(folder))
-    speeds = [row['examples_per_second'] for row in run_log.read_rows(pathlib.Path(folder, 'metrics.jsonl'))]
+  with tempfile.TemporaryDirectory() as workdir:
+    train(job, pathlib.Path(workdir))
+    rows = run_log.read_rows(pathlib.Path(workdir, 'metrics.jsonl'))
+    speeds = [row['examples_per_second'] for row in rows]
   after = bare.examples_per_second()
-  result = {**run_log.provenance(['experiments/throughput.py', *arguments]), 'algorithm': config.algorithm,
-            'model': config.model.size, 'batch_size': config.batch_size, 'train': speeds, 'bare': [before, after],
-            'ratio': statistics.median(speeds) / statistics.mean([before, after])}
-  options.out.mkdir(parents=True, exist_ok=True)
-  run_log.write_atomically(options.out / 'throughput.json', json.dumps(result, indent=1) + '\n')
-  print(json.dumps(result))
+  found = {'algorithm': config.algorithm, 'model': config.model.size,
+           'batch_size': config.batch_size, 'train': speeds, 'bare': [before, after],
+           'ratio': statistics.median(speeds) / statistics.mean([before, after])}
+  folder.write('throughput', **found)
+  print(found)
 
 
 class Bare:

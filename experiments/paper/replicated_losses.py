@@ -1,6 +1,6 @@
 """Figure 5: memory and time of replicated losses, naive and fused, against the numbers of groups and of patches.
 
-    python experiments/replicated_losses.py [--batch=16] [--channels=512] [--patches=64] [--groups=16]
+    python experiments/paper/replicated_losses.py [--batch=16] [--channels=512] [--patches=64] [--groups=16]
         [--many_groups=1,2,4,8,16,32,64] [--many_patches=1,4,16,64,256] [--limit_gib=8] [--repetitions=5] [--out=DIR]
 
 Measured is what a forward gradient asks of a loss: its values and their derivatives along one tangent. Naively every
@@ -11,7 +11,6 @@ DIR gets replicated_losses.json and replicated_losses.png.
 
 import argparse
 import functools
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +19,12 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from lfg_jax.errors import UserError, as_user_errors
+from lfg_jax.errors import UserError
 from lfg_jax.losses import info_nce
 from lfg_jax.losses.replicated import replicated_loss
 from lfg_jax.losses.row_losses import cross_entropy
 from lfg_jax.losses.targets import Targets
-from lfg_jax.training import command_line, run_log, timing
+from lfg_jax.training import command_line, results, timing
 
 Row = dict[str, Any]
 OUTPUTS = {'supervised': 10, 'contrastive': 128}
@@ -33,33 +32,26 @@ OUTPUTS = {'supervised': 10, 'contrastive': 128}
 
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes."""
-  parser = command_line.Parser(description=__doc__)
-  for name, default in (('batch', 16), ('channels', 512), ('patches', 64), ('groups', 16), ('repetitions', 5)):
-    parser.add_argument(f'--{name}', type=int, default=default, help=f'default: {default}')
-  parser.add_argument('--many_groups', default='1,2,4,8,16,32,64', help='numbers, with commas')
-  parser.add_argument('--many_patches', default='1,4,16,64,256', help='numbers, with commas')
-  parser.add_argument('--limit_gib', type=float, default=8.0, help='default: 8')
-  parser.add_argument('--out', type=pathlib.Path, default='runs/replicated_losses')
+  parser = results.parser(__doc__, out='runs/replicated_losses', batch=16, repetitions=5)
+  for name, default in (('channels', 512), ('patches', 64), ('groups', 16)):
+    parser.number(name, default)
+  parser.numbers('many_groups', '1,2,4,8,16,32,64')
+  parser.numbers('many_patches', '1,4,16,64,256')
+  parser.number('limit_gib', 8.0, least=0, kind=float)
   options = parser.parse_args(arguments)
-  command_line.at_least(options, batch=1, channels=1, patches=1, groups=1, repetitions=1, limit_gib=0)
-  many_groups = command_line.numbers('many_groups', options.many_groups, 1)
-  many_patches = command_line.numbers('many_patches', options.many_patches, 1)
-  for groups in (options.groups, *many_groups):
+  for groups in (options.groups, *options.many_groups):
     if options.channels % groups:
       raise UserError(f'{groups} groups do not divide --channels={options.channels}')
-  with as_user_errors():
-    options.out.mkdir(parents=True, exist_ok=True)
-  sweeps = {'groups': [(options.patches, groups) for groups in many_groups],
-            'patches': [(patches, options.groups) for patches in many_patches]}
-  origin = run_log.provenance(['experiments/replicated_losses.py', *arguments])
-  rows = []
+  sweeps = {'groups': [(options.patches, groups) for groups in options.many_groups],
+            'patches': [(patches, options.groups) for patches in options.many_patches]}
+  folder = results.Folder(options.out, __file__, arguments)
+  rows: list[Row] = []
   for sweep, sizes in sweeps.items():
     for kind in OUTPUTS:
       for form in ('naive', 'fused'):
         rows += measure(sweep, kind, form, sizes, options)
-        content = json.dumps({**origin, 'rows': rows}, indent=2) + '\n'
-        run_log.write_atomically(options.out / 'replicated_losses.json', content)
-  draw(options.out / 'replicated_losses.png', rows)
+        folder.write('replicated_losses', rows=rows)
+  draw(folder.path / 'replicated_losses.png', rows)
 
 
 def measure(sweep: str, kind: str, form: str, sizes: list[tuple[int, int]], options: argparse.Namespace) -> list[Row]:

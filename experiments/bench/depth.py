@@ -1,6 +1,6 @@
 """Temporaries, compile time and step time against depth: backprop must keep all activities, a local rule one block's.
 
-    python experiments/depth.py [--model=M/8/16] [--batch=64] [--micro_batch=0] [--algorithms=BP,LG-FG-A]
+    python experiments/bench/depth.py [--model=M/8/16] [--batch=64] [--micro_batch=0] [--algorithms=BP,LG-FG-A]
         [--blocks=2,4,8,16,32,64] [--repetitions=3] [--out=DIR]
 
 DIR gets depth.json (one row per algorithm and depth) and depth.png. Temporaries are those of the gradient; where a
@@ -9,7 +9,6 @@ batch is taken in parts, one copy of all gradients, the part's own, is among the
 
 import argparse
 import functools
-import json
 import pathlib
 import time
 from typing import Any
@@ -23,37 +22,29 @@ from lfg_jax.errors import as_user_errors
 from lfg_jax.losses.staged import StagedModel
 from lfg_jax.models import local_mixer
 from lfg_jax.models.sizes import mixer_spec, parse, patches
-from lfg_jax.training import algorithms, command_line, rules, run_log, timing
+from lfg_jax.training import algorithms, command_line, results, rules, timing
 
 Row = dict[str, Any]
 
 
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes."""
-  parser = command_line.Parser(description=__doc__)
-  parser.add_argument('--model', default='M/8/16', help='SIZE/PATCHES/GROUPS; default: M/8/16')
-  parser.add_argument('--batch', type=int, default=64, help='examples per step; default: 64')
-  parser.add_argument('--micro_batch', type=int, default=0, help='examples at once; 0: what suits the machine')
-  parser.add_argument('--algorithms', default='BP,LG-FG-A', help='names, with commas')
-  parser.add_argument('--blocks', default='2,4,8,16,32,64', help='numbers, with commas')
-  parser.add_argument('--repetitions', type=int, default=3, help='default: 3')
-  parser.add_argument('--out', type=pathlib.Path, default='runs/depth', help='default: runs/depth')
+  parser = results.parser(__doc__, out='runs/depth', model='M/8/16', batch=64,
+                          algorithms='BP,LG-FG-A', repetitions=3)
+  parser.number('micro_batch', 0, 'examples at once; 0: what suits the machine', least=0)
+  parser.numbers('blocks', '2,4,8,16,32,64')
   options = parser.parse_args(arguments)
-  command_line.at_least(options, batch=1, micro_batch=0, repetitions=1)
-  names = command_line.names('algorithms', options.algorithms, rules.REGISTRY)
-  depths = command_line.numbers('blocks', options.blocks, 1)
   with as_user_errors():
-    for blocks in depths:    # all mistakes before any long work
+    for blocks in options.blocks:    # all mistakes before any long work
       model_of(options.model, blocks)
-    options.out.mkdir(parents=True, exist_ok=True)
-  origin = run_log.provenance(['experiments/depth.py', *arguments])
+  folder = results.Folder(options.out, __file__, arguments)
   rows: list[Row] = []
-  for blocks in depths:
-    for name in names:
+  for blocks in options.blocks:
+    for name in options.algorithms:
       rows.append(measure(name, blocks, options))
       print(rows[-1])
-      run_log.write_atomically(options.out / 'depth.json', json.dumps({**origin, 'rows': rows}, indent=2) + '\n')
-  draw(options.out / 'depth.png', rows)
+      folder.write('depth', rows=rows)
+  draw(folder.path / 'depth.png', rows)
 
 
 def model_of(size: str, blocks: int) -> StagedModel:

@@ -1,6 +1,6 @@
 """The block pipeline on two processes of one core each, against what the machine can give.
 
-    python experiments/pipeline_throughput.py [--model=M/8/16] [--batch=64] [--steps=40]
+    python experiments/bench/pipeline_throughput.py [--model=M/8/16] [--batch=64] [--steps=40]
         [--repetitions=3] [--algorithm=LG-FG-A] [--cores=0,1] [--link=1e9] [--out=DIR]
 
 Three ways to do --steps steps on two cores, in turn, --repetitions times, in processes that stay:
@@ -17,7 +17,6 @@ gets pipeline_throughput.json.
 
 import argparse
 import itertools
-import json
 import os
 import pathlib
 import statistics
@@ -39,8 +38,8 @@ from lfg_jax.training import (
   dry_run,
   launch,
   processes,
+  results,
   rules,
-  run_log,
   train,
   update,
 )
@@ -52,34 +51,28 @@ Row = dict[str, Any]
 
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes; or is one of the processes."""
-  parser = command_line.Parser(description=__doc__)
-  parser.add_argument('--model', default='M/8/16', help='default: M/8/16')
-  parser.add_argument('--algorithm', default='LG-FG-A', help='default: LG-FG-A')
-  for name, default in (('batch', 64), ('steps', 40), ('repetitions', 3)):
-    parser.add_argument(f'--{name}', type=int, default=default, help=f'default: {default}')
-  parser.add_argument('--cores', default='0,1', help='of the two processes; default: 0,1')
-  parser.add_argument('--link', type=float, default=1e9, help='bits per second; default: 1e9')
-  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/pipeline_throughput'))
+  parser = results.parser(__doc__, out='runs/pipeline_throughput', model='M/8/16', batch=64,
+                          repetitions=3)
+  local = [name for name, rule in rules.REGISTRY.items() if rule.cut]
+  parser.option('algorithm', 'LG-FG-A', 'one that learns block by block', choices=local)
+  parser.number('steps', 40, least=2)
+  parser.numbers('cores', '0,1', 'of the two processes', least=0)
+  parser.number('link', 1e9, 'bits per second', kind=float)
   parser.add_argument('--way', choices=WAYS, help=argparse.SUPPRESS)  # of one process
   parser.add_argument('--coordinator', help=argparse.SUPPRESS)
   parser.add_argument('--process', type=int, help=argparse.SUPPRESS)
   options = parser.parse_args(arguments)
-  command_line.at_least(options, batch=2, steps=2, repetitions=1, link=1)
-  command_line.names(
-    'algorithm', options.algorithm, [name for name, rule in rules.REGISTRY.items() if rule.cut]
-  )
-  if len(command_line.numbers('cores', options.cores, 0)) != 2:
-    raise UserError(f'--cores is {options.cores}; allowed: two numbers with a comma between them')
+  if len(options.cores) != 2:
+    raise UserError(f'--cores has {len(options.cores)} of them; allowed: two')
   if options.way:
     work(options)
     return
   seconds = measure(options, arguments)
-  result = report(options, seconds, arguments)
-  options.out.mkdir(parents=True, exist_ok=True)
-  run_log.write_atomically(
-    options.out / 'pipeline_throughput.json', json.dumps(result, indent=2) + '\n'
-  )
-  print(json.dumps(result['rows'], indent=1))
+  virtual_devices(2)
+  rows = report(options, seconds)
+  folder = results.Folder(options.out, __file__, arguments)
+  folder.write('pipeline_throughput', link=options.link, rows=rows)
+  print(*rows, sep='\n')
 
 
 def config_of(options: argparse.Namespace, way: str) -> ConfigDict:
@@ -101,7 +94,7 @@ def config_of(options: argparse.Namespace, way: str) -> ConfigDict:
 
 def work(options: argparse.Namespace) -> None:
   """One process: for every line that it reads, an epoch; it writes the seconds."""
-  os.sched_setaffinity(0, {command_line.numbers('cores', options.cores)[options.process]})
+  os.sched_setaffinity(0, {options.cores[options.process]})
   steps = options.steps
   if options.way == 'limit':
     steps //= 2
@@ -137,9 +130,8 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, list
   started: dict[str, list[subprocess.Popen]] = {}
   seconds: dict[str, list[float]] = {way: [] for way in WAYS}
   try:
-    for way in (
-      WAYS
-    ):  # one after the other: processes that wait for each other give up after half a minute
+    # One after the other: processes that wait for each other give up after half a minute.
+    for way in WAYS:
       started[way] = start(way, arguments)
       for process in started[way]:
         answer(process)  # it has compiled
@@ -190,19 +182,15 @@ def answer(process: subprocess.Popen) -> float:
   raise UserError('one of the processes ended; see what it says above')
 
 
-def report(
-  options: argparse.Namespace, seconds: dict[str, list[float]], arguments: list[str]
-) -> dict[str, Any]:
+def report(options: argparse.Namespace, seconds: dict[str, list[float]]) -> list[Row]:
   """Medians per step, against the limit, and at the speed of the link."""
-  virtual_devices(2)
-  origin = run_log.provenance(['experiments/pipeline_throughput.py', *arguments])
   sent = {
     'limit': 0,
     **{way: dry_run.cost(config_of(options, way), 2).sent for way in ('pipeline', 'data')},
   }
   median = {way: statistics.median(times) / options.steps for way, times in seconds.items()}
   on_link = {way: median[way] + 8 * sent[way] / options.link for way in WAYS}
-  rows = [
+  return [
     {
       'way': way,
       'model': options.model,
@@ -216,7 +204,6 @@ def report(
     }
     for way in WAYS
   ]
-  return {**origin, 'link': options.link, 'rows': rows}
 
 
 if __name__ == '__main__':

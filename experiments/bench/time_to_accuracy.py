@@ -1,6 +1,6 @@
 """Seconds of training until the test error has fallen to given thresholds, by algorithm.
 
-    python experiments/time_to_accuracy.py --config=configs/mnist.py
+    python experiments/bench/time_to_accuracy.py --config=configs/mnist.py
         [--algorithms=BP,LG-BP,LG-FG-A-paper,LG-FG-A] [--thresholds=4,3,2.5] [--seeds=0,1,2]
         [--rates='BP=1e-3|3e-4,LG-FG-A=1e-3'] [--interval=100] [--max_epochs=20] [--out=DIR]
         [--config.field=value …]
@@ -26,12 +26,11 @@ import time_to_accuracy_report as report
 from ml_collections import ConfigDict
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import command_line, configs, run_log, train
+from lfg_jax.training import command_line, configs, results, train
 
-DEFAULT = pathlib.Path(__file__).parent.parent / 'configs' / 'mnist.py'
-ALGORITHMS = ('BP', 'LG-BP', 'LG-FG-A-paper', 'LG-FG-A')
-THRESHOLDS = {'mnist': '4,3,2.5', 'cifar10': '55,50,45,40'}
-RESULT = 'time_to_accuracy.json'
+ALGORITHMS = 'BP,LG-BP,LG-FG-A-paper,LG-FG-A'
+THRESHOLDS = {'mnist': [4.0, 3.0, 2.5], 'cifar10': [55.0, 50.0, 45.0, 40.0]}
+NAME = 'time_to_accuracy'
 
 Curve = dict[str, Any]
 
@@ -39,15 +38,15 @@ Curve = dict[str, Any]
 def main(arguments: list[str]) -> None:
   """Trains, measures and writes."""
   options, config = _parse(arguments)
-  names = options.algorithms.split(',')
+  names = options.algorithms
   rates = _rates(options.rates, names, config.optimizer.learning_rate)
   cases = [(name, rate) for name in names for rate in rates[name]]
   dataset = None
   for name in names:  # all mistakes before any long work
     dataset = train.prepare(_variant(config, name, rates[name][0], 0), dataset).dataset
-  origin = {**run_log.provenance(['experiments/time_to_accuracy.py', *arguments]),
-            'settings': _settings(config, options)}
-  curves = _kept(options.out, origin['settings'])
+  settings = _settings(config, options)
+  folder = results.Folder(options.out, __file__, arguments)
+  curves = _kept(folder.path / f'{NAME}.json', settings)
   for seed in options.seeds:
     done = [_case(curve) for curve in curves]
     runs = [Training(train.prepare(_variant(config, *case, seed), dataset), options)
@@ -56,36 +55,26 @@ def main(arguments: list[str]) -> None:
       for run in runs:
         if not run.curve['finished']:
           run.advance()
-          _write(options.out, origin, [*curves, *(run.curve for run in runs)], options.thresholds)
+          _write(folder, settings, [*curves, *(run.curve for run in runs)])
     curves += [run.curve for run in runs]
   rows = report.rows(curves, options.thresholds)
-  text = report.table(rows, options.thresholds, origin)
-  run_log.write_atomically(options.out / 'time_to_accuracy.md', text)
-  report.draw(options.out / 'time_to_accuracy.png', curves, rows, options.thresholds)
-  print(text)
+  report.draw(folder.path / f'{NAME}.png', curves, rows, options.thresholds)
+  folder.write_table(NAME, report.table(rows, {**folder.origin, 'settings': settings}))
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
-  parser = command_line.Parser(description=__doc__)
-  parser.add_argument('--config', default=str(DEFAULT), help='default: configs/mnist.py')
-  parser.add_argument('--algorithms', default=','.join(ALGORITHMS), help='names, with commas')
-  parser.add_argument('--thresholds', help='test errors in %%, with commas, falling')
-  parser.add_argument('--seeds', default='0,1,2', help='numbers, with commas; default: 0,1,2')
-  parser.add_argument('--rates', default='', help="of algorithms: 'BP=1e-3|3e-4,LG-BP=1e-3'")
-  parser.add_argument(
-    '--interval', type=int, default=100, help='steps between evaluations; default: 100'
-  )
-  parser.add_argument('--max_epochs', type=int, default=20, help='default: 20')
-  parser.add_argument('--out', type=pathlib.Path, help='default: runs/time_to_accuracy/DATASET')
+  parser = results.parser(__doc__, out=None, config='mnist', algorithms=ALGORITHMS, seeds='0,1,2')
+  parser.numbers('thresholds', None, 'test errors in %%, with commas, falling', least=0, kind=float)
+  parser.option('rates', '', "of algorithms: 'BP=1e-3|3e-4,LG-BP=1e-3'")
+  parser.number('interval', 100, 'steps between evaluations')
+  parser.number('max_epochs', 20)
   options, config = command_line.parse(parser, arguments)
-  command_line.at_least(options, interval=1, max_epochs=1)
-  thresholds = options.thresholds or THRESHOLDS.get(config.dataset)
-  if not thresholds:
+  options.thresholds = options.thresholds or THRESHOLDS.get(config.dataset)
+  if not options.thresholds:
     raise UserError(f'{config.dataset} has no default thresholds; give --thresholds, in %')
-  options.thresholds = command_line.numbers('thresholds', thresholds, kind=float)
   if options.thresholds != sorted(options.thresholds, reverse=True):
-    raise UserError(f'--thresholds is {thresholds!r}; allowed: falling numbers')
-  options.seeds = command_line.numbers('seeds', options.seeds, 0)
+    shown = ','.join(f'{threshold:g}' for threshold in options.thresholds)
+    raise UserError(f'--thresholds is {shown!r}; allowed: falling numbers')
   options.out = options.out or pathlib.Path('runs', 'time_to_accuracy', config.dataset)
   if config.init_from:
     raise UserError(f'init_from is {config.init_from!r}; allowed here: None')
@@ -125,26 +114,20 @@ def _case(curve: Curve) -> tuple[str, float, int]:
   return curve['algorithm'], curve['rate'], curve['seed']
 
 
-def _kept(out: pathlib.Path, settings: dict[str, Any]) -> list[Curve]:
-  """Curves of finished runs in the folder of results, which is made if it is not there."""
-  path = out / RESULT
+def _kept(path: pathlib.Path, settings: dict[str, Any]) -> list[Curve]:
+  """Curves of finished runs in the file of results, if there is one."""
   if not path.exists():
-    out.mkdir(parents=True, exist_ok=True)
     return []
   content = json.loads(path.read_text())
   if content['settings'] != settings:
-    raise UserError(
-      f'{path} was measured with other settings; name another folder with --out'
-    )
+    raise UserError(f'{path} was measured with other settings; name another folder with --out')
   return [curve for curve in content['curves'] if curve['finished']]
 
 
-def _write(
-  out: pathlib.Path, origin: dict[str, Any], curves: list[Curve], thresholds: list[float]
-) -> None:
+def _write(folder: results.Folder, settings: dict[str, Any], curves: list[Curve]) -> None:
   finished = [curve for curve in curves if curve['finished']]
-  result = {**origin, 'rows': report.rows(finished, thresholds), 'curves': curves}
-  run_log.write_atomically(out / RESULT, json.dumps(result, indent=1) + '\n')
+  rows = report.rows(finished, settings['thresholds'])
+  folder.write(NAME, settings=settings, rows=rows, curves=curves)
 
 
 class Training:

@@ -1,6 +1,6 @@
 """A run of several processes under random SIGTERM and SIGKILL: does it end as if undisturbed?
 
-    python experiments/torture.py [--minutes=30] [--seed=0] [--processes=2] [--out=DIR]
+    python experiments/bench/torture.py [--minutes=30] [--seed=0] [--processes=2] [--out=DIR]
         [--config=NAME or FILE] [--config.field=value …]
 
 The run is done once undisturbed, and then, again and again until the time is over, with signals to
@@ -8,7 +8,6 @@ random processes at random moments, after each of which the same command is give
 must be equal bit for bit, and no row of metrics missing or double. DIR gets torture.json.
 """
 
-import json
 import os
 import pathlib
 import random
@@ -23,10 +22,10 @@ import jax
 import numpy as np
 
 from lfg_jax.errors import LOST, UserError
-from lfg_jax.training import command_line, configs, launch, run_log
+from lfg_jax.training import command_line, configs, launch, results, run_log
 from lfg_jax.training.train import load
 
-TRAIN = pathlib.Path(__file__).parent / 'train.py'
+TRAIN = pathlib.Path(__file__).parents[1] / 'train.py'
 SIGNALS = (signal.SIGTERM, signal.SIGKILL)
 EARLY = 0.2              # of the signals come while the processes start
 START_SECONDS = 5.0      # in which they do then
@@ -54,16 +53,16 @@ class Stop(NamedTuple):
 
 def main(arguments: list[str]) -> None:
   """Tortures, prints and writes."""
-  parser = command_line.Parser(description=__doc__)
-  parser.add_argument('--minutes', type=float, default=30, help='default: 30')
-  parser.add_argument('--seed', type=int, default=0, help='of signals and moments; default: 0')
-  parser.add_argument('--processes', type=int, default=2, help='default: 2')
-  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/torture'))
-  parser.add_argument('--config', default='digits', help='default: digits')
+  parser = results.parser(__doc__, out='runs/torture', config='digits')
+  parser.number('minutes', 30, least=0, kind=float)
+  parser.number('seed', 0, 'of signals and moments', least=0)
+  parser.number('processes', 2, least=2)
   options, config = command_line.parse(parser, arguments)
-  command_line.at_least(options, minutes=0, processes=2)
   configs.validate(config)
-  shutil.rmtree(options.out, ignore_errors=True)
+  results.claim(options.out, 'torture', 'a torture')
+  shutil.rmtree(options.out)
+  folder = results.Folder(options.out, __file__, arguments)
+  folder.write('torture')    # it stays known as the folder of a torture
   flags = [f'--config={options.config}', *(a for a in arguments if a.startswith('--config.'))]
   whole = options.out / 'whole'
   begin = time.monotonic()
@@ -76,16 +75,14 @@ def main(arguments: list[str]) -> None:
     rounds += 1
     stops += torment(options.out / f'round{rounds}', options.processes, flags, rng, end)
     same(whole, options.out / f'round{rounds}')
-  result = {**run_log.provenance(['experiments/torture.py', *arguments]), 'rounds': rounds,
-            'undisturbed_seconds': seconds, **report(stops)}
-  run_log.write_atomically(options.out / 'torture.json', json.dumps(result, indent=1) + '\n')
-  print(json.dumps({name: value for name, value in result.items() if name != 'stops'}))
+  found = {'rounds': rounds, 'undisturbed_seconds': seconds, **report(stops)}
+  folder.write('torture', **found)
+  print({name: value for name, value in found.items() if name != 'stops'})
 
 
 def start(workdir: pathlib.Path, processes: int, flags: list[str]) -> list[subprocess.Popen]:
   """The processes of a run, on CPUs; what they print goes to files beside the folder."""
   address = launch.free_address()
-  workdir.parent.mkdir(parents=True, exist_ok=True)
   started = []
   for process in range(processes):
     command = [sys.executable, str(TRAIN), f'--workdir={workdir}', f'--coordinator={address}',

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from lfg_jax.training import plots
+from lfg_jax.training import plots, results
 
 Row = dict[str, Any]
 Curve = dict[str, Any]
@@ -67,30 +67,26 @@ def _best(own: list[Row]) -> float:
   return first['rate']
 
 
-def table(found: list[Row], thresholds: list[float], origin: dict[str, Any]) -> str:
+def table(found: list[Row], origin: dict[str, Any]) -> str:
   """In markdown: seconds, (times BP), steps."""
-  config = origin['settings']['config']
+  config, thresholds = (origin['settings'][key] for key in ('config', 'thresholds'))
   settings = (
     f'{config["model"]["size"]} on {config["dataset"]}, batch {config["batch_size"]}, '
     f'{config["optimizer"]["name"]} with constant rates; {origin["device"]}, '
     f'jax {origin["jax"]}, commit {origin["commit"]}.'
   )
-  columns = ''.join(f' {threshold:g} % |' for threshold in thresholds)
-  lines = [
+  text = (
     f'{settings} Seconds of training until the test error is … % or less, evaluated every '
     f'{origin["settings"]["interval"]} steps: medians over seeds (× BP; steps). –: half of '
-    'them or more do not reach it. *: best rate of its algorithm.',
-    '',
-    f'| algorithm | rate | seeds |{columns}',
-    f'|{"---|" * (3 + len(thresholds))}',
-  ]
+    'them or more do not reach it. *: best rate of its algorithm.'
+  )
+  head = ' | '.join(['algorithm | rate | seeds', *(f'{threshold:g} %' for threshold in thresholds)])
+  cells = []
   for name, rate in dict.fromkeys((row['algorithm'], row['rate']) for row in found):
     own = [row for row in found if (row['algorithm'], row['rate']) == (name, rate)]
-    cells = ' | '.join(_cell(row) for row in own)
-    lines.append(
-      f'| {name} | {rate:g}{"*" if own[0]["best"] else ""} | {own[0]["seeds"]} | {cells} |'
-    )
-  return '\n'.join(lines) + '\n'
+    star = '*' if own[0]['best'] else ''
+    cells.append([name, f'{rate:g}{star}', str(own[0]['seeds']), *map(_cell, own)])
+  return f'{text}\n\n{results.in_table(head, cells)}\n'
 
 
 def _cell(row: Row) -> str:

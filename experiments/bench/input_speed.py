@@ -1,6 +1,6 @@
 """How fast photographs become batches: decoding alone, streams, and training.
 
-    python experiments/input_speed.py [--photos=512] [--width=500] [--height=375] [--workers=0,2]
+    python experiments/bench/input_speed.py [--photos=512] [--width=500] [--height=375] [--workers=0,2]
         [--out=DIR] [--config=NAME or FILE] [--config.field=value …]
 
 The photographs are made here: random ones, about as smooth as natural ones are, in JPEG of quality
@@ -10,7 +10,6 @@ steps of a run of two epochs.
 """
 
 import io
-import json
 import os
 import pathlib
 import tempfile
@@ -23,7 +22,7 @@ from PIL import Image
 
 from lfg_jax import data
 from lfg_jax.data.streams import Stream, decode
-from lfg_jax.training import command_line, run_log
+from lfg_jax.training import command_line, results
 from lfg_jax.training.train import prepare, train
 
 DIFFERENT = 32    # photographs, which then come again
@@ -60,29 +59,25 @@ def photograph(seed: int, width: int, height: int, fall: float = 1.25) -> bytes:
 
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes."""
-  parser = command_line.Parser(description=__doc__)
-  parser.add_argument('--photos', type=int, default=512, help='of an epoch; default: 512')
-  parser.add_argument('--width', type=int, default=500, help='of a photograph; default: 500')
-  parser.add_argument('--height', type=int, default=375, help='default: 375')
-  parser.add_argument('--workers', default='0,2', help='of streams, 0 for threads; default: 0,2')
-  parser.add_argument('--config', default='imagenet', help='default: imagenet')
-  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/input_speed'))
+  parser = results.parser(__doc__, out='runs/input_speed', config='imagenet')
+  parser.number('photos', 512, 'of an epoch', least=2 * BATCH)
+  parser.number('width', 500, 'of a photograph', least=8)
+  parser.number('height', 375, least=8)
+  parser.numbers('workers', '0,2', 'of streams, 0 for threads', least=0)
   options, config = command_line.parse(parser, arguments)
-  command_line.at_least(options, photos=2 * BATCH, width=8, height=8)
-  workers = command_line.numbers('workers', options.workers, 0, int)
+  folder = results.Folder(options.out, __file__, arguments)
   source = Photographs(options.photos, options.width, options.height)
   size = config.image_size or 224
   one = Stream(source, size)
   many = range(4 * DIFFERENT)
-  result = {**run_log.provenance(['experiments/input_speed.py', *arguments]),
-            'cores': len(os.sched_getaffinity(0)),
-            'decoding_alone': rates(lambda: len([decode(source[i], i) for i in many])),
-            'with_cropping': rates(lambda: len([one.example(0, i) for i in many])),
-            'streams': [{'workers': count, **stream_rates(Stream(source, size, workers=count)),
-                         'waiting': waiting(config, source, size, count)} for count in workers]}
-  options.out.mkdir(parents=True, exist_ok=True)
-  run_log.write_atomically(options.out / 'input_speed.json', json.dumps(result, indent=1) + '\n')
-  print(json.dumps(result))
+  found = {'cores': len(os.sched_getaffinity(0)),
+           'decoding_alone': rates(lambda: len([decode(source[i], i) for i in many])),
+           'with_cropping': rates(lambda: len([one.example(0, i) for i in many])),
+           'streams': [{'workers': count, **stream_rates(Stream(source, size, workers=count)),
+                        'waiting': waiting(config, source, size, count)}
+                       for count in options.workers]}
+  folder.write('input_speed', **found)
+  print(found)
 
 
 def rates(work: Callable[[], int]) -> dict[str, float]:

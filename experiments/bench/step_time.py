@@ -1,6 +1,6 @@
 """Time, memory and arithmetic of a training step, algorithm by algorithm, and how near the machine's limit that is.
 
-    python experiments/step_time.py [--model=M/8/16] [--batch=64] [--algorithms=BP,LG-BP,LG-FG-A] [--passes=1]
+    python experiments/bench/step_time.py [--model=M/8/16] [--batch=64] [--algorithms=BP,LG-BP,LG-FG-A] [--passes=1]
         [--precision=float32|tensorfloat32|bfloat16] [--repetitions=20] [--out=DIR]
 
 The floor is the time that the gradient's matmuls alone would take at the rate of a plain matmul, measured in the same
@@ -9,7 +9,6 @@ row per algorithm), step_time.md and step_time.png.
 """
 
 import argparse
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,11 +21,20 @@ from lfg_jax import data
 from lfg_jax.errors import as_user_errors
 from lfg_jax.models import local_mixer
 from lfg_jax.models.sizes import mixer_spec, parse
-from lfg_jax.training import algorithms, command_line, configs, optimizers, rules, run_log, timing, update
+from lfg_jax.training import (
+  algorithms,
+  command_line,
+  configs,
+  optimizers,
+  results,
+  rules,
+  timing,
+  update,
+)
 
 Row = dict[str, Any]
 PRECISIONS = ('float32', 'tensorfloat32', 'bfloat16')
-DEFAULT = ('BP', 'LG-BP', 'FG-A', 'LG-FG-W', 'LG-FG-A')
+DEFAULT = 'BP,LG-BP,FG-A,LG-FG-W,LG-FG-A'
 
 
 class Step(NamedTuple):
@@ -39,32 +47,23 @@ class Step(NamedTuple):
 
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes."""
-  parser = command_line.Parser(description=__doc__)
-  parser.add_argument('--model', default='M/8/16', help='SIZE/PATCHES/GROUPS; default: M/8/16')
-  parser.add_argument('--batch', type=int, default=64, help='examples per step; default: 64')
-  parser.add_argument('--algorithms', default=','.join(DEFAULT), help='names, with commas')
-  parser.add_argument('--passes', type=int, default=1, help='tangents per step; default: 1')
-  parser.add_argument('--precision', choices=PRECISIONS, default='float32', help='of matmuls; default: float32')
-  parser.add_argument('--repetitions', type=int, default=20, help='default: 20')
-  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/step_time'),
-                      help='default: runs/step_time')
+  parser = results.parser(__doc__, out='runs/step_time', model='M/8/16', batch=64,
+                          algorithms=DEFAULT, repetitions=20)
+  parser.number('passes', 1, 'tangents per step')
+  parser.option('precision', 'float32', 'of matmuls', choices=PRECISIONS)
   options = parser.parse_args(arguments)
-  command_line.at_least(options, batch=1, passes=1, repetitions=1)
-  command_line.names('algorithms', options.algorithms, rules.REGISTRY)
-  origin = run_log.provenance(['experiments/step_time.py', *arguments])
+  folder = results.Folder(options.out, __file__, arguments)
   # What is not in bfloat16 in a model that is may be computed as the machine likes.
   with jax.default_matmul_precision(None if options.precision == 'bfloat16' else options.precision):
     rows = measure(options)
-  options.out.mkdir(parents=True, exist_ok=True)
-  run_log.write_atomically(options.out / 'step_time.json', json.dumps({**origin, 'rows': rows}, indent=2) + '\n')
-  run_log.write_atomically(options.out / 'step_time.md', table(rows))
-  draw(options.out / 'step_time.png', rows)
-  print(table(rows))
+  folder.write('step_time', rows=rows)
+  draw(folder.path / 'step_time.png', rows)
+  folder.write_table('step_time', table(rows))
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
   """One row per algorithm; backprop, which the others are compared with, is always timed."""
-  names, batch = options.algorithms.split(','), options.batch
+  names, batch = options.algorithms, options.batch
   with as_user_errors():
     steps = {name: compile_step(name, options) for name in dict.fromkeys(('BP', *names))}
   product, product_flop = timing.matmul(jnp.bfloat16 if options.precision == 'bfloat16' else jnp.float32)
@@ -117,15 +116,15 @@ def compile_step(name: str, options: argparse.Namespace) -> Step:
 def table(rows: list[Row]) -> str:
   """In markdown."""
   first = rows[0]
-  lines = [f'{first["model"]}, batch {first["batch"]}, {first["passes"]} passes, {first["precision"]}, '
-           f'{jax.devices()[0].device_kind}; a plain matmul: {first["matmul_gflop_per_s"]:.0f} GFLOP/s', '',
-           '| algorithm | gradient, ms | update, ms | examples/s | temporaries, MiB | GFLOP | GFLOP/s '
-           '| × BP | × floor |', '|---|---|---|---|---|---|---|---|---|']
-  lines += [f'| {r["algorithm"]} | {r["ms_gradient"]:.0f} | {r["ms_update"]:.0f} '
-            f'| {r["examples_per_s"]:.0f} | {r["temporaries_bytes"] / 2**20:.0f} '
-            f'| {r["gflop"]:.1f} | {r["gflop_per_s"]:.0f} | {r["ratio_to_bp"]:.2f} | {r["ratio_to_floor"]:.2f} |'
-            for r in rows]
-  return '\n'.join(lines) + '\n'
+  head = ('algorithm | gradient, ms | update, ms | examples/s | temporaries, MiB | GFLOP | GFLOP/s '
+          '| × BP | × floor')
+  cells = [[r['algorithm'], f'{r["ms_gradient"]:.0f}', f'{r["ms_update"]:.0f}',
+            f'{r["examples_per_s"]:.0f}', f'{r["temporaries_bytes"] / 2**20:.0f}',
+            f'{r["gflop"]:.1f}', f'{r["gflop_per_s"]:.0f}', f'{r["ratio_to_bp"]:.2f}',
+            f'{r["ratio_to_floor"]:.2f}'] for r in rows]
+  return (f'{first["model"]}, batch {first["batch"]}, {first["passes"]} passes, '
+          f'{first["precision"]}, {jax.devices()[0].device_kind}; a plain matmul: '
+          f'{first["matmul_gflop_per_s"]:.0f} GFLOP/s\n\n{results.in_table(head, cells)}\n')
 
 
 def draw(path: pathlib.Path, rows: list[Row]) -> None:

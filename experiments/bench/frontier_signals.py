@@ -1,0 +1,115 @@
+"""What arrives at the taps of a stage, exactly and as estimated, and how far the two are apart.
+
+`exact` and `recording` stand where a stage's gradient usually does, see `losses.greedy`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.estimators.boundary import Estimator
+from lfg_jax.estimators.feedback import backprop
+from lfg_jax.estimators.guesses import Learned, cotangents
+from lfg_jax.estimators.signature import GradFn, LossFn
+from lfg_jax.estimators.taps import tap
+from lfg_jax.estimators.traced import Traced, perturb
+from lfg_jax.losses.staged import in_block
+from lfg_jax.models.block import TAPS
+from lfg_jax.models.mixer import Run
+
+PyTree = Any
+
+
+def exact(fun: LossFn, learned: Learned) -> GradFn:
+  """For a stage: 'gradient' and the taps' 'signal', both exact, and 'taps', squared norms.
+
+  For every tap these are |g|² ('own'), |g - h|² ('residual', h of the learned guess), and the sum
+  over groups of what |g|² is for the losses of that group alone ('by_group'), which disturbs the
+  other taps when all are perturbed jointly.
+  """
+
+  def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple, PyTree]:
+    out, grads = backprop(fun)(params, key, *args)
+    traced = Traced(fun, params, *args)
+    taps = {name: tap for name, tap in traced.taps.items() if in_block(name) in TAPS}
+    of_loss = Learned({}, lambda _, *args: fun(*args))
+    signal, guess = (
+      cotangents(g, g.weights, list(taps), params, *args) for g in (of_loss, learned)
+    )
+    zeros = {name: jnp.zeros(tap.shape, tap.dtype) for name, tap in taps.items()}
+
+    def of_group(group: jax.Array) -> PyTree:
+      losses = lambda shift: traced.evaluate(perturb, shift, params, *args)[0][0]
+      return jax.tree.map(_square, jax.grad(lambda shift: losses(shift)[..., group].sum())(zeros))
+
+    by_group = jax.vmap(of_group)(jnp.arange(out[0].shape[-1]))
+    norms = {
+      in_block(name): {
+        'own': _square(g),
+        'residual': _square(g - guess[name]),
+        'by_group': by_group[name].sum(),
+      }
+      for name, g in signal.items()
+    }
+    signal = {in_block(name): g for name, g in signal.items()}
+    return out, {'last': {'gradient': grads['last'], 'signal': signal, 'taps': norms}}
+
+  return run
+
+
+def recording(estimator: Estimator) -> Estimator:
+  """An estimator that returns, for a stage, 'gradient' and every tap's 'signal'.
+
+  What a tap receives is the gradient by a shift of the activity just before the tap.
+  """
+
+  def shift_before(eqn: Any, ins: list, shift: jax.Array) -> tuple[list, None]:
+    z = ins[0]
+    if 'active' in eqn.params['further']:  # what is off gets no signal, but the shift the whole one
+      z = jnp.where(ins[1], z, jax.lax.stop_gradient(z))
+    return [tap(z + shift, eqn.params['name'], local_axes=eqn.params['local_axes'])], None
+
+  def shifted(trace: Callable[..., Traced], first: tuple, params: PyTree, *args: Any) -> tuple:
+    inner = (*first, params['own'], *args)
+    return trace(*inner).evaluate(shift_before, params['shift'], *inner)[0]
+
+  def of_loss(fun: LossFn, learned: Learned | None) -> GradFn:
+    def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple, PyTree]:
+      taps = Traced(fun, params, *args).taps
+      shift = {name: jnp.zeros(tap.shape, tap.dtype) for name, tap in taps.items()}
+      moved = functools.partial(shifted, functools.partial(Traced, fun), ())
+      guess = learned and learned._replace(
+        loss=lambda weights, *rest: shifted(
+          functools.partial(Traced, learned.loss), (weights,), *rest
+        )
+      )
+      out, grads = estimator(moved, guess)({'own': params, 'shift': shift}, key, *args)
+      signal = {in_block(name): g for name, g in grads['shift'].items()}
+      return out, {'last': {'gradient': grads['own']['last'], 'signal': signal}}
+
+    return run
+
+  return of_loss
+
+
+def errors(run: Run, layer: str, drawn: PyTree, exact: PyTree) -> dict[str, jax.Array]:
+  """Of one draw, as means over blocks: relative squared errors of kernel and signal, cosine."""
+  flat = lambda leaf: leaf.reshape(leaf.shape[0] if run.spec.stacked else 1, -1)
+  dot = lambda a, b: (flat(a) * flat(b)).sum(1)
+  grad, truth = drawn['gradient'][layer]['kernel'], exact['gradient'][layer]['kernel']
+  tap = f'after_{layer}'
+  signal, true_signal = drawn['signal'][tap], exact['signal'][tap]
+  relative = lambda a, b: (dot(a - b, a - b) / dot(b, b)).mean()
+  cosine = dot(grad, truth) / jnp.sqrt(dot(grad, grad) * dot(truth, truth))
+  return {
+    'relative_error': relative(grad, truth),
+    'cosine': cosine.mean(),
+    'signal_error': relative(signal, true_signal),
+  }
+
+
+def _square(x: jax.Array) -> jax.Array:
+  return jnp.square(x).sum()

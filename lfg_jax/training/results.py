@@ -1,0 +1,146 @@
+"""What programs that measure have in common: options, and files that say where they come from."""
+
+import json
+import pathlib
+import shlex
+import statistics
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from lfg_jax.errors import UserError, as_user_errors
+from lfg_jax.training import rules, run_log
+from lfg_jax.training.command_line import Parser
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def parser(description: str | None, *, out: str | None, config: str | None = None,
+           model: str | None = None, batch: int | None = None, algorithms: str | None = None,
+           seeds: str | None = None, repetitions: int | None = None) -> Parser:
+  """A parser with --out, and those shared options that are given a default."""
+  made = Parser(description)
+  made.option('out', out and pathlib.Path(out), 'folder of the results', type=pathlib.Path)
+  if config:
+    made.option('config', config, 'name of a config, or a file')
+  if model:
+    made.option('model', model, 'SIZE/PATCHES/GROUPS')
+  if batch:
+    made.number('batch', batch, 'examples per step')
+  if algorithms:
+    made.names('algorithms', algorithms, rules.REGISTRY)
+  if seeds:
+    made.numbers('seeds', seeds, least=0)
+  if repetitions:
+    made.number('repetitions', repetitions, 'of every timing')
+  return made
+
+
+def provenance(script: str, arguments: list[str]) -> dict[str, str | None]:
+  """Where a result comes from; every JSON file of results begins with it.
+
+  Args:
+    script: its `__file__`.
+    arguments: of its command line.
+
+  Returns:
+    'command', as it is typed in the repository's root; 'commit', which ends in '-dirty' when
+    tracked files differ from it and is None outside git; the version of 'jax'; the kind of
+    'device'.
+  """
+  path = pathlib.Path(script).resolve()
+  name = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+  return {'command': shlex.join(['python', name, *arguments]), 'commit': _commit(),
+          'jax': jax.__version__, 'device': jax.devices()[0].device_kind}
+
+
+def _commit() -> str | None:
+  """Of the repository that this file lies in."""
+  # No tag matches the excluding pattern: what is left is the short hash.
+  command = ['git', 'describe', '--always', '--dirty', '--exclude=*']
+  folder = pathlib.Path(__file__).parent
+  try:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+  except FileNotFoundError:
+    return None
+  return done.stdout.strip() or None
+
+
+class Folder:
+  """A folder of results.
+
+  Attributes:
+    path: of it.
+    origin: with which its JSON files begin, see `provenance`.
+  """
+
+  def __init__(self, path: pathlib.Path, script: str, arguments: list[str]) -> None:
+    """Makes the folder if it is not there."""
+    with as_user_errors():
+      path.mkdir(parents=True, exist_ok=True)
+    self.path, self.origin = path, provenance(script, arguments)
+
+  def write(self, name: str, **content: Any) -> None:
+    """Writes NAME.json: the origin, and what is given, usually `rows`."""
+    write_json(self.path / f'{name}.json', {**self.origin, **content})
+
+  def write_table(self, name: str, text: str) -> None:
+    """Writes NAME.md, and prints it."""
+    run_log.write_atomically(self.path / f'{name}.md', text)
+    print(text)
+
+
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+  """Either the old or the new content is there at any moment."""
+  run_log.write_atomically(path, json.dumps(content, indent=1) + '\n')
+
+
+def claim(path: pathlib.Path, name: str, what: str) -> None:
+  """Makes a folder that of NAME.json, which it must be already when it is not empty.
+
+  Raises:
+    UserError: it is another folder, which is not that of `what`.
+  """
+  if (path / f'{name}.json').exists():
+    return
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise UserError(f'{path} exists and is not the folder of {what}; name another with --out')
+  path.mkdir(parents=True, exist_ok=True)
+  write_json(path / f'{name}.json', {})
+
+
+def in_table(head: str, rows: Sequence[Sequence[str]]) -> str:
+  """In markdown; nothing without rows.
+
+  >>> print(in_table('name | ms', [['BP', '3']]))
+  | name | ms |
+  |---|---|
+  | BP | 3 |
+  """
+  lines = [f'| {head} |', '|---' * (head.count('|') + 1) + '|',
+           *(f'| {" | ".join(row)} |' for row in rows)]
+  return '\n'.join(lines) if rows else ''
+
+
+def over_seeds(summaries: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+  """Means of runs that differ in the seed, from their `summary.json`.
+
+  The standard error of the test error is None for a single one.
+  """
+  test = [summary['test_error'] for summary in summaries]
+  return {'test_error': statistics.mean(test),
+          'test_error_se': statistics.stdev(test) / len(test)**0.5 if len(test) > 1 else None,
+          **{key: statistics.mean(summary[key] for summary in summaries)
+             for key in ('train_error', 'seconds')}}
+
+
+def percent(row: dict[str, Any]) -> str:
+  """The test error of `over_seeds`.
+
+  >>> percent({'test_error': 0.0223, 'test_error_se': 0.0043})
+  '2.23 ± 0.43'
+  """
+  deviation = '' if row['test_error_se'] is None else f' ± {100 * row["test_error_se"]:.2f}'
+  return f'{100 * row["test_error"]:.2f}{deviation}'
