@@ -1,7 +1,7 @@
 """The block pipeline on two processes of one core each, against what the machine can give.
 
-    python experiments/bench/pipeline_throughput.py [--model=M/8/16] [--batch=64] [--steps=40]
-        [--repetitions=3] [--algorithm=LG-FG-A] [--cores=0,1] [--link=1e9] [--out=DIR]
+    python experiments/bench/pipeline_throughput.py [--model=M/8/16] [--blocks=N] [--batch=64]
+        [--steps=40] [--repetitions=3] [--algorithm=LG-FG-A] [--cores=0,1] [--link=1e9] [--out=DIR]
 
 Three ways to do --steps steps on two cores, in turn, --repetitions times, in processes that stay:
 
@@ -9,6 +9,9 @@ Three ways to do --steps steps on two cores, in turn, --repetitions times, in pr
   the machine can give: its cores may be two threads of one.
 - pipeline: two stages, over gloo.
 - data: data parallel, each process with half of every batch, over gloo.
+
+Stages are whole blocks, so one takes longer than the other, and the pipeline goes at its pace. The
+`balance`, an even share over that of the slower stage by the cost model, is all that can be had.
 
 Bytes are those of the compiled step (see dry_run). What becomes of the times when the link has
 --link bits per second is computed from them: measured time + bits / link, nothing overlapping. DIR
@@ -40,6 +43,7 @@ from lfg_jax.training import (
   processes,
   results,
   rules,
+  stage_plan,
   train,
   update,
 )
@@ -55,6 +59,7 @@ def main(arguments: list[str]) -> None:
                           repetitions=3)
   local = [name for name, rule in rules.REGISTRY.items() if rule.cut]
   parser.option('algorithm', 'LG-FG-A', 'one that learns block by block', choices=local)
+  parser.number('blocks', 0, 'of the network; 0: as its size implies', least=0)
   parser.number('steps', 40, least=2)
   parser.numbers('cores', '0,1', 'of the two processes', least=0)
   parser.number('link', 1e9, 'bits per second', kind=float)
@@ -83,6 +88,7 @@ def config_of(options: argparse.Namespace, way: str) -> ConfigDict:
     options.model,
     options.batch,
   )
+  config.model.blocks = options.blocks or None
   config.dataset = 'mnist' if parse(options.model)[1] == 1 else 'cifar10'
   config.steps_per_dispatch = options.steps
   config.stages = 2 if way == 'pipeline' else 1
@@ -182,6 +188,15 @@ def answer(process: subprocess.Popen) -> float:
   raise UserError('one of the processes ended; see what it says above')
 
 
+def balance(options: argparse.Namespace) -> float:
+  """The part of the limit that two stages of unequal cost can reach."""
+  config = config_of(options, 'pipeline')
+  made_of = algorithms.make(config, dry_run.images_of(config), update.AXIS).made_of
+  costs = stage_plan.costs(made_of)
+  slowest = max(sum(costs[span.start:span.stop]) for span in stage_plan.spans(made_of, 2))
+  return sum(costs) / 2 / slowest
+
+
 def report(options: argparse.Namespace, seconds: dict[str, list[float]]) -> list[Row]:
   """Medians per step, against the limit, and at the speed of the link."""
   sent = {
@@ -194,6 +209,8 @@ def report(options: argparse.Namespace, seconds: dict[str, list[float]]) -> list
     {
       'way': way,
       'model': options.model,
+      'blocks': options.blocks,
+      'balance': balance(options) if way == 'pipeline' else 1.0,
       'batch': options.batch,
       'ms_per_step': 1e3 * median[way],
       'part_of_limit': median['limit'] / median[way],
