@@ -219,3 +219,14 @@ def test_a_fused_loss_is_local_by_its_derivative_rule():
 
   with pytest.raises(ValueError, match='mixes its axis 1; allowed: local_axes=1'):
     value_and_activity_grad(plain)(w, key=keys[3])
+
+
+def test_a_guess_knows_the_activities_of_all_taps():
+  """Also of one that is not perturbed. Here the guess is the gradient, and nothing is left to estimate."""
+  x, first, second = (jax.random.normal(key, shape) for key, shape in
+                      zip(jax.random.split(jax.random.key(0), 3), [(4, 3), (3, 5), (5, 2)], strict=True))
+  losses = lambda w: (tap(tap(x @ w, 'first') @ second, 'second')**2).sum(-1)
+  guess = lambda activities, w: {'first': 2 * activities['second'] @ second.T / len(x)}
+  estimate = value_and_activity_grad(losses, separate=True, taps=('first',), guess=guess)
+  exact = jax.grad(lambda w: losses(w).mean())(first)
+  chex.assert_trees_all_close(estimate(first, key=jax.random.key(1))[1], exact, rtol=1e-5)

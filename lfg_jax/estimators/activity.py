@@ -91,7 +91,7 @@ def activity_perturbation(
                               learned.weights)
     elif guess:
       _, activities = traced.evaluate(record, {}, params, *args)
-      guessed = dict(guess({name: activities[name] for name in perturbed}))
+      guessed = dict(guess(activities))
     _check_guess(guessed, perturbed)
 
     evaluate = lambda u: traced.evaluate(perturb, u, params, *args)[0][0]
