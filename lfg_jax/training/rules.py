@@ -86,6 +86,9 @@ class Options:
     patch, group: whether losses are cut by patch and by group.
     every: blocks per stage of a greedy rule.
     overlap: greedy stages are overlapping pairs of blocks.
+    head_ahead: whether the head of a block reads the features that a slow average of the next block makes of its
+      output, see `lfg_jax.losses.ahead`.
+    head_average: what that average keeps of itself in a step.
     micro_batch: most examples whose gradients are computed at once; 0: what suits the machine, see `parts`.
   """
   law: str = 'hadamard'
@@ -105,6 +108,8 @@ class Options:
   group: bool = True
   every: int = 1
   overlap: bool = False
+  head_ahead: bool = False
+  head_average: float = 0.99
   micro_batch: int = 0
 
   def __post_init__(self) -> None:
@@ -122,6 +127,8 @@ class Options:
     for field, number in (('step', self.step), ('guess_rate', self.guess_rate)):
       if number <= 0:
         raise ValueError(f'estimator.{field} is {number!r}; allowed: more than 0')
+    if not 0 <= self.head_average < 1:
+      raise ValueError(f'losses.head_average is {self.head_average!r}; allowed: 0 … 1, without 1')
     if self.overlap and self.every > 1:
       raise ValueError(f'losses.overlap=True and losses.every={self.every} exclude each other; allowed: one of them')
 
