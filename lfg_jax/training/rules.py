@@ -72,7 +72,7 @@ class Options:
     taps: activity perturbation of all taps at once ('joint') or of each by itself ('separate'). 'auto', here and below:
       what the rule says.
     last_tap: of a block under a local loss: 'perturbed', or 'exact', which lets the exact signal through. Between it
-      and the loss are a norm, a ReLU and the head, and no other linear map.
+      and the loss are a norm, a ReLU and the head, and no other linear map but those of a block that it looks through.
     guess: which taps have a learned guess (see `guesses`): 'none', the name of the first that the model has one for, or
       'all'. In the LocalMixer the first is 'after_channel', guessed through the grouped layer; 'after_token' is guessed
       through that and the one before.
