@@ -1,4 +1,4 @@
-"""Heads that look ahead: the exact gradient, what estimators are credited with, and the average's way."""
+"""Heads that look ahead: the exact gradient, credit, and how the average moves."""
 
 import dataclasses
 import functools
@@ -58,7 +58,8 @@ def one_by_one(name, params, ahead):
         through = {**nth(stack, ahead[stack.name], n), 'head': own['head']}
         _, losses, _ = after.block({'params': through}, x, TARGETS, name='', cut=Cut(), last=False)
       value += losses.sum()
-  logits, _, _ = model.read_out({'params': params['readout']}, jax.lax.stop_gradient(x), TARGETS.weight_B)
+  x = jax.lax.stop_gradient(x)
+  logits, _, _ = model.read_out({'params': params['readout']}, x, TARGETS.weight_B)
   return value + (cross_entropy(logits, TARGETS) * TARGETS.weight_B).sum()
 
 
@@ -86,23 +87,21 @@ def test_the_exact_gradient_is_that_of_the_blocks_one_by_one(name):
 def test_the_taps_are_those_of_the_block_itself(name):
   """The average's are not among them, so nothing perturbs it."""
   plain = model_of(name)
-  variables = jax.eval_shape(look_ahead(plain).init, KEYS[0])['params']
-  ahead = jax.eval_shape(look_ahead(plain).ahead, variables)
-  x = jax.ShapeDtypeStruct((4, *plain.input_shape), jnp.float32)
+  params = jax.eval_shape(look_ahead(plain).init, KEYS[0])['params']
+  ahead = jax.eval_shape(look_ahead(plain).ahead, params)
+  x, first = jax.ShapeDtypeStruct((4, *plain.input_shape), jnp.float32), plain.stacks[0].name
 
-  def taps(model, **fixed):
-    stem = model.stacks[0]
-    loss = stage_loss([stem.block], Cut())
-    return Traced(loss, fixed, {'last': variables[stem.name]}, x, TARGETS).taps
+  def taps(model):
+    loss, fixed = stage_loss([model.stacks[0].block], Cut()), {'ahead': {'last': ahead[first]}}
+    return Traced(loss, fixed, {'last': params[first]}, x, TARGETS).taps
 
-  bounded = taps(look_ahead(plain, bounded=True), ahead={'last': ahead[plain.stacks[0].name]})
-  assert bounded == taps(plain)
-  for tap in taps(look_ahead(plain), ahead={'last': ahead[plain.stacks[0].name]}).values():
+  assert taps(look_ahead(plain, bounded=True)) == taps(plain)
+  for tap in taps(look_ahead(plain)).values():
     assert tap.local_axes == 1    # activities of all patches and groups meet in the average
 
 
 def keep_credit(monkeypatch):
-  """Activities are credited with the losses of their own patch and group, as without the average."""
+  """Activities are credited with their own patch and group only, as without the average."""
   kept = lambda model, bounded: look_ahead(model, bounded=True)
   monkeypatch.setattr(algorithms, 'look_ahead', kept)
 
@@ -111,7 +110,7 @@ def keep_credit(monkeypatch):
   ('mlp', 'LG-FG-A-paper', 8), ('mlp', 'LG-FG-A', 4),
   pytest.param('mixer', 'LG-FG-A', 8, marks=pytest.mark.slow)])
 def test_as_many_orthogonal_tangents_as_dimensions_are_exact(name, rule, passes):
-  """Dimensions of the example where all taps are perturbed, of the patch and group with an exact last one."""
+  """Of the whole example where all taps are perturbed; of patch and group if the last is exact."""
   exact = gradient(name, 'LG-BP')
   estimate = gradient(name, rule, taps='separate', law='hadamard', passes=passes)
   assert relative_error(estimate, exact) < 3e-5
@@ -163,7 +162,8 @@ def test_contrastive_heads_can_look_ahead():
 
 
 def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
-  config = tiny(algorithm='LG-BP', losses__head_ahead=True, losses__head_average=0.9, steps_per_dispatch=1)
+  config = tiny(algorithm='LG-BP', losses__head_ahead=True, losses__head_average=0.9,
+                steps_per_dispatch=1)
   configs.use_model(config, 'mlp', channels=8, groups=2)
   job = prepare(config)
   run, state = functions.build(*job)
@@ -199,11 +199,11 @@ def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, 
 
 @pytest.mark.parametrize(('fields', 'message'), [
   ({'losses__head_average': 1.0}, r'losses\.head_average is 1\.0; allowed: 0 … 1, without 1'),
-  ({'algorithm': 'BP'}, 'with local losses .*; allowed: False, or one of L-BP, LG-BP, LG-FG-W, LG-FG-A, LG-FG-A-paper'),
-  ({'algorithm': 'LG-FA'}, 'losses.head_ahead=True is for rules'),
-  ({'algorithm': 'LG-FD-A'}, 'losses.head_ahead=True is for rules'),
-  ({'model__norm': 'batch'}, "no average of the statistics of model.norm='batch'; allowed with it: False"),
-  ({'model__size': 'S/1/2'}, 'looks through the next block, and the model has one block; allowed: False, or more'),
+  ({'algorithm': 'BP'}, 'allowed: False, or one of L-BP, LG-BP, LG-FG-W, LG-FG-A, LG-FG-A-paper'),
+  ({'algorithm': 'LG-FA'}, 'losses.head_ahead=True is for rules with local losses, but not for feed'),
+  ({'algorithm': 'LG-FD-A'}, 'losses.head_ahead=True is for rules with local losses, but not for'),
+  ({'model__norm': 'batch'}, "no average of the statistics of model.norm='batch'; allowed with"),
+  ({'model__size': 'S/1/2'}, 'the next block, and the model has one block; allowed: False, or more'),
   ({'stages': 2}, 'losses.head_ahead=True lets every block learn from the next one; allowed: 1'),
 ])
 def test_what_cannot_look_ahead_is_one_line(fields, message):

@@ -14,12 +14,12 @@ output has its input's shape, its own average stands in for a further block, so 
 one. For a single block it is the first of the next stack. A single block at the end of the network
 has nothing to look through, and its head reads its own output.
 
-**Credit.** f̄ mixes channels and mostly patches, so that every activity of the block influences the
-losses of *all* patches and groups. Its taps must say so, which they do with `last=False`. An
-estimator that stops at the model's boundary (see `estimators.boundary`) is different. It has the
-exact signal s of the block's end y, and in place of the true losses, s·y in parts: one for each
-patch and group of y itself. To those an activity has the influence that it has on y, in its own
-patch and group only, and it is credited with no more noise than without f̄.
+**Credit.** f̄ mixes channels, and most blocks mix patches: every activity of the block influences
+the losses of *all* patches and groups. Its taps must say so, which they do with `last=False`. It is
+different for an estimator that stops at the model's boundary (see `estimators.boundary`). That one
+has the exact signal s of the block's end y, and takes s·y in place of the true losses: one part for
+each patch and group of y. An activity influences y, and so these parts, in its own patch and group
+only. Credited with them, it has no more noise than without f̄.
 """
 
 import dataclasses
@@ -51,8 +51,8 @@ def look_ahead(model: StagedModel, *, bounded: bool = False) -> StagedModel:
   >>> mlp = registry.find('mlp').make({'blocks': 4, 'channels': 8, 'groups': 2}, images)
   >>> model = look_ahead(mlp)
   >>> ahead = model.ahead(model.init(jax.random.key(0))['params'])
-  >>> jax.tree.map(jnp.shape, {name: tree['hidden']['kernel'] for name, tree in ahead.items()})
-  {'stem': (8, 8), 'blocks': (3, 8, 8)}
+  >>> jax.tree.map(jnp.shape, ahead['stem'])['hidden']    # of the first block behind the stem
+  {'bias': (8,), 'kernel': (8, 8)}
   """
   nexts = next_stacks(model.stacks)
   if not any(nexts):

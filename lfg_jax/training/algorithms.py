@@ -241,8 +241,8 @@ def _check_ahead(rule: Rule, model: StagedModel) -> None:
   """Raises ValueError, in one line, where heads cannot look ahead."""
   if not rule.local or rule.feedback or rule.finite:
     names = ', '.join(name for name, r in REGISTRY.items() if r.local and not r.feedback and not r.finite)
-    raise ValueError(f'losses.head_ahead=True is for rules with local losses and exact derivatives behind the block; '
-                     f'allowed: False, or one of {names}')
+    raise ValueError('losses.head_ahead=True is for rules with local losses, but not for feedback alignment or finite '
+                     f'differences; allowed: False, or one of {names}')
   if model.mixes_examples:
     raise ValueError("losses.head_ahead=True has no average of the statistics of model.norm='batch'; allowed with it: "
                      'False')
