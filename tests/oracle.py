@@ -71,13 +71,18 @@ def unstack(params):
   return out
 
 
-def objective(params, tokens, label, weight, groups, *, local, cut, loss=naive_replicated_loss, without=None):
-  """What LG-BP (local, cut), L-BP (local) and BP descend: sum over replicas, weighted sum over examples."""
+def objective(params, tokens, label, weight, groups, *, local, cut, loss=naive_replicated_loss, without=None,
+              ahead=None):
+  """What LG-BP (local, cut), L-BP (local) and BP descend: sum over replicas, weighted sum over examples.
+
+  `ahead` has the block through which each head looks, by stack; None: heads read their own block's output.
+  """
   x, value = tokens, 0.0
   for n, p in enumerate(unstack(params)):
     x = block(p, jax.lax.stop_gradient(x) if cut else x, groups, mix=n > 0, without=without)
     if local:
-      features = norm('head', without, x.reshape(*x.shape[:2], groups, -1))
+      y = x if ahead is None else block(unstack(ahead)[n], x, groups, mix=True)
+      features = norm('head', without, y.reshape(*y.shape[:2], groups, -1))
       head, frozen = p['head'], jax.tree.map(jax.lax.stop_gradient, p['head'])
       value += (loss(features, frozen['kernel'], frozen['bias'], label).sum((1, 2)) * weight).sum()
       replicas = loss(jax.lax.stop_gradient(features), head['kernel'], head['bias'], label)

@@ -74,8 +74,8 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
     ('--config.epochs=None', "config field epochs is 'None'; allowed: int"),
     ('--config.epochs', 'Missing value for flag --config.epochs'),
     ('--noconfig.epochs', "Unknown command line flag 'noconfig.epochs'. Did you mean: config.epochs ?"),
-    ('--config.losses=3', 'config field losses has fields: every, group, head_hidden, module, overlap, patch, row; '
-     'name one of them'),
+    ('--config.losses=3', 'config field losses has fields: every, group, head_ahead, head_average, head_hidden, '
+     'module, overlap, patch, row; name one of them'),
     ('--config.image_size=9', 'image_size=9 is not for digits, whose images are 8x8'),
     ('--config.images=1439', 'images is 1439; allowed: 1 … 1438, of a data set that fits memory'),
     ('--config.epoch=3', f'unknown config field epoch; did you mean epochs? allowed: {TOP}'),
@@ -116,7 +116,8 @@ def test_missing_data_names_the_command(tmp_path, monkeypatch, capsys):
     ('c = configs.base()\n  del c.keep\n  return c', 'config field keep is missing'),
     ('c = configs.base()\n  c.new = 1\n  return c', f'unknown config field new; allowed: {TOP}'),
     ('c = configs.base()\n  del c.losses\n  c.losses = 3\n  return c',
-     'config field losses is 3; allowed: fields every, group, head_hidden, module, overlap, patch, row'),
+     'config field losses is 3; allowed: fields every, group, head_ahead, head_average, head_hidden, module, overlap, '
+     'patch, row'),
     ('c = configs.base()\n  del c.seed\n  c.seed = None\n  return c',
      'config field seed is None; allowed: int'),
 ])  # fmt: skip

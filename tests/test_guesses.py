@@ -111,7 +111,7 @@ def test_guesses_are_learned():
       grads, aux = algorithm.gradient({**s.variables, **state}, key, s.batch)
       error = {name: sum(((a - b)**2).sum() for a, b in zip(jax.tree.leaves(grads['blocks'][name]), jax.tree.leaves(
           exact['blocks'][name]), strict=True)) for name in ('token', 'channel')}
-      return algorithm.advance(state, aux), error
+      return algorithm.advance(state, s.variables['params'], aux), error
     return jax.lax.scan(step, state, jax.random.split(jax.random.key(1), 2000))[1]
 
   for name, errors in run(state).items():

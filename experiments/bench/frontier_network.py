@@ -102,7 +102,7 @@ class Bench:
 
     def run(params: PyTree, rest: Variables, key: jax.Array, batch: Batch) -> tuple:
       grads, aux = algorithm.gradient({'params': params, **rest}, key, batch)
-      return grads, algorithm.advance(rest, aux)
+      return grads, algorithm.advance(rest, params, aux)
 
     arguments = (params, rest, jax.random.key(0), self.batch)
     program = jax.jit(run).lower(*arguments).compile()
@@ -211,7 +211,8 @@ def warm_up(bench: Bench, steps: int, size: int = 64) -> Variables:
   def step(params: PyTree, rest: Variables, state: Any, key: jax.Array, batch: Batch) -> tuple:
     aux = learner.gradient({'params': params, **rest}, key, batch)[1]
     updates, state = optimizer.update(teacher.gradient({'params': params}, key, batch)[0], state)
-    return optax.apply_updates(params, updates), learner.advance(rest, aux), state
+    params = optax.apply_updates(params, updates)
+    return params, learner.advance(rest, params, aux), state
 
   rest = jax.jit(learner.init)(jax.random.key(0))
   params = rest.pop('params')

@@ -189,7 +189,7 @@ def greedy(estimator: Estimator, model: StagedModel, cut: Cut, *, every: int = 1
       named = dict(zip(block_names(len(members)), members, strict=True))
       keys = jax.random.split(jax.random.fold_in(key, number), len(group.blocks))[group.taken]
       inputs = (keys, *(_gathered(variables.get(kind, {}), named)
-                        for kind in ('params', 'batch_stats', 'feedback', 'guess')))
+                        for kind in ('params', 'batch_stats', 'feedback', 'ahead', 'guess')))
       loss = stage_loss([member.stack.block for member in members], cut)
       body = _stage_body(estimator, loss, targets, group.advance)
       (x, out), (losses_SxB, part, new_stats, guess_part) = _scan(body, x, inputs, len(keys))
@@ -219,8 +219,9 @@ def _stage_body(estimator: Estimator, loss: Callable, targets: Targets, advance:
   def body(carry: tuple[jax.Array, jax.Array], inputs: tuple
            ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     x, _ = carry
-    key, params, stats, feedback, guess_weights = inputs
-    fixed = {kind: tree for kind, tree in (('batch_stats', stats), ('feedback', feedback)) if tree}
+    key, params, stats, feedback, ahead, guess_weights = inputs
+    given = {'batch_stats': stats, 'feedback': feedback, 'ahead': ahead}
+    fixed = {kind: tree for kind, tree in given.items() if tree}
 
     guessing = lambda weights, *args: loss({**fixed, 'feedback': weights}, *args)
     learned = Learned(guess_weights, guessing) if guess_weights else None

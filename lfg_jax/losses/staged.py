@@ -18,7 +18,7 @@ from lfg_jax.losses.replicated import Cut
 from lfg_jax.losses.targets import Targets
 
 PyTree = Any
-Variables = dict[str, PyTree]    # 'params', and where used 'batch_stats' and 'feedback'
+Variables = dict[str, PyTree]    # 'params', and where used 'batch_stats', 'feedback', 'ahead'
 
 
 class Block(Protocol):
@@ -85,6 +85,8 @@ class StagedModel:
     rounds: whether blocks compute in fewer digits than finite differences need.
     activity_bytes: of the largest activity, per example.
     contrast: of contrastive losses; None: heads classify.
+    ahead: `params -> params`, by stack those of the block after each, through an average of which
+      heads look, see `ahead`; None: heads read the output of their own block.
     project: `(variables, x, weight_B) -> (anchors [B, K], candidates [B, K], updates)`, at the end
       of a network that learns contrastively without local losses; its parameters are under 'head'.
   """
@@ -103,6 +105,7 @@ class StagedModel:
   rounds: bool = False
   activity_bytes: int = 2**20
   contrast: Contrast | None = None
+  ahead: Callable[[PyTree], PyTree] | None = None
   project: Callable[..., tuple[jax.Array, jax.Array, Variables]] | None = None
 
   @property

@@ -181,9 +181,11 @@ class Head(nn.Module):
     heads = self.style.heads
     init = functools.partial(functional.init_head, heads=heads, groups=G, width=C,
                              classes=self.classes, kind=self.style.init)
+    features = norm(self.style, 'head', x_BxPxGxC, weight_B)
+    if targets is None and not self.is_initializing():
+      return None    # whatever the head's shape: it may be one for the next block's features
     params = {name: self.param(name, lambda key, name=name: init(key)[name])
               for name in ('kernel', 'bias', *['out'] * bool(heads.hidden))}
-    features = norm(self.style, 'head', x_BxPxGxC, weight_B)
     if targets is None:
       return None
     feedback: dict[str, Any] = {name: self.get_variable('feedback', name) for name in params

@@ -23,6 +23,7 @@ from lfg_jax.estimators.parts import Part
 from lfg_jax.estimators.taps import Tap
 from lfg_jax.estimators.traced import Traced
 from lfg_jax.losses import row_losses, staged
+from lfg_jax.losses.ahead import look_ahead
 from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.info_nce import VIEWS, Contrast
 from lfg_jax.losses.objectives import end_to_end, stage_by_stage
@@ -64,7 +65,8 @@ class Composition(NamedTuple):
   def known(self, variables: Variables) -> Variables:
     """What objectives see of the variables."""
     guessed = self.options.guessed_taps(self.model)
-    used = ('params', 'batch_stats', *['feedback'] * self.rule.feedback, *['guess'] * bool(guessed))
+    used = ('params', 'batch_stats', *['feedback'] * self.rule.feedback, *['guess'] * bool(guessed),
+            'ahead')
     if guessed and not variables.get('guess'):
       raise ValueError("the guess has no feedback weights; allowed: variables with 'guess', as the "
                        "algorithm's init makes them")
@@ -85,11 +87,12 @@ class Algorithm(NamedTuple):
   """What training needs of a rule and a model; pure functions.
 
   Attributes:
-    init: `key -> variables` ('params', and where used 'batch_stats', 'feedback', 'guess', 'guess_optimizer').
+    init: `key -> variables` ('params', and where used 'batch_stats', 'feedback', 'ahead', 'guess',
+      'guess_optimizer').
     gradient: `(variables, key, batch) -> (grads, aux)`. The batch's weights sum to 1 over the global batch; when
       the batch is sharded over a mesh axis, the sum over devices of grads and of aux's 'loss' and 'error' is the
       result, and of aux['guess_gradient']. aux['batch_stats'] is the same on all devices.
-    advance: `(variables, aux) -> variables`, those of them, without 'params', after a step.
+    advance: `(variables, params, aux) -> variables`, those of them, without 'params', after a step to new `params`.
     predict: `(variables, image [B, H, W, C]) -> logits [B, classes]`.
     features: `(variables, image [B, H, W, C]) -> [B, C]`, what the read-out's linear layer sees.
     made_of: rule, options and model.
@@ -100,7 +103,7 @@ class Algorithm(NamedTuple):
   gradient: Callable[[dict[str, PyTree], jax.Array, Batch], tuple[PyTree, dict[str, Any]]]
   predict: Callable[[dict[str, PyTree], jax.Array], jax.Array]
   features: Callable[[dict[str, PyTree], jax.Array], jax.Array]
-  advance: Callable[[dict[str, PyTree], dict[str, Any]], dict[str, PyTree]]
+  advance: Callable[[dict[str, PyTree], PyTree, dict[str, Any]], dict[str, PyTree]]
   made_of: Composition
   metrics: tuple[str, ...] = ('loss', 'error')
   flop: int | None = None
@@ -149,6 +152,8 @@ def compose(rule: Rule, options: Options, model: StagedModel, axis_name: str | N
   model = model.variant(fused=not rule.finite, project=contrast is not None and not rule.local)
   still = model.variant(train=False)
   options = options.of(rule, model)
+  if options.head_ahead:
+    model = look_ahead(model, bounded=options.last_tap == 'exact')
   guessed = options.guessed_taps(model)
   guess_optimizer = optimizers.adam_of_guesses(options.guess_rate)
 
@@ -159,13 +164,17 @@ def compose(rule: Rule, options: Options, model: StagedModel, axis_name: str | N
       kept['feedback'] = layers.like_kernels(feedback_key, kept['params'])
     if rule.estimator == 'direct_feedback':
       kept['feedback'] = _tap_matrices(feedback_key, model, kept)
+    if model.ahead:
+      kept['ahead'] = model.ahead(kept['params'])
     if guessed:
       kept['guess'] = _guess_weights(kept['params'], model, guessed)
       kept['guess_optimizer'] = guess_optimizer.init(kept['guess'])
     return kept
 
-  def advance(variables: Variables, aux: dict[str, Any]) -> Variables:
+  def advance(variables: Variables, params: PyTree, aux: dict[str, Any]) -> Variables:
     new = {name: aux[name] for name in ('batch_stats',) if name in variables}
+    if model.ahead:
+      new['ahead'] = optax.incremental_update(model.ahead(params), variables['ahead'], 1 - options.head_average)
     if 'guess' in variables:
       updates, new['guess_optimizer'] = guess_optimizer.update(
           aux['guess_gradient'], variables['guess_optimizer'])
@@ -221,9 +230,22 @@ def _check(rule: Rule, options: Options, model: StagedModel) -> None:
   if model.rounds and rule.finite:
     raise ValueError("model.precision is 'bfloat16', whose rounding hides finite differences; "
                      "allowed with them: 'float32'")
+  if options.head_ahead:
+    _check_ahead(rule, model)
   if model.contrast and independent:
     raise ValueError("estimator.sharing='independent' perturbs weights per example, and "
                      "loss='contrastive' compares examples; allowed with it: 'paper', 'shared'")
+
+
+def _check_ahead(rule: Rule, model: StagedModel) -> None:
+  """Raises ValueError, in one line, where heads cannot look ahead."""
+  if not rule.local or rule.feedback or rule.finite:
+    names = ', '.join(name for name, r in REGISTRY.items() if r.local and not r.feedback and not r.finite)
+    raise ValueError('losses.head_ahead=True is for rules with local losses, but not for feedback alignment or finite '
+                     f'differences; allowed: False, or one of {names}')
+  if model.mixes_examples:
+    raise ValueError("losses.head_ahead=True has no average of the statistics of model.norm='batch'; allowed with it: "
+                     'False')
 
 
 def _depends_on_others(model: StagedModel) -> bool:

@@ -75,7 +75,8 @@ def base() -> ConfigDict:
       'init_from': config_dict.placeholder(str),
       'model': model_fields('mixer'),
       'losses': {'row': 'cross_entropy', 'module': config_dict.placeholder(str), 'head_hidden': 0,
-                 'patch': True, 'group': True, 'every': 1, 'overlap': False},
+                 'head_ahead': False, 'head_average': 0.99, 'patch': True, 'group': True, 'every': 1,
+                 'overlap': False},
       'contrastive': {'temperature': 0.5, 'stop_gradient': True, 'shared_views': True, 'min_area': 0.08},
       'estimator': {
           'law': 'hadamard', 'module': config_dict.placeholder(str), 'passes': 1, 'chunk': 4, 'combine': 'mean',

@@ -72,7 +72,7 @@ class Options:
     taps: activity perturbation of all taps at once ('joint') or of each by itself ('separate'). 'auto', here and below:
       what the rule says.
     last_tap: of a block under a local loss: 'perturbed', or 'exact', which lets the exact signal through. Between it
-      and the loss are a norm, a ReLU and the head, and no other linear map.
+      and the loss are a norm, a ReLU and the head, and no other linear map but those of a block that it looks through.
     guess: which taps have a learned guess (see `guesses`): 'none', the name of the first that the model has one for, or
       'all'. In the LocalMixer the first is 'after_channel', guessed through the grouped layer; 'after_token' is guessed
       through that and the one before.
@@ -86,6 +86,9 @@ class Options:
     patch, group: whether losses are cut by patch and by group.
     every: blocks per stage of a greedy rule.
     overlap: greedy stages are overlapping pairs of blocks.
+    head_ahead: whether the head of a block reads the features that a slow average of the next block makes of its
+      output, see `lfg_jax.losses.ahead`.
+    head_average: what that average keeps of itself in a step.
     micro_batch: most examples whose gradients are computed at once; 0: what suits the machine, see `parts`.
   """
   law: str = 'hadamard'
@@ -105,6 +108,8 @@ class Options:
   group: bool = True
   every: int = 1
   overlap: bool = False
+  head_ahead: bool = False
+  head_average: float = 0.99
   micro_batch: int = 0
 
   def __post_init__(self) -> None:
@@ -122,6 +127,8 @@ class Options:
     for field, number in (('step', self.step), ('guess_rate', self.guess_rate)):
       if number <= 0:
         raise ValueError(f'estimator.{field} is {number!r}; allowed: more than 0')
+    if not 0 <= self.head_average < 1:
+      raise ValueError(f'losses.head_average is {self.head_average!r}; allowed: 0 … 1, without 1')
     if self.overlap and self.every > 1:
       raise ValueError(f'losses.overlap=True and losses.every={self.every} exclude each other; allowed: one of them')
 

@@ -100,10 +100,11 @@ def check(config: Any, made_of: Composition) -> None:
     raise ValueError(
       f'{given}{config.algorithm} {_way_back(rule.local)}; allowed: 1, or one of {greedy}'
     )
-  if made_of.options.overlap:
-    raise ValueError(
-      f'{given}losses.overlap=True lets every block learn from the next one; allowed: 1'
-    )
+  for field in ('overlap', 'head_ahead'):
+    if getattr(made_of.options, field):
+      raise ValueError(
+        f'{given}losses.{field}=True lets every block learn from the next one; allowed: 1'
+      )
   most = len(stages(made_of.model.depth, made_of.options.every))
   if number > most:
     raise ValueError(

@@ -151,7 +151,8 @@ def updated(
   is_finite = jnp.isfinite(optax.tree.norm(updates))
   if 'metrics' in summed:
     is_finite &= jnp.isfinite(summed['metrics']['loss'])
-  new = Own(optax.apply_updates(mine.params, updates), algorithm.advance(mine.rest, aux), opt_state)
+  params = optax.apply_updates(mine.params, updates)
+  new = Own(params, algorithm.advance(mine.rest, params, aux), opt_state)
   return new, is_finite
 
 

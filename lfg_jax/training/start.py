@@ -15,7 +15,7 @@ from lfg_jax.training.update import TrainState
 
 PyTree = Any
 # Of the algorithm's other variables. The optimizer of guesses begins anew, as the optimizer does.
-KEPT = ('batch_stats', 'feedback', 'guess')
+KEPT = ('batch_stats', 'feedback', 'ahead', 'guess')
 
 
 def check(folder: pathlib.Path, algorithm: Algorithm) -> None:
@@ -29,15 +29,17 @@ def check(folder: pathlib.Path, algorithm: Algorithm) -> None:
   _compare(folder, _taken(_newest(folder, _shapes_of)), here)
 
 
-def from_run(folder: pathlib.Path, state: TrainState) -> TrainState:
+def from_run(folder: pathlib.Path, state: TrainState, algorithm: Algorithm) -> TrainState:
   """The state with another run's parameters, and those of its `KEPT` variables that this run has too.
 
-  They are those of its newest checkpoint that can be read.
+  They are those of its newest checkpoint that can be read. An average that it has not begins with its parameters.
 
   Raises:
     UserError: as `check`.
   """
   here, there = _taken(state._asdict()), _taken(_newest(folder, _read))
+  if ahead := algorithm.made_of.model.ahead:
+    there = {'ahead': ahead(there['params']), **there}
   _compare(folder, there, here)
   put = lambda tree, like: jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), tree, like)
   new = {name: put(tree, here[name]) for name, tree in there.items() if name in here}

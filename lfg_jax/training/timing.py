@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from lfg_jax.losses.ahead import next_stacks
 from lfg_jax.losses.staged import StagedModel
 from lfg_jax.training.rules import Options, Rule
 
@@ -80,7 +81,8 @@ def gradient_flop(model: StagedModel, rule: Rule, options: Options) -> int:
   | weight, K passes | F | K (F - F₁) of inputs, K F of weights, forward | 0 | (1 + 2 K) F - K F₁ |
   | direct_feedback | F | 0 | F | 2 F |
 
-  A guess takes the map through which it comes once backward, and once more for what it learns.
+  A guess takes the map through which it comes once backward, and once more for what it learns. Heads that look ahead
+  take the next block's maps once, and once more for the exact signal or for every forward derivative.
   """
   blocks = [dict(stack.flop) for stack in model.stacks for _ in range(stack.count)]
   # What is differentiated by itself: every block, or the network.
@@ -89,11 +91,25 @@ def gradient_flop(model: StagedModel, rule: Rule, options: Options) -> int:
   whole = sum(sum(block.values()) for block in blocks)
   first = sum(stage[0][1] for stage in stages)
   K, own = options.passes, options.of(rule, model)
+  through = _through(model, rule, own) if model.ahead else 0
   if rule.estimator == 'activity' and own.taps == 'separate':
     names = [name for stage in stages for name, _ in stage]
     derivatives = sum((own.tap_passes.get(name) or K) * flop for name, flop in zip(names, behind, strict=True))
     following = [block[after] for block in blocks for tap, after in zip(block, list(block)[1:], strict=False)
                  if tap in own.guessed_taps(model)]
-    return 2 * whole + derivatives + 2 * sum(following)
-  return {'backprop': 3 * whole - first, 'activity': (2 + K) * whole - K * first,
+    return through + 2 * whole + derivatives + 2 * sum(following)
+  return through + {'backprop': 3 * whole - first, 'activity': (2 + K) * whole - K * first,
           'weight': (1 + 2 * K) * whole - K * first, 'direct_feedback': 2 * whole}[rule.estimator]
+
+
+def _through(model: StagedModel, rule: Rule, options: Options) -> int:
+  """Of the blocks that heads look through."""
+  K, total = options.passes, 0
+  for stack, after in zip(model.stacks, next_stacks(model.stacks), strict=True):
+    derivatives = K
+    if rule.estimator == 'backprop' or options.last_tap == 'exact':
+      derivatives = 1
+    elif rule.estimator == 'activity' and options.taps == 'separate':
+      derivatives = sum(options.tap_passes.get(tap) or K for tap in stack.flop)
+    total += stack.count * (1 + derivatives) * sum(after.flop.values() if after else ())
+  return total

@@ -180,7 +180,7 @@ def _train(job: Job, workdir: pathlib.Path, clock: Clock) -> dict[str, Any]:
       clock.go_on(stored)
       processes.say(f'resuming {workdir} at step {int(state.step)}')
     elif config.init_from:
-      state = start.from_run(pathlib.Path(config.init_from), state)
+      state = start.from_run(pathlib.Path(config.init_from), state, job.algorithm)
     state = functions.begin(state)
     total = config.epochs * functions.feed.steps
     with RunLog(workdir, int(state.step), total, config.batch_size, active=active) as log, \

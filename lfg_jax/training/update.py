@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
   Attributes:
     step: updates done.
     params: what the optimizer moves.
-    rest: the algorithm's other variables ('batch_stats', 'feedback', 'guess', 'guess_optimizer').
+    rest: the algorithm's other variables ('batch_stats', 'feedback', 'ahead', 'guess', 'guess_optimizer').
     opt_state: the optimizer's.
     sums: the algorithm's metrics and 'examples' since the epoch began, so that a run which resumes within an epoch
       reports the same means.
@@ -175,9 +175,9 @@ def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, m
     is_finite = jnp.isfinite(aux['loss']) & jnp.isfinite(optax.tree.norm(updates))
     means = {name: aux[name] for name in algorithm.metrics}
     is_first = state.step % feed.steps == 0
+    params = optax.apply_updates(state.params, updates)
     return TrainState(
-        state.step + 1, optax.apply_updates(state.params, updates),
-        algorithm.advance(state.rest, aux), opt_state,
+        state.step + 1, params, algorithm.advance(state.rest, params, aux), opt_state,
         add_to_sums(state.sums, means, examples, is_first),
         jnp.where((state.bad_step < 0) & ~is_finite, state.step + 1, state.bad_step))
 

@@ -1,0 +1,124 @@
+"""Heads that look ahead: a block's losses are read behind a slow average of the next block.
+
+The head of block n sees the features that the block after it makes of block n's output:
+
+    losses_n = head_n(f̄(f_n(x))),    f̄ = block n+1 with an average of its parameters.
+
+The average moves after every step and is constant within one: no gradient goes into it. What block
+n learns is thus what block n+1 can make use of, without waiting for a gradient from there. f̄ lies
+behind the block's last tap, and its own taps are taken out. So it adds nothing to what is
+perturbed; where the last tap is exact, the exact signal comes back through f̄ by reverse mode.
+
+**Which block is next.** In a stack of scanned blocks the one after; for the last of them, whose
+output has its input's shape, its own average stands in for a further block, so that the scan stays
+one. For a single block it is the first of the next stack. A single block at the end of the network
+has nothing to look through, and its head reads its own output.
+
+**Credit.** f̄ mixes channels, and most blocks mix patches: every activity of the block influences
+the losses of *all* patches and groups. Its taps must say so, which they do with `last=False`. It is
+different for an estimator that stops at the model's boundary (see `estimators.boundary`). That one
+has the exact signal s of the block's end y, and takes s·y in place of the true losses: one part for
+each patch and group of y. An activity influences y, and so these parts, in its own patch and group
+only. Credited with them, it has no more noise than without f̄.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lfg_jax.estimators.traced import without_taps
+from lfg_jax.losses.replicated import Cut
+from lfg_jax.losses.staged import Block, Stack, StagedModel, Variables
+from lfg_jax.losses.targets import Targets
+
+PyTree = Any
+
+
+def look_ahead(model: StagedModel, *, bounded: bool = False) -> StagedModel:
+  """The model with heads that look ahead. Its blocks need 'ahead' among their variables.
+
+  Args:
+    bounded: whether the estimator that it is for stops at the model's boundary; see "Credit".
+
+  Raises:
+    ValueError: no block has one to look through.
+
+  >>> from lfg_jax.models import registry
+  >>> images = registry.Images((8, 8, 1), 10, (0.5,), (0.3,))
+  >>> mlp = registry.find('mlp').make({'blocks': 4, 'channels': 8, 'groups': 2}, images)
+  >>> model = look_ahead(mlp)
+  >>> ahead = model.ahead(model.init(jax.random.key(0))['params'])
+  >>> jax.tree.map(jnp.shape, ahead['stem'])['hidden']    # of the first block behind the stem
+  {'bias': (8,), 'kernel': (8, 8)}
+  """
+  nexts = next_stacks(model.stacks)
+  if not any(nexts):
+    raise ValueError('losses.head_ahead looks through the next block, and the model has one block; '
+                     'allowed: False, or more blocks')
+  stacks = tuple(
+      dataclasses.replace(stack, block=_looking(stack.block, after.block, bounded))
+      if after else stack for stack, after in zip(model.stacks, nexts, strict=True))
+
+  def init(key: jax.Array) -> Variables:
+    variables = model.init(key)
+    return {**variables, 'params': _with_heads(model.stacks, variables['params'])}
+
+  return dataclasses.replace(
+      model, stacks=stacks, init=init, ahead=lambda params: following(model.stacks, params),
+      group_axis=lambda path, credit: None,    # every weight influences the losses of all groups
+      variant=lambda **changes: look_ahead(model.variant(**changes), bounded=bounded))
+
+
+def next_stacks(stacks: Sequence[Stack]) -> list[Stack | None]:
+  """For every stack the one with the block that its heads look through; None: there is none."""
+  return [stack if stack.is_stacked else after
+          for stack, after in zip(stacks, [*stacks[1:], None], strict=True)]
+
+
+def following(stacks: Sequence[Stack], params: PyTree) -> PyTree:
+  """By stack, the parameters of the block after each of its blocks, without heads."""
+  found: dict[str, PyTree] = {}
+  for stack, after in zip(stacks, next_stacks(stacks), strict=True):
+    if after:
+      own = {name: layer for name, layer in params[after.name].items() if name != 'head'}
+      found[stack.name] = jax.tree.map(_shifted, own) if stack.is_stacked else _first(after, own)
+  return found
+
+
+def _shifted(leaf: jax.Array) -> jax.Array:
+  """Of blocks in front, each one's successor; the last stays."""
+  return jnp.concatenate([leaf[1:], leaf[-1:]])
+
+
+def _first(stack: Stack, tree: PyTree) -> PyTree:
+  """What is the first block's."""
+  return jax.tree.map(lambda leaf: leaf[0], tree) if stack.is_stacked else tree
+
+
+def _with_heads(stacks: Sequence[Stack], params: PyTree) -> PyTree:
+  """Every block with a head of the shape that the features of its next block ask for."""
+  heads = {stack.name: _first(after, params[after.name]['head'])
+           for stack, after in zip(stacks, next_stacks(stacks), strict=True)
+           if after and not stack.is_stacked}
+  return {**params, **{name: {**params[name], 'head': head} for name, head in heads.items()}}
+
+
+def _looking(block: Block, after: Block, bounded: bool) -> Block:
+  """`block`, whose losses are those of its own head in the place of `after`'s."""
+  def looking(variables: Variables, x: jax.Array, targets: Targets, *, name: str, cut: Cut | None,
+              last: bool) -> tuple[jax.Array, jax.Array | None, Variables]:
+    own = {kind: tree for kind, tree in variables.items() if kind != 'ahead'}
+    y, _, updates = block(own, x, targets, name=name, cut=None, last=last and bounded)
+    if cut is None:
+      return y, None, updates
+
+    @without_taps
+    def losses(params: PyTree, y: jax.Array) -> jax.Array | None:
+      return after({'params': params}, y, targets, name=name, cut=cut, last=False)[1]
+
+    through = {**variables['ahead'], 'head': own['params']['head']}
+    return y, losses(through, y), updates
+  return looking
