@@ -15,7 +15,7 @@ import pytest
 from lfg_jax import data
 from lfg_jax.data.streams import Stream
 from lfg_jax.errors import UserError
-from lfg_jax.training import processes, train
+from lfg_jax.training import processes, signals, train
 from lfg_jax.training.checkpoints import Checkpoints
 from tests.runs import FLAGS, STEPS, start, state, tiny
 
@@ -132,7 +132,7 @@ def test_interrupted_within_an_epoch_of_a_stream(tmp_path, monkeypatch):
 
 def _interrupted_within_an_epoch(job, saved, tmp_path, monkeypatch):
   train.train(job, tmp_path / 'whole')
-  with monkeypatch.context() as patch, pytest.raises(train.Interrupted, match=f'SIGINT: saved step {saved}'):
+  with monkeypatch.context() as patch, pytest.raises(signals.Interrupted, match=f'SIGINT: saved step {saved}'):
     interrupt_at(patch, 30)
     train.train(job, tmp_path / 'run')
   assert len(rows(tmp_path / 'run')) == 1

@@ -28,7 +28,8 @@ from studies import GROUPS, PROGRAMS, STUDIES, Run, Study
 
 from lfg_jax.errors import UserError
 from lfg_jax.training import command_line, configs, results
-from lfg_jax.training.train import Interrupted, Job, prepare, train
+from lfg_jax.training.signals import Interrupted
+from lfg_jax.training.train import Job, prepare, train
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -31,7 +31,7 @@ from lfg_jax.losses.staged import StagedModel, Variables
 from lfg_jax.losses.targets import Targets
 from lfg_jax.models import layers, registry
 from lfg_jax.models.registry import Images
-from lfg_jax.training import optimizers, timing
+from lfg_jax.training import compatible, optimizers, timing
 from lfg_jax.training.rule_estimators import build_estimator
 from lfg_jax.training.rules import HEAD_FIELDS, REGISTRY, Options, Rule
 
@@ -78,7 +78,7 @@ class Composition(NamedTuple):
 
   def parts(self, examples: int) -> int:
     """In how many parts a device takes its share, of so many examples, of the batch."""
-    if _depends_on_others(self.model):
+    if compatible.depends_on_others(self.model):
       return 1
     return parts.number_of_parts(examples, self.options.micro_batch, self.model.activity_bytes)
 
@@ -147,7 +147,7 @@ def compose(rule: Rule, options: Options, model: StagedModel, axis_name: str | N
   With contrastive heads, `views` is `(key [B], image [B, H, W, C]) -> [2B, H, W, C]`, views of an
   example one after the other.
   """
-  _check(rule, options, model)
+  compatible.check(rule, options, model)
   contrast = model.contrast
   model = model.variant(fused=not rule.finite, project=contrast is not None and not rule.local)
   still = model.variant(train=False)
@@ -213,44 +213,6 @@ def _flop(rule: Rule, options: Options, model: StagedModel) -> int | None:
   if not all(stack.flop for stack in model.stacks):
     return None
   return timing.gradient_flop(model, rule, options) * (VIEWS if model.contrast else 1)
-
-
-def _check(rule: Rule, options: Options, model: StagedModel) -> None:
-  """Raises ValueError, in one line, for a rule and options that the model makes impossible."""
-  independent = rule.estimator == 'weight' and options.sharing == 'independent'
-  if model.mixes_examples and independent:
-    raise ValueError("estimator.sharing='independent' perturbs weights per example, which "
-                     "model.norm='batch' mixes; allowed with batch norm: 'paper', 'shared'")
-  if model.mixes_examples and rule.estimator == 'activity' and options.sharing == 'shared':
-    raise ValueError("estimator.sharing='shared' has one tangent for all examples, which "
-                     "model.norm='batch' mixes; allowed with batch norm: 'paper', 'independent'")
-  if options.micro_batch and _depends_on_others(model):
-    raise ValueError(f'micro_batch is {options.micro_batch}, and the losses of one example depend '
-                     'on others; allowed here: 0')
-  if model.rounds and rule.finite:
-    raise ValueError("model.precision is 'bfloat16', whose rounding hides finite differences; "
-                     "allowed with them: 'float32'")
-  if options.head_ahead:
-    _check_ahead(rule, model)
-  if model.contrast and independent:
-    raise ValueError("estimator.sharing='independent' perturbs weights per example, and "
-                     "loss='contrastive' compares examples; allowed with it: 'paper', 'shared'")
-
-
-def _check_ahead(rule: Rule, model: StagedModel) -> None:
-  """Raises ValueError, in one line, where heads cannot look ahead."""
-  if not rule.local or rule.feedback or rule.finite:
-    names = ', '.join(name for name, r in REGISTRY.items() if r.local and not r.feedback and not r.finite)
-    raise ValueError('losses.head_ahead=True is for rules with local losses, but not for feedback alignment or finite '
-                     f'differences; allowed: False, or one of {names}')
-  if model.mixes_examples:
-    raise ValueError("losses.head_ahead=True has no average of the statistics of model.norm='batch'; allowed with it: "
-                     'False')
-
-
-def _depends_on_others(model: StagedModel) -> bool:
-  """Whether the losses of one example depend on others, so that a batch is more than its parts."""
-  return model.mixes_examples or model.contrast is not None
 
 
 def _guess_weights(params: PyTree, model: StagedModel, guessed: tuple[str, ...]) -> PyTree:

@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import configs, fields, guard
+from lfg_jax.training import config_checks, configs, fields, guard
 
 
 class Parser(argparse.ArgumentParser):
@@ -166,7 +166,7 @@ def _find(config: ConfigDict, dotted: str) -> tuple[ConfigDict, str]:
   for i, field in enumerate(names):
     if not isinstance(node, ConfigDict) or field not in node:
       wanted = node if isinstance(node, ConfigDict) else ConfigDict()
-      raise configs.unknown('.'.join(names[:i + 1]), wanted)
+      raise config_checks.unknown('.'.join(names[:i + 1]), wanted)
     node = node[field]
   if isinstance(node, ConfigDict):
     raise UserError(f'config field {dotted} has fields: {", ".join(sorted(node))}; name one of them')

@@ -1,13 +1,12 @@
 """The config: its fields with their defaults, how it is read, and what it may contain.
 
 A file in `configs/` has a function `get_config()` that changes fields of `base()`; the command line changes
-further ones (`--config.optimizer.learning_rate=0.1`, see `command_line`). `validate` finds what is wrong before any
-long work. `fields` has what every field means.
+further ones (`--config.optimizer.learning_rate=0.1`, see `command_line`). `config_checks` finds what is wrong
+before any long work. `fields` has what every field means.
 """
 
 import difflib
 import json
-import math
 import pathlib
 import re
 import runpy
@@ -18,7 +17,6 @@ from ml_collections import ConfigDict, config_dict
 
 from lfg_jax.errors import UserError
 from lfg_jax.models import registry
-from lfg_jax.training import optimizers, profiling
 
 
 def base() -> ConfigDict:
@@ -137,16 +135,6 @@ def use_model(config: ConfigDict, name: str = 'mixer', module: str | None = None
   config.model.update(fields)
 
 
-def _base_of(config: ConfigDict) -> ConfigDict:
-  """The defaults, with those of the config's own model."""
-  wanted = base()
-  model = config.get('model')
-  if isinstance(model, ConfigDict) and isinstance(model.get('name'), str) and (
-      isinstance(model.get('module'), str | None)):
-    use_model(wanted, model.name, model.get('module'))
-  return wanted
-
-
 def may_be_none(field: str, config: ConfigDict) -> bool:
   """Whether a field, by its dotted name, may be left open in a config with this model.
 
@@ -158,86 +146,6 @@ def may_be_none(field: str, config: ConfigDict) -> bool:
     defaults = registry.find(config.model.name, config.model.module).DEFAULTS
     return isinstance(defaults.get(name), type)
   return dict(flatten(base())).get(field, 0) is None
-
-
-INT32 = 2**31
-
-
-def _from(low: float) -> tuple[Any, str]:
-  return lambda v: low <= v < math.inf, f'{low} or more'
-
-
-# field: (test, what is allowed)
-_RANGES: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(('epochs', 'batch_size', 'steps_per_dispatch', 'stages', 'eval_every', 'checkpoint_every',
-                     'keep'), _from(1)),
-    'lost_after': _from(2),
-    'profile': (lambda v: v is None or profiling.steps_of(v) is not None, 'FIRST:LAST, steps from 1; None'),
-    'image_size': (lambda v: v is None or v >= 1, '1 or more, None'),
-    **dict.fromkeys(('seed', 'workers', 'losses.head_hidden', 'optimizer.weight_decay', 'optimizer.warmup_epochs',
-                     'optimizer.readout_multiplier', 'optimizer.head_multiplier'), _from(0)),
-    **dict.fromkeys(('optimizer.learning_rate', 'optimizer.staircase_factor'),
-                    (lambda v: 0 < v < math.inf, 'more than 0')),
-    'optimizer.staircase_epochs': (lambda v: all(type(epoch) in (int, float) and 0 <= epoch < math.inf for epoch in v),
-                                   'numbers, 0 or more'),
-    'optimizer.momentum': (lambda v: 0 <= v < 1, '0 … 1, without 1'),
-    'optimizer.name': (lambda v: v in optimizers.OPTIMIZERS, ', '.join(optimizers.OPTIMIZERS)),
-    'optimizer.schedule': (lambda v: v in optimizers.SCHEDULES, ', '.join(optimizers.SCHEDULES)),
-}
-
-
-def validate(config: ConfigDict) -> None:
-  """Checks names, types and ranges of all fields that no other module checks itself.
-
-  Raises:
-    UserError: what is wrong, what was given, what is allowed.
-  """
-  _same_fields(config, _base_of(config), '')
-  given = dict(flatten(config))
-  for field, (test, allowed) in _RANGES.items():
-    if not test(given[field]):
-      raise UserError(f'{field} is {given[field]!r}; allowed: {allowed}')
-  for field, value in given.items():
-    if isinstance(value, int) and abs(value) >= INT32:
-      raise UserError(f'{field} is {value!r}; allowed: integers of 32 bits')
-    if isinstance(value, float) and not math.isfinite(value):
-      raise UserError(f'{field} is {value!r}; allowed: finite numbers')
-  warmup, epochs = config.optimizer.warmup_epochs, config.epochs
-  if warmup >= epochs:
-    raise UserError(f'optimizer.warmup_epochs is {warmup!r}; allowed: less than epochs, {epochs}')
-
-
-def _same_fields(config: Any, wanted: ConfigDict, prefix: str) -> None:
-  """Compares names and types of fields with those of `wanted`."""
-  for field in config:
-    if field not in wanted:
-      raise unknown(prefix + field, wanted)
-  for field, default in wanted.items():
-    if field not in config:
-      raise UserError(f'config field {prefix}{field} is missing')
-    value, kind = config[field], wanted.get_type(field)
-    if isinstance(default, ConfigDict):
-      if not isinstance(value, ConfigDict):
-        raise UserError(f'config field {prefix}{field} is {_line(value)}; allowed: fields {", ".join(default)}')
-      _same_fields(value, default, f'{prefix}{field}.')
-    elif type(value) is not kind and (value, default) != (None, None) and (kind, type(value)) != (float, int):
-      raise UserError(f'config field {prefix}{field} is {_line(value)}; allowed: {kind.__name__}')
-
-
-def _line(value: Any) -> str:
-  """A value of whatever type as one line, which is not long."""
-  text = ' '.join(repr(value).split())
-  return text if len(text) <= 80 else f'{text[:80]}…'
-
-
-def unknown(field: str, wanted: ConfigDict) -> UserError:
-  """The error about a field, by its dotted name, that is not among those `wanted` in its place."""
-  known = [name for name, _ in flatten(base())]
-  near = difflib.get_close_matches(field, known, 1, 0.75)
-  last = {name.rpartition('.')[2]: name for name in known}
-  near = near or [last[name] for name in difflib.get_close_matches(field.rpartition('.')[2], last, 1, 0.75)]
-  hint = f'did you mean {near[0]}? ' if near else ''
-  return UserError(f'unknown config field {field}; {hint}allowed: {", ".join(sorted(wanted))}')
 
 
 def flatten(config: ConfigDict | dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:

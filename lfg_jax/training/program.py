@@ -14,7 +14,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import command_line, configs, guard, launch, processes
+from lfg_jax.training import command_line, config_checks, configs, guard, launch, processes
 from lfg_jax.training.processes import Place
 from lfg_jax.training.train import prepare, train
 
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
   parser.add_argument('--process', type=int, help='which this is, from 0; default: $JAX_PROCESS_ID')
   parser.number('rehearse', None, 'N processes on the CPUs of this machine', metavar='N')
   options, config = command_line.parse(parser, arguments)
-  configs.validate(config)
+  config_checks.validate(config)
   if options.print_config:
     print(configs.to_json(config), end='')
     return

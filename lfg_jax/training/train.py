@@ -5,9 +5,7 @@ A run is a pure function of its config, so a run that was stopped, in any way, e
 
 import collections
 import pathlib
-import signal
 import time
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +19,7 @@ from lfg_jax.data.streams import BadExample
 from lfg_jax.errors import UserError, as_user_errors
 from lfg_jax.training import (
   algorithms,
+  config_checks,
   configs,
   processes,
   profiling,
@@ -36,6 +35,7 @@ from lfg_jax.training.clock import Clock
 from lfg_jax.training.functions import Functions, State, build
 from lfg_jax.training.profiling import Trace
 from lfg_jax.training.run_log import RunLog
+from lfg_jax.training.signals import Interrupted, Signals
 from lfg_jax.training.update import TrainState
 
 REFRESH_SECONDS = 1.0    # between looks at the running state, which wait for the device
@@ -50,14 +50,6 @@ class Job(NamedTuple):
   mesh: Mesh
 
 
-class Interrupted(UserError):
-  """A signal ended the run, after its state was saved."""
-
-  def __init__(self, step: int, number: int) -> None:
-    super().__init__(f'{signal.Signals(number).name}: saved step {step}; the same command goes on from there')
-    self.exit_code = 128 + number    # as shells report a signal
-
-
 def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
   """Finds all mistakes in a config, and loads its data.
 
@@ -68,7 +60,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
   Raises:
     UserError: one line about the first mistake.
   """
-  configs.validate(config)
+  config_checks.validate(config)
   with as_user_errors():
     if config.distributed:
       processes.connect(lost_after=config.lost_after)
@@ -118,35 +110,6 @@ def load(workdir: pathlib.Path, data_dir: str | None = None) -> tuple[Job, Train
   if restored is None:
     raise UserError(f'{workdir} has no checkpoint yet')
   return job, restored[0]
-
-
-class Signals:
-  """While entered, SIGTERM and Ctrl-C only ask for an end; a second one acts as usual.
-
-  With several processes the end must come at the same step in all: JAX agrees on one after a SIGTERM to any.
-  """
-
-  def __init__(self) -> None:
-    self.received = 0
-
-  def __enter__(self) -> 'Signals':
-    ours = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-    self._previous = {number: signal.signal(number, self._receive) for number in ours}
-    return self
-
-  def __exit__(self, *_: Any) -> None:
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
-
-  def _receive(self, number: int, _: FrameType | None) -> None:
-    self.received = number
-    self.__exit__()
-
-  def ask_to_stop(self) -> bool:
-    """To be called after every dispatch."""
-    if jax.process_count() > 1 and processes.terminated():
-      self.received = signal.SIGTERM
-    return bool(self.received)
 
 
 def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
@@ -211,15 +174,19 @@ def _epochs(config: ConfigDict, functions: Functions, state: State, checkpoints:
                       'kept; a smaller optimizer.learning_rate may help')
     step, done = int(state.step), epoch + 1
     is_whole, is_last = step == done * steps, step == config.epochs * steps
+    evaluates = is_whole and (is_last or done % config.eval_every == 0)
+    saves = is_last or signals.received or (is_whole and done % config.checkpoint_every == 0)
+    whole: State = functions.whole(state) if evaluates or saves else None
     error = None
-    if is_whole:
+    if evaluates:
       with clock.on('evaluation'):
-        error = functions.test_error(functions.whole(state)) if is_last or done % config.eval_every == 0 else None
+        error = functions.test_error(whole)
+    if is_whole:
       watch.log.write({'step': step, 'epoch': done, **_means(state), 'test_error': error,
                        'examples_per_second': speed})
-    if is_last or signals.received or (is_whole and done % config.checkpoint_every == 0):
+    if saves:
       with clock.on('checkpoints'):
-        checkpoints.save(step, functions.whole(state), clock.read(), error)
+        checkpoints.save(step, whole, clock.read(), error)
     if signals.received and not is_last:
       raise Interrupted(step, signals.received)
   return state
