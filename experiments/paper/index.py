@@ -112,6 +112,7 @@ OLD_RUNS = (
 )
 _PROBE = 'python experiments/linear_probe.py --workdir=RUN'
 _LAWS = 'python experiments/compare.py --algorithms=LG-FG-A-paper --seeds=0,1,2,3,4 '
+_ON_MNIST = _LAWS + '--config=configs/mnist.py --config.model.size=S/1/1 --config.epochs=5 '
 
 
 def _passes(law: str) -> tuple[tuple[str, str], ...]:
@@ -139,15 +140,12 @@ OLD_FILES = {
     for passes, fields in _passes(law)
   },
   **{
-    f'laws/mnist_{law}{passes.strip("_1")}.json':
-      f'{_LAWS}--config=configs/mnist.py --config.model.size=S/1/1 --config.epochs=5 {fields}'
+    f'laws/mnist_{law}{passes.strip("_1")}.json': _ON_MNIST + fields
     for law in ('normal', 'rademacher', 'hadamard')
     for passes, fields in _passes(law)
   },
-  'step_time/step_time.json':
-    'python experiments/bench/step_time.py --algorithms=BP,LG-BP,FG-A,LG-FG-W,LG-FG-A-paper',
-  'throughput/throughput.json':
-    'python experiments/bench/throughput.py --config.batch_size=64 --config.algorithm=LG-FG-A-paper',
+  'step_time/step_time.json': 'python experiments/bench/step_time.py --algorithms=BP,LG-BP,FG-A,LG-FG-W,LG-FG-A-paper',
+  'throughput/throughput.json': 'python experiments/bench/throughput.py --config.batch_size=64 --config.algorithm=LG-FG-A-paper',
 }
 FIGURES = {
   'table1': 'Table 1: variances of forward gradients',
