@@ -112,6 +112,9 @@ OLD_RUNS = (
 )
 _PROBE = 'python experiments/linear_probe.py --workdir=RUN'
 _LAWS = 'python experiments/compare.py --algorithms=LG-FG-A-paper --seeds=0,1,2,3,4 '
+_THROUGHPUT = (
+  'python experiments/bench/throughput.py --config.batch_size=64 --config.algorithm=LG-FG-A-paper'
+)
 _ON_MNIST = _LAWS + '--config=configs/mnist.py --config.model.size=S/1/1 --config.epochs=5 '
 
 
@@ -145,7 +148,7 @@ OLD_FILES = {
     for passes, fields in _passes(law)
   },
   'step_time/step_time.json': 'python experiments/bench/step_time.py --algorithms=BP,LG-BP,FG-A,LG-FG-W,LG-FG-A-paper',
-  'throughput/throughput.json': 'python experiments/bench/throughput.py --config.batch_size=64 --config.algorithm=LG-FG-A-paper',
+  'throughput/throughput.json': _THROUGHPUT,
 }
 FIGURES = {
   'table1': 'Table 1: variances of forward gradients',
