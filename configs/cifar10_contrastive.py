@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
   config.dataset = 'cifar10'
   config.loss = 'contrastive'
   config.model.size = 'M/8/16'
-  config.contrastive.min_area = 0.3    # forward gradients learn more from milder crops
+  config.contrastive.min_area = 0.3  # forward gradients learn more from milder crops
   config.optimizer.name = 'adam'
   config.optimizer.learning_rate = 1e-3
   config.optimizer.schedule = 'cosine'

@@ -18,7 +18,14 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from measurements import Layers, cut_error, error_of_direction, layer_error, learned_feedback, relative_error
+from measurements import (
+  Layers,
+  cut_error,
+  error_of_direction,
+  layer_error,
+  learned_feedback,
+  relative_error,
+)
 
 import lfg_jax
 from lfg_jax.estimators import tangents
@@ -59,9 +66,14 @@ def forward_derivative(figure: Figure) -> None:
 
   turn = jnp.linspace(0, 2 * math.pi, 200)
   for level in (0.25, 0.75, 1.72, 3, 4.7, 6.6):
-    left.plot(jnp.sqrt(level) * jnp.cos(turn), jnp.sqrt(level / 2) * jnp.sin(turn), color='0.85',
-              linewidth=0.8, zorder=0)
-  u = jnp.array([1.35, -0.42])    # of length √2, as the law `sphere` draws it in two dimensions
+    left.plot(
+      jnp.sqrt(level) * jnp.cos(turn),
+      jnp.sqrt(level / 2) * jnp.sin(turn),
+      color='0.85',
+      linewidth=0.8,
+      zorder=0,
+    )
+  u = jnp.array([1.35, -0.42])  # of length √2, as the law `sphere` draws it in two dimensions
   u = u * math.sqrt(2) / jnp.linalg.norm(u)
   slope = jax.jvp(f, (x,), (u,))[1]
   scale = 0.22
@@ -70,14 +82,24 @@ def forward_derivative(figure: Figure) -> None:
     (slope * u, 'estimate (g·u) u', ORANGE, (-0.35, -0.33)),
   ):
     end = x + scale * vector
-    left.annotate('', end, x, arrowprops={'arrowstyle': '-|>', 'color': color, 'linewidth': 2,
-                                          'shrinkA': 0, 'shrinkB': 0})
+    left.annotate(
+      '',
+      end,
+      x,
+      arrowprops={'arrowstyle': '-|>', 'color': color, 'linewidth': 2, 'shrinkA': 0, 'shrinkB': 0},
+    )
     left.text(end[0] + shift[0], end[1] + shift[1], text, color=color)
   left.axline(x, x + u, color=GREY, linewidth=0.8, linestyle=':')
   left.text(-0.45, 0.93, 'a random direction u', color=GREY, rotation=-17)
   left.plot(*x, 'ko')
-  left.set(title='One direction, one derivative', xlim=(-0.9, 2.5), ylim=(-0.6, 1.5), xticks=[],
-           yticks=[], aspect='equal')
+  left.set(
+    title='One direction, one derivative',
+    xlim=(-0.9, 2.5),
+    ylim=(-0.6, 1.5),
+    xticks=[],
+    yticks=[],
+    aspect='equal',
+  )
   left.spines[:].set_visible(False)
 
   mean = estimates.mean(0)
@@ -88,8 +110,13 @@ def forward_derivative(figure: Figure) -> None:
   right.text(g[0] + 0.35, g[1] - 0.35, 'gradient', color=BLUE)
   right.text(mean[0] - 0.1, mean[1] + 0.35, 'mean of 200', color='black', ha='center')
   right.text(-0.1, 5.2, 'single estimates', color=ORANGE, ha='right')
-  right.set(title='200 directions', xlabel='first entry', ylabel='second entry', aspect='equal',
-            xlim=(-4.2, 6))
+  right.set(
+    title='200 directions',
+    xlabel='first entry',
+    ylabel='second entry',
+    aspect='equal',
+    xlim=(-4.2, 6),
+  )
 
 
 def dimensions(figure: Figure) -> None:
@@ -103,8 +130,14 @@ def dimensions(figure: Figure) -> None:
     excess = [tangents.hadamard.excess(d, K) for d in own]
     left.plot(own, excess, color=color)
     label(left, own[-1], excess[-1], f'{K} pass{"es" if K > 1 else ""}', color)
-  left.set(title='Noise grows with the dimensions', xlabel='perturbed dimensions d', xscale='log',
-           yscale='log', ylabel='squared error / |g|²', xlim=(None, sizes[-1] * 8))
+  left.set(
+    title='Noise grows with the dimensions',
+    xlabel='perturbed dimensions d',
+    xscale='log',
+    yscale='log',
+    ylabel='squared error / |g|²',
+    xlim=(None, sizes[-1] * 8),
+  )
   plain(left.yaxis, 1, 10, 100, 1000)
   plain(left.xaxis, *sizes)
 
@@ -114,9 +147,14 @@ def dimensions(figure: Figure) -> None:
     right.plot(fans, points, 'o', color=color)
     right.plot(fans, lines, color=color)
     label(right, fans[-1], lines[-1], {'weight': 'weights', 'activity': 'activities'}[kind], color)
-  right.set(title=f'One layer, p inputs, {q} outputs, {batch} examples', xlabel='inputs p',
-            xscale='log', yscale='log', xlim=(None, fans[-1] * 6),
-            ylabel='variance / squared gradient')
+  right.set(
+    title=f'One layer, p inputs, {q} outputs, {batch} examples',
+    xlabel='inputs p',
+    xscale='log',
+    yscale='log',
+    xlim=(None, fans[-1] * 6),
+    ylabel='variance / squared gradient',
+  )
   plain(right.xaxis, *fans)
   plain(right.yaxis, 1, 10, 100)
 
@@ -135,8 +173,14 @@ def local_losses(figure: Figure) -> None:
     errors = [cut_error(cut, patches, channels, G) for G in groups]
     left.plot(groups, errors, 'o-', color=color)
     label(left, groups[-1], errors[-1], name, color)
-  left.set(title=f'{patches} patches, {channels} channels', xlabel='groups', xscale='log',
-           yscale='log', ylabel='squared error / |g|²', xlim=(None, groups[-1] * 40))
+  left.set(
+    title=f'{patches} patches, {channels} channels',
+    xlabel='groups',
+    xscale='log',
+    yscale='log',
+    ylabel='squared error / |g|²',
+    xlim=(None, groups[-1] * 40),
+  )
   plain(left.xaxis, *groups)
   plain(left.yaxis, 1, 10, 100)
 
@@ -148,8 +192,14 @@ def local_losses(figure: Figure) -> None:
     xs, ys = [r['groups'] for r in own], [r['temporaries_bytes'] / 2**20 for r in own]
     right.plot(xs, ys, 'o-', color=color)
     label(right, xs[-1], ys[-1], text, color)
-  right.set(title='64 patches, 512 channels, 16 examples', xlabel='groups', xscale='log',
-            yscale='log', ylabel='memory of the loss, MiB', xlim=(None, xs[-1] * 10))
+  right.set(
+    title='64 patches, 512 channels, 16 examples',
+    xlabel='groups',
+    xscale='log',
+    yscale='log',
+    ylabel='memory of the loss, MiB',
+    xlim=(None, xs[-1] * 10),
+  )
   plain(right.xaxis, *xs)
   plain(right.yaxis, 0.1, 1, 10, 100, 1000, 10000)
 
@@ -158,11 +208,15 @@ def less_noise(figure: Figure) -> None:
   """What each step from the paper's LG-FG-A to the default does to the three layers."""
   width, batch, classes = 16, 64, 10
   keys = jax.random.split(jax.random.key(6), 6)
-  layers = Layers(jax.random.normal(keys[0], (batch, width)),
-                  jax.random.normal(keys[1], (width, classes)) / math.sqrt(width),
-                  jax.random.randint(keys[2], (batch,), 0, classes))
-  params = {name: jax.random.normal(key, (width, width)) * math.sqrt(2 / width)
-            for name, key in zip(('first', 'second', 'third'), keys[3:], strict=True)}
+  layers = Layers(
+    jax.random.normal(keys[0], (batch, width)),
+    jax.random.normal(keys[1], (width, classes)) / math.sqrt(width),
+    jax.random.randint(keys[2], (batch,), 0, classes),
+  )
+  params = {
+    name: jax.random.normal(key, (width, width)) * math.sqrt(2 / width)
+    for name, key in zip(('first', 'second', 'third'), keys[3:], strict=True)
+  }
 
   feedback = learned_feedback(layers, params)
   back = lambda activities: layers.signal(activities['third']) @ feedback
@@ -172,18 +226,27 @@ def less_noise(figure: Figure) -> None:
     'one layer\nat a time': {'separate': True},
     'the last\nexact': last_exact,
     'a learned guess\nfor the second': {
-      **last_exact, 'guess': lambda activities, _: {'second': back(activities)}},
+      **last_exact,
+      'guess': lambda activities, _: {'second': back(activities)},
+    },
   }
-  errors = [relative_error(layers.losses, lambda p: layers.losses(p).mean(), params, **options)
-            for options in steps.values()]
+  errors = [
+    relative_error(layers.losses, lambda p: layers.losses(p).mean(), params, **options)
+    for options in steps.values()
+  ]
   axes = figure.subplots()
   for name, color in (('first', GREY), ('second', ORANGE), ('third', BLUE)):
     ys = [error[name] for error in errors]
     axes.plot(range(len(steps)), ys, 'o-', color=color)
     label(axes, len(steps) - 1, ys[-1], f'{name} layer', color)
-  axes.set(title='Three layers of 16 units under one loss, one pass', ylim=(-0.7, None),
-           xlim=(-0.3, len(steps) - 0.4), xticks=range(len(steps)), xticklabels=steps,
-           ylabel='squared error / |g|²')
+  axes.set(
+    title='Three layers of 16 units under one loss, one pass',
+    ylim=(-0.7, None),
+    xlim=(-0.3, len(steps) - 0.4),
+    xticks=range(len(steps)),
+    xticklabels=steps,
+    ylabel='squared error / |g|²',
+  )
 
 
 def plain(axis: Axis, *ticks: float) -> None:

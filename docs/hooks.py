@@ -34,7 +34,9 @@ class Doctests(griffe.Extension):
 
   def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
     if obj.docstring:
-      obj.docstring.value = DOCTEST.sub(lambda lines: fenced('pycon', lines[0]), obj.docstring.value)
+      obj.docstring.value = DOCTEST.sub(
+        lambda lines: fenced('pycon', lines[0]), obj.docstring.value
+      )
 
 
 def on_config(config: Any) -> None:

@@ -34,8 +34,9 @@ def layer_error(kind: str, p: int, q: int, batch: int) -> tuple[float, float]:
   law = tangents.rademacher
   estimate = layer.estimate(kind, lfg_jax.Sampling(law), batch)
   measured = variance.measure(estimate, layer.truth, jax.random.key(3), 2000)
-  predicted = variance.predicted(kind, law, 1, shared=False, batch=batch, p=p, q=q, V=layer.V,
-                                 S=layer.S)
+  predicted = variance.predicted(
+    kind, law, 1, shared=False, batch=batch, p=p, q=q, V=layer.V, S=layer.S
+  )
   return float(measured.squared_error) / layer.S, predicted / layer.S
 
 
@@ -53,15 +54,20 @@ def cut_error(cut: Cut, patches: int, channels: int, groups: int) -> float:
     z = (x @ params['w']).reshape(batch, patches, groups, channels // groups)
     h = jax.nn.relu(lfg_jax.tap(z, 'h', local_axes=local_axes, active=z > 0))
     kernel = head.reshape(groups, channels // groups, classes)
-    linear, targets = {'kernel': kernel, 'bias': jnp.zeros(classes)}, Targets(labels, jnp.ones(batch))
+    linear, targets = (
+      {'kernel': kernel, 'bias': jnp.zeros(classes)},
+      Targets(labels, jnp.ones(batch)),
+    )
     return replicated_loss(cross_entropy, h, linear, targets, cut)
+
   # The sum of all copies has the gradient of the plain loss.
   objective = lambda params: losses(params).sum() / batch
   return relative_error(losses, objective, {'w': w}, mixes_examples=False)['w']
 
 
-def relative_error(losses: Callable, objective: Callable, params: Params, **options: Any
-                   ) -> dict[str, float]:
+def relative_error(
+  losses: Callable, objective: Callable, params: Params, **options: Any
+) -> dict[str, float]:
   """For every layer, the mean over 400 draws of the squared error over |g|²."""
   truth = jax.grad(objective)(params)
   run = lfg_jax.value_and_activity_grad(losses, **options)

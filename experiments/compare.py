@@ -26,17 +26,26 @@ def main(arguments: list[str]) -> None:
   parser.names('algorithms', None, rules.REGISTRY, required=True)
   options, config = command_line.parse(parser, arguments)
   out = options.out or pathlib.Path('runs', pathlib.Path(options.config).stem + '-comparison')
-  variants = {(name, seed): _variant(config, name, seed)
-              for seed in options.seeds for name in options.algorithms}
-  for name in options.algorithms:    # all mistakes before any long work
+  variants = {
+    (name, seed): _variant(config, name, seed)
+    for seed in options.seeds
+    for name in options.algorithms
+  }
+  for name in options.algorithms:  # all mistakes before any long work
     prepare(variants[name, options.seeds[0]])
   results.claim(out, NAME, 'a comparison')
   folder = results.Folder(out, __file__, arguments)
   for (name, seed), variant in variants.items():
     print(f'{name}, seed {seed}:')
     train(prepare(variant), out / f'{name}-seed{seed}')
-    report(folder, [(name, seed) for name, seed in variants
-                    if (out / f'{name}-seed{seed}' / 'summary.json').exists()])
+    report(
+      folder,
+      [
+        (name, seed)
+        for name, seed in variants
+        if (out / f'{name}-seed{seed}' / 'summary.json').exists()
+      ],
+    )
   print((out / f'{NAME}.md').read_text())
 
 
@@ -51,30 +60,50 @@ def report(folder: results.Folder, runs: list[tuple[str, int]]) -> None:
   workdirs: dict[str, list[pathlib.Path]] = {}
   for name, seed in runs:
     workdirs.setdefault(name, []).append(folder.path / f'{name}-seed{seed}')
-  rows = [summarize(name, [json.loads((workdir / 'summary.json').read_text()) for workdir in own])
-          for name, own in workdirs.items()]
+  rows = [
+    summarize(name, [json.loads((workdir / 'summary.json').read_text()) for workdir in own])
+    for name, own in workdirs.items()
+  ]
   folder.write(NAME, rows=rows)
   run_log.write_atomically(folder.path / f'{NAME}.md', table(rows))
-  plots.curves(folder.path / 'curves.png',
-               {name: [run_log.read_rows(workdir / 'metrics.jsonl') for workdir in own]
-                for name, own in workdirs.items()})
+  plots.curves(
+    folder.path / 'curves.png',
+    {
+      name: [run_log.read_rows(workdir / 'metrics.jsonl') for workdir in own]
+      for name, own in workdirs.items()
+    },
+  )
 
 
 def summarize(algorithm: str, summaries: list[dict[str, Any]]) -> dict[str, Any]:
   """A row; what all seeds have in common is taken from the first."""
-  return {'algorithm': algorithm, 'seeds': len(summaries), **results.over_seeds(summaries),
-          **{key: summaries[0][key] for key in ('model', 'dataset', 'parameters', 'steps')}}
+  return {
+    'algorithm': algorithm,
+    'seeds': len(summaries),
+    **results.over_seeds(summaries),
+    **{key: summaries[0][key] for key in ('model', 'dataset', 'parameters', 'steps')},
+  }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
   """In markdown."""
   first = rows[0]
-  cells = [[row['algorithm'], results.percent(row), f'{100 * row["train_error"]:.2f}',
-            f'{row["seconds"]:.0f}', str(row['seeds'])] for row in rows]
+  cells = [
+    [
+      row['algorithm'],
+      results.percent(row),
+      f'{100 * row["train_error"]:.2f}',
+      f'{row["seconds"]:.0f}',
+      str(row['seeds']),
+    ]
+    for row in rows
+  ]
   head = 'algorithm | test error | train error | seconds | seeds'
-  return (f'{first["model"]} on {first["dataset"]}, {first["steps"]} steps; errors in %, '
-          '± standard error over seeds; training error: mean over the last epoch, while it was '
-          f'learnt.\n\n{results.in_table(head, cells)}\n')
+  return (
+    f'{first["model"]} on {first["dataset"]}, {first["steps"]} steps; errors in %, '
+    '± standard error over seeds; training error: mean over the last epoch, while it was '
+    f'learnt.\n\n{results.in_table(head, cells)}\n'
+  )
 
 
 if __name__ == '__main__':

@@ -42,11 +42,15 @@ def main(arguments: list[str]) -> None:
   options = parser.parse_args(arguments)
   job, state = load(options.workdir, options.data_dir)
   if options.pairs and job.config.loss != 'contrastive':
-    raise UserError(f'--pairs is {options.pairs}, and {options.workdir} has a {job.config.loss} '
-                    'run, which has no views; allowed: 0')
+    raise UserError(
+      f'--pairs is {options.pairs}, and {options.workdir} has a {job.config.loss} '
+      'run, which has no views; allowed: 0'
+    )
   if not isinstance(job.dataset.train, data.Arrays):
-    raise UserError(f'{job.config.dataset} is a stream; the probe keeps all features in memory, '
-                    'and is for data sets that fit')
+    raise UserError(
+      f'{job.config.dataset} is a stream; the probe keeps all features in memory, '
+      'and is for data sets that fit'
+    )
   folder = results.Folder(options.workdir, __file__, arguments)
   found = probe(first_images(job, options.images), {'params': state.params, **state.rest}, options)
   report = {'step': int(state.step), **found}
@@ -56,28 +60,39 @@ def main(arguments: list[str]) -> None:
 
 def probe(job: Job, variables: dict, options: argparse.Namespace) -> dict[str, Any]:
   """Errors of the fit and of the online read-out; writes the features into the run's folder."""
-  train_x, train_y = (view_features(job, variables, options.pairs) if options.pairs else
-                      features(job, variables, job.dataset.train))
+  train_x, train_y = (
+    view_features(job, variables, options.pairs)
+    if options.pairs
+    else features(job, variables, job.dataset.train)
+  )
   test_x, test_y = features(job, variables, job.dataset.test)
-  np.savez(options.workdir / 'features.npz', train_x=train_x, train_y=train_y, test_x=test_x,
-           test_y=test_y)
+  np.savez(
+    options.workdir / 'features.npz', train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y
+  )
   fitted = fit(train_x, train_y, job.dataset.classes, options.l2, options.iterations)
   read_out = variables['params']['readout']['linear']
   online = np.asarray(read_out['kernel']), np.asarray(read_out['bias'])
   error = lambda x, y, kernel, bias: float(np.mean((x @ kernel + bias).argmax(-1) != y))
   test_error = error(test_x, test_y, *fitted)
-  return {'train_error': error(train_x, train_y, *fitted), 'test_error': test_error,
-          'standard_error': float(np.sqrt(test_error * (1 - test_error) / len(test_y))),
-          'online_test_error': error(test_x, test_y, *online),
-          'images': job.dataset.train.examples, 'pairs': options.pairs, 'l2': options.l2,
-          'iterations': options.iterations}
+  return {
+    'train_error': error(train_x, train_y, *fitted),
+    'test_error': test_error,
+    'standard_error': float(np.sqrt(test_error * (1 - test_error) / len(test_y))),
+    'online_test_error': error(test_x, test_y, *online),
+    'images': job.dataset.train.examples,
+    'pairs': options.pairs,
+    'l2': options.l2,
+    'iterations': options.iterations,
+  }
 
 
 def features(job: Job, variables: dict, split: data.Arrays) -> tuple[np.ndarray, np.ndarray]:
   """Of the images of a split, some at a time: [N, C], and labels [N]."""
   image_NxHxWxC, label_N = split
   run = jax.jit(lambda image: job.algorithm.features(variables, image))
-  return np.concatenate([run(image_NxHxWxC[n:n + BATCH]) for n in range(0, len(label_N), BATCH)]), np.asarray(label_N)
+  return np.concatenate(
+    [run(image_NxHxWxC[n : n + BATCH]) for n in range(0, len(label_N), BATCH)]
+  ), np.asarray(label_N)
 
 
 def view_features(job: Job, variables: dict, pairs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -88,17 +103,26 @@ def view_features(job: Job, variables: dict, pairs: int) -> tuple[np.ndarray, np
   key_RxN = jax.random.split(key, (pairs, len(label_N)))
   views = functools.partial(augmentation.views, min_area=job.config.contrastive.min_area)
   run = jax.jit(lambda keys, image: job.algorithm.features(variables, views(keys, image)))
-  x = [run(key_N[n:n + BATCH], image_NxHxWxC[n:n + BATCH]) for key_N in key_RxN for n in range(0, len(label_N), BATCH)]
+  x = [
+    run(key_N[n : n + BATCH], image_NxHxWxC[n : n + BATCH])
+    for key_N in key_RxN
+    for n in range(0, len(label_N), BATCH)
+  ]
   return np.concatenate(x), np.tile(np.repeat(label_N, info_nce.VIEWS), pairs)
 
 
-def fit(x_NxC: np.ndarray, y_N: np.ndarray, classes: int, l2: float, iterations: int) -> tuple[np.ndarray, np.ndarray]:
+def fit(
+  x_NxC: np.ndarray, y_N: np.ndarray, classes: int, l2: float, iterations: int
+) -> tuple[np.ndarray, np.ndarray]:
   """Logistic regression by L-BFGS on all examples: the minimum of mean cross-entropy + l2 |W|²/2."""
   x, y = jnp.asarray(x_NxC), jnp.asarray(y_N)
 
   def loss(params: tuple[jax.Array, jax.Array]) -> jax.Array:
     kernel, bias = params
-    return optax.softmax_cross_entropy_with_integer_labels(x @ kernel + bias, y).mean() + l2 * (kernel**2).sum() / 2
+    return (
+      optax.softmax_cross_entropy_with_integer_labels(x @ kernel + bias, y).mean()
+      + l2 * (kernel**2).sum() / 2
+    )
 
   optimizer = optax.lbfgs()
 
@@ -109,7 +133,9 @@ def fit(x_NxC: np.ndarray, y_N: np.ndarray, classes: int, l2: float, iterations:
     return (optax.apply_updates(params, updates), state), None
 
   start = (jnp.zeros((x.shape[1], classes)), jnp.zeros(classes))
-  kernel, bias = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), None, iterations)[0][0])(start)
+  kernel, bias = jax.jit(
+    lambda p: jax.lax.scan(step, (p, optimizer.init(p)), None, iterations)[0][0]
+  )(start)
   return np.asarray(kernel), np.asarray(bias)
 
 

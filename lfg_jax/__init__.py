@@ -21,8 +21,17 @@ exact_sums.ensure()
 __version__ = '0.1.0'
 _LATER = ('losses', 'models', 'data', 'training')
 
-__all__ = ['Sampling', '__version__', 'diagnose', 'estimators', 'forward_grad', 'mark', 'tap',
-           'value_and_activity_grad', 'value_and_forward_grad']
+__all__ = [
+  'Sampling',
+  '__version__',
+  'diagnose',
+  'estimators',
+  'forward_grad',
+  'mark',
+  'tap',
+  'value_and_activity_grad',
+  'value_and_forward_grad',
+]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-LOST = 75    # exit code of a process that lost another one: try again (EX_TEMPFAIL of sysexits.h)
+LOST = 75  # exit code of a process that lost another one: try again (EX_TEMPFAIL of sysexits.h)
 
 
 class UserError(Exception):
@@ -13,6 +13,7 @@ class UserError(Exception):
   Attributes:
     exit_code: of a program that ends with it.
   """
+
   exit_code = 2
 
 

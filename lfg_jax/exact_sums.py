@@ -40,4 +40,6 @@ def ensure() -> None:
   if xla_bridge.backends_are_initialized() and xla_bridge.get_backend().platform == 'cpu':
     warnings.warn(
       f'JAX was used before lfg_jax was imported: with jaxlib {jaxlib.__version__} sums of products '
-      f'may be wrong on CPUs; import lfg_jax first, or set XLA_FLAGS={FLAG}=', stacklevel=3)
+      f'may be wrong on CPUs; import lfg_jax first, or set XLA_FLAGS={FLAG}=',
+      stacklevel=3,
+    )

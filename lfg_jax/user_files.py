@@ -54,6 +54,6 @@ def _run(file: pathlib.Path, content: bytes) -> ModuleType:
   spec = importlib.util.spec_from_file_location(f'user_file.{file.stem}', file)
   assert spec and spec.loader
   module = importlib.util.module_from_spec(spec)
-  sys.modules[spec.name] = module    # dataclasses look there for the names in their annotations
+  sys.modules[spec.name] = module  # dataclasses look there for the names in their annotations
   spec.loader.exec_module(module)
   return module

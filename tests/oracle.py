@@ -8,7 +8,9 @@ def layer_norm(x):
   return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
 
 
-def naive_replicated_loss(features_BxPxGxC, kernel_GxCxK, bias_K, label_B, cut_patch=True, cut_group=True):
+def naive_replicated_loss(
+  features_BxPxGxC, kernel_GxCxK, bias_K, label_B, cut_patch=True, cut_group=True
+):
   """P·G copies of the features, all but one entry of each behind a stop-gradient."""
   _, P, G, _ = features_BxPxGxC.shape
   same_patch = jnp.eye(P, dtype=bool) if cut_patch else jnp.ones((1, P), bool)
@@ -36,8 +38,9 @@ def mixed(x_BxPxC, kernel):
   side, k = round(P**0.5), kernel.shape[0]
   around = (k // 2, k // 2)
   grid = jnp.pad(x_BxPxC.reshape(B, side, side, C), ((0, 0), around, around, (0, 0)))
-  return sum(grid[:, i:i + side, j:j + side] * kernel[i, j, 0]
-             for i in range(k) for j in range(k)).reshape(B, P, C)
+  return sum(
+    grid[:, i : i + side, j : j + side] * kernel[i, j, 0] for i in range(k) for j in range(k)
+  ).reshape(B, P, C)
 
 
 def block(params, x, groups, mix, without=None):
@@ -71,8 +74,19 @@ def unstack(params):
   return out
 
 
-def objective(params, tokens, label, weight, groups, *, local, cut, loss=naive_replicated_loss, without=None,
-              ahead=None):
+def objective(
+  params,
+  tokens,
+  label,
+  weight,
+  groups,
+  *,
+  local,
+  cut,
+  loss=naive_replicated_loss,
+  without=None,
+  ahead=None,
+):
   """What LG-BP (local, cut), L-BP (local) and BP descend: sum over replicas, weighted sum over examples.
 
   `ahead` has the block through which each head looks, by stack; None: heads read their own block's output.
@@ -89,5 +103,7 @@ def objective(params, tokens, label, weight, groups, *, local, cut, loss=naive_r
       value += (replicas.mean((1, 2)) * weight).sum()
   x = jax.lax.stop_gradient(x) if local else x
   linear = params['readout']['linear']
-  log_p = jax.nn.log_softmax(norm('readout', without, x.mean(1)) @ linear['kernel'] + linear['bias'])
+  log_p = jax.nn.log_softmax(
+    norm('readout', without, x.mean(1)) @ linear['kernel'] + linear['bias']
+  )
   return value - (jnp.take_along_axis(log_p, label[:, None], -1)[:, 0] * weight).sum()

@@ -14,14 +14,16 @@ import orbax.checkpoint as ocp
 from lfg_jax.training import configs
 
 ROOT = pathlib.Path(__file__).parent.parent
-STEPS = 23    # of an epoch: 1,438 images, 64 at a time
+STEPS = 23  # of an epoch: 1,438 images, 64 at a time
 
 
 def tiny(**fields: Any) -> Any:
   """configs/digits.py with a small model; `fields` have dots as double underscores."""
   config = configs.load(str(ROOT / 'configs' / 'digits.py'))
   changes = {'model.size': 'S/1/2', 'model.channels': 16, 'epochs': 2, 'batch_size': 64}
-  config.update_from_flattened_dict({**changes, **{name.replace('__', '.'): v for name, v in fields.items()}})
+  config.update_from_flattened_dict(
+    {**changes, **{name.replace('__', '.'): v for name, v in fields.items()}}
+  )
   return config
 
 
@@ -38,11 +40,21 @@ def script(name: str) -> dict[str, Any]:
 
 def start(script: str, *arguments: Any) -> subprocess.Popen:
   """A process of experiments/SCRIPT, on one device. It takes what was compiled before, as all tests do."""
-  environment = {**os.environ, 'CI': '1', 'XLA_FLAGS': ' '.join(
-      flag for flag in os.environ['XLA_FLAGS'].split() if 'device_count' not in flag)}
+  environment = {
+    **os.environ,
+    'CI': '1',
+    'XLA_FLAGS': ' '.join(
+      flag for flag in os.environ['XLA_FLAGS'].split() if 'device_count' not in flag
+    ),
+  }
   command = [sys.executable, ROOT / 'experiments' / script, *arguments]
-  return subprocess.Popen([str(part) for part in command], env=environment, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True)
+  return subprocess.Popen(
+    [str(part) for part in command],
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 def state(workdir: pathlib.Path, part: str | None = None) -> list[np.ndarray]:

@@ -28,8 +28,14 @@ def small(side=2, groups=4, channels=16, blocks=3, batch=4, classes=5, dtype=jnp
   The same model for the same arguments, which nobody changes.
   """
   image_shape = (2 * side, 2 * side, 1)
-  spec = mixer_spec(f'S/{side}/{groups}', image_shape=image_shape, classes=classes, channels=channels,
-                    blocks=blocks, **style)
+  spec = mixer_spec(
+    f'S/{side}/{groups}',
+    image_shape=image_shape,
+    classes=classes,
+    channels=channels,
+    blocks=blocks,
+    **style,
+  )
   prepare = functools.partial(patches, side=side, mean=(0.5,), std=(0.3,))
   rng = np.random.default_rng(1)
   image = jnp.asarray(rng.integers(0, 256, (batch, *image_shape)), jnp.uint8)
@@ -39,10 +45,18 @@ def small(side=2, groups=4, channels=16, blocks=3, batch=4, classes=5, dtype=jnp
   algorithm = algorithms.compose(rules.REGISTRY['BP'], rules.Options(), model)
   # By shape alone: compiling the network's own initialisation takes seconds.
   shapes = jax.eval_shape(algorithm.init, jax.random.key(0))
-  params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), dtype), shapes['params'])
-  guess = {name: {layer: {'kernel': jnp.asarray(0.4 * rng.normal(size=block[layer]['kernel'].shape), dtype)}
-                  for layer in ('channel', 'group') if layer == 'group' or 'token' in block}
-           for name, block in params.items() if 'group' in block}
+  params = jax.tree.map(
+    lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), dtype), shapes['params']
+  )
+  guess = {
+    name: {
+      layer: {'kernel': jnp.asarray(0.4 * rng.normal(size=block[layer]['kernel'].shape), dtype)}
+      for layer in ('channel', 'group')
+      if layer == 'group' or 'token' in block
+    }
+    for name, block in params.items()
+    if 'group' in block
+  }
   ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, dtype), shapes)
   variables = {**ones, 'params': params, 'guess': guess}
   return Small(spec, prepare, model, Batch(image, label, weight), variables)
@@ -61,7 +75,7 @@ def gradient(s, name, key=None, **options):
     return run()
   of = (id(s.variables), name, *sorted(options.items()))
   if of not in _exact:
-    _exact[of] = s.variables, run()    # as long as the variables live, their id is theirs
+    _exact[of] = s.variables, run()  # as long as the variables live, their id is theirs
   return jax.tree.map(lambda leaf: leaf, _exact[of][1])
 
 
@@ -79,7 +93,9 @@ def relative_error(a, b, floor=0.01):
 
   (A bias before a norm that removes it has a gradient of exactly zero.)
   """
-  leaves = [(np.asarray(a, np.float64), np.asarray(b, np.float64))
-            for a, b in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+  leaves = [
+    (np.asarray(a, np.float64), np.asarray(b, np.float64))
+    for a, b in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  ]
   least = floor * np.sqrt(sum((b**2).sum() for _, b in leaves))
   return max(np.linalg.norm(a - b) / max(np.linalg.norm(b), least) for a, b in leaves)

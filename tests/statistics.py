@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SINGLE = 4.0     # one number: beyond it by chance once in 16,000
-ROW = 3.0        # one number, where the test must see twice the value as wrong: once in 370
-SIGMAS = 4.5     # the largest of up to 1,000 numbers: once in 150
-LARGEST = 5.5    # the largest of all M parameters of a small network: with probability M·4e-8
-LEAF = 6.0       # an r.m.s. z over n numbers, which is 1 ± 1/√(2n)
-SKEWNESS = 0.1   # added to 1 there: the law of a mean of estimates is not quite normal (2nd order in 1/√draws)
-RMS = 1.5        # an r.m.s. z over all numbers of a small network
+SINGLE = 4.0  # one number: beyond it by chance once in 16,000
+ROW = 3.0  # one number, where the test must see twice the value as wrong: once in 370
+SIGMAS = 4.5  # the largest of up to 1,000 numbers: once in 150
+LARGEST = 5.5  # the largest of all M parameters of a small network: with probability M·4e-8
+LEAF = 6.0  # an r.m.s. z over n numbers, which is 1 ± 1/√(2n)
+SKEWNESS = 0.1  # added to 1 there: the law of a mean of estimates is not quite normal (2nd order in 1/√draws)
+RMS = 1.5  # an r.m.s. z over all numbers of a small network
 
 DRAWS, CHUNK = 20_480, 256
 # Joins the standard error. Where gradient and estimates are zero but for float32's last bits (a bias before a norm that
@@ -23,7 +23,7 @@ ROUNDING = 1e-6
 
 def standard_error(samples):
   """Of the mean over the first axis."""
-  return np.asarray(samples).std(0, ddof=1) / len(samples)**0.5
+  return np.asarray(samples).std(0, ddof=1) / len(samples) ** 0.5
 
 
 def z_of_mean(samples, expected, rounding=1e-9):
@@ -35,7 +35,11 @@ def z_of_mean(samples, expected, rounding=1e-9):
 def is_mean(samples, expected, sigmas=SINGLE, slack=0.0):
   """Whether means are as expected, up to `sigmas` standard errors, and `slack` for rounding."""
   samples = np.asarray(samples)
-  return bool((np.abs(samples.mean(0) - np.asarray(expected)) <= sigmas * standard_error(samples) + slack).all())
+  return bool(
+    (
+      np.abs(samples.mean(0) - np.asarray(expected)) <= sigmas * standard_error(samples) + slack
+    ).all()
+  )
 
 
 # --- gradients of a network -----------------------------------------------------------------------
@@ -43,6 +47,7 @@ def is_mean(samples, expected, sigmas=SINGLE, slack=0.0):
 
 def z_scores(run, target):
   """[n] per leaf: (mean - target) / standard error, over DRAWS draws of `run(key) -> gradient`."""
+
   @jax.jit
   def moments(key, shift):
     draws = jax.vmap(run)(jax.random.split(key, CHUNK))
@@ -51,7 +56,9 @@ def z_scores(run, target):
 
   total = None
   for i in range(DRAWS // CHUNK):
-    part = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), moments(jax.random.key(i), target))
+    part = jax.tree.map(
+      lambda leaf: np.asarray(leaf, np.float64), moments(jax.random.key(i), target)
+    )
     total = part if total is None else jax.tree.map(np.add, total, part)
 
   def z(pair):

@@ -11,12 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lfg_jax import tap, value_and_activity_grad
 from lfg_jax.estimators import tangents
-from lfg_jax.losses.replicated import (
-  Cut,
-  head_outputs,
-  replicate,
-  replicated_loss,
-)
+from lfg_jax.losses.replicated import Cut, head_outputs, replicate, replicated_loss
 from lfg_jax.losses.row_losses import cross_entropy
 from lfg_jax.losses.targets import Targets
 from tests.bare import (
@@ -148,6 +143,7 @@ def test_the_function_is_traced_once():
 @pytest.mark.slow
 def temporaries(f, layers):
   """Bytes that XLA needs besides the arguments, of a deep network whose layers have taps."""
+
   def fun(ws, x):
     for n, w in enumerate(ws):
       x = jnp.tanh(tap(x @ w, str(n)))
@@ -200,7 +196,7 @@ def test_cross_entropy_of_integer_labels_keeps_the_examples_apart():
 def test_a_fused_loss_is_local_by_its_derivative_rule():
   """Its value mixes patches and groups; its derivative, on which the credit rests, does not."""
   keys = jax.random.split(jax.random.key(1), 4)
-  x = jax.random.normal(keys[0], (3, 2, 4, 4))    # examples, patches, groups, channels
+  x = jax.random.normal(keys[0], (3, 2, 4, 4))  # examples, patches, groups, channels
   w, head = jax.random.normal(keys[1], (4, 4, 4)), jax.random.normal(keys[2], (4, 4, 5))
   targets = Targets(jnp.arange(3), jnp.ones(3))
 
@@ -223,9 +219,13 @@ def test_a_fused_loss_is_local_by_its_derivative_rule():
 
 def test_a_guess_knows_the_activities_of_all_taps():
   """Also of one that is not perturbed. Here the guess is the gradient, and nothing is left to estimate."""
-  x, first, second = (jax.random.normal(key, shape) for key, shape in
-                      zip(jax.random.split(jax.random.key(0), 3), [(4, 3), (3, 5), (5, 2)], strict=True))
-  losses = lambda w: (tap(tap(x @ w, 'first') @ second, 'second')**2).sum(-1)
+  x, first, second = (
+    jax.random.normal(key, shape)
+    for key, shape in zip(
+      jax.random.split(jax.random.key(0), 3), [(4, 3), (3, 5), (5, 2)], strict=True
+    )
+  )
+  losses = lambda w: (tap(tap(x @ w, 'first') @ second, 'second') ** 2).sum(-1)
   guess = lambda activities, w: {'first': 2 * activities['second'] @ second.T / len(x)}
   estimate = value_and_activity_grad(losses, separate=True, taps=('first',), guess=guess)
   exact = jax.grad(lambda w: losses(w).mean())(first)

@@ -51,8 +51,9 @@ def one_by_one(name, params, ahead):
   for stack, after in zip(model.stacks, next_stacks(model.stacks), strict=True):
     for n in range(stack.count):
       own = nth(stack, params[stack.name], n)
-      block = functools.partial(stack.block, {'params': own}, jax.lax.stop_gradient(x), TARGETS,
-                                name='', last=False)
+      block = functools.partial(
+        stack.block, {'params': own}, jax.lax.stop_gradient(x), TARGETS, name='', last=False
+      )
       x, losses, _ = block(cut=None if after else Cut())
       if after:
         through = {**nth(stack, ahead[stack.name], n), 'head': own['head']}
@@ -75,7 +76,7 @@ def test_the_exact_gradient_is_that_of_the_blocks_one_by_one(name):
   objective = of_mixer if name == 'mixer' else functools.partial(one_by_one, name)
   plain = jax.jit(jax.grad(objective))
   exact = plain(variables['params'], variables['ahead'])
-  assert relative_error(gradient(name, 'LG-BP'), exact) < 2e-4    # float32; in float64 1e-13
+  assert relative_error(gradient(name, 'LG-BP'), exact) < 2e-4  # float32; in float64 1e-13
   elsewhere = jax.tree.map(jnp.negative, variables['ahead'])
   assert relative_error(plain(variables['params'], elsewhere), exact) > 0.1
 
@@ -97,7 +98,7 @@ def test_the_taps_are_those_of_the_block_itself(name):
 
   assert taps(look_ahead(plain, bounded=True)) == taps(plain)
   for tap in taps(look_ahead(plain)).values():
-    assert tap.local_axes == 1    # activities of all patches and groups meet in the average
+    assert tap.local_axes == 1  # activities of all patches and groups meet in the average
 
 
 def keep_credit(monkeypatch):
@@ -106,9 +107,14 @@ def keep_credit(monkeypatch):
   monkeypatch.setattr(algorithms, 'look_ahead', kept)
 
 
-@pytest.mark.parametrize(('name', 'rule', 'passes'), [
-  ('mlp', 'LG-FG-A-paper', 8), ('mlp', 'LG-FG-A', 4),
-  pytest.param('mixer', 'LG-FG-A', 8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  ('name', 'rule', 'passes'),
+  [
+    ('mlp', 'LG-FG-A-paper', 8),
+    ('mlp', 'LG-FG-A', 4),
+    pytest.param('mixer', 'LG-FG-A', 8, marks=pytest.mark.slow),
+  ],
+)
 def test_as_many_orthogonal_tangents_as_dimensions_are_exact(name, rule, passes):
   """Of the whole example where all taps are perturbed; of patch and group if the last is exact."""
   exact = gradient(name, 'LG-BP')
@@ -162,8 +168,9 @@ def test_contrastive_heads_can_look_ahead():
 
 
 def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
-  config = tiny(algorithm='LG-BP', losses__head_ahead=True, losses__head_average=0.9,
-                steps_per_dispatch=1)
+  config = tiny(
+    algorithm='LG-BP', losses__head_ahead=True, losses__head_average=0.9, steps_per_dispatch=1
+  )
   configs.use_model(config, 'mlp', channels=8, groups=2)
   job = prepare(config)
   run, state = functions.build(*job)
@@ -176,7 +183,7 @@ def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, 
     return {'stem': jax.tree.map(lambda leaf: leaf[0], blocks), 'blocks': at(1, 1)}
 
   jax.tree.map(np.testing.assert_array_equal, state.rest['ahead'], following(state.params))
-  state = run.steps(state, 1, inputs)    # heads are zero before, and send no signal
+  state = run.steps(state, 1, inputs)  # heads are zero before, and send no signal
   old = jax.device_get(state)
   state = run.steps(state, 1, inputs)
   new = jax.device_get(state)
@@ -197,15 +204,27 @@ def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, 
   jax.tree.map(np.testing.assert_array_equal, begun.rest['ahead'], following(new.params))
 
 
-@pytest.mark.parametrize(('fields', 'message'), [
-  ({'losses__head_average': 1.0}, r'losses\.head_average is 1\.0; allowed: 0 … 1, without 1'),
-  ({'algorithm': 'BP'}, 'allowed: False, or one of L-BP, LG-BP, LG-FG-W, LG-FG-A, LG-FG-A-paper'),
-  ({'algorithm': 'LG-FA'}, 'losses.head_ahead=True is for rules with local losses, but not for feed'),
-  ({'algorithm': 'LG-FD-A'}, 'losses.head_ahead=True is for rules with local losses, but not for'),
-  ({'model__norm': 'batch'}, "no average of the statistics of model.norm='batch'; allowed with"),
-  ({'model__size': 'S/1/2'}, 'the next block, and the model has one block; allowed: False, or more'),
-  ({'stages': 2}, 'losses.head_ahead=True lets every block learn from the next one; allowed: 1'),
-])
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'losses__head_average': 1.0}, r'losses\.head_average is 1\.0; allowed: 0 … 1, without 1'),
+    ({'algorithm': 'BP'}, 'allowed: False, or one of L-BP, LG-BP, LG-FG-W, LG-FG-A, LG-FG-A-paper'),
+    (
+      {'algorithm': 'LG-FA'},
+      'losses.head_ahead=True is for rules with local losses, but not for feed',
+    ),
+    (
+      {'algorithm': 'LG-FD-A'},
+      'losses.head_ahead=True is for rules with local losses, but not for',
+    ),
+    ({'model__norm': 'batch'}, "no average of the statistics of model.norm='batch'; allowed with"),
+    (
+      {'model__size': 'S/1/2'},
+      'the next block, and the model has one block; allowed: False, or more',
+    ),
+    ({'stages': 2}, 'losses.head_ahead=True lets every block learn from the next one; allowed: 1'),
+  ],
+)
 def test_what_cannot_look_ahead_is_one_line(fields, message):
   with pytest.raises(UserError, match=message) as caught:
     prepare(tiny(**{'model__size': 'S/2/2', 'losses__head_ahead': True, **fields}))

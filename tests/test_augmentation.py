@@ -16,7 +16,7 @@ from lfg_jax.data.augmentation import Chances
 from tests.statistics import SINGLE, is_mean
 
 NEVER = Chances(0.0, 0.0, 0.0, 0.0, 0.0)
-STEP = 1 / 255    # Pillow rounds to whole numbers, sometimes twice
+STEP = 1 / 255  # Pillow rounds to whole numbers, sometimes twice
 
 
 @functools.cache
@@ -32,15 +32,21 @@ def against_pillow(found, picture, steps=1.0):
   np.testing.assert_allclose(found, floats(picture), atol=(steps + 0.01) * STEP)
 
 
-photographs = pytest.mark.parametrize('picture', [photograph('china.jpg'), photograph('flower.jpg')],
-                                      ids=['china', 'flower'])
+photographs = pytest.mark.parametrize(
+  'picture', [photograph('china.jpg'), photograph('flower.jpg')], ids=['china', 'flower']
+)
 
 
 @photographs
 @pytest.mark.parametrize('amount', [0.6, 0.9, 1.4])
-@pytest.mark.parametrize(('change', 'pillow'), [
-    (augmentation.brightness, ImageEnhance.Brightness), (augmentation.contrast, ImageEnhance.Contrast),
-    (augmentation.saturation, ImageEnhance.Color)])
+@pytest.mark.parametrize(
+  ('change', 'pillow'),
+  [
+    (augmentation.brightness, ImageEnhance.Brightness),
+    (augmentation.contrast, ImageEnhance.Contrast),
+    (augmentation.saturation, ImageEnhance.Color),
+  ],
+)
 def test_blends_are_pillows(change, pillow, amount, picture):
   found = change(floats(picture), amount)
   against_pillow(found, pillow(picture).enhance(amount), steps=2)
@@ -52,7 +58,9 @@ def test_blends_are_pillows(change, pillow, amount, picture):
 def test_hue_turns_the_circle_of_colours(amount, picture):
   hsv = matplotlib.colors.rgb_to_hsv(floats(picture).astype(np.float64))
   hsv[..., 0] = (hsv[..., 0] + amount) % 1
-  np.testing.assert_allclose(augmentation.hue(floats(picture), amount), matplotlib.colors.hsv_to_rgb(hsv), atol=1e-4)
+  np.testing.assert_allclose(
+    augmentation.hue(floats(picture), amount), matplotlib.colors.hsv_to_rgb(hsv), atol=1e-4
+  )
 
 
 @photographs
@@ -68,14 +76,20 @@ def test_grey_flip_and_solarise(picture):
 @photographs
 @pytest.mark.parametrize('sigma', [0.1, 0.7, 2.0])
 def test_blur_is_a_gaussian_of_a_tenth_of_the_image(sigma, picture):
-  expected = scipy.ndimage.gaussian_filter(floats(picture), (sigma, sigma, 0), mode='nearest', radius=(4, 4, 0))
-  np.testing.assert_allclose(augmentation.blur(jnp.asarray(floats(picture)), sigma), expected, atol=1e-5)
+  expected = scipy.ndimage.gaussian_filter(
+    floats(picture), (sigma, sigma, 0), mode='nearest', radius=(4, 4, 0)
+  )
+  np.testing.assert_allclose(
+    augmentation.blur(jnp.asarray(floats(picture)), sigma), expected, atol=1e-5
+  )
 
 
 @photographs
 def test_crop_is_pillows_bicubic(picture):
   top, left, height, width = 10.0, 30.5, 40.0, 25.25
-  expected = picture.resize(picture.size, Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+  expected = picture.resize(
+    picture.size, Image.Resampling.BICUBIC, (left, top, left + width, top + height)
+  )
   found = augmentation.crop(jnp.asarray(floats(picture)), jnp.array([top, left, height, width]))
   # At the box's edges Pillow looks at no pixel outside, scale_and_translate does. Pillow rounds between its two axes.
   against_pillow(found[8:-8, 8:-8], expected.crop((8, 8, 88, 88)), steps=4)
@@ -84,20 +98,29 @@ def test_crop_is_pillows_bicubic(picture):
 @pytest.mark.parametrize('min_area', [0.08, 0.4])
 def test_boxes(min_area):
   keys = jax.random.split(jax.random.key(0), 4000)
-  boxes = np.asarray(jax.jit(jax.vmap(lambda k: augmentation.random_box(k, 32, 32, min_area)))(keys), np.float64)
+  boxes = np.asarray(
+    jax.jit(jax.vmap(lambda k: augmentation.random_box(k, 32, 32, min_area)))(keys), np.float64
+  )
   top, left, height, width = boxes.T
-  assert (boxes[:, :2] >= 0).all() and (top + height <= 32.001).all() and (left + width <= 32.001).all()
+  assert (
+    (boxes[:, :2] >= 0).all() and (top + height <= 32.001).all() and (left + width <= 32.001).all()
+  )
   area, ratio = height * width / 32**2, width / height
   assert area.min() >= min_area - 1e-4 and area.max() <= 1.001
   assert ratio.min() >= 0.7499 and ratio.max() <= 1.3334
-  assert is_mean(np.log(ratio), 0)    # symmetric in height and width
+  assert is_mean(np.log(ratio), 0)  # symmetric in height and width
   # Small boxes always fit: below half the image the area is uniform.
   small = area[area < 0.5]
-  assert abs(small.mean() - (min_area + 0.5) / 2) < SINGLE * (0.5 - min_area) / 12**0.5 / len(small)**0.5
+  assert (
+    abs(small.mean() - (min_area + 0.5) / 2)
+    < SINGLE * (0.5 - min_area) / 12**0.5 / len(small) ** 0.5
+  )
 
 
-@pytest.mark.parametrize(('field', 'chance'), [('flip', 0.5), ('jitter', 0.8), ('grey', 0.2), ('blur', 0.1),
-                                               ('solarise', 0.2)])
+@pytest.mark.parametrize(
+  ('field', 'chance'),
+  [('flip', 0.5), ('jitter', 0.8), ('grey', 0.2), ('blur', 0.1), ('solarise', 0.2)],
+)
 def test_how_often_a_view_is_changed(field, chance):
   """With a crop of everything and one possible change."""
   image = jnp.asarray(floats(photograph('china.jpg', 20)))
@@ -111,13 +134,15 @@ def test_how_often_a_view_is_changed(field, chance):
   assert same.shape == image.shape
   # Of blurs, those below σ = 0.3 change nothing to see.
   expected = chance * (1.7 / 1.9 if field == 'blur' else 1)
-  assert abs(changed.mean() - expected) < 4.5 * (expected * (1 - expected) / 1000)**0.5
+  assert abs(changed.mean() - expected) < 4.5 * (expected * (1 - expected) / 1000) ** 0.5
 
 
 @pytest.mark.slow
 def test_views_of_an_example_depend_on_its_key_only():
   keys = jax.random.split(jax.random.key(0), 4)
-  images = jnp.stack([jnp.asarray(np.asarray(photograph(name, 32))) for name in ('china.jpg', 'flower.jpg')] * 2)
+  images = jnp.stack(
+    [jnp.asarray(np.asarray(photograph(name, 32))) for name in ('china.jpg', 'flower.jpg')] * 2
+  )
   run = jax.jit(augmentation.views)
   both, half = run(keys, images), run(keys[2:], images[2:])
   np.testing.assert_allclose(both[4:], half, atol=1e-3)

@@ -98,15 +98,25 @@ def test_arguments(argument, message, tmp_path, monkeypatch, capsys):
 
 def test_a_convolution_has_a_size(tmp_path, monkeypatch, capsys):
   for size in (0, 9):
-    arguments = ['--config.model.mixing=conv', f'--config.model.conv_size={size}', f'--workdir={tmp_path / "run"}']
+    arguments = [
+      '--config.model.mixing=conv',
+      f'--config.model.conv_size={size}',
+      f'--workdir={tmp_path / "run"}',
+    ]
     message = f'train.py: model.conv_size is {size}; allowed: 1 … 8, the height of an image\n'
     assert run(monkeypatch, capsys, arguments) == (2, '', message)
 
 
 def test_missing_data_names_the_command(tmp_path, monkeypatch, capsys):
-  arguments = [f'--config={ROOT}/configs/mnist.py', f'--config.data_dir={tmp_path}', '--workdir=/nowhere/run']
-  message = (f'train.py: dataset mnist is not in {tmp_path}; prepare it with: '
-             f'python -m lfg_jax.training.prepare_data --dataset=mnist --data_dir={tmp_path}\n')
+  arguments = [
+    f'--config={ROOT}/configs/mnist.py',
+    f'--config.data_dir={tmp_path}',
+    '--workdir=/nowhere/run',
+  ]
+  message = (
+    f'train.py: dataset mnist is not in {tmp_path}; prepare it with: '
+    f'python -m lfg_jax.training.prepare_data --dataset=mnist --data_dir={tmp_path}\n'
+  )
   assert run(monkeypatch, capsys, arguments) == (2, '', message)
 
 
@@ -128,7 +138,7 @@ def test_mistakes_in_a_config_file(body, message, tmp_path, monkeypatch, capsys)
   assert (code, out, err.count('\n')) == (2, '', 1)
   if message:
     assert err.endswith(f'{message}\n')
-  else:    # the words are ml_collections'
+  else:  # the words are ml_collections'
     assert err.startswith(f'train.py: config file {path}: TypeError: ')
 
 
@@ -147,11 +157,17 @@ def test_folders_of_others_stay(tmp_path, monkeypatch, capsys):
   file.write_text('x')
   for path in (folder, file):
     code, _, err = run(monkeypatch, capsys, [f'--workdir={path}'])
-    assert (code, err) == (2, f'train.py: {path} exists and is not the folder of a run; name another\n')
+    assert (code, err) == (
+      2,
+      f'train.py: {path} exists and is not the folder of a run; name another\n',
+    )
   (folder / 'config.json').write_text('[3]')
   code, _, err = run(monkeypatch, capsys, [f'--workdir={folder}'])
-  assert (code, err) == (2, f'train.py: {folder}/config.json is not a config that this program wrote; '
-                            'name another folder\n')
+  assert (code, err) == (
+    2,
+    f'train.py: {folder}/config.json is not a config that this program wrote; '
+    'name another folder\n',
+  )
   assert sorted(path.name for path in folder.iterdir()) == ['config.json', 'thesis.tex']
 
 
@@ -167,16 +183,28 @@ def run_of_one_epoch(tmp_path_factory):
 
 
 def test_a_run_of_another_config_is_not_resumed(run_of_one_epoch, monkeypatch, capsys):
-  changed = ['--config.epochs=1', '--config.model.channels=32', '--config.optimizer.learning_rate=1']
+  changed = [
+    '--config.epochs=1',
+    '--config.model.channels=32',
+    '--config.optimizer.learning_rate=1',
+  ]
   code, _, err = run(monkeypatch, capsys, [f'--workdir={run_of_one_epoch}', *FLAGS, *changed])
-  assert (code, err) == (2, f'train.py: {run_of_one_epoch} has a run of another config (model.channels is 16 '
-                            'there, 32 here, optimizer.learning_rate is 0.002 there, 1.0 here); '
-                            'name another folder\n')
+  assert (code, err) == (
+    2,
+    f'train.py: {run_of_one_epoch} has a run of another config (model.channels is 16 '
+    'there, 32 here, optimizer.learning_rate is 0.002 there, 1.0 here); '
+    'name another folder\n',
+  )
 
 
 def test_a_finished_run_says_so(run_of_one_epoch, tmp_path, monkeypatch, capsys):
   before = (run_of_one_epoch / 'summary.json').stat().st_mtime_ns
-  arguments = [f'--workdir={run_of_one_epoch}', '--config.epochs=1', f'--config.data_dir={tmp_path}', *FLAGS]
+  arguments = [
+    f'--workdir={run_of_one_epoch}',
+    '--config.epochs=1',
+    f'--config.data_dir={tmp_path}',
+    *FLAGS,
+  ]
   code, out, err = run(monkeypatch, capsys, arguments)
   assert (not code, err) == (True, '')
   assert out.startswith(f'{run_of_one_epoch} has this run finished\n')
@@ -185,10 +213,17 @@ def test_a_finished_run_says_so(run_of_one_epoch, tmp_path, monkeypatch, capsys)
 
 def test_infinite_loss_stops_and_keeps_the_good_checkpoint(tmp_path, monkeypatch, capsys):
   workdir = tmp_path / 'run'
-  explodes = ['--config.optimizer.schedule=staircase', '--config.optimizer.staircase_epochs=(1,)',
-              '--config.optimizer.staircase_factor=1e38', '--config.optimizer.name=sgd']
+  explodes = [
+    '--config.optimizer.schedule=staircase',
+    '--config.optimizer.staircase_epochs=(1,)',
+    '--config.optimizer.staircase_factor=1e38',
+    '--config.optimizer.name=sgd',
+  ]
   code, _, err = run(monkeypatch, capsys, [f'--workdir={workdir}', *explodes, *FLAGS])
-  assert (code, err) == (2, f'train.py: loss or update became NaN or infinite at step {STEPS + 1}; the '
-                            'checkpoints of before are kept; a smaller optimizer.learning_rate may help\n')
+  assert (code, err) == (
+    2,
+    f'train.py: loss or update became NaN or infinite at step {STEPS + 1}; the '
+    'checkpoints of before are kept; a smaller optimizer.learning_rate may help\n',
+  )
   assert [folder.name for folder in (workdir / 'checkpoints').iterdir()] == [str(STEPS)]
   assert (workdir / 'metrics.jsonl').read_text().count('\n') == 1

@@ -70,5 +70,8 @@ def test_scripts(script, arguments, message, tmp_path, monkeypatch, capsys):
 def test_compare_leaves_folders_of_others(tmp_path, monkeypatch, capsys):
   (tmp_path / 'thesis.tex').write_text('x')
   code, _, err = run(monkeypatch, capsys, ['--algorithms=BP', f'--out={tmp_path}'], 'compare.py')
-  assert (code, err) == (2, f'compare.py: {tmp_path} exists and is not the folder of a comparison; '
-                            'name another with --out\n')
+  assert (code, err) == (
+    2,
+    f'compare.py: {tmp_path} exists and is not the folder of a comparison; '
+    'name another with --out\n',
+  )

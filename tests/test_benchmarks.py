@@ -14,19 +14,50 @@ from tests.runs import ROOT
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(('script', 'arguments', 'rows', 'field'), [
-    ('bench/step_time', ['--model=S/1/2', '--batch=8', '--algorithms=LG-FG-A', '--repetitions=1',
-                         '--precision=bfloat16'], 1, 'ratio_to_floor'),
-    ('bench/depth', ['--model=S/8/2', '--batch=8', '--blocks=2,3', '--algorithms=LG-FG-A', '--repetitions=1'], 2,
-     'temporaries_bytes'),
-    ('paper/replicated_losses', ['--batch=2', '--channels=8', '--patches=2', '--many_groups=1,2', '--many_patches=2',
-                           '--groups=2', '--repetitions=1'], 12, 'ms'),
-])
+@pytest.mark.parametrize(
+  ('script', 'arguments', 'rows', 'field'),
+  [
+    (
+      'bench/step_time',
+      [
+        '--model=S/1/2',
+        '--batch=8',
+        '--algorithms=LG-FG-A',
+        '--repetitions=1',
+        '--precision=bfloat16',
+      ],
+      1,
+      'ratio_to_floor',
+    ),
+    (
+      'bench/depth',
+      ['--model=S/8/2', '--batch=8', '--blocks=2,3', '--algorithms=LG-FG-A', '--repetitions=1'],
+      2,
+      'temporaries_bytes',
+    ),
+    (
+      'paper/replicated_losses',
+      [
+        '--batch=2',
+        '--channels=8',
+        '--patches=2',
+        '--many_groups=1,2',
+        '--many_patches=2',
+        '--groups=2',
+        '--repetitions=1',
+      ],
+      12,
+      'ms',
+    ),
+  ],
+)
 def test_rows_and_figure(script, arguments, rows, field, tmp_path):
   name = script.rpartition('/')[2]
   runs.script(script)['main']([*arguments, f'--out={tmp_path}'])
   content = json.loads((tmp_path / f'{name}.json').read_text())
-  assert content['command'].startswith(f'python experiments/{script}.py ') and content['device'] == 'cpu'
+  assert (
+    content['command'].startswith(f'python experiments/{script}.py ') and content['device'] == 'cpu'
+  )
   assert len(content['rows']) == rows and all(row[field] > 0 for row in content['rows'])
   assert (tmp_path / f'{name}.png').stat().st_size > 1000
 
@@ -35,13 +66,23 @@ def test_pipeline_throughput(tmp_path):
   """Six processes, two for each way."""
   cores = sorted(os.sched_getaffinity(0))
   main = runs.script('bench/pipeline_throughput')['main']
-  main(['--model=S/1/4', '--blocks=2', '--algorithm=LG-BP', '--batch=4', '--steps=2', '--repetitions=1',
-        f'--cores={cores[0]},{cores[-1]}', f'--out={tmp_path}'])
+  main(
+    [
+      '--model=S/1/4',
+      '--blocks=2',
+      '--algorithm=LG-BP',
+      '--batch=4',
+      '--steps=2',
+      '--repetitions=1',
+      f'--cores={cores[0]},{cores[-1]}',
+      f'--out={tmp_path}',
+    ]
+  )
   rows = json.loads((tmp_path / 'pipeline_throughput.json').read_text())['rows']
   assert [row['way'] for row in rows] == ['limit', 'pipeline', 'data']
   assert all(row['part_of_limit'] > 0 for row in rows)
   assert rows[1]['balance'] <= rows[0]['balance'] == 1
-  activity, targets, rest = 4 * 1 * 256 * 4, 4 * 8, 8 + 16    # of 4 examples; the metrics go one hop
+  activity, targets, rest = 4 * 1 * 256 * 4, 4 * 8, 8 + 16  # of 4 examples; the metrics go one hop
   assert [row['sent_bytes'] for row in rows[:2]] == [0, activity + targets + rest]
 
 
@@ -59,10 +100,20 @@ def test_throughput(tmp_path):
 
 def test_input_speed(tmp_path):
   main = runs.script('bench/input_speed')['main']
-  main([f'--out={tmp_path}', '--photos=128', '--width=40', '--height=30', '--workers=0', '--config.image_size=16',
-        '--config.model.size=S/1/2', '--config.model.channels=16'])
+  main(
+    [
+      f'--out={tmp_path}',
+      '--photos=128',
+      '--width=40',
+      '--height=30',
+      '--workers=0',
+      '--config.image_size=16',
+      '--config.model.size=S/1/2',
+      '--config.model.channels=16',
+    ]
+  )
   written = json.loads((tmp_path / 'input_speed.json').read_text())
-  threads, = written['streams']
+  (threads,) = written['streams']
   assert 0 < threads['waiting'] < 1 and threads['per_cpu_second'] > 0
   assert written['decoding_alone']['per_cpu_second'] > written['with_cropping']['per_cpu_second']
 
@@ -88,8 +139,12 @@ def test_torture(tmp_path, monkeypatch):
   """A stub takes the place of training: what is tried are signals, exit codes and the report."""
   main, compared = runs.script('bench/torture')['main'], []
   (tmp_path / 'stub.py').write_text(STUB)
-  for name, value in {'TRAIN': tmp_path / 'stub.py', 'PAUSE': (0.01, 0.1), 'START_SECONDS': 0.1,
-                      'same': lambda *folders: compared.append(folders)}.items():
+  for name, value in {
+    'TRAIN': tmp_path / 'stub.py',
+    'PAUSE': (0.01, 0.1),
+    'START_SECONDS': 0.1,
+    'same': lambda *folders: compared.append(folders),
+  }.items():
     monkeypatch.setitem(main.__globals__, name, value)
   main(['--minutes=0.02', f'--out={tmp_path / "out"}'])
   found = json.loads((tmp_path / 'out' / 'torture.json').read_text())
@@ -98,18 +153,27 @@ def test_torture(tmp_path, monkeypatch):
 
 
 def rows(*steps):
-  return ''.join(json.dumps({'step': step, 'examples_per_second': random.random()}) + '\n' for step in steps)
+  return ''.join(
+    json.dumps({'step': step, 'examples_per_second': random.random()}) + '\n' for step in steps
+  )
 
 
 def test_what_a_torture_looks_for(tmp_path, monkeypatch):
   torture = runs.script('bench/torture')
   numbers = {'whole': 1.0, 'same': 1.0, 'double': 1.0, 'missing': 1.0, 'other': 1.0 + 1e-7}
-  for name, steps in (('whole', (5, 10)), ('same', (5, 10)), ('other', (5, 10)), ('missing', (10,)),
-                      ('double', (5, 5, 10))):
+  for name, steps in (
+    ('whole', (5, 10)),
+    ('same', (5, 10)),
+    ('other', (5, 10)),
+    ('missing', (10,)),
+    ('double', (5, 5, 10)),
+  ):
     (tmp_path / name).mkdir()
     (tmp_path / name / 'metrics.jsonl').write_text(rows(*steps))
   same = torture['same']
-  monkeypatch.setitem(same.__globals__, 'load', lambda folder: (None, np.float32(numbers[folder.name])))
+  monkeypatch.setitem(
+    same.__globals__, 'load', lambda folder: (None, np.float32(numbers[folder.name]))
+  )
   same(tmp_path / 'whole', tmp_path / 'same')
   for name, problem in (('double', 'rows'), ('missing', 'rows'), ('other', 'parameters')):
     with pytest.raises(UserError, match=f'has other {problem}'):

@@ -23,7 +23,9 @@ from tests.runs import FLAGS, STEPS, start, state, tiny
 def rows(workdir):
   """Without what depends on the clock."""
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  return [{name: value for name, value in line.items() if name != 'examples_per_second'} for line in lines]
+  return [
+    {name: value for name, value in line.items() if name != 'examples_per_second'} for line in lines
+  ]
 
 
 def assert_same_run(workdir, other):
@@ -64,7 +66,11 @@ def test_files_of_a_run(whole):
   assert rows(whole)[-1].keys() == {'step', 'epoch', 'train_loss', 'train_error', 'test_error'}
   summary = json.loads((whole / 'summary.json').read_text())
   assert summary['steps'] == 8 * STEPS and summary['test_error'] == rows(whole)[-1]['test_error']
-  assert (summary['algorithm'], summary['model'], summary['dataset']) == ('LG-FG-A', 'S/1/2', 'digits')
+  assert (summary['algorithm'], summary['model'], summary['dataset']) == (
+    'LG-FG-A',
+    'S/1/2',
+    'digits',
+  )
   assert (whole / 'curves.png').read_bytes().startswith(b'\x89PNG')
   assert list((whole / 'tensorboard').iterdir())
 
@@ -73,6 +79,7 @@ def test_files_of_a_run(whole):
 def test_killed_run_ends_as_if_it_had_not_been(whole, tmp_path):
   """Killed before anything was saved, while a checkpoint is written, and just after a row."""
   workdir = tmp_path / 'run'
+
   def being_written():
     return any('tmp' in folder.name for folder in (workdir / 'checkpoints').glob('*'))
 
@@ -117,9 +124,14 @@ def interrupt_at(monkeypatch, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('saved, fields', [
-    (32, {'steps_per_dispatch': 9}), (30, {'steps_per_dispatch': 1, 'algorithm': 'FA', 'model__norm': 'batch'}),
-], ids=['LG-FG-A', 'FA-batch'])
+@pytest.mark.parametrize(
+  'saved, fields',
+  [
+    (32, {'steps_per_dispatch': 9}),
+    (30, {'steps_per_dispatch': 1, 'algorithm': 'FA', 'model__norm': 'batch'}),
+  ],
+  ids=['LG-FG-A', 'FA-batch'],
+)
 def test_interrupted_within_an_epoch(saved, fields, tmp_path, monkeypatch):
   _interrupted_within_an_epoch(train.prepare(tiny(**fields)), saved, tmp_path, monkeypatch)
 
@@ -132,7 +144,10 @@ def test_interrupted_within_an_epoch_of_a_stream(tmp_path, monkeypatch):
 
 def _interrupted_within_an_epoch(job, saved, tmp_path, monkeypatch):
   train.train(job, tmp_path / 'whole')
-  with monkeypatch.context() as patch, pytest.raises(signals.Interrupted, match=f'SIGINT: saved step {saved}'):
+  with (
+    monkeypatch.context() as patch,
+    pytest.raises(signals.Interrupted, match=f'SIGINT: saved step {saved}'),
+  ):
     interrupt_at(patch, 30)
     train.train(job, tmp_path / 'run')
   assert len(rows(tmp_path / 'run')) == 1
@@ -145,13 +160,21 @@ load = data.load
 
 def streamed(dataset):
   """The same examples, in colour."""
+
   def stream(split, is_train):
-    examples = [{'image': np.repeat(image, 3, -1), 'label': label}
-                for image, label in zip(*split, strict=True)]
+    examples = [
+      {'image': np.repeat(image, 3, -1), 'label': label}
+      for image, label in zip(*split, strict=True)
+    ]
     return Stream(examples, 8, train=is_train, threads=2)
 
-  return dataset._replace(image_shape=(8, 8, 3), mean=dataset.mean * 3, std=dataset.std * 3,
-                          train=stream(dataset.train, True), test=stream(dataset.test, False))
+  return dataset._replace(
+    image_shape=(8, 8, 3),
+    mean=dataset.mean * 3,
+    std=dataset.std * 3,
+    train=stream(dataset.train, True),
+    test=stream(dataset.test, False),
+  )
 
 
 @pytest.fixture(scope='module')
@@ -183,11 +206,13 @@ def damage(path, how):
   if how == 'missing':
     path.unlink()
   else:
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2 if how == 'half' else 0])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if how == 'half' else 0])
 
 
 @pytest.mark.parametrize('how', ['half', 'empty', 'missing'])
-@pytest.mark.parametrize('name', ['largest', 'state/manifest.ocdbt', 'state/_METADATA', 'clock/metadata'])
+@pytest.mark.parametrize(
+  'name', ['largest', 'state/manifest.ocdbt', 'state/_METADATA', 'clock/metadata']
+)
 def test_a_damaged_checkpoint_is_passed_over(name, how, kept, tmp_path, capfd):
   directory = tmp_path / 'checkpoints'
   shutil.copytree(kept, directory)
@@ -197,14 +222,16 @@ def test_a_damaged_checkpoint_is_passed_over(name, how, kept, tmp_path, capfd):
   with Checkpoints(directory, keep=2) as checkpoints:
     state, _ = checkpoints.restore(LIKE)
     jax.tree.map(np.testing.assert_array_equal, state, numbers(5))
-    checkpoints.save(6, numbers(6), {'seconds': 6.0}, 0.3)    # its place is free
+    checkpoints.save(6, numbers(6), {'seconds': 6.0}, 0.3)  # its place is free
   err = capfd.readouterr().err
   assert err.startswith('warning: passing over the checkpoint of step 6, which cannot be read (')
   assert err.count('\n') == 1
   assert Checkpoints(directory, keep=2).restore(LIKE)[0]['step'] == 6
 
 
-@pytest.mark.parametrize('error, closes', [(processes.Lost('gone'), False), (UserError('other'), True)])
+@pytest.mark.parametrize(
+  'error, closes', [(processes.Lost('gone'), False), (UserError('other'), True)]
+)
 def test_a_write_is_not_waited_for_when_a_process_was_lost(error, closes, tmp_path, monkeypatch):
   """Its part would never come."""
   closed = []
@@ -233,7 +260,7 @@ def test_evaluations_may_be_rarer(tmp_path):
 def test_parts_of_a_failed_write_print_nothing_and_other_mistakes_do(tmp_path, monkeypatch):
   told = []
   monkeypatch.setattr(sys, 'unraisablehook', lambda caught: told.append(str(caught.exc_value)))
-  for _ in range(2):    # a second run in this process does not wrap it again
+  for _ in range(2):  # a second run in this process does not wrap it again
     with Checkpoints(tmp_path, keep=1):
       for message in ('Event loop is closed', 'anything else'):
         sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(message)))

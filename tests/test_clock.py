@@ -37,10 +37,12 @@ def test_compilation_inside_another_counts_once(monkeypatch):
 
 def test_waiting_for_items_counts_as_input():
   watch = clock.Clock(time.monotonic())
+
   def items():
     for i in range(2):
       time.sleep(0.1)
       yield i
+
   for _ in watch.waiting(items()):
     time.sleep(0.3)
   assert 0.2 <= watch.read()['input'] < 0.4
@@ -53,12 +55,14 @@ def test_a_clock_goes_on_from_what_was_stored():
   watch.go_on({'seconds': 10, 'evaluation': 2, 'compiling': 3})
   read = watch.read()
   assert 11 <= read['seconds'] < 12 and 2 < read['evaluation'] < 3 <= read['compiling'] < 4
-  watch.go_on({'seconds': 5})    # stored by an older version
+  watch.go_on({'seconds': 5})  # stored by an older version
   assert watch.read()['seconds'] >= 16
 
 
-@pytest.mark.parametrize('steps, traced', [
-    ('1:1', (0, 9)), ('9:9', (0, 9)), ('10:10', (9, 18)), ('9:10', (0, 18)), ('12:25', (9, 27))])
+@pytest.mark.parametrize(
+  'steps, traced',
+  [('1:1', (0, 9)), ('9:9', (0, 9)), ('10:10', (9, 18)), ('9:10', (0, 18)), ('12:25', (9, 27))],
+)
 def test_a_trace_has_the_dispatches_of_its_steps(steps, traced, monkeypatch, tmp_path):
   now, seen = [0], []
   monkeypatch.setattr(jax.profiler, 'start_trace', lambda folder: seen.append(now[0]))
@@ -91,21 +95,26 @@ def test_a_trace_ends_with_the_run(monkeypatch, tmp_path):
 
 def test_a_trace_past_the_end_is_refused():
   profiling.check(f'1:{2 * STEPS}', 2 * STEPS)
-  with pytest.raises(UserError, match=rf"^profile is '5:{2 * STEPS + 1}'; allowed: 1 … {2 * STEPS}, the steps"):
+  with pytest.raises(
+    UserError, match=rf"^profile is '5:{2 * STEPS + 1}'; allowed: 1 … {2 * STEPS}, the steps"
+  ):
     train.prepare(tiny(profile=f'5:{2 * STEPS + 1}'))
 
 
 @pytest.mark.slow
 def test_a_run_leaves_a_trace_and_tells_where_its_time_went(tmp_path):
-  summary = train.train(train.prepare(tiny(profile='10:12', steps_per_dispatch=1)), tmp_path / 'run')
-  trace, = (tmp_path / 'run' / 'tensorboard').glob('plugins/profile/*/*.xplane.pb')
+  summary = train.train(
+    train.prepare(tiny(profile='10:12', steps_per_dispatch=1)), tmp_path / 'run'
+  )
+  (trace,) = (tmp_path / 'run' / 'tensorboard').glob('plugins/profile/*/*.xplane.pb')
   assert trace.stat().st_size
   assert summary['time'].keys() == {*clock.PARTS, 'other'}
   assert sum(summary['time'].values()) == pytest.approx(summary['seconds'], abs=0.05)
   assert min(summary['time'][part] for part in ('compiling', 'steps', 'checkpoints')) > 0
   rate = summary['flop_per_second']
   assert rate == pytest.approx(
-      train.prepare(tiny()).algorithm.flop * 64 * 2 * STEPS / summary['time']['steps'], rel=0.05)
+    train.prepare(tiny()).algorithm.flop * 64 * 2 * STEPS / summary['time']['steps'], rel=0.05
+  )
   assert 0 < summary['utilisation'] < 1
 
 
@@ -124,9 +133,14 @@ def test_no_more_than_two_dispatches_are_not_done(monkeypatch):
 
   epoch = lambda epoch, first: ((1, ()) for _ in range(first, 20))
   functions = train.Functions(Feed(20, None, (), epoch, 1, False), steps, None)
-  state = train.TrainState(jnp.zeros((), jnp.int32), {}, {}, {}, {'examples': jnp.ones(())}, jnp.full((), -1))
-  quiet = type('Quiet', (), {name: lambda *_, **__: None
-                             for name in ('progress', 'before', 'after', 'ask_to_stop')})()
+  state = train.TrainState(
+    jnp.zeros((), jnp.int32), {}, {}, {}, {'examples': jnp.ones(())}, jnp.full((), -1)
+  )
+  quiet = type(
+    'Quiet',
+    (),
+    {name: lambda *_, **__: None for name in ('progress', 'before', 'after', 'ask_to_stop')},
+  )()
   monkeypatch.setattr(train, 'REFRESH_SECONDS', 1e9)
   train._epoch(functions, state, 0, 1, train.Watch(clock.Clock(0), quiet, quiet, quiet))
   assert len(ahead) == 20 and max(ahead) == train.IN_FLIGHT

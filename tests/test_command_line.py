@@ -1,6 +1,5 @@
 """Values on a command line: what they are read as."""
 
-
 import pytest
 
 from lfg_jax.errors import UserError
@@ -27,7 +26,7 @@ def test_values_on_a_command_line(argument, field, value):
   changed = command_line.override(config, [f'--config.{argument}'])
   given = dict(configs.flatten(changed))[field]
   assert (given, type(given)) == (value, type(value))
-  assert config.data_dir == 'x' and config.model.channels == 16    # a copy was changed
+  assert config.data_dir == 'x' and config.model.channels == 16  # a copy was changed
 
 
 def test_every_field_that_may_be_none_reads_none():
@@ -47,14 +46,26 @@ make = None
   config = command_line.override(tiny(), [*own, '--config.model.width=3'])
   assert config.model.width == 3
   assert command_line.override(config, ['--config.model.width=None']).model.width is None
-  for arguments in ([*own, '--config.model.size=None'], ['--config.model.name=mlp', '--config.model.channels=None']):
+  for arguments in (
+    [*own, '--config.model.size=None'],
+    ['--config.model.name=mlp', '--config.model.channels=None'],
+  ):
     with pytest.raises(UserError, match="is 'None'; allowed: int"):
       command_line.override(tiny(), arguments)
-  assert command_line.override(config, ['--config.model.module=None', '--config.model.name=mlp']).model.channels == 256
+  assert (
+    command_line.override(
+      config, ['--config.model.module=None', '--config.model.name=mlp']
+    ).model.channels
+    == 256
+  )
 
 
 def test_values_may_be_arguments_of_their_own():
-  config = command_line.override(tiny(), ['--config.epochs', '7', '--noconfig.losses.patch', '--config.losses.overlap'])
+  config = command_line.override(
+    tiny(), ['--config.epochs', '7', '--noconfig.losses.patch', '--config.losses.overlap']
+  )
   assert (config.epochs, config.losses.patch, config.losses.overlap) == (7, False, True)
-  config = command_line.override(tiny(), ['--config.model.name', 'mlp', '--config.model.groups', '4'])
+  config = command_line.override(
+    tiny(), ['--config.model.name', 'mlp', '--config.model.groups', '4']
+  )
   assert (config.model.name, config.model.groups) == ('mlp', 4)

@@ -30,10 +30,14 @@ def test_comparison_goes_on(tmp_path, capsys):
   compare(out, 'BP,LG-BP', '0,1')
   assert summary(out / 'BP-seed0') == first
   assert capsys.readouterr().out.count('has this run finished') == 1
-  summaries = {name: [summary(out / f'{name}-seed{seed}') for seed in (0, 1)] for name in ('BP', 'LG-BP')}
+  summaries = {
+    name: [summary(out / f'{name}-seed{seed}') for seed in (0, 1)] for name in ('BP', 'LG-BP')
+  }
   assert summaries['BP'][0]['train_error'] != summaries['BP'][1]['train_error']
   content = json.loads((out / 'comparison.json').read_text())
-  assert content['command'].startswith('python experiments/compare.py --algorithms=BP,LG-BP --seeds=0,1 ')
+  assert content['command'].startswith(
+    'python experiments/compare.py --algorithms=BP,LG-BP --seeds=0,1 '
+  )
   results = content['rows']
   assert [result['algorithm'] for result in results] == ['BP', 'LG-BP']
   for result in results:
@@ -44,10 +48,15 @@ def test_comparison_goes_on(tmp_path, capsys):
     assert result['seeds'] == 2 and result['steps'] == 2 * STEPS
     assert result['seconds'] == pytest.approx((own[0]['seconds'] + own[1]['seconds']) / 2)
   lines = (out / 'comparison.md').read_text().splitlines()
-  assert lines[2:4] == ['| algorithm | test error | train error | seconds | seeds |', '|---|---|---|---|---|']
+  assert lines[2:4] == [
+    '| algorithm | test error | train error | seconds | seeds |',
+    '|---|---|---|---|---|',
+  ]
   r = results[1]
-  assert lines[5] == (f'| LG-BP | {100 * r["test_error"]:.2f} ± {100 * r["test_error_se"]:.2f} '
-                      f'| {100 * r["train_error"]:.2f} | {r["seconds"]:.0f} | 2 |')
+  assert lines[5] == (
+    f'| LG-BP | {100 * r["test_error"]:.2f} ± {100 * r["test_error_se"]:.2f} '
+    f'| {100 * r["train_error"]:.2f} | {r["seconds"]:.0f} | 2 |'
+  )
   assert (out / 'curves.png').read_bytes().startswith(b'\x89PNG')
 
 
@@ -55,11 +64,16 @@ def test_base_config_has_the_defaults_of_the_code():
   base, style, heads = configs.base(), block.Style(), Heads()
   assert set(base.estimator.tap_passes.values()) == {0}
   assert rules.Options.read(base, tap_passes={}) == rules.Options()
-  assert (row_losses.find(base.losses.row), base.losses.head_hidden) == (heads.row_loss, heads.hidden)
+  assert (row_losses.find(base.losses.row), base.losses.head_hidden) == (
+    heads.row_loss,
+    heads.hidden,
+  )
   for field in ('mixing', 'conv_size', 'norm', 'norms', 'init', 'pool', 'norm_derivative'):
     assert base.model[field] == getattr(style, field)
 
 
-@pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+  'path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda path: path.stem
+)
 def test_configs_are_valid(path):
   config_checks.validate(configs.load(str(path)))

@@ -16,7 +16,7 @@ from lfg_jax.losses.targets import Targets
 from tests.small import relative_error
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-12}
-REAL_N = jnp.arange(16) < 14    # the last example pads the batch
+REAL_N = jnp.arange(16) < 14  # the last example pads the batch
 
 
 def naive(features, kernel, bias, real_N, contrast, cut):
@@ -45,13 +45,21 @@ def naive(features, kernel, bias, real_N, contrast, cut):
 
 def replicated(features, kernel, bias, real_N, contrast=Contrast(), cut=Cut(), held=None):
   targets = Targets(jnp.zeros(len(real_N), int), real_N.astype(features.dtype))
-  return replicated_loss(info_nce.row_loss(contrast), features, {'kernel': kernel, 'bias': bias}, targets, cut,
-                         held_BxPxGxC=held, mixes_rows=not contrast.stop_gradient)
+  return replicated_loss(
+    info_nce.row_loss(contrast),
+    features,
+    {'kernel': kernel, 'bias': bias},
+    targets,
+    cut,
+    held_BxPxGxC=held,
+    mixes_rows=not contrast.stop_gradient,
+  )
 
 
 def mesh(devices):
-  return jax.make_mesh((devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,),
-                       devices=jax.devices()[:devices])
+  return jax.make_mesh(
+    (devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
+  )
 
 
 def case(dtype, contrast, cut):
@@ -72,7 +80,9 @@ def derivatives(loss, point, direction, ct):
 def expected(dtype, contrast, cut):
   point, direction, ct = case(dtype, contrast, cut)
   real_N = np.asarray(REAL_N)
-  return jax.jit(lambda *a: derivatives(lambda *x: naive(*x, real_N, contrast, cut), *a))(point, direction, ct)
+  return jax.jit(lambda *a: derivatives(lambda *x: naive(*x, real_N, contrast, cut), *a))(
+    point, direction, ct
+  )
 
 
 def fused(devices, dtype, contrast, cut):
@@ -81,12 +91,19 @@ def fused(devices, dtype, contrast, cut):
 
   def local(features, kernel, bias, d_features, d_kernel, d_bias, ct, real_N):
     loss = lambda *x: replicated(*x, real_N, contrast, cut)
-    value, tangent, (g, *head) = derivatives(loss, (features, kernel, bias), (d_features, d_kernel, d_bias), ct)
+    value, tangent, (g, *head) = derivatives(
+      loss, (features, kernel, bias), (d_features, d_kernel, d_bias), ct
+    )
     return value, tangent, (g, *jax.lax.psum(head, 'data'))
 
   rows, whole = P('data'), P()
-  run = jax.shard_map(local, mesh=mesh(devices), out_specs=(rows, rows, (rows, whole, whole)), check_vma=False,
-                      in_specs=(rows, whole, whole, rows, whole, whole, rows, rows))
+  run = jax.shard_map(
+    local,
+    mesh=mesh(devices),
+    out_specs=(rows, rows, (rows, whole, whole)),
+    check_vma=False,
+    in_specs=(rows, whole, whole, rows, whole, whole, rows, rows),
+  )
   return jax.device_get(jax.jit(run)(*point, *direction, ct, REAL_N))
 
 
@@ -128,7 +145,10 @@ def test_memory_does_not_grow_with_the_number_of_replicas():
   for stop in (True, False):
     contrast = Contrast(stop_gradient=stop)
     loss = lambda f, w: replicated(f, w, jnp.zeros(16), jnp.ones(64, bool), contrast)  # noqa: B023
-    args = jax.ShapeDtypeStruct((64, 64, 16, 4), jnp.float32), jax.ShapeDtypeStruct((16, 4, 16), jnp.float32)
+    args = (
+      jax.ShapeDtypeStruct((64, 64, 16, 4), jnp.float32),
+      jax.ShapeDtypeStruct((16, 4, 16), jnp.float32),
+    )
     forward = jax.jit(lambda f, w: jax.jvp(loss, (f, w), (f, w)))  # noqa: B023
     reverse = jax.jit(jax.grad(lambda f, w: loss(f, w).sum(), (0, 1)))  # noqa: B023
     for function in (forward, reverse):

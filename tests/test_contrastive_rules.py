@@ -42,8 +42,9 @@ def contrastive_small(contrast=Contrast(projections=6), **fields):
 
 
 def composed(s, name, **options):
-  return algorithms.compose(rules.REGISTRY[name], rules.Options(**options), s.model,
-                            views=noisy_views)
+  return algorithms.compose(
+    rules.REGISTRY[name], rules.Options(**options), s.model, views=noisy_views
+  )
 
 
 def randomised(s, name, **options):
@@ -55,13 +56,16 @@ def randomised(s, name, **options):
   def random(tree):
     rng = np.random.default_rng(3)
     return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape)), tree)
+
   return algorithm, {collection: random(tree) for collection, tree in shapes.items()}
 
 
 def inputs(s, key):
   """Tokens and criterion that the algorithm makes of the batch."""
   _, view_key = jax.random.split(key)
-  image = noisy_views(jax.vmap(lambda i: jax.random.fold_in(view_key, i))(jnp.arange(4)), s.batch.image)
+  image = noisy_views(
+    jax.vmap(lambda i: jax.random.fold_in(view_key, i))(jnp.arange(4)), s.batch.image
+  )
   return s.prepare(image), Targets(jnp.repeat(s.batch.label, 2), jnp.repeat(s.batch.weight / 2, 2))
 
 
@@ -82,9 +86,14 @@ def objective(params, s, key, name, contrast):
     value += (loss(features, kernel, head['bias'], np.ones(8, bool))[:, 0, 0] * weight).sum()
   mean = oracle.layer_norm(jax.lax.stop_gradient(x).mean(1))
   logits = mean @ params['readout']['linear']['kernel'] + params['readout']['linear']['bias']
-  read_out = -(jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], -1)[:, 0] * weight).sum()
-  reported = {'loss': read_out, 'contrastive_loss': value / (1 + n if local else 1),
-              'error': ((logits.argmax(-1) != label) * weight).sum()}
+  read_out = -(
+    jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], -1)[:, 0] * weight
+  ).sum()
+  reported = {
+    'loss': read_out,
+    'contrastive_loss': value / (1 + n if local else 1),
+    'error': ((logits.argmax(-1) != label) * weight).sum(),
+  }
   return value + read_out, reported
 
 
@@ -148,8 +157,11 @@ def test_feedback_alignment_with_transposed_forward_matrices_is_backprop(name):
   s, key = contrastive_small(), jax.random.key(5)
   algorithm, variables = randomised(s, name)
   exact, _ = randomised(s, name.replace('FA', 'BP'))
-  own = jax.tree.map(lambda f, k: k, variables['feedback'], {
-      k: v for k, v in keep_kernels(variables['params']).items()})
+  own = jax.tree.map(
+    lambda f, k: k,
+    variables['feedback'],
+    {k: v for k, v in keep_kernels(variables['params']).items()},
+  )
   gradient = jax.jit(algorithm.gradient)
   wanted = jax.jit(exact.gradient)(variables, key, s.batch)[0]
   assert relative_error(gradient({**variables, 'feedback': own}, key, s.batch)[0], wanted) < 1e-5
@@ -163,8 +175,12 @@ def test_finite_differences_approach_the_exact_derivative(name):
   s, key = contrastive_small(), jax.random.key(5)
   exact, variables = randomised(s, {'LG-FD-A': 'LG-FG-A-paper'}.get(name, name.replace('FD', 'FG')))
   wanted = jax.jit(exact.gradient)(variables, key, s.batch)[0]
-  errors = [relative_error(jax.jit(composed(s, name, step=step).gradient)(variables, key, s.batch)[0], wanted)
-            for step in (1e-5, 1e-6)]
+  errors = [
+    relative_error(
+      jax.jit(composed(s, name, step=step).gradient)(variables, key, s.batch)[0], wanted
+    )
+    for step in (1e-5, 1e-6)
+  ]
   assert errors[0] < 0.01 and errors[1] < 0.2 * errors[0]
 
 
@@ -177,8 +193,12 @@ def test_direct_feedback_sends_the_error_of_the_projection():
   x, criterion = inputs(s, jax.random.key(5))
   model = LocalMixer(s.spec, project=True)
   z = jax.jit(lambda params: model.apply({'params': params}, x)[1]['head'][0])(variables['params'])
-  _, error = jax.jit(lambda z: info_nce.end_losses((z, z), criterion.weight_B, s.spec.style.heads.contrast))(z)
-  naive_loss = lambda moved: (info_nce.info_nce(moved, z, jnp.ones(8, bool), s.spec.style.heads.contrast) / 8).sum()
+  _, error = jax.jit(
+    lambda z: info_nce.end_losses((z, z), criterion.weight_B, s.spec.style.heads.contrast)
+  )(z)
+  naive_loss = lambda moved: (
+    info_nce.info_nce(moved, z, jnp.ones(8, bool), s.spec.style.heads.contrast) / 8
+  ).sum()
   np.testing.assert_allclose(error, jax.jit(jax.grad(naive_loss))(z), rtol=1e-4, atol=1e-7)
   grads = jax.jit(algorithm.gradient)(variables, jax.random.key(5), s.batch)[0]
   stem = variables['params']['stem']['channel']

@@ -17,21 +17,31 @@ from tests.test_streams import TRAIN, stream
 def test_crops_depend_on_seed_epoch_and_example():
   one = stream(1)
   same = streams.Stream([one.source[0]] * 4, image_size=16)
-  crops = [batch.image[i] for epoch in range(3) for batch in same.epoch(epoch, 0, 4) for i in range(4)]
-  crops += [batch.image[0] for batch in streams.Stream(one.source, image_size=16, seed=1).epoch(0, 0, 1)]
+  crops = [
+    batch.image[i] for epoch in range(3) for batch in same.epoch(epoch, 0, 4) for i in range(4)
+  ]
+  crops += [
+    batch.image[0] for batch in streams.Stream(one.source, image_size=16, seed=1).epoch(0, 0, 1)
+  ]
   assert len({crop.tobytes() for crop in crops}) == 13
   tests = streams.Stream([one.source[0]] * 4, image_size=16, train=False)
-  centres = [image for epoch in range(2) for batch in tests.epoch(epoch, 0, 4) for image in batch.image]
+  centres = [
+    image for epoch in range(2) for batch in tests.epoch(epoch, 0, 4) for image in batch.image
+  ]
   assert len({image.tobytes() for image in centres}) == 1
 
 
 def test_random_boxes_have_the_areas_ratios_and_places_asked_for():
   width, height = 400, 300
-  boxes = np.array([streams.random_box(np.random.default_rng(i), width, height, 0.3) for i in range(4000)])
+  boxes = np.array(
+    [streams.random_box(np.random.default_rng(i), width, height, 0.3) for i in range(4000)]
+  )
   left, top, right, bottom = boxes.T
   w, h = right - left, bottom - top
   area, ratio = w * h / (width * height), w / h
-  assert (left >= 0).all() and (top >= 0).all() and (right <= width).all() and (bottom <= height).all()
+  assert (
+    (left >= 0).all() and (top >= 0).all() and (right <= width).all() and (bottom <= height).all()
+  )
   assert 0.295 < area.min() < 0.31 and area.max() > 0.95
   assert 0.745 < ratio.min() < 0.76 and 1.32 < ratio.max() < 1.345
   # A place is uniform among those left: half of the crops are in the left half of their room.
@@ -47,7 +57,9 @@ def test_a_long_image_is_cropped_at_its_centre():
 def test_flips_are_half_of_the_crops():
   ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (64, 64, 3))
   source = [{'image': np.ascontiguousarray(ramp), 'label': 0}] * 400
-  image = np.concatenate([b.image for b in streams.Stream(source, image_size=8).epoch(0, 0, 100)]).astype(int)
+  image = np.concatenate(
+    [b.image for b in streams.Stream(source, image_size=8).epoch(0, 0, 100)]
+  ).astype(int)
   flipped = image[:, 4, 0, 0] > image[:, 4, -1, 0]
   assert 160 < flipped.sum() < 240
 
@@ -56,7 +68,7 @@ def test_test_crop_is_the_centre_of_the_image_scaled_to_256():
   blocks = np.random.default_rng(0).integers(0, 256, (16, 20, 3))
   pixels = np.kron(blocks, np.ones((20, 20, 1))).astype(np.uint8)
   test = streams.Stream([{'image': pixels, 'label': 0}], train=False)
-  batch, = test.epoch(0, 0, 1)
+  (batch,) = test.epoch(0, 0, 1)
   scaled = Image.fromarray(pixels).resize((320, 256), Image.Resampling.BICUBIC)
   scaled = np.asarray(scaled)[16:-16, 48:-48]
   assert batch.image[0].shape == scaled.shape == (224, 224, 3)
@@ -83,9 +95,17 @@ def fully(file, box, size):
 
 
 @pytest.mark.parametrize('mode', ['RGB', 'L'])
-@pytest.mark.parametrize('box, scale', [
-    ((3, 5, 66, 68), 1), ((3.5, 5.5, 67.5, 69.5), 2), ((700, 500, 764, 600), 2), ((400, 100, 905, 600), 8),
-    ((0, 0, 905, 703), 8), ((100, 200, 240, 340), 4)])
+@pytest.mark.parametrize(
+  'box, scale',
+  [
+    ((3, 5, 66, 68), 1),
+    ((3.5, 5.5, 67.5, 69.5), 2),
+    ((700, 500, 764, 600), 2),
+    ((400, 100, 905, 600), 8),
+    ((0, 0, 905, 703), 8),
+    ((100, 200, 240, 340), 4),
+  ],
+)
 def test_a_crop_is_decoded_at_the_scale_that_it_needs(mode, box, scale):
   """The two differ by less than JPEG itself changes."""
   file = smooth(905, 703, mode)
@@ -105,11 +125,13 @@ def test_other_files_are_decoded_whole():
 
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
-BAD = [({'image': encoded(NOISE)[:1500]}, r'1500 bytes; image file is truncated'),
-       ({'image': b'no image'}, '8 bytes; cannot identify image file'),
-       ({'image': b''}, '0 bytes; '),
-       ({'image': np.zeros((3, 3, 3, 3), np.uint8)}, r'uint8 \(3, 3, 3, 3\); '),
-       ({'image': np.zeros((8, 8, 3), np.float32)}, r'float32 \(8, 8, 3\); ')]
+BAD = [
+  ({'image': encoded(NOISE)[:1500]}, r'1500 bytes; image file is truncated'),
+  ({'image': b'no image'}, '8 bytes; cannot identify image file'),
+  ({'image': b''}, '0 bytes; '),
+  ({'image': np.zeros((3, 3, 3, 3), np.uint8)}, r'uint8 \(3, 3, 3, 3\); '),
+  ({'image': np.zeros((8, 8, 3), np.float32)}, r'float32 \(8, 8, 3\); '),
+]
 
 
 @pytest.mark.parametrize('is_train', [True, False])
@@ -118,8 +140,9 @@ def test_a_bad_example_is_named(is_train, bad, message):
   one = stream()
   examples = [one.source[i] for i in range(TRAIN)]
   examples[6] = {**examples[6], **bad}
-  with pytest.raises(streams.BadExample, match=rf'^example 6 \(label 6\) has no image that can be decoded: {message}'
-                     ) as error:
+  with pytest.raises(
+    streams.BadExample, match=rf'^example 6 \(label 6\) has no image that can be decoded: {message}'
+  ) as error:
     list(streams.Stream(examples, image_size=16, train=is_train, threads=2).epoch(0, 0, 4))
   assert '\n' not in str(error.value)
 
@@ -129,13 +152,15 @@ def test_a_label_out_of_range_is_named(label):
   examples = [stream().source[i] for i in range(TRAIN)]
   list(streams.Stream(examples, image_size=16, classes=11).epoch(0, 0, 4))
   examples[3]['label'] = label
-  with pytest.raises(streams.BadExample, match=rf'^example 3 has the label {label}; allowed: 0 … 10'):
+  with pytest.raises(
+    streams.BadExample, match=rf'^example 3 has the label {label}; allowed: 0 … 10'
+  ):
     list(streams.Stream(examples, image_size=16, classes=11).epoch(0, 0, 4))
 
 
 def test_a_grey_array_is_an_image():
   grey = [{'image': np.full((20, 30), 7, np.uint8), 'label': 0}]
-  batch, = streams.Stream(grey, image_size=4).epoch(0, 0, 1)
+  (batch,) = streams.Stream(grey, image_size=4).epoch(0, 0, 1)
   assert batch.image.shape == (1, 4, 4, 3) and (batch.image == 7).all()
 
 
@@ -143,5 +168,7 @@ def test_training_ends_in_the_line_of_a_bad_example(tmp_path, monkeypatch):
   examples = [{'image': np.zeros((8, 8, 3), np.uint8), 'label': i % 10} for i in range(64)]
   one = streams.Stream([*examples, {'image': b'', 'label': 0}], image_size=8, threads=2)
   dataset = data.Dataset('stand-in', 10, (8, 8, 3), (0.5,) * 3, (0.5,) * 3, one, one)
-  with pytest.raises(UserError, match=r'^example 64 \(label 0\) has no image that can be decoded: 0 bytes; '):
+  with pytest.raises(
+    UserError, match=r'^example 64 \(label 0\) has no image that can be decoded: 0 bytes; '
+  ):
     train.train(train.prepare(tiny(), dataset), tmp_path / 'run')

@@ -31,12 +31,27 @@ def write(data_dir, version='3.0.1', file_format='array_record', splits=('train'
   """What an mnist of 28×28 images leaves in its folder, with empty files of examples."""
   folder = data_dir / 'mnist' / version
   folder.mkdir(parents=True)
-  features = tfds.features.FeaturesDict({'image': tfds.features.Image(shape=(28, 28, 1)),
-                                         'label': tfds.features.ClassLabel(num_classes=10)})
+  features = tfds.features.FeaturesDict(
+    {
+      'image': tfds.features.Image(shape=(28, 28, 1)),
+      'label': tfds.features.ClassLabel(num_classes=10),
+    }
+  )
   features.save_config(folder)
-  info = {'name': 'mnist', 'version': version, 'fileFormat': file_format, 'splits': [
-      {'name': split, 'shardLengths': [str(count)], 'numBytes': '1',
-       'filepathTemplate': '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'} for split in splits]}
+  info = {
+    'name': 'mnist',
+    'version': version,
+    'fileFormat': file_format,
+    'splits': [
+      {
+        'name': split,
+        'shardLengths': [str(count)],
+        'numBytes': '1',
+        'filepathTemplate': '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
+      }
+      for split in splits
+    ],
+  }
   (folder / 'dataset_info.json').write_text(json.dumps(info))
   for split in splits:
     (folder / f'mnist-{split}.{file_format}-00000-of-00001').touch()
@@ -45,7 +60,9 @@ def write(data_dir, version='3.0.1', file_format='array_record', splits=('train'
 
 def nearest_mean_accuracy(dataset):
   """Of the classifier that gives a test image the label of the nearest class mean."""
-  train, test = (split.image_NxHxWxC.reshape(split.examples, -1) / np.float32(255) for split in dataset[-2:])
+  train, test = (
+    split.image_NxHxWxC.reshape(split.examples, -1) / np.float32(255) for split in dataset[-2:]
+  )
   means = np.stack([train[dataset.train.label_N == label].mean(0) for label in range(10)])
   guess = np.argmin((means**2).sum(-1) - 2 * test @ means.T, axis=1)
   return np.mean(guess == dataset.test.label_N)
@@ -70,7 +87,9 @@ def test_digits_look_like_their_labels():
   assert nearest_mean_accuracy(digits) > 0.87
 
 
-@pytest.mark.parametrize(('n', 'batch_size', 'steps'), [(10, 4, 3), (12, 4, 3), (3, 8, 1), (1, 1, 1)])
+@pytest.mark.parametrize(
+  ('n', 'batch_size', 'steps'), [(10, 4, 3), (12, 4, 3), (3, 8, 1), (1, 1, 1)]
+)
 def test_orders_have_every_example_once(n, batch_size, steps):
   shuffle = jax.jit(data.epoch_order, static_argnums=(1, 2))
   for order in (shuffle(jax.random.key(0), n, batch_size), data.sequential_order(n, batch_size)):
@@ -81,17 +100,25 @@ def test_orders_have_every_example_once(n, batch_size, steps):
 
 
 def test_orders_are_shuffled_by_their_key_alone():
-  one, again, other = (data.epoch_order(jax.random.key(seed), 100, 8).ravel().tolist() for seed in (0, 0, 1))
+  one, again, other = (
+    data.epoch_order(jax.random.key(seed), 100, 8).ravel().tolist() for seed in (0, 0, 1)
+  )
   assert one == again != other
   assert one[:100] != list(range(100)) == data.sequential_order(100, 8).ravel().tolist()[:100]
 
 
 def test_take_gathers_and_pads():
   rng = np.random.default_rng(0)
-  arrays = data.Arrays(rng.integers(1, 256, (7, 4, 4, 3), np.uint8), np.arange(1, 8, dtype=np.int32))
+  arrays = data.Arrays(
+    rng.integers(1, 256, (7, 4, 4, 3), np.uint8), np.arange(1, 8, dtype=np.int32)
+  )
   row = np.array([6, 0, -1, 3, -1])
   for batch in (data.take(arrays, jnp.array(row)), jax.jit(data.take)(arrays, row)):
-    assert (batch.image.dtype, batch.label.dtype, batch.weight.dtype) == (jnp.uint8, jnp.int32, jnp.float32)
+    assert (batch.image.dtype, batch.label.dtype, batch.weight.dtype) == (
+      jnp.uint8,
+      jnp.int32,
+      jnp.float32,
+    )
     assert batch.weight.tolist() == [1, 1, 0, 1, 0]
     assert batch.label.tolist() == [7, 1, 0, 4, 0]
     np.testing.assert_array_equal(batch.image[np.array([0, 1, 3])], arrays.image_NxHxWxC[[6, 0, 3]])
@@ -102,7 +129,9 @@ def test_take_under_shard_map_takes_each_devices_part():
   arrays = jax.tree.map(jnp.asarray, data.load('digits').test)
   devices = 2 if jax.device_count() > 1 else 1
   mesh = jax.sharding.Mesh(jax.devices()[:devices], ('data',))
-  sharded = jax.jit(jax.shard_map(data.take, mesh=mesh, in_specs=(P(), P('data')), out_specs=P('data')))
+  sharded = jax.jit(
+    jax.shard_map(data.take, mesh=mesh, in_specs=(P(), P('data')), out_specs=P('data'))
+  )
   row = data.epoch_order(jax.random.key(0), arrays.examples, 48)[-1]
   assert (row == -1).any()
   jax.tree.map(np.testing.assert_array_equal, sharded(arrays, row), data.take(arrays, row))
@@ -121,21 +150,25 @@ def refusal(error, *args, **kwargs):
 
 def test_unknown_name_is_refused_with_the_known_ones():
   message = refusal(ValueError, 'minst')
-  assert message == ("unknown dataset 'minst'; allowed: digits, mnist, fashion_mnist, cifar10, imagenet2012, any other "
-                     'of TFDS with images and labels, or arrays of your own: --config.data.module=FILE.py')
+  assert message == (
+    "unknown dataset 'minst'; allowed: digits, mnist, fashion_mnist, cifar10, imagenet2012, any other "
+    'of TFDS with images and labels, or arrays of your own: --config.data.module=FILE.py'
+  )
 
 
 def test_image_size_of_arrays_is_their_own():
   assert refusal(ValueError, 'digits', image_size=16) == (
-      'image_size=16 is not for digits, whose images are 8x8')
+    'image_size=16 is not for digits, whose images are 8x8'
+  )
   assert data.load('digits', image_size=8).image_shape == (8, 8, 1)
 
 
 @pytest.mark.parametrize('name', data.TFDS)
 def test_missing_data_is_refused_with_the_command_that_prepares_it(name, tmp_path):
   assert refusal(FileNotFoundError, name, data_dir=str(tmp_path)) == (
-      f'dataset {name} is not in {tmp_path}; prepare it with: '
-      f'python -m lfg_jax.training.prepare_data --dataset={name} --data_dir={tmp_path}')
+    f'dataset {name} is not in {tmp_path}; prepare it with: '
+    f'python -m lfg_jax.training.prepare_data --dataset={name} --data_dir={tmp_path}'
+  )
 
 
 def test_the_default_folder_is_that_of_tfds(tmp_path, monkeypatch):
@@ -154,8 +187,10 @@ def test_a_broken_off_preparation_is_not_taken_for_data(tmp_path):
 def test_missing_files_and_splits_are_refused(tmp_path):
   folder = write(tmp_path)
   (folder / 'mnist-test.array_record-00000-of-00001').unlink()
-  expected = (f'{folder} lacks files of the test split; remove it and run: '
-              f'python -m lfg_jax.training.prepare_data --dataset=mnist --data_dir={tmp_path}')
+  expected = (
+    f'{folder} lacks files of the test split; remove it and run: '
+    f'python -m lfg_jax.training.prepare_data --dataset=mnist --data_dir={tmp_path}'
+  )
   assert refusal(FileNotFoundError, 'mnist', data_dir=str(tmp_path)) == expected
 
 
@@ -174,13 +209,17 @@ def test_files_without_random_access_are_refused(tmp_path):
 
 
 def test_preparing_checks_what_the_user_has_to_provide(tmp_path, monkeypatch):
-  with pytest.raises(UserError, match=r'^imagenet2012 must be .* ILSVRC2012_img_train.tar, .*--manual_dir$'):
+  with pytest.raises(
+    UserError, match=r'^imagenet2012 must be .* ILSVRC2012_img_train.tar, .*--manual_dir$'
+  ):
     prepare_data.main(['--dataset=imagenet2012', f'--manual_dir={tmp_path}'])
   for tar in prepare_data.TARS:
     (tmp_path / tar).touch()
   monkeypatch.setattr(importlib.util, 'find_spec', lambda _: None)
   for dataset in data.TFDS:
-    with pytest.raises(UserError, match=r'^preparing data needs TensorFlow .*: pip install tensorflow$'):
+    with pytest.raises(
+      UserError, match=r'^preparing data needs TensorFlow .*: pip install tensorflow$'
+    ):
       prepare_data.main([f'--dataset={dataset}', f'--manual_dir={tmp_path}'])
 
 
@@ -189,9 +228,13 @@ def loaded(name, data_dir):
   return data.load(name, data_dir=data_dir)
 
 
-@pytest.mark.parametrize(('name', 'image_shape', 'train', 'per_class'), [
+@pytest.mark.parametrize(
+  ('name', 'image_shape', 'train', 'per_class'),
+  [
     ('mnist', (28, 28, 1), 60000, [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]),
-    ('cifar10', (32, 32, 3), 50000, [1000] * 10)])
+    ('cifar10', (32, 32, 3), 50000, [1000] * 10),
+  ],
+)
 def test_the_real_data(prepared, name, image_shape, train, per_class):
   dataset = loaded(name, prepared)
   assert dataset.image_shape == image_shape and dataset.classes == 10
@@ -205,4 +248,4 @@ def test_the_real_data(prepared, name, image_shape, train, per_class):
 
 
 def test_real_mnist_looks_like_its_labels(prepared):
-  assert abs(nearest_mean_accuracy(loaded('mnist', prepared)) - 0.8203) < 1e-3    # the known value
+  assert abs(nearest_mean_accuracy(loaded('mnist', prepared)) - 0.8203) < 1e-3  # the known value

@@ -19,8 +19,9 @@ KEY = jax.random.key(11)
 B, P, C = 4, 3, 5
 X = jax.random.normal(KEYS[0], (B, P, C))
 V = {name: 0.7 * jax.random.normal(key, (C, C)) for name, key in zip('ab', KEYS[1:3], strict=True)}
-SCALED = tangents.Law(lambda *args: 1.1**0.5 * tangents.rademacher.draw(*args),
-                      tangents.rademacher.excess)
+SCALED = tangents.Law(
+  lambda *args: 1.1**0.5 * tangents.rademacher.draw(*args), tangents.rademacher.excess
+)
 
 
 def diagnose(fun, *args, num_tangents=(8,), draws=1000, key=KEY, **options):
@@ -91,7 +92,7 @@ def test_signals_a_tenth_too_long_are_found():
   assert found.signals[0].is_biased and found.overall.is_biased
   assert found.signals[0].sigmas[0] > averaging.SIGMAS < found.signals[0].sigmas[1]
   assert found.signals[0].scale == pytest.approx(1.1, abs=0.03)
-  assert found.signals[0].limit > 0.99    # the direction is right
+  assert found.signals[0].limit > 0.99  # the direction is right
   assert verdicts(found) == {'h': 'ok'}
 
 
@@ -107,7 +108,7 @@ def test_a_bias_in_another_direction_is_found_at_its_tap():
   right, wrong = found.signals
   assert not right.is_biased and wrong.is_biased and wrong.sigmas[1] > averaging.SIGMAS
   assert wrong.bias == pytest.approx(0.1, abs=0.08)
-  assert not found.gradients[2].is_biased    # what follows the tap is exact
+  assert not found.gradients[2].is_biased  # what follows the tap is exact
 
 
 def linear(w, x, y):
@@ -151,9 +152,11 @@ def test_what_is_zero_by_accident_is_not_called_right():
 
 def test_a_gradient_that_is_zero_but_for_rounding_and_one_that_is_not_finite():
   """What is subtracted again by the norm of the batch, and a root of negative numbers."""
+
   def fun(w, x):
     h = tap(x @ w['a'] + w['offset'], 'h')
     return jnp.square((h - h.mean(0)) @ w['b'] - 1).sum(-1)
+
   found = diagnose(fun, {**V, 'offset': jnp.ones(C)}, X[:, 0], draws=300)
   assert found.gradients[2].verdict == 'the gradient is zero here' and found.problems == []
   bad = diagnose(lambda w, x: jnp.sqrt(tap(x @ w['a'], 'h')).sum(-1), V, X[:, 0], draws=100)
@@ -164,8 +167,12 @@ def test_a_gradient_that_is_zero_but_for_rounding_and_one_that_is_not_finite():
 def test_losses_that_are_not_seen_are_named():
   def fun(w, x):
     h = tap(x @ w['a'], 'h')
-    return {'main': jnp.square(jax.nn.relu(h - 100) @ w['b']).sum((1, 2)),
-            'aux': jnp.square(h).sum((1, 2)), 'apart': jnp.square(x @ w['b']).sum((1, 2))}
+    return {
+      'main': jnp.square(jax.nn.relu(h - 100) @ w['b']).sum((1, 2)),
+      'aux': jnp.square(h).sum((1, 2)),
+      'apart': jnp.square(x @ w['b']).sum((1, 2)),
+    }
+
   assert verdicts(diagnose(fun, V, X, draws=100)) == {'h': 'ok, but no influence on main seen'}
 
 
@@ -180,8 +187,18 @@ def dropped(x, w, bias, *, key, size):
 def test_options_are_those_of_the_gradient():
   perfect = lambda activities, x, *args, size: {'out': 2 * size * activities['out'] / len(x)}
   check = lfg_jax.diagnose(
-    dropped, argnums=(1, 2), has_aux=True, num_tangents=(2,), draws=500, at_once=100,
-    law=tangents.normal, separate=True, checkpoint_names=True, taps=('h_1', 'out'), guess=perfect)
+    dropped,
+    argnums=(1, 2),
+    has_aux=True,
+    num_tangents=(2,),
+    draws=500,
+    at_once=100,
+    law=tangents.normal,
+    separate=True,
+    checkpoint_names=True,
+    taps=('h_1', 'out'),
+    guess=perfect,
+  )
   found = check(X[:, 0], V, jnp.ones(C), size=3.0, key=KEY)
   assert found.problems == [] and verdicts(found) == {'h_1': 'ok', 'out': 'ok'}
   assert [one.name for one in found.gradients] == ['0/a', '0/b', '1']
@@ -197,7 +214,11 @@ def test_table_and_plot():
   assert lines[1].split() == ['tap', 'shape', 'd', 'local_axes', 'credited', 'real', 'verdict']
   assert lines[2].split() == ['h', '4×3×5', '5', '2', '2', '2', 'ok']
   assert [line.split()[:2] for line in lines[6:]] == [
-    ['signal', 'h'], ['grad', 'a'], ['grad', 'b'], ['whole', 'gradient']]
+    ['signal', 'h'],
+    ['grad', 'a'],
+    ['grad', 'b'],
+    ['whole', 'gradient'],
+  ]
   assert repr(found) == str(found) and max(map(len, lines)) < 110
   figure = found.plot()
   assert len(figure.axes[0].lines) > 4 and figure.axes[0].get_xlabel() == 'tangents K'
@@ -212,8 +233,10 @@ def test_statistics_of_draws_with_an_uneven_covariance():
   """
   truth, off = [jnp.arange(8.0), jnp.ones(400)], 0.2 * np.sqrt(140) * np.eye(8)[0]
   scales = [np.sqrt(1 / np.arange(1, 9)), np.full(400, 0.1)]
-  first_t, second_t = ([np.sum(s ** (2 * n)) / size**n for n in (1, 2, 3)]
-                       for s, size in zip(scales, (140, 400), strict=True))
+  first_t, second_t = (
+    [np.sum(s ** (2 * n)) / size**n for n in (1, 2, 3)]
+    for s, size in zip(scales, (140, 400), strict=True)
+  )
 
   def estimate(key, shift):
     first, second = (s * jax.random.normal(key, s.shape) for s in scales)
@@ -223,11 +246,13 @@ def test_statistics_of_draws_with_an_uneven_covariance():
     shifted = functools.partial(estimate, shift=shift)
     draws = averaging.sample(shifted, truth, KEY, 2000, 100, (True, True))
     first, second, whole = averaging.accuracies(
-      'abc', [1], [draws], [1e-6] * 3, is_orthogonal=False)
+      'abc', [1], [draws], [1e-6] * 3, is_orthogonal=False
+    )
     assert draws.traces[:, 0] == pytest.approx(np.asarray(first_t[1:]), rel=0.2)
     assert draws.traces[:, 1] == pytest.approx(np.asarray(second_t[1:]), rel=0.2)
     assert draws.traces[0, 2] == pytest.approx(
-      (140**2 * first_t[1] + 400**2 * second_t[1]) / 540**2, rel=0.2)
+      (140**2 * first_t[1] + 400**2 * second_t[1]) / 540**2, rel=0.2
+    )
     assert first.error[0] - 0.04 * bool(np.any(shift)) == pytest.approx(first_t[0], rel=0.1)
     assert first.is_biased == whole.is_biased == bool(np.any(shift))
     assert first.bias == pytest.approx(0.2 if first.is_biased else 0, abs=0.005)

@@ -30,8 +30,13 @@ PAPER_TO_CODE = (ROOT / 'docs' / 'paper_to_code.md').read_text()
 def site(tmp_path_factory):
   folder = tmp_path_factory.mktemp('site')
   command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', folder]
-  run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
-                       env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
+  run = subprocess.run(
+    command,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'},
+  )
   assert run.returncode == 0, run.stderr[-2000:]
   return folder
 
@@ -56,14 +61,16 @@ def test_pages_need_no_network(site):
   pages = list(site.rglob('*.html'))
   assert len(pages) > 20
   for page in pages:
-    fetched = re.findall(r'<(?:script|img|link)\b[^>]*(?:src|href)="?(?:https?:)?//[^>]*',
-                         page.read_text())
+    fetched = re.findall(
+      r'<(?:script|img|link)\b[^>]*(?:src|href)="?(?:https?:)?//[^>]*', page.read_text()
+    )
     assert not fetched, page
 
 
 def test_notebooks_are_pages(site):
-  assert {'bring_your_own_model', 'forward_gradients_in_ten_minutes',
-          'measuring_variance'} <= {path.stem for path in NOTEBOOKS}
+  assert {'bring_your_own_model', 'forward_gradients_in_ten_minutes', 'measuring_variance'} <= {
+    path.stem for path in NOTEBOOKS
+  }
   start = (site / 'index.html').read_text()
   for path in NOTEBOOKS:
     page = (site / 'notebooks' / f'{path.stem}.html').read_text()
@@ -123,10 +130,13 @@ def test_what_the_page_of_the_paper_names_exists():
   assert set(filter(None, [*map(missing, files), *map(wrong, commands)])) == set()
 
 
-@pytest.mark.parametrize('text, problem', [
-  ('experiments/nothing.py', 'experiments/nothing.py does not exist'),
-  ('lfg_jax/training/rules.py::Rules', 'lfg_jax/training/rules.py has no Rules'),
-])
+@pytest.mark.parametrize(
+  'text, problem',
+  [
+    ('experiments/nothing.py', 'experiments/nothing.py does not exist'),
+    ('lfg_jax/training/rules.py::Rules', 'lfg_jax/training/rules.py has no Rules'),
+  ],
+)
 def test_missing_files_and_names_are_noticed(text, problem):
   assert missing(text) == problem
 
@@ -143,12 +153,15 @@ def test_the_page_of_launching_has_options_and_fields_that_exist():
   assert all(f'| {code}' in page for code in (LOST, 128 + signal.SIGTERM, UserError.exit_code))
 
 
-@pytest.mark.parametrize('command, problem', [
-  ('python experiments/paper/reproduce.py table2', 'no study table2'),
-  ('python experiments/train.py --config=configs/svhn.py', 'configs/svhn.py does not exist'),
-  ('python experiments/train.py --config.algorithm=LG-FG', 'no algorithm LG-FG'),
-  ('python experiments/bench/depth.py --deep', 'experiments/bench/depth.py has no --deep'),
-])
+@pytest.mark.parametrize(
+  'command, problem',
+  [
+    ('python experiments/paper/reproduce.py table2', 'no study table2'),
+    ('python experiments/train.py --config=configs/svhn.py', 'configs/svhn.py does not exist'),
+    ('python experiments/train.py --config.algorithm=LG-FG', 'no algorithm LG-FG'),
+    ('python experiments/bench/depth.py --deep', 'experiments/bench/depth.py has no --deep'),
+  ],
+)
 def test_wrong_commands_are_noticed(command, problem):
   assert wrong(command) == problem
 

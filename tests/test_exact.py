@@ -38,8 +38,10 @@ CUTS = [Cut(True, True), Cut(True, False), Cut(False, True), Cut(False, False)]
 def test_fused_loss_equals_naive(P, G, dtype):
   with jax.enable_x64(dtype == jnp.float64):
     point, direction, label = features(P, G, dtype)
-    cotangents = [jax.random.normal(jax.random.key(9), (3, P if cut.patch else 1, G if cut.group else 1), dtype)
-                  for cut in CUTS]
+    cotangents = [
+      jax.random.normal(jax.random.key(9), (3, P if cut.patch else 1, G if cut.group else 1), dtype)
+      for cut in CUTS
+    ]
 
     def derivatives(loss, ct):
       return *jax.jvp(loss, point, direction), jax.vjp(loss, *point)[1](ct)
@@ -54,7 +56,9 @@ def test_fused_loss_equals_naive(P, G, dtype):
 
     for ct, (got, expected) in zip(cotangents, both(), strict=True):
       assert got[0].shape == ct.shape
-      assert max(relative_error(a, b) for a, b in zip(got, expected, strict=True)) < TOLERANCE[dtype]
+      assert (
+        max(relative_error(a, b) for a, b in zip(got, expected, strict=True)) < TOLERANCE[dtype]
+      )
 
 
 def test_displaced_replicas_are_the_naive_ones_with_frozen_copies():
@@ -68,20 +72,36 @@ def test_displaced_replicas_are_the_naive_ones_with_frozen_copies():
       assert jnp.allclose(got[:, p, g], one[:, p, g], atol=1e-5)
 
 
-CASES = [('LG-BP', side, groups) for side in (1, 2, 4) for groups in (1, 4, 16)] + [('L-BP', 2, 4), ('BP', 2, 4)]
+CASES = [('LG-BP', side, groups) for side in (1, 2, 4) for groups in (1, 4, 16)] + [
+  ('L-BP', 2, 4),
+  ('BP', 2, 4),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('name', 'side', 'groups', 'dtype'), [(*case, jnp.float64) for case in CASES] + [
-    (*case, jnp.float32) for case in (('LG-BP', 1, 16), ('LG-BP', 4, 4), ('L-BP', 2, 4), ('BP', 2, 4))])
+@pytest.mark.parametrize(
+  ('name', 'side', 'groups', 'dtype'),
+  [(*case, jnp.float64) for case in CASES]
+  + [
+    (*case, jnp.float32)
+    for case in (('LG-BP', 1, 16), ('LG-BP', 4, 4), ('L-BP', 2, 4), ('BP', 2, 4))
+  ],
+)
 def test_backprop_rules_equal_jax_grad_of_the_naive_network(name, side, groups, dtype):
   with jax.enable_x64(dtype == jnp.float64):
     s = small(side=side, groups=groups, channels=16 * groups, dtype=dtype)
     s = s._replace(variables=jax.tree.map(lambda leaf: leaf.astype(dtype), s.variables))
 
     def naive(params):
-      return oracle.objective(params, s.prepare(s.batch.image), s.batch.label, s.batch.weight, groups,
-                              local=name != 'BP', cut=name == 'LG-BP')
+      return oracle.objective(
+        params,
+        s.prepare(s.batch.image),
+        s.batch.label,
+        s.batch.weight,
+        groups,
+        local=name != 'BP',
+        cut=name == 'LG-BP',
+      )
 
     expected = jax.jit(jax.grad(naive))(s.variables['params'])
     # Leaf by leaf in float64; in float32 rounding in small leaves is held against the whole gradient.
@@ -102,22 +122,29 @@ def objective_of_stages(params, s, groups, plan):
       x = oracle.block(blocks[n], x, groups, mix=n > 0)
     f = oracle.layer_norm(x.reshape(*x.shape[:2], groups, -1))
     head = blocks[stage[-1]]['head']
-    loss_B = oracle.naive_replicated_loss(f, head['kernel'], head['bias'], s.batch.label, False, False)[:, 0, 0]
+    loss_B = oracle.naive_replicated_loss(
+      f, head['kernel'], head['bias'], s.batch.label, False, False
+    )[:, 0, 0]
     value += (loss_B * s.batch.weight).sum()
   return value
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('options', 'plan'), [
+@pytest.mark.parametrize(
+  ('options', 'plan'),
+  [
     ({'every': 2}, [(0, 1), (2, 3), (4,)]),
     ({'every': 3}, [(0, 1, 2), (3, 4)]),
     ({'overlap': True}, [(0,), (0, 1), (1, 2), (2, 3), (3, 4)]),
-])
+  ],
+)
 def test_stages_of_several_blocks(options, plan):
   with jax.enable_x64(True):
     s = small(blocks=5, dtype=jnp.float64)
     grads = gradient(s, 'LG-BP', **options)
-    expected = jax.jit(jax.grad(lambda params: objective_of_stages(params, s, 4, plan)))(s.variables['params'])
+    expected = jax.jit(jax.grad(lambda params: objective_of_stages(params, s, 4, plan)))(
+      s.variables['params']
+    )
     grads.pop('readout'), expected.pop('readout')
     assert relative_error(grads, expected) < TOLERANCE[jnp.float64]
 
@@ -130,7 +157,9 @@ def test_feedback_alignment_with_transposed_forward_matrices_is_backprop(name):
   own = keep_kernels(s.variables['params'])
   assert jax.tree.structure(own) == jax.tree.structure(random)
   run = jax.jit(algorithm.gradient)
-  with_feedback = lambda feedback: run({**s.variables, 'feedback': feedback}, jax.random.key(0), s.batch)
+  with_feedback = lambda feedback: run(
+    {**s.variables, 'feedback': feedback}, jax.random.key(0), s.batch
+  )
   expected = gradient(s, name.replace('FA', 'BP'))
   assert relative_error(with_feedback(own)[0], expected) < 1e-5
   assert relative_error(with_feedback(random)[0], expected) > 0.1
@@ -150,8 +179,15 @@ def with_any_feedback(name):
 def naive_loss_and_gradient():
   """Of the loss at the end, from the equations."""
   s = small()
-  loss = functools.partial(oracle.objective, tokens=s.prepare(s.batch.image), label=s.batch.label,
-                           weight=s.batch.weight, groups=4, local=False, cut=False)
+  loss = functools.partial(
+    oracle.objective,
+    tokens=s.prepare(s.batch.image),
+    label=s.batch.label,
+    weight=s.batch.weight,
+    groups=4,
+    local=False,
+    cut=False,
+  )
   return jax.jit(jax.value_and_grad(loss))(s.variables['params'])
 
 
@@ -167,7 +203,10 @@ def test_direct_feedback_sends_the_output_error_to_every_layer():
   s = small(blocks=2)
   algorithm = compose(s, 'DFA')
   matrices = jax.jit(algorithm.init)(jax.random.key(3))['feedback']
-  grads, _ = jax.jit(algorithm.gradient)({**s.variables, 'feedback': matrices}, jax.random.key(0), s.batch)
+  grads, _ = jax.jit(algorithm.gradient)(
+    {**s.variables, 'feedback': matrices}, jax.random.key(0), s.batch
+  )
+
   # By hand, for the stem's first linear layer: error × matrix, masked by the ReLU, through norm and linear map.
   @jax.jit
   def expected(p, matrix):

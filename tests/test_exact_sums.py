@@ -21,7 +21,8 @@ def test_vmapped_estimates_in_a_scan_are_those_of_one_key_after_the_other():
   estimate = layer.estimate('activity', Sampling(rademacher, 1, shared=True), 128)
   keys = jax.random.split(jax.random.key(1), (2, 100))
   together = jax.jit(
-    lambda keys: jax.lax.scan(lambda carry, some: (carry, jax.vmap(estimate)(some)), 0, keys)[1])
+    lambda keys: jax.lax.scan(lambda carry, some: (carry, jax.vmap(estimate)(some)), 0, keys)[1]
+  )
   one_by_one = jax.jit(lambda keys: jax.lax.map(estimate, keys))
   np.testing.assert_allclose(together(keys)[1, :9], one_by_one(keys[1, :9]), rtol=1e-4, atol=1e-4)
 
@@ -49,5 +50,9 @@ def test_an_import_sets_it_in_time():
 import warnings; warnings.simplefilter('error')
 import jax, lfg_jax, os; print(jax.numpy.ones(2).sum(), os.environ.get('XLA_FLAGS', ''))"""
   environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
-  done = subprocess.run([sys.executable, '-c', program], env=environment, capture_output=True, text=True)
-  assert done.stdout.split() == ['2.0', *exact_sums.flags(jax.lib.__version__, '').split()], done.stderr
+  done = subprocess.run(
+    [sys.executable, '-c', program], env=environment, capture_output=True, text=True
+  )
+  assert done.stdout.split() == ['2.0', *exact_sums.flags(jax.lib.__version__, '').split()], (
+    done.stderr
+  )

@@ -8,11 +8,14 @@ from tests import runs
 
 EXPERIMENTS = runs.ROOT / 'experiments'
 FILES = sorted(EXPERIMENTS.rglob('*.py'))
-PROGRAMS = [path.relative_to(EXPERIMENTS).with_suffix('').as_posix()
-            for path in FILES if "__name__ == '__main__'" in path.read_text()]
+PROGRAMS = [
+  path.relative_to(EXPERIMENTS).with_suffix('').as_posix()
+  for path in FILES
+  if "__name__ == '__main__'" in path.read_text()
+]
 # They only give names to programs of the package, which have tests of their own.
 SHORT = ('train', 'prepare_data')
-OTHERS = ('test_bad_input.py', 'test_experiments.py')    # tests that run no program to its end
+OTHERS = ('test_bad_input.py', 'test_experiments.py')  # tests that run no program to its end
 
 
 @pytest.mark.parametrize('name', PROGRAMS)

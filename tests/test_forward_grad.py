@@ -21,16 +21,25 @@ def loss(params, x, scale=1.0):
 
 
 X = jax.random.normal(jax.random.key(1), (8, 3))
-PARAMS = {'w': jax.random.normal(jax.random.key(2), (3, 4)), 'b': jnp.full(4, 0.1)}    # 16 numbers
+PARAMS = {'w': jax.random.normal(jax.random.key(2), (3, 4)), 'b': jnp.full(4, 0.1)}  # 16 numbers
 EXACT = {'law': tangents.hadamard, 'passes': 16}
 
 
 def same(a, b):
-  return all(jax.tree.leaves(jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-4, atol=1e-5), a, b)))
+  return all(
+    jax.tree.leaves(jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-4, atol=1e-5), a, b))
+  )
 
 
-@pytest.mark.parametrize('options', [EXACT, {**EXACT, 'chunk': 4}, {'law': tangents.haar, 'passes': 16},
-                                     {'law': tangents.normal, 'passes': 16, 'combination': 'projection'}])
+@pytest.mark.parametrize(
+  'options',
+  [
+    EXACT,
+    {**EXACT, 'chunk': 4},
+    {'law': tangents.haar, 'passes': 16},
+    {'law': tangents.normal, 'passes': 16, 'combination': 'projection'},
+  ],
+)
 def test_as_many_orthogonal_passes_as_dimensions_give_jax_grad(options):
   estimate = jax.jit(value_and_forward_grad(loss, **options))(PARAMS, X, key=jax.random.key(0))
   value, gradient = jax.value_and_grad(loss)(PARAMS, X)
@@ -48,13 +57,16 @@ def test_argnums_and_aux(argnums):
   assert jax.tree.structure(gradient) == jax.tree.structure(gradient_0)
   assert same((value, aux, gradient), (value_0, aux_0, gradient_0))
   gradient_1, aux_1 = forward_grad(f, argnums, has_aux=True, law=tangents.haar, passes=count)(
-      PARAMS, X, key=jax.random.key(0))
+    PARAMS, X, key=jax.random.key(0)
+  )
   assert same((gradient_1, aux_1), (gradient_0, aux_0))
 
 
 def test_unbiased():
   run = forward_grad(loss)
-  estimates = jax.jit(jax.vmap(lambda key: run(PARAMS, X, key=key)))(jax.random.split(jax.random.key(0), 20_000))
+  estimates = jax.jit(jax.vmap(lambda key: run(PARAMS, X, key=key)))(
+    jax.random.split(jax.random.key(0), 20_000)
+  )
   exact = jax.grad(loss)(PARAMS, X)
   for name in PARAMS:
     assert z_of_mean(estimates[name], exact[name]).max() < SIGMAS
@@ -71,7 +83,9 @@ def test_vmap_and_scan():
     step = lambda p, key: (jax.tree.map(lambda p, g: p - 0.1 * g, p, gradient(p, key)), None)
     return jax.lax.scan(step, params, jax.random.split(key, 3))[0]
 
-  forward = jax.jit(lambda p: descend(lambda p, key: run(p, X, key=key)[1], p, jax.random.key(0)))(PARAMS)
+  forward = jax.jit(lambda p: descend(lambda p, key: run(p, X, key=key)[1], p, jax.random.key(0)))(
+    PARAMS
+  )
   assert same(forward, descend(lambda p, key: jax.grad(loss)(p, X), PARAMS, jax.random.key(0)))
 
 
@@ -81,8 +95,10 @@ def test_shard_map_with_the_same_key_everywhere(chunk):
   run = value_and_forward_grad(loss, passes=8, chunk=chunk)
 
   @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P('data'), P()), out_specs=P())
-  def of_mean(params, x, key):    # the loss itself is taken over all devices
-    return value_and_forward_grad(lambda p: jax.lax.pmean(loss(p, x), 'data'), passes=8, chunk=chunk)(params, key=key)
+  def of_mean(params, x, key):  # the loss itself is taken over all devices
+    return value_and_forward_grad(
+      lambda p: jax.lax.pmean(loss(p, x), 'data'), passes=8, chunk=chunk
+    )(params, key=key)
 
   @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P('data'), P()), out_specs=P())
   def mean_of_estimates(params, x, key):
@@ -112,10 +128,12 @@ def test_drop_in_for_an_optax_loop():
 
 def test_the_function_is_traced_once_for_all_passes():
   count = 0
+
   def f(x):
     nonlocal count
     count += 1
     return (x**2).sum()
+
   for chunk in (None, 2):
     count = 0
     forward_grad(f, passes=8, chunk=chunk)(jnp.ones(4), key=jax.random.key(0))
@@ -131,11 +149,13 @@ def test_ema_of_optax_divides_the_error_by_what_its_memory_says():
     estimates = jax.vmap(lambda key: run(PARAMS, X, key=key))(jax.random.split(key, 40))
     step = lambda state, estimate: average.update(estimate, state)[::-1]
     averages = jax.lax.scan(step, average.init(PARAMS), estimates)[1]
-    return ((averages['w'][-1] - exact)**2).sum(), ((estimates['w'][-1] - exact)**2).sum()
+    return ((averages['w'][-1] - exact) ** 2).sum(), ((estimates['w'][-1] - exact) ** 2).sum()
 
   averaged, single = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 4000))
   ratio = averaged.mean() / single.mean()
-  error = ratio * np.hypot(averaged.std() / averaged.mean(), single.std() / single.mean()) / 4000**0.5
+  error = (
+    ratio * np.hypot(averaged.std() / averaged.mean(), single.std() / single.mean()) / 4000**0.5
+  )
   assert abs(ratio - (1 - decay) / (1 + decay)) < SINGLE * error + 1e-3
   assert error < 0.01
 
@@ -143,7 +163,7 @@ def test_ema_of_optax_divides_the_error_by_what_its_memory_says():
 @pytest.mark.parametrize('chunk', [None, 1])
 def test_every_leaf_has_its_own_dtype(chunk):
   """So that a scan over steps keeps its carry; and the estimate is exact up to rounding."""
-  f = lambda p: (p['low'].astype(jnp.float32)**2).sum() + 3 * p['high'].sum() + p['number']
+  f = lambda p: (p['low'].astype(jnp.float32) ** 2).sum() + 3 * p['high'].sum() + p['number']
   params = {'low': jnp.ones(2, jnp.bfloat16), 'high': jnp.ones((1, 1)), 'number': 1.0}
   run = forward_grad(f, law=tangents.hadamard, passes=4, chunk=chunk)
   gradient, exact = run(params, key=jax.random.key(0)), jax.grad(f)(params)
@@ -154,19 +174,22 @@ def test_every_leaf_has_its_own_dtype(chunk):
   def step(carry, key):
     updates, state = optimizer.update(forward_grad(f)(carry[0], key=key), carry[1], carry[0])
     return (optax.apply_updates(carry[0], updates), state), None
+
   start = jax.tree.map(jnp.asarray, params)
   jax.lax.scan(step, (start, optimizer.init(start)), jax.random.split(jax.random.key(0), 3))
 
 
 @pytest.mark.parametrize('law', ['normal', 'sphere', 'haar'])
 def test_tangents_of_a_short_type_have_the_moments_of_the_law(law):
-  draw = lambda dtype: tangents.LAWS[law].draw(jax.random.key(0), tangents.Passes(1), (100_000,), 4, dtype)
+  draw = lambda dtype: tangents.LAWS[law].draw(
+    jax.random.key(0), tangents.Passes(1), (100_000,), 4, dtype
+  )
   u = draw(jnp.bfloat16)
   assert u.dtype == jnp.bfloat16
   assert jnp.array_equal(u, draw(jnp.float32).astype(jnp.bfloat16))
   u = u.astype(jnp.float32)
   assert abs(u.mean()) < SINGLE / u.size**0.5
-  assert is_mean(np.ravel(u)**2, 1, slack=1e-4)
+  assert is_mean(np.ravel(u) ** 2, 1, slack=1e-4)
 
 
 def test_chunks_take_the_memory_of_one_evaluation():
@@ -174,10 +197,13 @@ def test_chunks_take_the_memory_of_one_evaluation():
     for w in ws:
       x = jnp.tanh(x @ w)
     return (x**2).mean()
+
   ws, x = [jnp.zeros((32, 32))] * 16, jnp.zeros((1024, 32))
   size = lambda f: jax.jit(f).lower(ws, x).compile().memory_analysis().temp_size_in_bytes
-  one, chunks = (size(lambda ws, x, p=p: forward_grad(deep, passes=p, chunk=1)(ws, x, key=jax.random.key(0)))
-                 for p in (1, 64))
+  one, chunks = (
+    size(lambda ws, x, p=p: forward_grad(deep, passes=p, chunk=1)(ws, x, key=jax.random.key(0)))
+    for p in (1, 64)
+  )
   assert chunks < 1.5 * one
   assert chunks < size(jax.grad(deep))
 
@@ -185,17 +211,25 @@ def test_chunks_take_the_memory_of_one_evaluation():
 @pytest.mark.parametrize('chunk', [None, 1])
 def test_aux_that_is_no_array(chunk):
   f = lambda w: ((w**2).sum(), {'text': 'epoch 3', 'number': 3, 'twice': 2 * w})
-  (value, aux), _ = value_and_forward_grad(f, has_aux=True, passes=2, chunk=chunk)(jnp.ones(3), key=jax.random.key(0))
-  assert value == 3 and (aux['text'], aux['number']) == ('epoch 3', 3) and aux['twice'].tolist() == [2, 2, 2]
+  (value, aux), _ = value_and_forward_grad(f, has_aux=True, passes=2, chunk=chunk)(
+    jnp.ones(3), key=jax.random.key(0)
+  )
+  assert (
+    value == 3
+    and (aux['text'], aux['number']) == ('epoch 3', 3)
+    and aux['twice'].tolist() == [2, 2, 2]
+  )
 
 
 def test_a_key_of_the_functions_own():
-  f = lambda w, *, key: ((w * jax.random.bernoulli(key, 0.5, w.shape))**2).sum()
+  f = lambda w, *, key: ((w * jax.random.bernoulli(key, 0.5, w.shape)) ** 2).sum()
   key, w, options = jax.random.key(0), jnp.ones(8), {'law': tangents.hadamard, 'passes': 8}
   own = jax.random.split(key)[1]
   exact = jax.grad(f)(w, key=own)
   assert same(forward_grad(f, **options)(w, key=key), exact)
-  assert same(forward_grad(functools.partial(f, key=own), **options)(w, key=jax.random.key(1)), exact)
+  assert same(
+    forward_grad(functools.partial(f, key=own), **options)(w, key=jax.random.key(1)), exact
+  )
   positional = lambda w, key: f(w, key=key)
   assert same(forward_grad(positional, **options)(w, own, key=jax.random.key(1)), exact)
   without = lambda w, key=None: (w**2).sum() if key is None else 0.0
@@ -210,18 +244,52 @@ def straight_through(x):
 straight_through.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
 
 
-@pytest.mark.parametrize(('f', 'args', 'options', 'error', 'message'), [
+@pytest.mark.parametrize(
+  ('f', 'args', 'options', 'error', 'message'),
+  [
     (lambda x: x, (jnp.ones(3),), {}, ValueError, r'scalar functions; the output has shape \(3,\)'),
     (lambda x: x.sum(), (jnp.arange(3),), {}, TypeError, 'has dtype int32'),
-    (lambda x: x.sum(), (jnp.ones(3),), {'argnums': 1}, ValueError, 'called with 1 positional arguments'),
+    (
+      lambda x: x.sum(),
+      (jnp.ones(3),),
+      {'argnums': 1},
+      ValueError,
+      'called with 1 positional arguments',
+    ),
     (lambda x: x.sum() + 1j, (jnp.ones(3),), {}, TypeError, 'the output has dtype complex64'),
     (lambda x: jnp.int32(3), (jnp.ones(3),), {}, TypeError, 'the output has dtype int32'),
-    (lambda x: (x.sum(), x), (jnp.ones(3),), {}, TypeError, 'the output is tuple; allowed: a scalar, or'),
+    (
+      lambda x: (x.sum(), x),
+      (jnp.ones(3),),
+      {},
+      TypeError,
+      'the output is tuple; allowed: a scalar, or',
+    ),
     (lambda x: x.sum(), (jnp.ones(3),), {'has_aux': True}, TypeError, 'with has_aux the output is'),
-    (lambda x: straight_through(x).sum(), (jnp.ones(3),), {}, TypeError, 'straight_through has jax.custom_vjp'),
-    (lambda x: straight_through(x).sum(), (jnp.ones(3),), {'passes': 2, 'chunk': 1}, TypeError, 'straight_through has'),
+    (
+      lambda x: straight_through(x).sum(),
+      (jnp.ones(3),),
+      {},
+      TypeError,
+      'straight_through has jax.custom_vjp',
+    ),
+    (
+      lambda x: straight_through(x).sum(),
+      (jnp.ones(3),),
+      {'passes': 2, 'chunk': 1},
+      TypeError,
+      'straight_through has',
+    ),
     (lambda x: x.sum(), (jnp.ones(3),), {'passes': 0}, ValueError, 'passes=0'),
-    (lambda x: x.sum(), (jnp.ones(3),), {'combination': 'sum'}, ValueError, "combine is 'sum'; allowed: mean")])
+    (
+      lambda x: x.sum(),
+      (jnp.ones(3),),
+      {'combination': 'sum'},
+      ValueError,
+      "combine is 'sum'; allowed: mean",
+    ),
+  ],
+)
 def test_what_is_refused(f, args, options, error, message):
   with pytest.raises(error, match=message):
     forward_grad(f, **options)(*args, key=jax.random.key(0))

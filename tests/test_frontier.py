@@ -48,8 +48,9 @@ def test_errors_fall_with_passes(tmp_path):
 
 @pytest.mark.slow
 def test_trained_network(tmp_path):
-  rows, content = frontier(tmp_path, '--epochs=1', '--variants=exact last', '--passes=1',
-                           '--draws=2')
+  rows, content = frontier(
+    tmp_path, '--epochs=1', '--variants=exact last', '--passes=1', '--draws=2'
+  )
   assert [row['point'] for row in content['rows']] == ['start', 'start', 'trained', 'trained']
   assert rows['exact last', 1, 'stem/group']['relative_error'] < 1e-9
   row = rows['exact last', 1, 'stem/channel']
@@ -78,21 +79,26 @@ def test_errors_of_signals_are_as_theory_says():
 
 def test_more_passes_go_where_they_are_cheap():
   bench = network.Bench(configs.base(), data.load('digits'), 4)
-  errors = [{'layer': f'blocks/{layer}', 'passes': 2, 'relative_error': 1.0}
-            for layer in ('token', 'channel')]
+  errors = [
+    {'layer': f'blocks/{layer}', 'passes': 2, 'relative_error': 1.0}
+    for layer in ('token', 'channel')
+  ]
   variant = frontier_rows._allocate(bench, errors, {'token': 8.0, 'channel': 1.0}, 8)
   passes = dict(variant.tap_passes)
   assert passes['after_channel'] > 8 > passes['after_token']
   assert 8 * passes['after_token'] + passes['after_channel'] <= 9 * 8
-  assert passes['after_channel'] % 4 == 0    # whole chunks
+  assert passes['after_channel'] % 4 == 0  # whole chunks
 
 
-@pytest.mark.parametrize(('argument', 'message'), [
+@pytest.mark.parametrize(
+  ('argument', 'message'),
+  [
     ('--variants=quiet', "--variants has 'quiet'; allowed: joint, separate"),
     ('--laws=uniform', "--laws has 'uniform'; allowed: normal"),
     ('--passes=0', '--passes has 0; allowed: 1 or more'),
     ('--model=S', "model.size is 'S'"),
-])
+  ],
+)
 def test_frontier_refuses(argument, message, tmp_path):
   with pytest.raises(UserError) as error:
     run('bench/frontier', *FRONTIER, argument, f'--out={tmp_path}')
@@ -105,8 +111,13 @@ ACCURACY = [f'--config={ROOT}/configs/digits.py', *FLAGS, '--interval=20', '--ma
 @pytest.mark.slow
 def test_time_to_accuracy(tmp_path, capsys):
   # At a rate of next to nothing the read-out's first step is still worth an error of 49 %.
-  arguments = [*ACCURACY, '--algorithms=BP,LG-FG-A', '--rates=BP=1e-8|1e-2', '--thresholds=40,0',
-               f'--out={tmp_path}']
+  arguments = [
+    *ACCURACY,
+    '--algorithms=BP,LG-FG-A',
+    '--rates=BP=1e-8|1e-2',
+    '--thresholds=40,0',
+    f'--out={tmp_path}',
+  ]
   run('bench/time_to_accuracy', *arguments, '--seeds=0')
   content = json.loads((tmp_path / 'time_to_accuracy.json').read_text())
   rows = {(row['algorithm'], row['rate'], row['threshold']): row for row in content['rows']}
@@ -121,28 +132,43 @@ def test_time_to_accuracy(tmp_path, capsys):
   assert (tmp_path / 'time_to_accuracy.png').stat().st_size > 1000
   capsys.readouterr()
   run('bench/time_to_accuracy', *arguments, '--seeds=0')
-  assert 'step 20' not in capsys.readouterr().out    # all runs were finished
+  assert 'step 20' not in capsys.readouterr().out  # all runs were finished
   assert json.loads((tmp_path / 'time_to_accuracy.json').read_text())['curves'] == content['curves']
   with pytest.raises(UserError, match='was measured with other settings'):
     run('bench/time_to_accuracy', *arguments, '--seeds=0', '--interval=10')
 
 
 def test_a_run_ends_at_its_last_threshold(tmp_path):
-  run('bench/time_to_accuracy', *ACCURACY, '--algorithms=BP', '--thresholds=60', '--seeds=0',
-      f'--out={tmp_path}')
+  run(
+    'bench/time_to_accuracy',
+    *ACCURACY,
+    '--algorithms=BP',
+    '--thresholds=60',
+    '--seeds=0',
+    f'--out={tmp_path}',
+  )
   (curve,) = json.loads((tmp_path / 'time_to_accuracy.json').read_text())['curves']
   assert curve['finished'] and curve['test_error'][-1] <= 0.6 < min(curve['test_error'][:-1])
   assert curve['steps'][-1] < 69
 
 
-@pytest.mark.parametrize(('argument', 'message'), [
+@pytest.mark.parametrize(
+  ('argument', 'message'),
+  [
     ('--thresholds=1,2', "--thresholds is '1,2'; allowed: falling numbers"),
     ('--rates=LG-BP=1', "--rates has 'LG-BP'; allowed: BP"),
     ('--seeds=a', "--seeds is 'a'; allowed: numbers"),
     ('--interval=0', '--interval is 0; allowed: 1 or more'),
-])
+  ],
+)
 def test_time_to_accuracy_refuses(argument, message, tmp_path):
   with pytest.raises(UserError) as error:
-    run('bench/time_to_accuracy', *ACCURACY, '--algorithms=BP', '--thresholds=60', argument,
-        f'--out={tmp_path}')
+    run(
+      'bench/time_to_accuracy',
+      *ACCURACY,
+      '--algorithms=BP',
+      '--thresholds=60',
+      argument,
+      f'--out={tmp_path}',
+    )
   assert message in str(error.value)

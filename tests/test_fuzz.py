@@ -6,14 +6,80 @@ from lfg_jax.errors import UserError
 from lfg_jax.training import command_line, configs, train
 from tests.runs import tiny
 
-COUNT = 300   # of each kind
-ODD = ['0', '1', '-1', '3', '7', '-2147483648', '2147483647', '99999999999999999999', '1e30', '-1e-30', '0.5', 'nan',
-       'inf', 'None', 'none', '', ' ', 'text', 'True', 'False', '1,2', '(1,', '[]', "('a',)", 'head,readout',
-       'head,,x', '(1,(2,3))', '{}', 'S/1/1', 'S/0/1', 'M/8/16', 'L/9999999999/1', 'ß', '١', '\x00', '/dev/null',
-       'a=b', '--config', 'BP', 'FG-W', 'DFA', 'conv', 'batch', 'bfloat16', 'contrastive', 'mnist', 'projection',
-       'independent', 'separate', 'exact', 'all', 'lars', 'cosine']
-OBJECTS = [None, 0, -1, 10**30, 0.5, float('nan'), float('inf'), '', 'x', True, (), (1,), ('head', 3), [1],
-           {'a': 1}, b'x']
+COUNT = 300  # of each kind
+ODD = [
+  '0',
+  '1',
+  '-1',
+  '3',
+  '7',
+  '-2147483648',
+  '2147483647',
+  '99999999999999999999',
+  '1e30',
+  '-1e-30',
+  '0.5',
+  'nan',
+  'inf',
+  'None',
+  'none',
+  '',
+  ' ',
+  'text',
+  'True',
+  'False',
+  '1,2',
+  '(1,',
+  '[]',
+  "('a',)",
+  'head,readout',
+  'head,,x',
+  '(1,(2,3))',
+  '{}',
+  'S/1/1',
+  'S/0/1',
+  'M/8/16',
+  'L/9999999999/1',
+  'ß',
+  '١',
+  '\x00',
+  '/dev/null',
+  'a=b',
+  '--config',
+  'BP',
+  'FG-W',
+  'DFA',
+  'conv',
+  'batch',
+  'bfloat16',
+  'contrastive',
+  'mnist',
+  'projection',
+  'independent',
+  'separate',
+  'exact',
+  'all',
+  'lars',
+  'cosine',
+]
+OBJECTS = [
+  None,
+  0,
+  -1,
+  10**30,
+  0.5,
+  float('nan'),
+  float('inf'),
+  '',
+  'x',
+  True,
+  (),
+  (1,),
+  ('head', 3),
+  [1],
+  {'a': 1},
+  b'x',
+]
 
 
 # `distributed` would look for a cluster.
@@ -34,7 +100,9 @@ def test_command_lines():
   rng = random.Random(0)
   outcomes = []
   for _ in range(COUNT):
-    arguments = [f'--config.{rng.choice(FIELDS)}={rng.choice(ODD)}' for _ in range(rng.choice([1, 1, 2, 3]))]
+    arguments = [
+      f'--config.{rng.choice(FIELDS)}={rng.choice(ODD)}' for _ in range(rng.choice([1, 1, 2, 3]))
+    ]
     outcomes.append(outcome(lambda arguments=arguments: command_line.override(tiny(), arguments)))
     assert outcomes[-1].strip() and '\n' not in outcomes[-1], arguments
   assert len(set(outcomes)) > COUNT / 2 and 'good' in outcomes

@@ -23,35 +23,61 @@ def with_guess(s, weights):
 
 def kernels(s):
   """Feedback weights with which a guess is the gradient itself."""
-  return jax.tree.map(lambda _, kernel: kernel, s.variables['guess'],
-                      {name: {layer: {'kernel': s.variables['params'][name][layer]['kernel']} for layer in block}
-                       for name, block in s.variables['guess'].items()})
+  return jax.tree.map(
+    lambda _, kernel: kernel,
+    s.variables['guess'],
+    {
+      name: {layer: {'kernel': s.variables['params'][name][layer]['kernel']} for layer in block}
+      for name, block in s.variables['guess'].items()
+    },
+  )
 
 
 def zeros(s):
   return jax.tree.map(jnp.zeros_like, s.variables['guess'])
 
 
-WEIGHTS = {'nothing': zeros, 'random': lambda s: s.variables['guess'],
-           'the opposite': lambda s: jax.tree.map(lambda w: -2 * w, kernels(s))}
+WEIGHTS = {
+  'nothing': zeros,
+  'random': lambda s: s.variables['guess'],
+  'the opposite': lambda s: jax.tree.map(lambda w: -2 * w, kernels(s)),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('options', [{'guess': 'after_channel'}, {'guess': 'all'},
-                                     {'guess': 'all', 'sharing': 'shared', 'law': 'normal', 'passes': 2}],
-                         ids=['one tap', 'all taps', 'shared normal'])
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'guess': 'after_channel'},
+    {'guess': 'all'},
+    {'guess': 'all', 'sharing': 'shared', 'law': 'normal', 'passes': 2},
+  ],
+  ids=['one tap', 'all taps', 'shared normal'],
+)
 @pytest.mark.parametrize('weights', WEIGHTS)
 def test_unbiased_whatever_the_guess(weights, options):
   s = model()
   algorithm = compose(s, 'LG-FG-A', **options)
   variables = with_guess(s, WEIGHTS[weights](s))
-  scores = z_scores(lambda key: algorithm.gradient(variables, key, s.batch)[0], gradient(s, 'LG-BP'))
+  scores = z_scores(
+    lambda key: algorithm.gradient(variables, key, s.batch)[0], gradient(s, 'LG-BP')
+  )
   assert verdict(scores) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('style', [{}, {'norm': 'batch'}, {'norm': 'whole'}, {'mixing': 'conv'}, {'hidden': 32},
-                                   {'norms': ('channel_out',)}], ids=str)
+@pytest.mark.parametrize(
+  'style',
+  [
+    {},
+    {'norm': 'batch'},
+    {'norm': 'whole'},
+    {'mixing': 'conv'},
+    {'hidden': 32},
+    {'norms': ('channel_out',)},
+  ],
+  ids=str,
+)
 def test_exact_with_the_kernels_for_feedback_and_behind_the_boundary_with_any(style):
   """One pass. The grouped layer's gradient is exact in any case; with the right guesses all are."""
   s = small(groups=2, **style)
@@ -73,7 +99,9 @@ def test_no_kernel_is_read_backwards():
   s = model()
   without = gradient(s, 'LG-FG-A', guess='none')
   estimate = jax.jit(compose(s, 'LG-FG-A', guess='all').gradient)
-  assert relative_error(estimate(with_guess(s, zeros(s)), jax.random.key(0), s.batch)[0], without) < 1e-5
+  assert (
+    relative_error(estimate(with_guess(s, zeros(s)), jax.random.key(0), s.batch)[0], without) < 1e-5
+  )
   assert relative_error(estimate(s.variables, jax.random.key(0), s.batch)[0], without) > 0.1
   with pytest.raises(ValueError, match="no feedback weights; allowed: variables with 'guess'"):
     compose(s, 'LG-FG-A').gradient({'params': s.variables['params']}, jax.random.key(0), s.batch)
@@ -83,16 +111,21 @@ def test_no_kernel_is_read_backwards():
 def test_the_regression_follows_the_gradient_of_what_is_left():
   """On average over tangents; as many orthogonal ones as dimensions have that average."""
   s = model()
-  exact = compose(s, 'LG-FG-A', guess='all', law='hadamard', passes=4, tap_passes={'after_token': 8})
+  exact = compose(
+    s, 'LG-FG-A', guess='all', law='hadamard', passes=4, tap_passes={'after_token': 8}
+  )
   one = compose(s, 'LG-FG-A', guess='all')
   target = jax.jit(exact.gradient)(s.variables, jax.random.key(0), s.batch)[1]['guess_gradient']
-  scores = lambda target: z_scores(lambda key: one.gradient(s.variables, key, s.batch)[1]['guess_gradient'], target)
+  scores = lambda target: z_scores(
+    lambda key: one.gradient(s.variables, key, s.batch)[1]['guess_gradient'], target
+  )
   assert verdict(scores(target)) == []
   assert verdict(scores(jax.tree.map(lambda leaf: 1.1 * leaf, target))) != []
   # Where nothing is left there is nothing to learn.
   _, right = jax.jit(one.gradient)(with_guess(s, kernels(s)), jax.random.key(0), s.batch)
   assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(right['guess_gradient'])) < 1e-4 * max(
-      jnp.abs(leaf).max() for leaf in jax.tree.leaves(target))
+    jnp.abs(leaf).max() for leaf in jax.tree.leaves(target)
+  )
 
 
 @pytest.mark.slow
@@ -102,16 +135,28 @@ def test_guesses_are_learned():
   algorithm = compose(s, 'LG-FG-A', guess='all', guess_rate=1e-2)
   exact = gradient(s, 'LG-BP')
   shapes = jax.eval_shape(algorithm.init, jax.random.key(0))
-  state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-                       {name: shapes[name] for name in ('guess', 'guess_optimizer')})
+  state = jax.tree.map(
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+    {name: shapes[name] for name in ('guess', 'guess_optimizer')},
+  )
 
   @jax.jit
   def run(state):
     def step(state, key):
       grads, aux = algorithm.gradient({**s.variables, **state}, key, s.batch)
-      error = {name: sum(((a - b)**2).sum() for a, b in zip(jax.tree.leaves(grads['blocks'][name]), jax.tree.leaves(
-          exact['blocks'][name]), strict=True)) for name in ('token', 'channel')}
+      error = {
+        name: sum(
+          ((a - b) ** 2).sum()
+          for a, b in zip(
+            jax.tree.leaves(grads['blocks'][name]),
+            jax.tree.leaves(exact['blocks'][name]),
+            strict=True,
+          )
+        )
+        for name in ('token', 'channel')
+      }
       return algorithm.advance(state, s.variables['params'], aux), error
+
     return jax.lax.scan(step, state, jax.random.split(jax.random.key(1), 2000))[1]
 
   for name, errors in run(state).items():
@@ -131,13 +176,13 @@ FIRST = 'first'
 
 def losses(params, x, y):
   out = mark(MLP(), nn.Dense).apply({'params': params}, x)
-  return ((out - y)**2).sum(-1)
+  return ((out - y) ** 2).sum(-1)
 
 
 def signal(params, z):
   """The objective's gradient at the first layer's output z."""
   rest = lambda z: nn.tanh(z) @ params['second']['kernel'] + params['second']['bias']
-  return jax.grad(lambda z: ((rest(z) - Y)**2).sum() / len(Y))(z)
+  return jax.grad(lambda z: ((rest(z) - Y) ** 2).sum() / len(Y))(z)
 
 
 def estimates(guess, draws=20_000, **options):
@@ -156,11 +201,12 @@ def test_a_users_guess_leaves_the_error_that_theory_has():
   for guess, h in ((None, 0 * g), (near, 0.8 * g)):
     for law, passes in ((tangents.normal, 1), (tangents.hadamard, 2)):
       samples = estimates(guess, law=law, passes=passes)['bias']
-      errors = ((samples - g.sum(0))**2).sum(-1)
-      expected = law.excess(8, passes) * ((g - h)**2).sum()
+      errors = ((samples - g.sum(0)) ** 2).sum(-1)
+      expected = law.excess(8, passes) * ((g - h) ** 2).sum()
       assert is_mean(errors, expected)
-      assert expected == pytest.approx(variance.predicted_taps(law, [passes], [8], [float(((g - h)**2).sum())],
-                                                               joint=False)[0])
+      assert expected == pytest.approx(
+        variance.predicted_taps(law, [passes], [8], [float(((g - h) ** 2).sum())], joint=False)[0]
+      )
 
 
 def bias_z(samples, target):
@@ -181,6 +227,7 @@ def test_a_guess_that_sees_the_tangent_is_biased_and_the_test_sees_it():
       tap = Tap((4, 8), jnp.float32, 2, 1)
       u = activity.draw_at_tap(Sampling(), jax.random.fold_in(keys[FIRST], 0), tap, Passes(1))[0]
       return {FIRST: (u @ a)[:, None] * u}
+
     run = value_and_activity_grad(losses, separate=True, guess=guess)
     return run(VARIABLES['params'], X, Y, key=key)[1]['first']['bias']
 
@@ -192,8 +239,18 @@ def test_a_guess_that_sees_the_tangent_is_biased_and_the_test_sees_it():
 
 def test_predicted_variance_with_a_guess():
   """Table 1 with the share of the squared gradient that the guess leaves."""
-  known = functools.partial(variance.predicted, 'activity', tangents.rademacher, 1, shared=False, batch=4, p=3, q=5,
-                            V=2.0, S=1.0)
+  known = functools.partial(
+    variance.predicted,
+    'activity',
+    tangents.rademacher,
+    1,
+    shared=False,
+    batch=4,
+    p=3,
+    q=5,
+    V=2.0,
+    S=1.0,
+  )
   assert known(left=0.0) == 2.0 / 4
   assert known(left=0.5) == pytest.approx((known() + known(left=0.0)) / 2)
 
@@ -213,9 +270,11 @@ def test_what_is_refused(name, options, message):
 
 
 def test_guesses_of_a_wrong_shape_or_together_are_refused():
-  for name in ('first', 'z'):    # of a wrong shape, and of no tap
+  for name in ('first', 'z'):  # of a wrong shape, and of no tap
     run = value_and_activity_grad(losses, separate=True, guess=lambda *_, name=name: {name: X})
-    with pytest.raises(ValueError, match=rf"the guess has \(4, 6\) for the tap .*'{name}'.*; allowed: .*\(4, 8\)"):
+    with pytest.raises(
+      ValueError, match=rf"the guess has \(4, 6\) for the tap .*'{name}'.*; allowed: .*\(4, 8\)"
+    ):
       run(VARIABLES['params'], X, Y, key=jax.random.key(0))
   with pytest.raises(ValueError, match="one tap's derivative, not of the sum over taps"):
     value_and_activity_grad(losses, guess=lambda *_: {})
@@ -224,14 +283,17 @@ def test_guesses_of_a_wrong_shape_or_together_are_refused():
 @pytest.mark.slow
 def test_what_the_names_stand_for():
   """The paper's estimator and ours, by one switch; what a user sets is kept."""
-  ours, paper = (rules.Options().of(rules.REGISTRY[name], model().model) for name in ('LG-FG-A', 'LG-FG-A-paper'))
+  ours, paper = (
+    rules.Options().of(rules.REGISTRY[name], model().model) for name in ('LG-FG-A', 'LG-FG-A-paper')
+  )
   assert (ours.taps, ours.last_tap, ours.guess) == ('separate', 'exact', 'after_channel')
   assert (paper.taps, paper.last_tap, paper.guess) == ('joint', 'perturbed', 'none')
   assert rules.Options(taps='joint').of(rules.REGISTRY['LG-FG-A'], model().model).guess == 'none'
   s = model()
   joint = {'taps': 'joint', 'last_tap': 'perturbed', 'guess': 'none', 'law': 'rademacher'}
   assert relative_error(gradient(s, 'LG-FG-A', **joint), gradient(s, 'LG-FG-A-paper')) < 1e-6
-  shapes = jax.eval_shape(algorithms.compose(rules.REGISTRY['LG-FG-A-paper'], rules.Options(), s.model).init,
-                          jax.random.key(0))
+  shapes = jax.eval_shape(
+    algorithms.compose(rules.REGISTRY['LG-FG-A-paper'], rules.Options(), s.model).init,
+    jax.random.key(0),
+  )
   assert 'guess' not in shapes
-

@@ -29,7 +29,7 @@ def largest_z(samples, mean):
 
 
 def squared_errors(samples):
-  return ((samples - np.asarray(G))**2).sum(1)
+  return ((samples - np.asarray(G)) ** 2).sum(1)
 
 
 def test_along_is_the_projection():
@@ -41,7 +41,7 @@ def test_along_is_the_projection():
 def test_mixed_is_unbiased_with_the_error_of_the_rest_only(passes, chunk):
   samples = estimates(guided.mixed(GUIDE), passes, chunk)
   assert largest_z(samples, G) < SIGMAS < largest_z(samples, ALONG)
-  expected = normal.excess(D - 2, passes - 2) * float(((G - ALONG)**2).sum())
+  expected = normal.excess(D - 2, passes - 2) * float(((G - ALONG) ** 2).sum())
   assert is_mean(squared_errors(samples), expected)
   assert expected < normal.excess(D, passes) * float((G**2).sum())
 
@@ -69,11 +69,11 @@ def network_and_guide(kind):
   h = jnp.tanh(x @ w['first'])
   error = (jax.nn.softmax(output(w, x)) - one_hot) / 32
   back = {
-      'local gradient': w['second'].T + jnp.float32(rng.normal(size=(3, 5))),    # through a local head
-      'direct feedback': jnp.float32(rng.normal(size=(3, 5))),                   # through a fixed random matrix
+    'local gradient': w['second'].T + jnp.float32(rng.normal(size=(3, 5))),  # through a local head
+    'direct feedback': jnp.float32(rng.normal(size=(3, 5))),  # through a fixed random matrix
   }
   if kind == 'momentum':
-    guide = jax.grad(loss)(jax.tree.map(lambda a: a + 0.3, w), x, one_hot)      # of a step before
+    guide = jax.grad(loss)(jax.tree.map(lambda a: a + 0.3, w), x, one_hot)  # of a step before
   else:
     guide = {'first': x.T @ (error @ back[kind] * (1 - h**2)), 'second': h.T @ error}
   flat, unravel = ravel_pytree(w)
@@ -87,29 +87,40 @@ def test_a_network_with_a_guide(kind):
   loss, w, guide = network_and_guide(kind)
   gradient = np.asarray(jax.grad(loss)(w))
   run = forward_grad(loss, law=guided.mixed(guide), passes=2)
-  samples = np.asarray(jax.jit(jax.vmap(lambda key: run(w, key=key)))(jax.random.split(jax.random.key(0), DRAWS)))
+  samples = np.asarray(
+    jax.jit(jax.vmap(lambda key: run(w, key=key)))(jax.random.split(jax.random.key(0), DRAWS))
+  )
   cosine = float(guide[0] @ gradient) / np.linalg.norm(guide) / np.linalg.norm(gradient)
   assert largest_z(samples, gradient) < SIGMAS < largest_z(samples, 1.1 * gradient)
-  errors = ((samples - gradient)**2).sum(1)
+  errors = ((samples - gradient) ** 2).sum(1)
   expected = normal.excess(len(w) - 1, 1) * (1 - cosine**2) * (gradient**2).sum()
   assert is_mean(errors, expected)
   assert (expected < normal.excess(len(w), 2) * (gradient**2).sum()) == (cosine**2 > 0.5)
 
 
-@pytest.mark.parametrize(('make', 'passes'), [(guided.along, 2), (guided.mixed, 4), (guided.within, 3)])
+@pytest.mark.parametrize(
+  ('make', 'passes'), [(guided.along, 2), (guided.mixed, 4), (guided.within, 3)]
+)
 def test_excess_is_that_of_a_guide_of_random_direction(make, passes):
   def error(key):
     guide_key, key = jax.random.split(key)
     law = make(jax.random.normal(guide_key, (2, D)))
-    return ((forward_grad(lambda x: G @ x, law=law, passes=passes)(jnp.zeros(D), key=key) - G)**2).sum() / (G**2).sum()
+    return (
+      (forward_grad(lambda x: G @ x, law=law, passes=passes)(jnp.zeros(D), key=key) - G) ** 2
+    ).sum() / (G**2).sum()
+
   errors = np.asarray(jax.jit(jax.vmap(error))(jax.random.split(jax.random.key(0), DRAWS)))
   assert is_mean(errors, make(GUIDE).excess(D, passes))
 
 
-@pytest.mark.parametrize(('law', 'passes', 'message'), [
+@pytest.mark.parametrize(
+  ('law', 'passes', 'message'),
+  [
     (guided.along(GUIDE), 3, '3 passes along a guide of 2 directions; allowed: as many'),
     (guided.mixed(GUIDE), 2, '2 passes for a guide of 2 directions; allowed: more'),
-    (guided.within(GUIDE[:, :4]), 1, r'the guide has shape \(2, 4\); allowed: \(M, 8\)')])
+    (guided.within(GUIDE[:, :4]), 1, r'the guide has shape \(2, 4\); allowed: \(M, 8\)'),
+  ],
+)
 def test_what_is_refused(law, passes, message):
   with pytest.raises(ValueError, match=message):
     law.draw(jax.random.key(0), Passes(passes), (), D, jnp.float32)

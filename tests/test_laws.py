@@ -24,7 +24,7 @@ def draws(law, passes, d, shape=()):
 def z_of_second_moment(u_NxKxD):
   """Largest z-score of the mean over draws of (1/K) Σ_k u uᵀ against the identity."""
   outer = np.einsum('nki,nkj->nij', u_NxKxD, u_NxKxD) / u_NxKxD.shape[1]
-  return z_of_mean(outer, np.eye(u_NxKxD.shape[2]), rounding=1e-5).max()    # some entries do not vary
+  return z_of_mean(outer, np.eye(u_NxKxD.shape[2]), rounding=1e-5).max()  # some entries do not vary
 
 
 @pytest.mark.parametrize('name', sorted(LAWS))
@@ -37,7 +37,7 @@ def test_second_moment_is_the_identity_and_squared_error_the_known_factor(name, 
   assert z_of_second_moment(u * np.linspace(0.9, 1.1, d)) > SIGMAS
   g = np.linspace(-1, 2, d)
   estimate = np.einsum('nk,nkd->nd', u @ g, u) / passes
-  errors = ((estimate - g)**2).sum(1) / (g**2).sum()
+  errors = ((estimate - g) ** 2).sum(1) / (g**2).sum()
   assert is_mean(errors, law.excess(d, passes), SIGMAS, slack=1e-5)
 
 
@@ -63,18 +63,30 @@ def test_a_law_from_a_file_must_not_bias(tmp_path):
   for text, message in (
     ('laws = 1', 'has no law; it needs law'),
     ('law = Law(lambda key, passes, shape, d, dtype: 1 / 0, None)', 'ZeroDivisionError'),
-    ('law = Law(lambda key, passes, shape, d, dtype: 1.1 * normal.draw(key, passes, shape, d, dtype), None)',
-     r'mean squares of 1\.2., or move together; allowed'),
-    ('law = Law(lambda key, passes, shape, d, dtype: jax.numpy.ones((passes.total, *shape, d)), None)',
-     r'mean squares of 1\.00, or move together; allowed'),
-    ('law = Law(lambda key, passes, shape, d, dtype: normal.draw(key, passes, shape, d, dtype)[0], None)',
-     r'law draws \(4,\) for 2 passes in 4 dimensions; allowed: \(2, 4\)')):
+    (
+      'law = Law(lambda key, passes, shape, d, dtype: 1.1 * normal.draw(key, passes, shape, d, dtype), None)',
+      r'mean squares of 1\.2., or move together; allowed',
+    ),
+    (
+      'law = Law(lambda key, passes, shape, d, dtype: jax.numpy.ones((passes.total, *shape, d)), None)',
+      r'mean squares of 1\.00, or move together; allowed',
+    ),
+    (
+      'law = Law(lambda key, passes, shape, d, dtype: normal.draw(key, passes, shape, d, dtype)[0], None)',
+      r'law draws \(4,\) for 2 passes in 4 dimensions; allowed: \(2, 4\)',
+    ),
+  ):
     path.write_text(f'import jax\nfrom lfg_jax.estimators.tangents import Law, normal\n{text}\n')
     with pytest.raises((ValueError, UserError), match=message):
       rules.Options(module=str(path))
   path.write_text('from lfg_jax.estimators.tangents import sphere as law\n')
   options = rules.Options(module=str(path))
-  assert relative_error(estimate(small(), {'module': options.module}), estimate(small(), {'law': 'sphere'})) == 0
+  assert (
+    relative_error(
+      estimate(small(), {'module': options.module}), estimate(small(), {'law': 'sphere'})
+    )
+    == 0
+  )
 
 
 def estimate(s, options, name='LG-FG-A-paper', key=0):
@@ -87,17 +99,32 @@ def test_as_many_orthogonal_passes_as_dimensions_give_the_exact_gradient():
   """Each tap by itself, 16 / 4 channels in a group (16 after token mixing, which feeds all groups)."""
   options = {'taps': 'separate', 'passes': 4, 'tap_passes': {'after_token': 16}}
   s = small(blocks=2)
-  assert relative_error(estimate(s, {**options, 'law': 'hadamard'}), estimate(s, {}, 'LG-BP')) < 2e-5
+  assert (
+    relative_error(estimate(s, {**options, 'law': 'hadamard'}), estimate(s, {}, 'LG-BP')) < 2e-5
+  )
   s = small(blocks=1)
   exact = estimate(s, {}, 'LG-BP')
   assert relative_error(estimate(s, {**options, 'law': 'haar'}), exact) < 2e-5
-  assert relative_error(estimate(s, {**options, 'law': 'hadamard', 'taps': 'joint', 'tap_passes': {}}), exact) > 0.1
+  assert (
+    relative_error(
+      estimate(s, {**options, 'law': 'hadamard', 'taps': 'joint', 'tap_passes': {}}), exact
+    )
+    > 0.1
+  )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('name', 'options'), [
-    ('LG-FG-A-paper', {'taps': 'separate', 'law': 'hadamard'}), ('LG-FG-A', {}), ('FG-A', {}), ('LG-FG-W', {}),
-    ('LG-FG-W', {'sharing': 'independent'}), ('LG-FD-A', {'step': 1e-2})])
+@pytest.mark.parametrize(
+  ('name', 'options'),
+  [
+    ('LG-FG-A-paper', {'taps': 'separate', 'law': 'hadamard'}),
+    ('LG-FG-A', {}),
+    ('FG-A', {}),
+    ('LG-FG-W', {}),
+    ('LG-FG-W', {'sharing': 'independent'}),
+    ('LG-FD-A', {'step': 1e-2}),
+  ],
+)
 def test_chunks_of_passes_change_nothing(name, options):
   s = small(blocks=1)
   whole = estimate(s, {'passes': 6, **options}, name)
@@ -113,20 +140,33 @@ def test_projection_is_shorter_by_k_over_d_and_exact_when_the_span_is_all():
   assert relative_error(estimate(s, {**options, 'passes': 4}), exact) < 1e-3
   algorithm = algorithms.compose(rules.REGISTRY['LG-FG-A-paper'], rules.Options(**options), s.model)
   one = lambda key: algorithm.gradient(s.variables, key, s.batch)[0]['stem']['channel']['kernel']
-  samples = np.asarray(jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=500))(
-      jax.random.split(jax.random.key(5), 4000)))
+  samples = np.asarray(
+    jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=500))(
+      jax.random.split(jax.random.key(5), 4000)
+    )
+  )
   expected = np.asarray(exact['stem']['channel']['kernel']) / 4
   assert z_of_mean(samples, expected).max() < SIGMAS < z_of_mean(samples, 4 * expected).max()
 
 
-@pytest.mark.parametrize(('options', 'message'), [
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
     ({'combine': 'projection'}, "taps='separate'"),
     ({'combine': 'projection', 'taps': 'separate', 'passes': 8}, 'chunk=0 or 8 or more'),
-    ({'combine': 'projection', 'taps': 'separate', 'tap_passes': {'after_group': 8}}, 'chunk=0 or 8 or more'),
+    (
+      {'combine': 'projection', 'taps': 'separate', 'tap_passes': {'after_group': 8}},
+      'chunk=0 or 8 or more',
+    ),
     ({'tap_passes': {'after_group': 3}}, "estimator.taps='separate'"),
-    ({'taps': 'separate', 'tap_passes': {'last': 3}}, "tap_passes is 'last'; allowed: after_token, after_channel"),
+    (
+      {'taps': 'separate', 'tap_passes': {'last': 3}},
+      "tap_passes is 'last'; allowed: after_token, after_channel",
+    ),
     ({'combine': 'sum'}, "estimator.combine is 'sum'; allowed: mean, projection"),
-    ({'chunk': -1}, 'estimator.chunk is -1; allowed: 0 or more')])
+    ({'chunk': -1}, 'estimator.chunk is -1; allowed: 0 or more'),
+  ],
+)
 def test_options_that_make_no_sense(options, message):
   with pytest.raises(ValueError, match=message):
     rules.Options(**options).of(rules.REGISTRY['LG-FG-A-paper'], small().model)

@@ -39,12 +39,14 @@ def test_folders_import_upwards_only():
 
 def test_no_public_function_has_the_name_of_its_module():
   modules = {path.stem for path in ROOT.rglob('*.py')}
-  assert not modules & set(lfg_jax.__all__) - {path.name for path in ROOT.iterdir() if path.is_dir()}
+  assert not modules & set(lfg_jax.__all__) - {
+    path.name for path in ROOT.iterdir() if path.is_dir()
+  }
 
 
 def test_all_is_reachable_after_one_import():
   """In a fresh interpreter; folders that are not needed are not imported."""
-  code = '''
+  code = """
 import sys, lfg_jax
 assert 'lfg_jax.training' not in sys.modules and 'lfg_jax.data' not in sys.modules
 assert lfg_jax.__version__[0].isdigit()
@@ -54,7 +56,7 @@ for name in names.split():
   for part in name.split('.'):
     module = getattr(module, part)
 assert set(lfg_jax.__all__) <= set(dir(lfg_jax))
-'''
+"""
   subprocess.run([sys.executable, '-c', code], check=True)
   with pytest.raises(AttributeError, match="no attribute 'nothing'"):
     _ = lfg_jax.nothing

@@ -1,6 +1,5 @@
 """Layers behind Flax's lifted transforms, `nn.jit`, `nn.remat` and `nn.cond`, whose traces are kept."""
 
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,11 +13,14 @@ from tests.test_modules import estimator, exact, images, init
 
 class Tied(nn.Module):
   """One layer, called twice behind a lifted transform."""
+
   lift: str
 
   @nn.compact
   def __call__(self, x):
-    layer = {'': lambda kind: kind, 'remat': nn.remat, 'jit': nn.jit}[self.lift](nn.Dense)(4, name='layer')
+    layer = {'': lambda kind: kind, 'remat': nn.remat, 'jit': nn.jit}[self.lift](nn.Dense)(
+      4, name='layer'
+    )
     return nn.tanh(layer(nn.tanh(layer(x))))
 
 
@@ -27,12 +29,19 @@ def test_a_tied_layer_has_a_tap_for_each_call_behind_every_transform(lift):
   x = images(4)
   variables = init(Tied(lift), x, {})
   options = {'separate': True, 'law': tangents.haar, 'passes': 4}
-  for _ in range(2):    # the second time nn.jit finds the trace of the first
+  for _ in range(2):  # the second time nn.jit finds the trace of the first
     grads = estimator(Tied(lift), variables, x, nn.Dense, {}, **options)(jax.random.key(1))[1]
     assert relative_error(grads, exact(Tied(lift), variables, x, {})[1]) < 1e-5
   names = []
-  estimator(Tied(lift), variables, x, nn.Dense, {}, separate=True,
-            guess=lambda activities, *_: names.extend(activities) or {})(jax.random.key(1))
+  estimator(
+    Tied(lift),
+    variables,
+    x,
+    nn.Dense,
+    {},
+    separate=True,
+    guess=lambda activities, *_: names.extend(activities) or {},
+  )(jax.random.key(1))
   assert names == ['layer', 'layer_1']
 
 
@@ -59,10 +68,14 @@ def test_batch_norm_is_noticed_in_a_trace_that_nn_jit_has_kept():
   grads_0 = exact(model, variables, x, {})[1]
   for layers in (nn.Dense, nn.Dense, lambda m: m.name == 'Dense_0'):
     step = estimator(model, variables, x, layers, {})
-    measured = variance.measure(lambda key, step=step: step(key)[1], grads_0, jax.random.key(2), 20_000, at_once=500)
+    measured = variance.measure(
+      lambda key, step=step: step(key)[1], grads_0, jax.random.key(2), 20_000, at_once=500
+    )
     assert measured.bias_z(grads_0) < 1.5
   step = estimator(model, variables, x, lambda m: m.name == 'Dense_0', {}, mixes_examples=False)
-  measured = variance.measure(lambda key: step(key)[1], grads_0, jax.random.key(2), 20_000, at_once=500)
+  measured = variance.measure(
+    lambda key: step(key)[1], grads_0, jax.random.key(2), 20_000, at_once=500
+  )
   assert measured.bias_z(grads_0) > 10
   with pytest.raises(ValueError, match=r'no layer is marked; allowed, .* some of .*block/Dense_0'):
     mark(model, nn.Conv).apply(variables, x, mutable=['batch_stats'])
@@ -91,4 +104,6 @@ def test_nn_cond():
   x = images(4)
   variables = init(Branch(), x, {})
   step = estimator(Branch(), variables, x, nn.Dense, {}, separate=True, law=tangents.haar, passes=4)
-  assert relative_error(jax.jit(step)(jax.random.key(1))[1], exact(Branch(), variables, x, {})[1]) < 1e-5
+  assert (
+    relative_error(jax.jit(step)(jax.random.key(1))[1], exact(Branch(), variables, x, {})[1]) < 1e-5
+  )

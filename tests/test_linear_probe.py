@@ -20,7 +20,9 @@ def probe(*arguments):
 @pytest.fixture(scope='module')
 def supervised(tmp_path_factory):
   """Folder and summary of a run."""
-  config = tiny(model__size='S/2/4', model__channels=64, epochs=6, optimizer__readout_multiplier=1.0)
+  config = tiny(
+    model__size='S/2/4', model__channels=64, epochs=6, optimizer__readout_multiplier=1.0
+  )
   folder = tmp_path_factory.mktemp('supervised') / 'run'
   return folder, train(prepare(config), folder)
 
@@ -34,23 +36,34 @@ def test_probe_of_a_run(supervised):
   # The features and the read-out of the checkpoint make the trainer's own number.
   assert report['online_test_error'] == pytest.approx(summary['test_error'], abs=1e-6)
   # Same minimum: C = 1/(N l2) is scikit-learn's form of the penalty.
-  model = LogisticRegression(C=1 / (1438 * 1e-4), max_iter=5000, tol=1e-8).fit(features['train_x'], features['train_y'])
+  model = LogisticRegression(C=1 / (1438 * 1e-4), max_iter=5000, tol=1e-8).fit(
+    features['train_x'], features['train_y']
+  )
   error = 1 - model.score(features['test_x'], features['test_y'])
   assert abs(report['test_error'] - error) <= 1 / 359 + 1e-9
-  assert abs(report['test_error'] - report['online_test_error']) < 3 * report['standard_error'] + 0.01
+  assert (
+    abs(report['test_error'] - report['online_test_error']) < 3 * report['standard_error'] + 0.01
+  )
   assert report['train_error'] < 0.03
 
 
 def test_pairs_are_refused_where_there_are_no_views(supervised):
-  with pytest.raises(UserError, match=r'--pairs is 2, and .* has a supervised run, which has no views'):
+  with pytest.raises(
+    UserError, match=r'--pairs is 2, and .* has a supervised run, which has no views'
+  ):
     probe(f'--workdir={supervised[0]}', '--pairs=2')
   with pytest.raises(UserError, match='--pairs is -1; allowed: 0 or more'):
     probe(f'--workdir={supervised[0]}', '--pairs=-1')
 
 
 def test_probe_of_a_contrastive_run_on_what_its_read_out_saw(tmp_path):
-  config = tiny(loss='contrastive', model__size='S/2/4', model__channels=64, epochs=8,
-                optimizer__readout_multiplier=10.0)
+  config = tiny(
+    loss='contrastive',
+    model__size='S/2/4',
+    model__channels=64,
+    epochs=8,
+    optimizer__readout_multiplier=10.0,
+  )
   folder = tmp_path / 'run'
   train(prepare(config), folder)
   probe(f'--workdir={folder}', '--pairs=4', '--iterations=100')

@@ -15,11 +15,13 @@ from tests.statistics import SIGMAS, z_of_mean
 
 BATCH, STEPS = 3, 2
 KEYS = jax.random.split(jax.random.key(0), 8)
-X = jax.random.normal(KEYS[0], (BATCH, 4, 1))    # four positions, one channel
+X = jax.random.normal(KEYS[0], (BATCH, 4, 1))  # four positions, one channel
 Y = jax.random.normal(KEYS[1], (BATCH, 2))
-WEIGHTS = {'conv': {'kernel': jax.random.normal(KEYS[2], (3, 1, 4)), 'bias': jnp.full(4, 0.1)},
-           'mix': {'kernel': jax.random.normal(KEYS[3], (4, 4)), 'bias': jnp.full(4, 0.2)},
-           'out': {'kernel': jax.random.normal(KEYS[4], (4, 2)), 'bias': jnp.full(2, 0.3)}}
+WEIGHTS = {
+  'conv': {'kernel': jax.random.normal(KEYS[2], (3, 1, 4)), 'bias': jnp.full(4, 0.1)},
+  'mix': {'kernel': jax.random.normal(KEYS[3], (4, 4)), 'bias': jnp.full(4, 0.2)},
+  'out': {'kernel': jax.random.normal(KEYS[4], (4, 2)), 'bias': jnp.full(2, 0.3)},
+}
 
 
 def attend(h_TxD):
@@ -28,16 +30,16 @@ def attend(h_TxD):
 
 
 def square(out):
-  return ((out - Y)**2).sum(-1)
+  return ((out - Y) ** 2).sum(-1)
 
 
 def bare(w):
-  conv = jax.lax.conv_general_dilated(X, w['conv']['kernel'], (1,), 'SAME',
-                                      dimension_numbers=('NHC', 'HIO', 'NHC'))
+  conv = jax.lax.conv_general_dilated(
+    X, w['conv']['kernel'], (1,), 'SAME', dimension_numbers=('NHC', 'HIO', 'NHC')
+  )
   h = jnp.tanh(tap(conv + w['conv']['bias'], 'conv'))
   layer = lambda name, h: tap(h @ w[name]['kernel'] + w[name]['bias'], name)
-  h, _ = jax.lax.scan(lambda h, _: (jnp.tanh(layer('mix', attend(h))), None), h, None,
-                      length=STEPS)
+  h, _ = jax.lax.scan(lambda h, _: (jnp.tanh(layer('mix', attend(h))), None), h, None, length=STEPS)
   return square(layer('out', h.mean(1)))
 
 
@@ -83,6 +85,7 @@ def nnx_model(w):
 
 class Equinox(eqx.Module):
   """Of one example, channels first."""
+
   conv: eqx.nn.Conv1d
   mix: eqx.nn.Linear
   out: eqx.nn.Linear
@@ -94,13 +97,17 @@ class Equinox(eqx.Module):
     return self.out(h.mean(0))
 
 
-EMPTY = Equinox(eqx.nn.Conv1d(1, 4, 3, padding=1, key=KEYS[5]), eqx.nn.Linear(4, 4, key=KEYS[5]),
-                eqx.nn.Linear(4, 2, key=KEYS[5]))
+EMPTY = Equinox(
+  eqx.nn.Conv1d(1, 4, 3, padding=1, key=KEYS[5]),
+  eqx.nn.Linear(4, 4, key=KEYS[5]),
+  eqx.nn.Linear(4, 2, key=KEYS[5]),
+)
 
 
 def equinox_model(w):
-  leaves = lambda m: [getattr(layer, leaf) for layer in (m.conv, m.mix, m.out)
-                      for leaf in ('weight', 'bias')]
+  leaves = lambda m: [
+    getattr(layer, leaf) for layer in (m.conv, m.mix, m.out) for leaf in ('weight', 'bias')
+  ]
   conv = [jnp.transpose(w['conv']['kernel'], (2, 1, 0)), w['conv']['bias'][:, None]]
   linear = [leaf for name in ('mix', 'out') for leaf in (w[name]['kernel'].T, w[name]['bias'])]
   return eqx.tree_at(leaves, EMPTY, [*conv, *linear])
@@ -110,8 +117,12 @@ def equinox(w):
   return square(jax.vmap(mark(equinox_model(w), (eqx.nn.Conv, eqx.nn.Linear)))(X))
 
 
-NETWORKS = {'bare': bare, 'linen': linen, 'nnx': lambda w: square(nnx_model(w)(X)),
-            'equinox': equinox}
+NETWORKS = {
+  'bare': bare,
+  'linen': linen,
+  'nnx': lambda w: square(nnx_model(w)(X)),
+  'equinox': equinox,
+}
 
 
 def estimate(name, key=KEYS[6], **options):
@@ -120,8 +131,11 @@ def estimate(name, key=KEYS[6], **options):
 
 
 @pytest.mark.parametrize('name', sorted(set(NETWORKS) - {'bare', 'equinox'}))
-@pytest.mark.parametrize('options', [{}, {'separate': True, 'law': tangents.normal, 'passes': 2}],
-                         ids=['joint', 'separate'])
+@pytest.mark.parametrize(
+  'options',
+  [{}, {'separate': True, 'law': tangents.normal, 'passes': 2}],
+  ids=['joint', 'separate'],
+)
 def test_equal_keys_give_equal_estimates(name, options):
   value, grads = estimate(name, **options)
   value_0, grads_0 = estimate('bare', **options)
@@ -177,8 +191,10 @@ def test_the_model_that_was_given_is_not_changed():
     np.testing.assert_array_equal(getattr(marked.out, weight)[...], getattr(model.out, weight)[...])
 
 
-@pytest.mark.parametrize(('model', 'message'), [
-    (NNX(nnx.Rngs(0)), 'some of Conv, Linear, NNX'), (EMPTY, 'some of Conv1d, Equinox, Linear')])
+@pytest.mark.parametrize(
+  ('model', 'message'),
+  [(NNX(nnx.Rngs(0)), 'some of Conv, Linear, NNX'), (EMPTY, 'some of Conv1d, Equinox, Linear')],
+)
 def test_a_type_that_no_layer_has_is_refused(model, message):
   with pytest.raises(ValueError, match=f'no layer is marked; allowed, as `layers`: .*{message}'):
     mark(model, nn.Dense)

@@ -30,9 +30,15 @@ def parameters(spec):
   return sum(leaf.size for leaf in jax.tree.leaves(shapes(spec)['params']))
 
 
-@pytest.mark.parametrize('size, image_shape, count', [
-    ('S/1/1', MNIST, 271_892), ('M/1/16', MNIST, 429_076), ('M/8/16', CIFAR10, 918_770),
-    ('L/8/64', CIFAR10, 13_074_674)])
+@pytest.mark.parametrize(
+  'size, image_shape, count',
+  [
+    ('S/1/1', MNIST, 271_892),
+    ('M/1/16', MNIST, 429_076),
+    ('M/8/16', CIFAR10, 918_770),
+    ('L/8/64', CIFAR10, 13_074_674),
+  ],
+)
 def test_parameter_counts_of_the_paper(size, image_shape, count):
   assert parameters(mixer_spec(size, image_shape=image_shape, classes=10)) == count
 
@@ -63,8 +69,12 @@ def test_convolution_mixes_neighbours_channel_by_channel():
   x = jnp.arange(2 * 16 * 3, dtype=jnp.float32).reshape(2, 16, 3)
   kernel = jax.random.normal(jax.random.key(0), (3, 3, 1, 3))
   grid = np.pad(np.asarray(x).reshape(2, 4, 4, 3), ((0, 0), (1, 1), (1, 1), (0, 0)))
-  expected = sum(grid[:, i:i + 4, j:j + 4] * np.asarray(kernel)[i, j, 0] for i in range(3) for j in range(3))
-  np.testing.assert_allclose(layers.depthwise(x, kernel), expected.reshape(2, 16, 3), rtol=1e-5, atol=1e-5)
+  expected = sum(
+    grid[:, i : i + 4, j : j + 4] * np.asarray(kernel)[i, j, 0] for i in range(3) for j in range(3)
+  )
+  np.testing.assert_allclose(
+    layers.depthwise(x, kernel), expected.reshape(2, 16, 3), rtol=1e-5, atol=1e-5
+  )
   np.testing.assert_allclose(logits(s), expected_logits(s), rtol=1e-4, atol=1e-5)
 
 
@@ -73,23 +83,37 @@ def test_pooling_halves_the_grid_and_widens(kind):
   s = small(side=4, blocks=3, pool_every=1, channel_ratio=2, group_ratio=4, pool=kind)
   sizes = [(run.spec.tokens, run.spec.channels, run.spec.groups) for run in s.spec.runs]
   assert sizes == [(16, 16, 4), (4, 32, 16), (1, 64, 64)]
-  run = jax.jit(lambda v, x: LocalMixer(s.spec).apply(v, x, capture_intermediates=True, mutable='intermediates'))
-  found = {name: kept['__call__'][0][0] for name, kept in run(s.variables, s.prepare(s.batch.image))[1][
-      'intermediates'].items() if name in ('stem', 'blocks')}
+  run = jax.jit(
+    lambda v, x: LocalMixer(s.spec).apply(v, x, capture_intermediates=True, mutable='intermediates')
+  )
+  found = {
+    name: kept['__call__'][0][0]
+    for name, kept in run(s.variables, s.prepare(s.batch.image))[1]['intermediates'].items()
+    if name in ('stem', 'blocks')
+  }
   p = s.variables['params']['blocks']
   cells = np.asarray(found['stem']).reshape(4, 2, 2, 2, 2, 16)
   pooled = {'average': cells.mean((2, 4)), 'max': cells.max((2, 4))}[kind].reshape(4, 4, 16)
-  h = jnp.einsum('bpc,pq->bqc', oracle.layer_norm(pooled), p['token']['kernel']) + p['token']['bias']
-  h = oracle.layer_norm(jax.nn.relu(oracle.layer_norm(h))) @ p['channel']['kernel'] + p['channel']['bias']
+  h = (
+    jnp.einsum('bpc,pq->bqc', oracle.layer_norm(pooled), p['token']['kernel']) + p['token']['bias']
+  )
+  h = (
+    oracle.layer_norm(jax.nn.relu(oracle.layer_norm(h))) @ p['channel']['kernel']
+    + p['channel']['bias']
+  )
   h = oracle.layer_norm(jax.nn.relu(oracle.layer_norm(h)).reshape(4, 4, 16, 2))
   z = jnp.einsum('bpgc,gcd->bpgd', h, p['group']['kernel']) + p['group']['bias']
   # Wider than its input: no residual.
-  np.testing.assert_allclose(found['blocks'], jax.nn.relu(oracle.layer_norm(z)).reshape(4, 4, 32), rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(
+    found['blocks'], jax.nn.relu(oracle.layer_norm(z)).reshape(4, 4, 32), rtol=1e-3, atol=1e-4
+  )
 
 
 def test_hidden_width():
   s = small(hidden=24)
-  kernels = {name: s.variables['params']['blocks'][name]['kernel'].shape[1:] for name in ('channel', 'group')}
+  kernels = {
+    name: s.variables['params']['blocks'][name]['kernel'].shape[1:] for name in ('channel', 'group')
+  }
   assert kernels == {'channel': (16, 24), 'group': (4, 6, 4)}
   assert jnp.isfinite(logits(s)).all()
 
@@ -102,16 +126,28 @@ def test_every_norm_can_be_left_out(norm):
     np.testing.assert_allclose(logits(s), expected_logits(s, without=norm), rtol=1e-4, atol=1e-5)
     return
   # It does not touch the network itself.
-  objective = functools.partial(oracle.objective, tokens=s.prepare(s.batch.image), label=s.batch.label,
-                                weight=s.batch.weight, groups=4, local=True, cut=True, without=norm)
-  assert relative_error(gradient(s, 'LG-BP'), jax.jit(jax.grad(objective))(s.variables['params'])) < 1e-4
+  objective = functools.partial(
+    oracle.objective,
+    tokens=s.prepare(s.batch.image),
+    label=s.batch.label,
+    weight=s.batch.weight,
+    groups=4,
+    local=True,
+    cut=True,
+    without=norm,
+  )
+  assert (
+    relative_error(gradient(s, 'LG-BP'), jax.jit(jax.grad(objective))(s.variables['params'])) < 1e-4
+  )
 
 
 def test_derivative_of_layer_norm_along_several_tangents():
   """At the size of real activities; jaxlib 0.10.2 on CPUs is 26 % off here (github.com/jax-ml/jax/issues/39103)."""
   rng = np.random.default_rng(0)
   x, dx = rng.normal(size=(4096, 32)), rng.normal(size=(4, 4096, 32))
-  found = jax.jit(jax.vmap(lambda d: jax.jvp(layers.layer_norm, (jnp.float32(x),), (d,))[1]))(jnp.float32(dx))
+  found = jax.jit(jax.vmap(lambda d: jax.jvp(layers.layer_norm, (jnp.float32(x),), (d,))[1]))(
+    jnp.float32(dx)
+  )
   centred, scale = x - x.mean(-1, keepdims=True), 1 / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
   moved = dx - dx.mean(-1, keepdims=True)
   expected = scale * moved - scale**3 * centred * (centred * moved).mean(-1, keepdims=True)
@@ -129,25 +165,41 @@ def test_whole_norm_is_over_all_of_an_example():
 @pytest.mark.parametrize('shape', [(6, 8), (6, 5, 8), (6, 5, 2, 4)])
 def test_batch_norm_is_per_channel_over_real_examples(shape):
   x = jax.random.normal(jax.random.key(0), shape) + jnp.arange(shape[-1])
-  weight = jnp.array([1., 1, 1, 1, 0, 0])
+  weight = jnp.array([1.0, 1, 1, 1, 0, 0])
   norm = layers.Norm('batch')
   before = norm.init(jax.random.key(1), x, weight)
   y, after = norm.apply(before, x, weight, mutable='batch_stats')
   real = np.asarray(x[:4]).reshape(-1, 8)
-  np.testing.assert_allclose(np.asarray(y[:4]).reshape(-1, 8), (real - real.mean(0)) / np.sqrt(real.var(0) + 1e-5),
-                             rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    np.asarray(y[:4]).reshape(-1, 8),
+    (real - real.mean(0)) / np.sqrt(real.var(0) + 1e-5),
+    rtol=1e-4,
+    atol=1e-5,
+  )
   stats = after['batch_stats']
   np.testing.assert_allclose(stats['mean'], 0.1 * real.mean(0), rtol=1e-4, atol=1e-6)
   np.testing.assert_allclose(stats['var'], 0.9 + 0.1 * real.var(0), rtol=1e-4)
   still, same = layers.Norm('batch', train=False).apply(after, x, weight, mutable='batch_stats')
   flat = np.asarray(x).reshape(-1, 8)
-  np.testing.assert_allclose(np.asarray(still).reshape(-1, 8), (flat - stats['mean']) / np.sqrt(stats['var'] + 1e-5),
-                             rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    np.asarray(still).reshape(-1, 8),
+    (flat - stats['mean']) / np.sqrt(stats['var'] + 1e-5),
+    rtol=1e-4,
+    atol=1e-5,
+  )
   jax.tree.map(np.testing.assert_array_equal, same, after)
 
 
-@pytest.mark.parametrize('kind, fan_in, scale', [
-    ('kaiming', 1600, 0.05), ('kaiming', 16, 0.1), ('lecun', 1600, 0.025), ('lecun', 16, 0.1), ('constant', 1600, 0.1)])
+@pytest.mark.parametrize(
+  'kind, fan_in, scale',
+  [
+    ('kaiming', 1600, 0.05),
+    ('kaiming', 16, 0.1),
+    ('lecun', 1600, 0.025),
+    ('lecun', 16, 0.1),
+    ('constant', 1600, 0.1),
+  ],
+)
 def test_initial_weights(kind, fan_in, scale):
   w = layers.initializer(kind, fan_in)(jax.random.key(0), (200, 200))
   # 5 standard errors of a standard deviation over 40,000 normal numbers.
@@ -174,8 +226,11 @@ def test_every_block_of_a_stage_updates_its_statistics():
   """Batch norm's, in stages of two blocks: also in the one that is not under the losses."""
   s = small(norm='batch', blocks=4)
   _, aux = jax.jit(compose(s, 'LG-BP', every=2).gradient)(s.variables, jax.random.key(0), s.batch)
-  moved = jax.tree.map(lambda new, old: jnp.abs(new - old).max(-1) > 1e-3, aux['batch_stats'],
-                       s.variables['batch_stats'])
+  moved = jax.tree.map(
+    lambda new, old: jnp.abs(new - old).max(-1) > 1e-3,
+    aux['batch_stats'],
+    s.variables['batch_stats'],
+  )
   assert {'stem', 'blocks'} <= {*moved}
   for path, leaf in jax.tree_util.tree_leaves_with_path(moved):
     assert leaf.all(), jax.tree_util.keystr(path)

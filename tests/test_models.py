@@ -38,7 +38,9 @@ BATCH = Batch(
 
 
 def model_of(name, heads=Heads()):
-  defaults = {f: None if isinstance(v, type) else v for f, v in registry.find(name).DEFAULTS.items()}
+  defaults = {
+    f: None if isinstance(v, type) else v for f, v in registry.find(name).DEFAULTS.items()
+  }
   return registry.find(name).make({**defaults, **FIELDS[name]}, IMAGES, heads)
 
 
@@ -48,9 +50,11 @@ def composed(name, rule, axis_name=None, heads=Heads(), views=None, **options):
     rules.REGISTRY[rule], rules.Options(**options), model_of(name, heads), axis_name, views
   )
 
-  def random(tree):    # the same parameters for all rules, whatever else they have
+  def random(tree):  # the same parameters for all rules, whatever else they have
     rng = np.random.default_rng(1)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), leaf.dtype), tree)
+    return jax.tree.map(
+      lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), leaf.dtype), tree
+    )
 
   shapes = jax.eval_shape(algorithm.init, KEYS[1])
   return algorithm, {kind: random(tree) for kind, tree in shapes.items()}
@@ -152,14 +156,16 @@ def test_shapes_flops_and_taps_are_what_the_model_says(name):
 @pytest.mark.parametrize('rule', ['BP', 'LG-BP', 'LG-FG-A', 'DFA'])
 def test_contrastive_losses(name, rule):
   algorithm = algorithms.compose(
-    rules.REGISTRY[rule], rules.Options(), model_of(name, Heads(contrast=Contrast(projections=4))),
+    rules.REGISTRY[rule],
+    rules.Options(),
+    model_of(name, Heads(contrast=Contrast(projections=4))),
     views=lambda key_B, image: jnp.repeat(image, 2, 0),
   )
   variables = jax.jit(algorithm.init)(KEYS[0])
   grads, aux = jax.jit(algorithm.gradient)(variables, KEYS[1], BATCH)
   assert 0 < aux['contrastive_loss'] < 2 * math.log(7)
   assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
-  jax.tree.map(lambda g, p: None, grads, variables['params'])    # of one structure
+  jax.tree.map(lambda g, p: None, grads, variables['params'])  # of one structure
 
 
 PAGE = (ROOT / 'docs' / 'bring_a_model.md').read_text()
@@ -185,7 +191,9 @@ def test_what_is_wrong_with_a_model_is_one_line(tmp_path):
     with pytest.raises(UserError, match=message):
       configs.use_model(tiny(), name, module)
   path.write_text(MINE)
-  with pytest.raises(UserError, match=r'model\.width is 2; allowed: a multiple of 2 groups, 4 or more'):
+  with pytest.raises(
+    UserError, match=r'model\.width is 2; allowed: a multiple of 2 groups, 4 or more'
+  ):
     prepare(tiny_of('mine', str(path), width=2))
   for name, fields, message in (
     ('mlp', {'groups': 3}, '3 groups do not divide model.channels = 256'),

@@ -25,6 +25,7 @@ class MLP(nn.Module):
 
 class ConvNet(nn.Module):
   """With batch norm and dropout."""
+
   @nn.compact
   def __call__(self, x, train=True):
     x = nn.BatchNorm(use_running_average=not train)(nn.Conv(2, (3, 3))(x))
@@ -35,6 +36,7 @@ class ConvNet(nn.Module):
 
 class Transformer(nn.Module):
   """One layer, whose embedding is its output layer as well."""
+
   @nn.compact
   def __call__(self, token):
     embed = nn.Embed(5, 4)
@@ -52,10 +54,11 @@ class GRU(nn.Module):
 
 class OwnTaps(nn.Module):
   """A tap in the module itself, and a loss for each of two halves."""
+
   @nn.compact
   def __call__(self, x):
     z = tap(nn.Dense(8)(x).reshape(x.shape[0], 2, 4), 'z', local_axes=2)
-    return (nn.tanh(z)**2).sum(-1)
+    return (nn.tanh(z) ** 2).sum(-1)
 
 
 def images(*shape):
@@ -65,18 +68,18 @@ def images(*shape):
 TARGET = jax.random.normal(jax.random.key(6), (BATCH, 5))
 TOKENS = jnp.array([[0, 1, 2, 3], [4, 4, 1, 0], [2, 3, 2, 1]])
 CASES = {
-    'mlp': (MLP(), images(3), nn.Dense, {}),
-    'mlp, by a predicate': (MLP(), images(3), lambda m: m.name == 'Dense_1', {}),
-    'convnet': (ConvNet(), images(4, 4, 1), (nn.Conv, nn.Dense), {'train': False}),
-    'transformer': (Transformer(), TOKENS, [nn.Dense, nn.DenseGeneral, nn.Embed, nn.LayerNorm], {}),
-    'gru': (GRU(), images(3, 2), (nn.GRUCell, nn.Dense), {}),
-    'gru, through time': (GRU(), images(2, 2), nn.RNN, {}),
-    'own taps': (OwnTaps(), images(3), None, {}),
+  'mlp': (MLP(), images(3), nn.Dense, {}),
+  'mlp, by a predicate': (MLP(), images(3), lambda m: m.name == 'Dense_1', {}),
+  'convnet': (ConvNet(), images(4, 4, 1), (nn.Conv, nn.Dense), {'train': False}),
+  'transformer': (Transformer(), TOKENS, [nn.Dense, nn.DenseGeneral, nn.Embed, nn.LayerNorm], {}),
+  'gru': (GRU(), images(3, 2), (nn.GRUCell, nn.Dense), {}),
+  'gru, through time': (GRU(), images(2, 2), nn.RNN, {}),
+  'own taps': (OwnTaps(), images(3), None, {}),
 }
 
 
 def losses(output, target):
-  return (output - target[:, :output.shape[1]])**2
+  return (output - target[:, : output.shape[1]]) ** 2
 
 
 def init(model, x, kwargs):
@@ -86,18 +89,26 @@ def init(model, x, kwargs):
 
 def exact(model, variables, x, kwargs, rngs=None):
   def loss(params):
-    out, updates = model.apply({**variables, 'params': params}, x, rngs=rngs, mutable=['batch_stats'], **kwargs)
+    out, updates = model.apply(
+      {**variables, 'params': params}, x, rngs=rngs, mutable=['batch_stats'], **kwargs
+    )
     return losses(out, TARGET).sum() / BATCH, (out, updates)
+
   return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables['params'])
 
 
-def estimator(model, variables, x, layers, kwargs, rngs=None, losses=losses, target=TARGET, **options):
+def estimator(
+  model, variables, x, layers, kwargs, rngs=None, losses=losses, target=TARGET, **options
+):
   """`key -> ((value, (output, updates)), gradient)`."""
   marked = mark(model, layers) if layers else model
 
   def fun(params, x, target):
-    out, updates = marked.apply({**variables, 'params': params}, x, rngs=rngs, mutable=['batch_stats'], **kwargs)
+    out, updates = marked.apply(
+      {**variables, 'params': params}, x, rngs=rngs, mutable=['batch_stats'], **kwargs
+    )
     return losses(out, target), (out, updates)
+
   step = value_and_activity_grad(fun, has_aux=True, **options)
   return lambda key: step(variables['params'], x, target, key=key)
 
@@ -126,7 +137,9 @@ def test_unbiased_with_joint_taps_and_with_batch_norm_and_dropout(name):
   variables, rngs = init(model, x, kwargs), {'dropout': jax.random.key(7)}
   (_, (_, updates_0)), grads_0 = exact(model, variables, x, kwargs, rngs)
   step = estimator(model, variables, x, layers, kwargs, rngs)
-  measured = variance.measure(lambda key: step(key)[1], grads_0, jax.random.key(2), 20_000, at_once=500)
+  measured = variance.measure(
+    lambda key: step(key)[1], grads_0, jax.random.key(2), 20_000, at_once=500
+  )
   assert measured.bias_z(grads_0) < 1.5
   assert measured.bias_z(jax.tree.map(lambda g: 1.3 * g, grads_0)) > 1.5
   (_, (_, updates)), _ = jax.jit(step)(jax.random.key(1))
@@ -139,16 +152,22 @@ def test_unbiased_with_joint_taps_and_with_batch_norm_and_dropout(name):
 def test_the_same_estimate_on_any_number_of_devices(devices):
   x, target = jax.random.normal(jax.random.key(5), (8, 3)), jnp.ones((8, 5))
   variables = init(MLP(), x, {})
-  mesh = jax.make_mesh((devices,), ('data',), devices=jax.devices()[:devices],
-                       axis_types=(jax.sharding.AxisType.Auto,))
+  mesh = jax.make_mesh(
+    (devices,), ('data',), devices=jax.devices()[:devices], axis_types=(jax.sharding.AxisType.Auto,)
+  )
 
   def local(variables, key, x, target):
-    step = estimator(MLP(), variables, x, nn.Dense, {}, target=target, law=tangents.normal, axis_name='data')
+    step = estimator(
+      MLP(), variables, x, nn.Dense, {}, target=target, law=tangents.normal, axis_name='data'
+    )
     (value, _), grads = step(key)
     return jax.lax.pmean((value, grads), 'data')
 
-  sharded = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P('data'), P('data')), out_specs=P(),
-                                  check_vma=False))(variables, jax.random.key(1), x, target)
+  sharded = jax.jit(
+    jax.shard_map(
+      local, mesh=mesh, in_specs=(P(), P(), P('data'), P('data')), out_specs=P(), check_vma=False
+    )
+  )(variables, jax.random.key(1), x, target)
   step = estimator(MLP(), variables, x, nn.Dense, {}, target=target, law=tangents.normal)
   (value, _), grads = jax.jit(step)(jax.random.key(1))
   assert jnp.allclose(sharded[0], value)
@@ -174,11 +193,15 @@ def test_what_is_refused(model, layers, message):
 def test_losses_without_an_axis_of_examples_are_refused():
   x = images(3)
   mean = lambda output, target: losses(output, target).mean()
-  with pytest.raises(ValueError, match=r'losses have the shapes \[\(\)\]; allowed: the same number of examples'):
+  with pytest.raises(
+    ValueError, match=r'losses have the shapes \[\(\)\]; allowed: the same number of examples'
+  ):
     estimator(MLP(), init(MLP(), x, {}), x, nn.Dense, {}, losses=mean)(jax.random.key(0))
 
 
-@pytest.mark.parametrize('mutable', [False, True, [], ['batch_stats'], 'batch_stats', nn.DenyList(['other'])], ids=str)
+@pytest.mark.parametrize(
+  'mutable', [False, True, [], ['batch_stats'], 'batch_stats', nn.DenyList(['other'])], ids=str
+)
 def test_apply_of_a_marked_module_returns_what_apply_does(mutable):
   model, x = CASES['convnet'][0], images(4, 4, 1)
   variables, rngs = init(model, x, {}), {'dropout': jax.random.key(7)}

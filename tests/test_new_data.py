@@ -25,12 +25,17 @@ def png(image):
 @pytest.mark.parametrize('name', ['mnist', 'fashion_mnist', 'cifar10'])
 def test_small_sets_are_read_as_written(name, tmp_path):
   shape = data.TFDS[name].image_shape
-  images = {split: np.random.default_rng(i).integers(0, 256, (count, *shape), np.uint8)
-            for i, (split, count) in enumerate([('train', 10), ('test', 4)])}
+  images = {
+    split: np.random.default_rng(i).integers(0, 256, (count, *shape), np.uint8)
+    for i, (split, count) in enumerate([('train', 10), ('test', 4)])
+  }
 
   def examples(split):
     for label, image in enumerate(images[split]):
-      yield label, {'image': png(image), 'label': label} | ({'id': str(label)} if name == 'cifar10' else {})
+      yield (
+        label,
+        {'image': png(image), 'label': label} | ({'id': str(label)} if name == 'cifar10' else {}),
+      )
 
   builder = tfds.builder(name, data_dir=tmp_path, file_format='array_record')
   builder._split_generators = lambda _: {split: examples(split) for split in images}
@@ -47,7 +52,11 @@ def test_small_sets_are_read_as_written(name, tmp_path):
 
 def labelled(name, tmp_path, shape=(6, 5, 3), splits=('train', 'validation'), **features):
   """Prepares images of TFDS's form with labels 0 … 2 as some data set; returns the images."""
-  features = {'image': tfds.features.Image(shape=shape), 'label': tfds.features.ClassLabel(num_classes=3), **features}
+  features = {
+    'image': tfds.features.Image(shape=shape),
+    'label': tfds.features.ClassLabel(num_classes=3),
+    **features,
+  }
 
   rng = np.random.default_rng(0)
   sizes = [6 if size is None else size for size in shape]
@@ -58,9 +67,12 @@ def labelled(name, tmp_path, shape=(6, 5, 3), splits=('train', 'validation'), **
       yield n, {'image': png(image), 'label': n % 3}
 
   with tfds.core.registered.skip_registration():
+
     class Labelled(tfds.core.GeneratorBasedBuilder):
       VERSION = tfds.core.Version('1.0.0')
-      _info = lambda self: tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+      _info = lambda self: tfds.core.DatasetInfo(
+        builder=self, features=tfds.features.FeaturesDict(features)
+      )
       _split_generators = lambda self, _: {split: examples(split) for split in splits}
       _generate_examples = None
 
@@ -91,8 +103,11 @@ def test_what_is_no_set_of_labelled_images_is_refused(changes, message, tmp_path
 
 def test_a_name_that_tfds_knows_is_told_how_to_prepare(tmp_path):
   assert refusal(FileNotFoundError, 'kmnist', data_dir=str(tmp_path)).endswith(
-      f'prepare it with: python -m lfg_jax.training.prepare_data --dataset=kmnist --data_dir={tmp_path}')
-  with pytest.raises(UserError, match=r"--dataset is 'kminst'; did you mean kmnist\? allowed: names of TFDS"):
+    f'prepare it with: python -m lfg_jax.training.prepare_data --dataset=kmnist --data_dir={tmp_path}'
+  )
+  with pytest.raises(
+    UserError, match=r"--dataset is 'kminst'; did you mean kmnist\? allowed: names of TFDS"
+  ):
     prepare_data.main(['--dataset=kminst'])
 
 
@@ -101,7 +116,12 @@ IMAGES, LABELS = np.random.default_rng(0).integers(0, 256, (8, 4, 6, 2), np.uint
 
 def test_arrays_of_ones_own_are_normalised_by_their_training_images():
   mine = data.from_arrays('mine', (IMAGES, LABELS), (IMAGES[:3] // 2, LABELS[:3]))
-  assert (mine.name, mine.classes, mine.image_shape, mine.test.examples) == ('mine', 3, (4, 6, 2), 3)
+  assert (mine.name, mine.classes, mine.image_shape, mine.test.examples) == (
+    'mine',
+    3,
+    (4, 6, 2),
+    3,
+  )
   assert mine.train.label_N.dtype == np.int32
   normalised = (IMAGES / 255 - mine.mean) / mine.std
   np.testing.assert_allclose(normalised.mean((0, 1, 2)), 0, atol=1e-12)
@@ -128,8 +148,15 @@ def test_what_is_wrong_with_a_data_set_of_ones_own_is_one_line(tmp_path):
   path = tmp_path / 'mine.py'
   for text, message in (
     ('images = 1', f'data.module {path} has no load; it needs load'),
-    ('def load(data_dir):\n  return 1 / 0', f'data.module {path}: ZeroDivisionError: division by zero'),
-    ('def load(data_dir):\n  return {}', f'data.module {path}: load gives a dict; allowed: a lfg_jax.data.Dataset')):
+    (
+      'def load(data_dir):\n  return 1 / 0',
+      f'data.module {path}: ZeroDivisionError: division by zero',
+    ),
+    (
+      'def load(data_dir):\n  return {}',
+      f'data.module {path}: load gives a dict; allowed: a lfg_jax.data.Dataset',
+    ),
+  ):
     path.write_text(text)
     with pytest.raises(UserError, match=message):
       train.prepare(tiny(data__module=str(path)))

@@ -5,9 +5,13 @@ import pytest
 
 from lfg_jax.training import configs, optimizers
 
-PARAMS = {'stem': {'group': {'kernel': jnp.array([3.0, 4.0]), 'bias': jnp.array([1.0])},
-                   'head': {'kernel': jnp.array([2.0])}},
-          'readout': {'linear': {'kernel': jnp.array([-1.0]), 'bias': jnp.array([0.5])}}}
+PARAMS = {
+  'stem': {
+    'group': {'kernel': jnp.array([3.0, 4.0]), 'bias': jnp.array([1.0])},
+    'head': {'kernel': jnp.array([2.0])},
+  },
+  'readout': {'linear': {'kernel': jnp.array([-1.0]), 'bias': jnp.array([0.5])}},
+}
 GRADS = jax.tree.map(jnp.ones_like, PARAMS)
 
 
@@ -38,7 +42,9 @@ def test_sgd_adds_kernels_to_the_gradient():
 
 
 def test_momentum():
-  close(updates(steps=3, name='sgd', momentum=0.5)['stem']['group']['bias'], [-0.1 * (1 + 0.5 + 0.25)])
+  close(
+    updates(steps=3, name='sgd', momentum=0.5)['stem']['group']['bias'], [-0.1 * (1 + 0.5 + 0.25)]
+  )
 
 
 def test_multipliers_act_on_updates():
@@ -52,8 +58,8 @@ def test_multipliers_act_on_updates():
 def test_adam_sees_decay_and_adamw_does_not():
   # First step: adam divides what it sees by its size.
   of_adam = lambda decay: updates(name='adam', weight_decay=decay)['readout']['linear']['kernel']
-  close(of_adam(0.5), [-0.1])    # of gradient 1 - 0.5
-  close(of_adam(2.0), [0.1])    # of gradient 1 - 2
+  close(of_adam(0.5), [-0.1])  # of gradient 1 - 0.5
+  close(of_adam(2.0), [0.1])  # of gradient 1 - 2
   u = updates(name='adamw', weight_decay=0.5)
   close(u['stem']['group']['kernel'], -0.1 * (1 + 0.5 * np.array([3, 4])))
   close(u['stem']['group']['bias'], [-0.1])
@@ -66,21 +72,29 @@ def test_lars():
   close(u['stem']['group']['bias'], [-0.1])
 
 
-@pytest.mark.parametrize('fields, expected', [
+@pytest.mark.parametrize(
+  'fields, expected',
+  [
     (dict(schedule='constant'), {0: 0.1, 39: 0.1}),
     (dict(schedule='linear'), {0: 0.1, 10: 0.075, 40: 0.0}),
     (dict(schedule='cosine'), {0: 0.1, 20: 0.05, 40: 0.0}),
     (dict(schedule='cosine', warmup_epochs=2), {0: 0.0, 10: 0.05, 20: 0.1, 30: 0.05, 40: 0.0}),
     (dict(schedule='staircase', staircase_epochs=(1, 3)), {9: 0.1, 11: 0.01, 29: 0.01, 31: 0.001}),
-    (dict(schedule='staircase', staircase_epochs=(3,), warmup_epochs=1.0), {5: 0.05, 29: 0.1, 31: 0.01}),
-])
+    (
+      dict(schedule='staircase', staircase_epochs=(3,), warmup_epochs=1.0),
+      {5: 0.05, 29: 0.1, 31: 0.01},
+    ),
+  ],
+)
 def test_schedules(fields, expected):
   rate = optimizers.schedule(config(**fields), steps_per_epoch=10, epochs=4)
   close([rate(step) for step in expected], list(expected.values()))
 
 
 def test_schedule_reaches_the_optimizer():
-  optimizer = optimizers.make(config(name='sgd'), optimizers.schedule(config(schedule='linear'), 2, 2))
+  optimizer = optimizers.make(
+    config(name='sgd'), optimizers.schedule(config(schedule='linear'), 2, 2)
+  )
   state = optimizer.init(PARAMS)
   rates = []
   for _ in range(4):
@@ -94,4 +108,6 @@ def test_rates_grow_with_the_batch_if_asked(scaled, factor):
   """Those of LARS in the contrastive configs: 0.1 × batch / 256, with a warm-up to the scaled rate."""
   fields = config(name='lars', schedule='cosine', warmup_epochs=1.0, scale_with_batch=scaled)
   rate = optimizers.schedule(fields, steps_per_epoch=10, epochs=3, batch_size=2048)
-  close([rate(0), rate(5), rate(10), rate(20), rate(30)], factor * np.array([0.0, 0.05, 0.1, 0.05, 0.0]))
+  close(
+    [rate(0), rate(5), rate(10), rate(20), rate(30)], factor * np.array([0.0, 0.05, 0.1, 0.05, 0.0])
+  )

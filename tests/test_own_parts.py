@@ -15,8 +15,12 @@ from lfg_jax.training import program, train
 from tests.runs import ROOT, script
 from tests.statistics import ROUNDING, SIGMAS, z_of_mean
 
-PAGES = {'model': 'bring_a_model', 'loss': 'new_local_loss', 'law': 'new_tangent_law',
-         'data': 'new_data_set'}
+PAGES = {
+  'model': 'bring_a_model',
+  'loss': 'new_local_loss',
+  'law': 'new_tangent_law',
+  'data': 'new_data_set',
+}
 
 
 @pytest.fixture
@@ -31,10 +35,16 @@ def files(tmp_path):
 
 
 def arguments(files):
-  return [f'--config.model.module={files["model"]}', f'--config.losses.module={files["loss"]}',
-          f'--config.data.module={files["data"]}', f'--config.estimator.module={files["law"]}',
-          '--config.model.width=32', '--config.epochs=4', '--config.batch_size=64',
-          '--config.optimizer.learning_rate=0.003']
+  return [
+    f'--config.model.module={files["model"]}',
+    f'--config.losses.module={files["loss"]}',
+    f'--config.data.module={files["data"]}',
+    f'--config.estimator.module={files["law"]}',
+    '--config.model.width=32',
+    '--config.epochs=4',
+    '--config.batch_size=64',
+    '--config.optimizer.learning_rate=0.003',
+  ]
 
 
 @pytest.mark.slow
@@ -49,7 +59,7 @@ def test_all_parts_from_outside_train_together(files, tmp_path, rule):
   assert summary['test_error'] < 0.6
   config = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert config['losses']['module'] == str(files['loss'])
-  assert train.load(tmp_path / 'run')[1].step == 32    # what experiments take of a run
+  assert train.load(tmp_path / 'run')[1].step == 32  # what experiments take of a run
 
 
 def test_help_knows_the_fields_of_a_model_from_outside(files, capsys):
@@ -73,12 +83,12 @@ def test_the_law_of_the_page_serves_any_function(files):
   law = user_files.load('law', str(files['law']), ('law',)).law
 
   losses = lambda w, x: jnp.tanh(tap(x @ w, 'z')).sum(-1)
-  w, x = jnp.ones((3, 4)) / 5, jnp.arange(6.).reshape(2, 3)
+  w, x = jnp.ones((3, 4)) / 5, jnp.arange(6.0).reshape(2, 3)
   exact = jax.grad(lambda w: losses(w, x).mean())(w)
   step = value_and_activity_grad(losses, law=law, passes=4)
   draws = jax.vmap(lambda key: step(w, x, key=key)[1])(jax.random.split(jax.random.key(0), 4000))
   assert z_of_mean(draws, exact, ROUNDING).max() < SIGMAS
-  assert z_of_mean(1.2 * draws, exact, ROUNDING).max() > SIGMAS    # the test sees what is too long
+  assert z_of_mean(1.2 * draws, exact, ROUNDING).max() > SIGMAS  # the test sees what is too long
 
 
 def test_every_page_with_a_file_is_in_the_contents_and_for_contributors():

@@ -195,8 +195,10 @@ def test_index_is_of_the_files_that_are_there(study, tmp_path):
   assert '--config.algorithm=LG-FG-A ' in line and '`python experiments/train.py ' in line
 
 
-@pytest.mark.parametrize(('name', 'program'), [
-    ('table1', 'paper/variance.py --parts=table1'), ('figure5', 'paper/replicated_losses.py')])
+@pytest.mark.parametrize(
+  ('name', 'program'),
+  [('table1', 'paper/variance.py --parts=table1'), ('figure5', 'paper/replicated_losses.py')],
+)
 def test_programs_get_their_arguments(name, program, tmp_path, capsys):
   reproduce.main([name, f'--out={tmp_path}', '--groups=2', '--dry_run'])
   command = f'python experiments/{program} --out={tmp_path} --groups=2\n'
@@ -214,8 +216,11 @@ def test_gpu_script_starts_what_there_is(tmp_path):
   for name, text in (('python', f'echo "$@" >> {tmp_path}/commands'), ('sleep', 'true')):
     (tmp_path / name).write_text(f'#!/bin/sh\n{text}\n')
     (tmp_path / name).chmod(0o755)
-  settings = {'SMALL': '1', 'OUT': str(tmp_path / 'out'),
-              'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
+  settings = {
+    'SMALL': '1',
+    'OUT': str(tmp_path / 'out'),
+    'PATH': f'{tmp_path}:{os.environ["PATH"]}',
+  }
   subprocess.run(['bash', PAPER / 'gpu.sh'], check=True, env={**os.environ, **settings})
   commands = [line.split() for line in (tmp_path / 'commands').read_text().splitlines()]
   assert len(commands) == 20 and all((ROOT / script).exists() for script, *_ in commands)

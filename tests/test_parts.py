@@ -10,20 +10,31 @@ from tests.small import compose, relative_error, small
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('name', 'sharing'), [('BP', 'paper'), ('LG-FG-A', 'paper'), ('LG-FG-A', 'shared'),
-                                               ('LG-FG-W', 'independent')])
+@pytest.mark.parametrize(
+  ('name', 'sharing'),
+  [('BP', 'paper'), ('LG-FG-A', 'paper'), ('LG-FG-A', 'shared'), ('LG-FG-W', 'independent')],
+)
 def test_gradient_of_parts_is_that_of_the_batch(name, sharing):
   s = small(batch=4, blocks=2)
+
   def result(size):
     algorithm = compose(s, name, micro_batch=size, sharing=sharing)
     return jax.jit(algorithm.gradient)(s.variables, jax.random.key(0), s.batch)
+
   whole, in_parts = result(4), result(2)
   assert relative_error(in_parts[0], whole[0]) < 1e-5
   assert jnp.allclose(in_parts[1]['loss'], whole[1]['loss'], rtol=1e-5)
 
 
 def test_a_micro_batch_is_the_most_that_divides():
-  assert [parts.number_of_parts(12, size, 1) for size in (1, 4, 5, 7, 12, 99)] == [12, 3, 3, 2, 1, 1]
+  assert [parts.number_of_parts(12, size, 1) for size in (1, 4, 5, 7, 12, 99)] == [
+    12,
+    3,
+    3,
+    2,
+    1,
+    1,
+  ]
 
 
 def test_batch_norm_takes_the_whole_batch():
@@ -34,5 +45,5 @@ def test_batch_norm_takes_the_whole_batch():
 
 def test_automatic_size_keeps_an_activity_in_cache():
   assert parts.number_of_parts(128, 0, 2**17) == (16 if jax.default_backend() == 'cpu' else 1)
-  assert parts.number_of_parts(127, 0, 2**17) == 1    # 127 parts of one example would be slower
+  assert parts.number_of_parts(127, 0, 2**17) == 1  # 127 parts of one example would be slower
   assert parts.number_of_parts(5, 0, 2**30) == (5 if jax.default_backend() == 'cpu' else 1)

@@ -10,15 +10,7 @@ import numpy as np
 import pytest
 
 from lfg_jax import data
-from lfg_jax.training import (
-  algorithms,
-  configs,
-  hlo,
-  optimizers,
-  pipeline,
-  stage_plan,
-  update,
-)
+from lfg_jax.training import algorithms, configs, hlo, optimizers, pipeline, stage_plan, update
 from tests.runs import STEPS, tiny
 
 BATCH = 64
@@ -31,15 +23,21 @@ def perceptron(blocks=8, **fields):
     return tiny(**fields)
   config = tiny()
   configs.use_model(config, 'mlp', blocks=blocks, channels=16, groups=4)
-  config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in fields.items()})
+  config.update_from_flattened_dict(
+    {name.replace('__', '.'): value for name, value in fields.items()}
+  )
   return config
 
 
 def mesh_of(devices, stages):
   """The first devices, as `update.make_mesh` arranges all."""
   shape, axes = ((devices, stages), ('data', 'stage')) if stages > 1 else ((devices,), ('data',))
-  return jax.make_mesh(shape, axes, axis_types=(jax.sharding.AxisType.Auto,) * len(axes),
-                       devices=jax.devices()[:devices * stages])
+  return jax.make_mesh(
+    shape,
+    axes,
+    axis_types=(jax.sharding.AxisType.Auto,) * len(axes),
+    devices=jax.devices()[: devices * stages],
+  )
 
 
 def build(config, devices, stages, feed=None):
@@ -47,8 +45,9 @@ def build(config, devices, stages, feed=None):
   dataset, mesh = data.load('digits'), mesh_of(devices, stages)
   algorithm = algorithms.make(config, dataset, update.AXIS)
   stage_plan.check(config, algorithm.made_of)
-  feed = feed or update.make_feed(dataset.train, mesh, BATCH, jax.random.key(1),
-                                  at_once=config.steps_per_dispatch)
+  feed = feed or update.make_feed(
+    dataset.train, mesh, BATCH, jax.random.key(1), at_once=config.steps_per_dispatch
+  )
   rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs)
   optimizer = optimizers.make(config.optimizer, rate)
   before = update.init_state(algorithm, optimizer, jax.random.key(0), mesh)
@@ -100,18 +99,26 @@ def assert_equal(config, devices, stages, steps):
 
 def assert_same(state, other):
   jax.tree_util.tree_map_with_path(
-      lambda path, a, b: np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path)), state, other)
+    lambda path, a, b: np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path)),
+    state,
+    other,
+  )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('devices, stages, steps', [(1, 4, 20), (2, 2, 8)])
 def test_contrastive_learning_is_equal_but_for_rounding(devices, stages, steps):
   """XLA sums the slopes of a scanned block's rows in another order than those of a single one."""
-  config = perceptron(4, steps_per_dispatch=7, algorithm='LG-FG-A', loss='contrastive', optimizer__name='sgd')
+  config = perceptron(
+    4, steps_per_dispatch=7, algorithm='LG-FG-A', loss='contrastive', optimizer__name='sgd'
+  )
   one, several = both(config, devices, stages, steps)
   assert one.step == STEPS and one.sums['contrastive_loss'] > 0
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max()),
-               (one.params, one.sums), (several.params, several.sums))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max()),
+    (one.params, one.sums),
+    (several.params, several.sums),
+  )
 
 
 @pytest.mark.slow
@@ -148,7 +155,11 @@ def test_batch_norm_has_the_same_statistics():
 
 @pytest.mark.slow
 def test_the_first_bad_step_is_told():
-  fields = {'optimizer__name': 'sgd', 'optimizer__learning_rate': 1e9, 'optimizer__schedule': 'constant'}
+  fields = {
+    'optimizer__name': 'sgd',
+    'optimizer__learning_rate': 1e9,
+    'optimizer__schedule': 'constant',
+  }
   one, several = both(perceptron(4, algorithm='LG-BP', steps_per_dispatch=2, **fields), 1, 4, 12)
   assert several.bad_step == one.bad_step > STEPS - 11
 
@@ -170,9 +181,11 @@ def compiled(config, devices, stages):
 def test_neighbours_send_one_activity_and_nothing_else():
   """Per tick x, labels, weights, the number of examples and that of the step; then the metrics, round the ring."""
   text = compiled(perceptron(algorithm='LG-BP'), 1, 4).as_text()
-  assert set(re.findall(rf' ({"|".join(hlo.COLLECTIVES)})(?:-start)?\(', text)) == {'collective-permute'}
+  assert set(re.findall(rf' ({"|".join(hlo.COLLECTIVES)})(?:-start)?\(', text)) == {
+    'collective-permute'
+  }
   of_tick = BATCH * (16 + 1 + 1) * 4 + 8
-  metrics = 3 * (4 * 4)    # hops × (loss, error, examples, bad step)
+  metrics = 3 * (4 * 4)  # hops × (loss, error, examples, bad step)
   assert hlo.collectives(text)['collective-permute'].sent == of_tick + metrics
 
 

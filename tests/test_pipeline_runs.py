@@ -11,12 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lfg_jax import data
 from lfg_jax.errors import UserError
-from lfg_jax.training import (
-  launch,
-  run_log,
-  train,
-  update,
-)
+from lfg_jax.training import launch, run_log, train, update
 from tests.runs import FLAGS, STEPS, start, state
 from tests.test_pipeline import after, assert_same, build, mesh_of, perceptron
 
@@ -45,9 +40,13 @@ def test_a_run_goes_on_with_other_stages(tmp_path, monkeypatch):
   def go(folder, epochs, stages):
     monkeypatch.setattr(jax, 'device_count', lambda: stages)
     monkeypatch.setattr(update, 'make_mesh', functools.partial(mesh_of, 1))
-    train.train(train.prepare(perceptron(4, epochs=epochs, stages=stages, **fields)), tmp_path / folder)
+    train.train(
+      train.prepare(perceptron(4, epochs=epochs, stages=stages, **fields)), tmp_path / folder
+    )
     rows = run_log.read_rows(tmp_path / folder / 'metrics.jsonl')
-    return [{name: value for name, value in row.items() if name != 'examples_per_second'} for row in rows]
+    return [
+      {name: value for name, value in row.items() if name != 'examples_per_second'} for row in rows
+    ]
 
   for epochs, stages in ((1, 4), (2, 2)):
     go('changing', epochs, stages)
@@ -65,7 +64,9 @@ def test_batches_that_come_one_by_one():
   (_, (arrays, order)), *_ = feed.epoch(0, 0)
   streamed = feed._replace(fetch=lambda batch, step: batch, specs=(P(update.AXIS),), is_stream=True)
   _, _, made = build(config, 1, 4, streamed)
-  now = made.begin(before._replace(step=jax.device_put(jnp.int32(STEPS - steps), before.step.sharding)))
+  now = made.begin(
+    before._replace(step=jax.device_put(jnp.int32(STEPS - steps), before.step.sharding))
+  )
   for step in range(STEPS - steps, STEPS):
     batch = data.datasets.take(arrays, order[step])
     now = made.steps(now, jax.random.key(2), 1, (batch,))
@@ -77,8 +78,18 @@ def test_batches_that_come_one_by_one():
 def test_two_processes_are_two_stages(tmp_path):
   address = launch.free_address()
   flags = ['--config.algorithm=LG-BP', '--config.model.blocks=2', '--config.epochs=1', *FLAGS]
-  both = [start('train.py', f'--workdir={tmp_path / "two"}', '--config.stages=2', f'--coordinator={address}',
-                '--processes=2', f'--process={i}', *flags) for i in range(2)]
+  both = [
+    start(
+      'train.py',
+      f'--workdir={tmp_path / "two"}',
+      '--config.stages=2',
+      f'--coordinator={address}',
+      '--processes=2',
+      f'--process={i}',
+      *flags,
+    )
+    for i in range(2)
+  ]
   alone = start('train.py', f'--workdir={tmp_path / "one"}', *flags)
   errors = [process.communicate(timeout=300)[1] for process in (*both, alone)]
   assert [process.returncode for process in (*both, alone)] == [0, 0, 0], errors
@@ -86,13 +97,21 @@ def test_two_processes_are_two_stages(tmp_path):
     np.testing.assert_array_equal(there, here)
 
 
-@pytest.mark.parametrize('processes, shares', [
-    ([[0, 0], [1, 1]], [(0, 2), (1, 2)]), ([[0, 1]], [(0, 1), (0, 1)]),
-    ([[0, 0], [0, 0], [1, 1], [1, 1]], [(0, 2), (1, 2)]), ([[0, 1], [2, 3]], [(0, 2), (0, 2), (1, 2), (1, 2)])])
+@pytest.mark.parametrize(
+  'processes, shares',
+  [
+    ([[0, 0], [1, 1]], [(0, 2), (1, 2)]),
+    ([[0, 1]], [(0, 1), (0, 1)]),
+    ([[0, 0], [0, 0], [1, 1], [1, 1]], [(0, 2), (1, 2)]),
+    ([[0, 1], [2, 3]], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+  ],
+)
 def test_processes_of_one_pipeline_read_the_same(processes, shares, monkeypatch):
   device = lambda process: types.SimpleNamespace(process_index=process)
-  mesh = types.SimpleNamespace(axis_names=('data', 'stage'),
-                               devices=[[device(process) for process in row] for row in processes])
+  mesh = types.SimpleNamespace(
+    axis_names=('data', 'stage'),
+    devices=[[device(process) for process in row] for row in processes],
+  )
   for process, share in enumerate(shares):
     monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
     assert update._share(mesh) == share

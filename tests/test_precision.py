@@ -24,18 +24,23 @@ def models():
 
 
 def cosine(a, b):
-  a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64) for tree in (a, b))
+  a, b = (
+    np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
+    for tree in (a, b)
+  )
   return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
 
 
 # Backprop adds up the rounding, and ReLUs that flip, of all blocks behind. Forward gradients, at the same tangents,
 # have the error of a derivative that is a sum with cancellation.
 @pytest.mark.slow
-@pytest.mark.parametrize(('name', 'least'), [('LG-BP', 0.999), ('BP', 0.98), ('LG-FG-A', 0.99), ('FG-W', 0.99)])
+@pytest.mark.parametrize(
+  ('name', 'least'), [('LG-BP', 0.999), ('BP', 0.98), ('LG-FG-A', 0.99), ('FG-W', 0.99)]
+)
 def test_gradients_agree_and_are_float32(models, name, least):
   exact, rounded = (gradient(model, name, KEY) for model in models)
   assert {leaf.dtype for leaf in jax.tree.leaves(rounded)} == {jnp.dtype('float32')}
-  assert least < cosine(exact, rounded) < 1 - 1e-9    # and the arithmetic was another
+  assert least < cosine(exact, rounded) < 1 - 1e-9  # and the arithmetic was another
 
 
 @pytest.mark.parametrize('norm', ['layer', 'batch'])
@@ -46,7 +51,9 @@ def test_blocks_compute_in_bfloat16_and_losses_in_float32(norm):
   traced = Traced(apply, {k: v for k, v in model.variables.items() if k != 'feedback'})
   (logits, _), updates = traced.shape
   assert logits.dtype == jnp.float32
-  assert {tap.dtype for tap in traced.taps.values()} == {jnp.dtype('bfloat16')} and len(traced.taps) == 5
+  assert {tap.dtype for tap in traced.taps.values()} == {jnp.dtype('bfloat16')} and len(
+    traced.taps
+  ) == 5
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(updates.get('batch_stats', {})))
 
 
@@ -61,10 +68,12 @@ def test_tangents_keep_their_tails():
   tap = Tap((16384, 64), jnp.bfloat16, 2, 1)
   u = draw_at_tap(Sampling(LAWS['normal']), KEY, tap, Passes(1)).astype(jnp.float32)
   assert abs(float(u.mean())) < 5 / u.size**0.5
-  assert abs(float((u**2).mean()) - 1) < 5 * (2 / u.size)**0.5
+  assert abs(float((u**2).mean()) - 1) < 5 * (2 / u.size) ** 0.5
   assert u.max() > 4
 
 
 def test_finite_differences_are_refused():
-  with pytest.raises(ValueError, match=r"model\.precision is 'bfloat16'.*allowed with them: 'float32'"):
+  with pytest.raises(
+    ValueError, match=r"model\.precision is 'bfloat16'.*allowed with them: 'float32'"
+  ):
     gradient(small(precision='bfloat16'), 'LG-FD-A')

@@ -66,4 +66,7 @@ def test_an_unknown_name_is_told_the_known_ones():
   known = ', '.join(sorted(path.stem for path in (ROOT / 'configs').glob('*.py')))
   with pytest.raises(UserError) as error:
     configs.load('minst')
-  assert str(error.value) == f'no config minst; did you mean mnist? allowed: {known}, or the path of a file'
+  assert (
+    str(error.value)
+    == f'no config minst; did you mean mnist? allowed: {known}, or the path of a file'
+  )

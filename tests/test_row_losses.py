@@ -21,8 +21,11 @@ from tests.statistics import verdict, z_scores
 from tests.test_models import BATCH, FIELDS, composed, gradient
 
 HIDDEN = 6
-KINDS = {**{name: Heads(loss) for name, loss in ROW_LOSSES.items()},
-         'hidden': Heads(hidden=HIDDEN), 'hidden_margin': Heads(row_losses.margin, HIDDEN)}
+KINDS = {
+  **{name: Heads(loss) for name, loss in ROW_LOSSES.items()},
+  'hidden': Heads(hidden=HIDDEN),
+  'hidden_margin': Heads(row_losses.margin, HIDDEN),
+}
 
 
 def case(heads, B=3, P=4, G=3, C=2, K=5):
@@ -31,8 +34,11 @@ def case(heads, B=3, P=4, G=3, C=2, K=5):
   width = heads.hidden or K
   shapes = {'kernel': (G, C, width), 'bias': (width,)}
   shapes |= {'out': {'kernel': (width, K), 'bias': (K,)}} if heads.hidden else {}
-  draw = lambda: jax.tree.map(lambda shape: jax.random.normal(next(keys), shape), shapes,
-                              is_leaf=lambda x: isinstance(x, tuple))
+  draw = lambda: jax.tree.map(
+    lambda shape: jax.random.normal(next(keys), shape),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
   x, dx = (jax.random.normal(next(keys), (B, P, G, C)) for _ in range(2))
   targets = Targets(jnp.array([0, 4, 2]), jnp.array([0.4, 0.6, 0.0]))
   return (x, draw()), (dx, draw()), targets, draw()
@@ -51,8 +57,10 @@ def naive(heads, x, head, targets, cut):
       z = jnp.where(z > 0, z, 0) @ head['out']['kernel'] + head['out']['bias']
     return heads.row_loss(z, targets)
 
-  rows = [jnp.stack([replica(p, g) for g in range(G if cut.group else 1)], -1)
-          for p in range(P if cut.patch else 1)]
+  rows = [
+    jnp.stack([replica(p, g) for g in range(G if cut.group else 1)], -1)
+    for p in range(P if cut.patch else 1)
+  ]
   return jnp.stack(rows, 1)
 
 
@@ -67,8 +75,10 @@ def test_replicated_losses_equal_copies_written_out(kind):
     return value, tangent, jax.vjp(loss, *point)[1](ct)
 
   def both(cut):
-    return (derivatives(lambda x, head: replicated_loss(heads.row_loss, x, head, targets, cut)),
-            derivatives(lambda x, head: naive(heads, x, head, targets, cut)))
+    return (
+      derivatives(lambda x, head: replicated_loss(heads.row_loss, x, head, targets, cut)),
+      derivatives(lambda x, head: naive(heads, x, head, targets, cut)),
+    )
 
   cuts = (Cut(), Cut(False, True), Cut(True, False), Cut(False, False))
   for got, expected in jax.jit(lambda: [*map(both, cuts)])():
@@ -91,8 +101,10 @@ def test_hidden_heads_can_be_mapped_over_tangents_and_examples():
 def test_feedback_matrices_take_the_kernels_place_in_both_layers():
   heads = KINDS['hidden']
   (x, head), _, targets, feedback = case(heads)
-  slope = lambda feedback: jax.grad(lambda x, head: replicated_loss(
-      heads.row_loss, x, head, targets, feedback=feedback).sum(), (0, 1))(x, head)
+  slope = lambda feedback: jax.grad(
+    lambda x, head: replicated_loss(heads.row_loss, x, head, targets, feedback=feedback).sum(),
+    (0, 1),
+  )(x, head)
   exact = slope(None)
   own = slope(keep_kernels(head))
   assert relative_error(own, exact) < 1e-6
@@ -144,7 +156,9 @@ def test_estimates_with_a_hidden_layer_in_the_heads_are_unbiased(name):
   exact = gradient(name, 'LG-BP', heads=KINDS['hidden'])
   assert verdict(z_scores(lambda key: algorithm.gradient(variables, key, BATCH)[0], exact)) == []
   longer = lambda key: jax.tree.map(lambda g: 1.1 * g, algorithm.gradient(variables, key, BATCH)[0])
-  assert any('head' not in line and 'readout' not in line for line in verdict(z_scores(longer, exact)))
+  assert any(
+    'head' not in line and 'readout' not in line for line in verdict(z_scores(longer, exact))
+  )
 
 
 @pytest.mark.slow
@@ -152,8 +166,10 @@ def test_estimates_with_a_hidden_layer_in_the_heads_are_unbiased(name):
 def test_a_hidden_layer_may_project_for_the_contrastive_loss(stop_gradient):
   heads = Heads(hidden=HIDDEN, contrast=Contrast(projections=4, stop_gradient=stop_gradient))
   with jax.enable_x64(True):
-    fused, written_out = (gradient('mlp', rule, heads=heads, views=two_views, step=1e-6)
-                          for rule in ('LG-FG-W', 'LG-FD-W'))
+    fused, written_out = (
+      gradient('mlp', rule, heads=heads, views=two_views, step=1e-6)
+      for rule in ('LG-FG-W', 'LG-FD-W')
+    )
   assert relative_error(written_out, fused) < 1e-3
 
 
@@ -161,16 +177,21 @@ def test_a_hidden_layer_may_project_for_the_contrastive_loss(stop_gradient):
 def test_finite_differences_see_the_same_hidden_heads():
   with jax.enable_x64(True):
     exact = gradient('mlp', 'LG-FG-A-paper', heads=KINDS['hidden'])
-    errors = [relative_error(gradient('mlp', 'LG-FD-A', heads=KINDS['hidden'], step=step), exact)
-              for step in (1e-5, 1e-6)]
+    errors = [
+      relative_error(gradient('mlp', 'LG-FD-A', heads=KINDS['hidden'], step=step), exact)
+      for step in (1e-5, 1e-6)
+    ]
   assert errors[0] < 0.01 and errors[1] < 0.2 * errors[0]
 
 
 def test_replication_costs_nothing_with_a_hidden_layer():
   """64 examples, 1,024 replicas: 64 hidden numbers for each would be 16 MiB; features are 1 MiB."""
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-  head = {'kernel': array(16, 4, 64), 'bias': array(64),
-          'out': {'kernel': array(64, 10), 'bias': array(10)}}
+  head = {
+    'kernel': array(16, 4, 64),
+    'bias': array(64),
+    'out': {'kernel': array(64, 10), 'bias': array(10)},
+  }
   x = array(64, 64, 16, 4)
   targets = Targets(jnp.zeros(64, int), jnp.ones(64))
   loss = lambda x, head: replicated_loss(row_losses.cross_entropy, x, head, targets)
@@ -189,31 +210,42 @@ def test_what_is_wrong_with_a_loss_is_one_line(tmp_path):
     ('row_losses = 1', f'losses.module {path} has no row_loss; it needs row_loss'),
     ('1/0', 'ZeroDivisionError: division by zero'),
     ('def row_loss(outputs, targets):\n  return outputs @ outputs', 'dot_general'),
-    ('def row_loss(outputs, targets):\n  return outputs.sum()',
-     r'gives a loss of shape \(\) for outputs \(3, 10\); allowed: \(3,\), one for each row'),
-    ('def row_loss(outputs, targets):\n  return (outputs - outputs.mean(0)).sum(1)',
-     'lets the loss of a row depend on other rows; allowed: on its own outputs only')):
+    (
+      'def row_loss(outputs, targets):\n  return outputs.sum()',
+      r'gives a loss of shape \(\) for outputs \(3, 10\); allowed: \(3,\), one for each row',
+    ),
+    (
+      'def row_loss(outputs, targets):\n  return (outputs - outputs.mean(0)).sum(1)',
+      'lets the loss of a row depend on other rows; allowed: on its own outputs only',
+    ),
+  ):
     path.write_text(text)
     with pytest.raises(UserError, match=message) as caught:
       prepare(tiny(losses__module=str(path)))
     assert '\n' not in str(caught.value)
   for fields, message in (
-    ({'losses__row': 'hinge'}, "losses.row is 'hinge'; allowed: cross_entropy, squared_error, margin"),
+    (
+      {'losses__row': 'hinge'},
+      "losses.row is 'hinge'; allowed: cross_entropy, squared_error, margin",
+    ),
     ({'losses__module': 'no.py'}, "losses.module is 'no.py'; allowed: a Python file that exists"),
-    ({'losses__row': 'margin', 'loss': 'contrastive'},
-     "losses.row is 'margin', and loss='contrastive' compares rows"),
-    ({'losses__head_hidden': -1}, 'losses.head_hidden is -1; allowed: 0 or more')):
+    (
+      {'losses__row': 'margin', 'loss': 'contrastive'},
+      "losses.row is 'margin', and loss='contrastive' compares rows",
+    ),
+    ({'losses__head_hidden': -1}, 'losses.head_hidden is -1; allowed: 0 or more'),
+  ):
     with pytest.raises(UserError, match=message):
       prepare(tiny(**fields))
 
 
 def test_a_file_is_run_once_until_it_changes(tmp_path):
   path, ran = tmp_path / 'mine.py', tmp_path / 'ran'
-  text = f'''with open({str(ran)!r}, 'a') as file:
+  text = f"""with open({str(ran)!r}, 'a') as file:
   file.write('.')
 def row_loss(outputs, targets):
   return outputs.sum(-1)
-'''
+"""
   path.write_text(text)
   first = row_losses.find('', str(path))
   assert row_losses.find('', f'{tmp_path}/../{tmp_path.name}/mine.py') is first

@@ -36,7 +36,10 @@ def stream(count=TRAIN, **fields):
 
 def equal(batches, others):
   return len(batches) == len(others) and all(
-      np.array_equal(x, y) for pair in zip(batches, others, strict=True) for x, y in zip(*pair, strict=True))
+    np.array_equal(x, y)
+    for pair in zip(batches, others, strict=True)
+    for x, y in zip(*pair, strict=True)
+  )
 
 
 def labels(batches):
@@ -50,7 +53,8 @@ def test_every_example_once_per_epoch(train, count, batch_size, steps):
   assert len(batches) == steps
   assert {batch.image.shape for batch in batches} == {(batch_size, 16, 16, 3)}
   assert {(b.image.dtype.name, b.label.dtype.name, b.weight.dtype.name) for b in batches} == {
-      ('uint8', 'int32', 'float32')}
+    ('uint8', 'int32', 'float32')
+  }
   assert sorted(labels(batches)) == list(range(count))
   assert sum(batch.weight.sum() for batch in batches) == count
   assert not batches[-1].image[batches[-1].weight == 0].any()
@@ -85,7 +89,9 @@ def test_a_process_reads_its_slices_only(first):
     parts = [list(own.epoch(1, first, 6, index, count)) for index, own in enumerate(streams_)]
     for index, (own, part) in enumerate(zip(streams_, parts, strict=True)):
       rows = slice(6 * index // count, 6 * (index + 1) // count)
-      assert equal(part, [streams.Batch(*(leaf[rows] for leaf in batch)) for batch in whole[first:]])
+      assert equal(
+        part, [streams.Batch(*(leaf[rows] for leaf in batch)) for batch in whole[first:]]
+      )
       assert sorted(own.source.read) == sorted(labels(part))
 
 
@@ -93,7 +99,10 @@ def test_a_process_reads_its_slices_only(first):
 def test_worker_processes_change_nothing():
   threads = list(stream(23).epoch(1, 1, 4, 1, 2))
   for workers in (1, 3):
-    batches = [streams.Batch(*map(np.array, batch)) for batch in stream(23, workers=workers).epoch(1, 1, 4, 1, 2)]
+    batches = [
+      streams.Batch(*map(np.array, batch))
+      for batch in stream(23, workers=workers).epoch(1, 1, 4, 1, 2)
+    ]
     assert equal(batches, threads)
 
 
@@ -102,7 +111,9 @@ def test_a_bad_example_of_a_worker_is_named():
   examples = [stream().source[i] for i in range(TRAIN)]
   examples[6] = {'image': b'', 'label': 6}
   one = streams.Stream(examples, image_size=16, workers=2)
-  with pytest.raises(streams.BadExample, match=r'^example 6 \(label 6\) has no image that can be decoded: 0 bytes; '):
+  with pytest.raises(
+    streams.BadExample, match=r'^example 6 \(label 6\) has no image that can be decoded: 0 bytes; '
+  ):
     list(one.epoch(0, 0, 4))
 
 
@@ -110,7 +121,10 @@ def test_a_bad_example_of_a_worker_is_named():
 def test_processes_slices_make_up_the_global_batch(train):
   whole = list(stream(train=train).epoch(1, 1, 4))
   parts = [list(stream(train=train).epoch(1, 1, 4, index, 2)) for index in range(2)]
-  joined = [streams.Batch(*map(np.concatenate, zip(*pair, strict=True))) for pair in zip(*parts, strict=True)]
+  joined = [
+    streams.Batch(*map(np.concatenate, zip(*pair, strict=True)))
+    for pair in zip(*parts, strict=True)
+  ]
   assert equal(joined, whole)
 
 
@@ -157,7 +171,7 @@ def test_imagenet_is_a_stream_of_the_same_interface(imagenet):
 
 def test_imagenet_pixels_are_those_of_the_files(imagenet):
   dataset = data.load('imagenet2012', data_dir=imagenet, image_size=16)
-  batch, = dataset.test.epoch(0, 0, VALIDATION)
+  (batch,) = dataset.test.epoch(0, 0, VALIDATION)
   expected = {example['label']: Image.open(example['image']) for _, example in jpegs(VALIDATION)}
   assert {file.mode for file in expected.values()} == {'L', 'RGB'}
   for image, label in zip(batch.image, batch.label.tolist(), strict=True):

@@ -8,24 +8,47 @@ from lfg_jax.training import optimizers, pipeline, stage_plan, train, update
 from tests.runs import tiny
 
 CASES = {
-    **{rule: {'algorithm': rule} for rule in ('BP', 'LG-FA', 'DFA', 'FG-W', 'LG-FG-W', 'LG-FG-A',
-                                           'LG-FG-A-paper', 'LG-FD-A')},
-    **{f'contrastive-{rule}': {'algorithm': rule, 'loss': 'contrastive'} for rule in ('LG-FG-A', 'FG-A')},
-    'own-views': {'loss': 'contrastive', 'contrastive__shared_views': False},
-    'every-guess': {'estimator__guess': 'all', 'model__size': 'S/2/2'},
-    'batch-norm': {'model__norm': 'batch', 'model__blocks': 3},
-    'whole-norm': {'model__norm': 'whole'},
-    'paper-derivative': {'algorithm': 'LG-FG-A-paper', 'model__norm_derivative': False},
-    'bfloat16': {'model__precision': 'bfloat16', 'model__size': 'S/2/2'},
-    'pooled': {'model__size': 'S/4/2', 'model__pool_every': 1, 'model__blocks': 2, 'model__mixing': 'conv'},
-    'projection': {'estimator__combine': 'projection', 'estimator__passes': 4},
-    'independent': {'algorithm': 'LG-FG-W', 'estimator__sharing': 'independent', 'estimator__passes': 4,
-                    'estimator__chunk': 2, 'micro_batch': 4},
-    **{f'staged-{name}': {'stages': 2, 'model__blocks': 2, **fields} for name, fields in (
-        ('LG-FG-A', {}), ('contrastive', {'loss': 'contrastive'}), ('batch-norm', {'model__norm': 'batch'}),
-        ('pooled', {'model__size': 'S/4/2', 'model__pool_every': 1, 'model__mixing': 'conv'}))},
-    **{law: {'estimator__law': law, 'optimizer__name': name}
-       for law, name in (('rademacher', 'sgd'), ('haar', 'adamw'), ('sphere', 'lars'))},
+  **{
+    rule: {'algorithm': rule}
+    for rule in ('BP', 'LG-FA', 'DFA', 'FG-W', 'LG-FG-W', 'LG-FG-A', 'LG-FG-A-paper', 'LG-FD-A')
+  },
+  **{
+    f'contrastive-{rule}': {'algorithm': rule, 'loss': 'contrastive'}
+    for rule in ('LG-FG-A', 'FG-A')
+  },
+  'own-views': {'loss': 'contrastive', 'contrastive__shared_views': False},
+  'every-guess': {'estimator__guess': 'all', 'model__size': 'S/2/2'},
+  'batch-norm': {'model__norm': 'batch', 'model__blocks': 3},
+  'whole-norm': {'model__norm': 'whole'},
+  'paper-derivative': {'algorithm': 'LG-FG-A-paper', 'model__norm_derivative': False},
+  'bfloat16': {'model__precision': 'bfloat16', 'model__size': 'S/2/2'},
+  'pooled': {
+    'model__size': 'S/4/2',
+    'model__pool_every': 1,
+    'model__blocks': 2,
+    'model__mixing': 'conv',
+  },
+  'projection': {'estimator__combine': 'projection', 'estimator__passes': 4},
+  'independent': {
+    'algorithm': 'LG-FG-W',
+    'estimator__sharing': 'independent',
+    'estimator__passes': 4,
+    'estimator__chunk': 2,
+    'micro_batch': 4,
+  },
+  **{
+    f'staged-{name}': {'stages': 2, 'model__blocks': 2, **fields}
+    for name, fields in (
+      ('LG-FG-A', {}),
+      ('contrastive', {'loss': 'contrastive'}),
+      ('batch-norm', {'model__norm': 'batch'}),
+      ('pooled', {'model__size': 'S/4/2', 'model__pool_every': 1, 'model__mixing': 'conv'}),
+    )
+  },
+  **{
+    law: {'estimator__law': law, 'optimizer__name': name}
+    for law, name in (('rademacher', 'sgd'), ('haar', 'adamw'), ('sphere', 'lars'))
+  },
 }
 
 
@@ -56,7 +79,9 @@ def trace_steps(fields, dataset):
   rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs, config.batch_size)
   optimizer = optimizers.make(config.optimizer, rate)
   _, inputs = next(feed.epoch(0, 0))
-  state = jax.eval_shape(lambda key: update.init_state(job.algorithm, optimizer, key, job.mesh), key)
+  state = jax.eval_shape(
+    lambda key: update.init_state(job.algorithm, optimizer, key, job.mesh), key
+  )
   if config.stages > 1:
     after = trace_stages(job, optimizer, feed, state, inputs)
   else:
@@ -69,7 +94,9 @@ def trace_stages(job, optimizer, feed, state, inputs):
   spans = stage_plan.spans(job.algorithm.made_of, job.config.stages)
   batch = update.batch_like(job.dataset.image_shape, job.config.batch_size)
   made = pipeline.make(job.algorithm, optimizer, job.mesh, feed, spans, state, batch)
-  after = jax.eval_shape(made.dispatch, jax.eval_shape(made.begin, state), jax.random.key(0), 2, 2, *inputs)
+  after = jax.eval_shape(
+    made.dispatch, jax.eval_shape(made.begin, state), jax.random.key(0), 2, 2, *inputs
+  )
   return jax.eval_shape(made.whole, after)
 
 

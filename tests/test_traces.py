@@ -21,7 +21,7 @@ def test_a_gradient_is_traced_once_for_all_steps(name):
   gradient = jax.jit(chex.assert_max_traces(compose(s, name).gradient, 1))
   for step in range(3):
     gradient(s.variables, jax.random.key(step), s.batch)
-  with pytest.raises(AssertionError, match='traced > 1 times'):    # the test sees a second one
+  with pytest.raises(AssertionError, match='traced > 1 times'):  # the test sees a second one
     half = jax.tree.map(lambda leaf: leaf[:2], s.batch)
     gradient(s.variables, jax.random.key(0), half)
 
@@ -35,7 +35,12 @@ def test_a_function_with_taps_is_traced_once_for_all_steps_and_tangents():
 
 
 def test_shapes_that_do_not_fit_are_told():
-  x, kernel, bias, label = jnp.ones((2, 4, 3, 5)), jnp.ones((3, 5, 10)), jnp.ones(10), jnp.zeros(2, int)
+  x, kernel, bias, label = (
+    jnp.ones((2, 4, 3, 5)),
+    jnp.ones((3, 5, 10)),
+    jnp.ones(10),
+    jnp.zeros(2, int),
+  )
   for wrong, message in (
     ((x[0], kernel, bias, label), 'rank'),
     ((x, kernel[:2], bias, label), 'the head needs a row for every group and channel'),

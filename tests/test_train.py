@@ -12,8 +12,9 @@ from tests.runs import STEPS, tiny
 
 
 def mesh(devices):
-  return jax.make_mesh((devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,),
-                       devices=jax.devices()[:devices])
+  return jax.make_mesh(
+    (devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
+  )
 
 
 def updated(config, devices, learning_rate=0.1, first_step=STEPS - 2, steps=2, at_once=1):
@@ -31,10 +32,16 @@ def updated(config, devices, learning_rate=0.1, first_step=STEPS - 2, steps=2, a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('counts, fields', [
-    ((2, 8), {'algorithm': 'LG-FG-A'}), ((8,), {'algorithm': 'FG-W'}), ((8,), {'algorithm': 'DFA'}),
+@pytest.mark.parametrize(
+  'counts, fields',
+  [
+    ((2, 8), {'algorithm': 'LG-FG-A'}),
+    ((8,), {'algorithm': 'FG-W'}),
+    ((8,), {'algorithm': 'DFA'}),
     ((8,), {'algorithm': 'LG-BP', 'model__norm': 'batch'}),
-], ids=['LG-FG-A', 'FG-W', 'DFA', 'LG-BP-batch'])
+  ],
+  ids=['LG-FG-A', 'FG-W', 'DFA', 'LG-BP-batch'],
+)
 def test_same_update_on_any_number_of_devices(counts, fields):
   config = tiny(model__size='S/2/4', model__blocks=2, **fields)
   one = updated(config, 1)
@@ -47,7 +54,7 @@ def test_same_update_on_any_number_of_devices(counts, fields):
 def test_same_steps_however_many_are_dispatched_at_once():
   config = tiny(model__size='S/2/4', model__blocks=2, algorithm='LG-FG-A')
   one = updated(config, 1, first_step=STEPS - 5, steps=5)
-  several = updated(config, 1, first_step=STEPS - 5, steps=2, at_once=3)    # 3 and 2
+  several = updated(config, 1, first_step=STEPS - 5, steps=2, at_once=3)  # 3 and 2
   assert several.step == STEPS
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), several, one)
 
@@ -64,7 +71,9 @@ def test_update_is_the_gradient_of_the_whole_batch():
   grads, aux = jax.jit(algorithm.gradient)(variables, jax.random.key(9), batch)
   after = updated(config, 8, first_step=STEPS - 1, steps=1)
   expected = jax.tree.map(lambda p, g: p - 0.1 * g, variables['params'], grads)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), after.params, expected)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), after.params, expected
+  )
   assert len(row) == 1438 - 22 * 64 == after.sums['examples']
   np.testing.assert_allclose(after.sums['loss'], aux['loss'] * len(row), rtol=1e-5)
 
@@ -85,13 +94,18 @@ def test_errors_are_of_the_whole_sets():
   after = updated(config, 8, learning_rate=0.0, first_step=0, steps=STEPS)
   algorithm = algorithms.make(config, dataset)
   # A model that is right at times.
-  params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(3), p.shape), after.params)
+  params = jax.tree.map(
+    lambda p: p + 0.1 * jax.random.normal(jax.random.key(3), p.shape), after.params
+  )
   for split in (dataset.train, dataset.test):
-    error = update.make_error(algorithms.make(config, dataset, update.AXIS), mesh(8),
-                              update.make_feed(split, mesh(8), 64))
-    predicted = jax.jit(algorithm.predict)({'params': params}, jnp.asarray(split.image_NxHxWxC)).argmax(-1)
+    error = update.make_error(
+      algorithms.make(config, dataset, update.AXIS), mesh(8), update.make_feed(split, mesh(8), 64)
+    )
+    predicted = jax.jit(algorithm.predict)(
+      {'params': params}, jnp.asarray(split.image_NxHxWxC)
+    ).argmax(-1)
     expected = (predicted != split.label_N).mean()
     np.testing.assert_allclose(error(after._replace(params=params)), expected, rtol=1e-6)
-  zero = jax.nn.softmax(jnp.zeros(10)).max()    # heads and read-out start at zero
+  zero = jax.nn.softmax(jnp.zeros(10)).max()  # heads and read-out start at zero
   np.testing.assert_allclose(after.sums['loss'] / after.sums['examples'], -jnp.log(zero), rtol=1e-5)
   np.testing.assert_allclose(after.sums['error'], (dataset.train.label_N != 0).sum())

@@ -34,14 +34,24 @@ def judge(s, name, target_name, **options):
 
 
 CASES = [
-    ('FG-W', 'BP', {}), ('FG-A', 'BP', {}), ('LG-FG-W', 'LG-BP', {}), ('LG-FG-A-paper', 'LG-BP', {}),
-    ('LG-FG-A-paper', 'LG-BP', {'law': 'normal'}), ('LG-FG-A-paper', 'LG-BP', {'sharing': 'shared'}),
-    ('LG-FG-A-paper', 'LG-BP', {'passes': 3}), ('LG-FG-A-paper', 'LG-BP', {'patch': False}),
-    ('LG-FG-A-paper', 'LG-BP', {'group': False}), ('LG-FG-A-paper', 'LG-BP', {'every': 2}),
-    ('LG-FG-A-paper', 'LG-BP', {'overlap': True}), ('LG-FG-W', 'LG-BP', {'sharing': 'independent'}),
-    ('LG-FG-W', 'LG-BP', {'law': 'normal', 'passes': 2}),
-    ('LG-FG-A', 'LG-BP', {}), ('LG-FG-A', 'LG-BP', {'patch': False}), ('LG-FG-A', 'LG-BP', {'group': False}),
-    ('LG-FG-A', 'LG-BP', {'every': 2}), ('LG-FG-A', 'LG-BP', {'overlap': True}),
+  ('FG-W', 'BP', {}),
+  ('FG-A', 'BP', {}),
+  ('LG-FG-W', 'LG-BP', {}),
+  ('LG-FG-A-paper', 'LG-BP', {}),
+  ('LG-FG-A-paper', 'LG-BP', {'law': 'normal'}),
+  ('LG-FG-A-paper', 'LG-BP', {'sharing': 'shared'}),
+  ('LG-FG-A-paper', 'LG-BP', {'passes': 3}),
+  ('LG-FG-A-paper', 'LG-BP', {'patch': False}),
+  ('LG-FG-A-paper', 'LG-BP', {'group': False}),
+  ('LG-FG-A-paper', 'LG-BP', {'every': 2}),
+  ('LG-FG-A-paper', 'LG-BP', {'overlap': True}),
+  ('LG-FG-W', 'LG-BP', {'sharing': 'independent'}),
+  ('LG-FG-W', 'LG-BP', {'law': 'normal', 'passes': 2}),
+  ('LG-FG-A', 'LG-BP', {}),
+  ('LG-FG-A', 'LG-BP', {'patch': False}),
+  ('LG-FG-A', 'LG-BP', {'group': False}),
+  ('LG-FG-A', 'LG-BP', {'every': 2}),
+  ('LG-FG-A', 'LG-BP', {'overlap': True}),
 ]
 
 
@@ -59,14 +69,24 @@ def two_views(key_B, image):
 def judge_contrastive(name, shared_views=True, stop_gradient=True):
   contrast = Contrast(projections=4, shared_views=shared_views, stop_gradient=stop_gradient)
   s = model(batch=3, heads=Heads(contrast=contrast))
-  run, exact = (algorithms.compose(rules.REGISTRY[n], rules.Options(), s.model, views=two_views)
-                for n in (name, {'FG-A': 'BP', 'FG-W': 'BP'}.get(name, 'LG-BP')))
+  run, exact = (
+    algorithms.compose(rules.REGISTRY[n], rules.Options(), s.model, views=two_views)
+    for n in (name, {'FG-A': 'BP', 'FG-W': 'BP'}.get(name, 'LG-BP'))
+  )
   target = jax.jit(exact.gradient)(s.variables, jax.random.key(0), s.batch)[0]
   return verdict(z_scores(lambda key: run.gradient(s.variables, key, s.batch)[0], target))
 
 
-@pytest.mark.parametrize(('name', 'shared_views'), [
-    ('LG-FG-A-paper', True), ('LG-FG-A-paper', False), ('LG-FG-A', True), ('FG-A', True), ('LG-FG-W', True)])
+@pytest.mark.parametrize(
+  ('name', 'shared_views'),
+  [
+    ('LG-FG-A-paper', True),
+    ('LG-FG-A-paper', False),
+    ('LG-FG-A', True),
+    ('FG-A', True),
+    ('LG-FG-W', True),
+  ],
+)
 def test_contrastive_estimates_are_unbiased(name, shared_views):
   assert judge_contrastive(name, shared_views) == []
 
@@ -109,8 +129,10 @@ def test_a_gradient_ten_percent_too_long_is_rejected(name):
   s = model()
   algorithm = compose(s, name)
   target = gradient(s, 'LG-BP')
-  scores = z_scores(lambda key: jax.tree.map(
-      lambda g: 1.1 * g, algorithm.gradient(s.variables, key, s.batch)[0]), target)
+  scores = z_scores(
+    lambda key: jax.tree.map(lambda g: 1.1 * g, algorithm.gradient(s.variables, key, s.batch)[0]),
+    target,
+  )
   # Exact gradients (heads, read-out) are trivial to reject: one that carries noise must be found.
   assert any('head' not in line and 'readout' not in line for line in verdict(scores))
 
@@ -129,8 +151,13 @@ def test_noise_does_not_depend_on_how_the_batch_is_split():
   """Half a batch, at its place in the global one, has the tangents that the whole batch gives it."""
   s = model(batch=4)
   algorithm = algorithms.compose(rules.REGISTRY['LG-FG-A'], rules.Options(), s.model, 'data')
-  whole = gradient(s, 'LG-FG-A')    # the paper's has the same way of drawing
+  whole = gradient(s, 'LG-FG-A')  # the paper's has the same way of drawing
   halves = jax.tree.map(lambda leaf: leaf.reshape(2, 2, *leaf.shape[1:]), s.batch)
-  per_device = jax.jit(jax.vmap(functools.partial(algorithm.gradient, s.variables, jax.random.key(0)),
-                                axis_name='data'))(halves)[0]
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b.sum(0), rtol=1e-4, atol=1e-6), whole, per_device)
+  per_device = jax.jit(
+    jax.vmap(
+      functools.partial(algorithm.gradient, s.variables, jax.random.key(0)), axis_name='data'
+    )
+  )(halves)[0]
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b.sum(0), rtol=1e-4, atol=1e-6), whole, per_device
+  )

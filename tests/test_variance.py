@@ -12,12 +12,20 @@ from tests.statistics import RMS, ROW, is_mean
 
 SIZES = (2, 8, 64)
 BATCHES = (1, 16, 128)
-KINDS = [(estimator, law, shared) for estimator in ('weight', 'activity') for law in ('normal', 'rademacher')
-         for shared in (True, False)]
+KINDS = [
+  (estimator, law, shared)
+  for estimator in ('weight', 'activity')
+  for law in ('normal', 'rademacher')
+  for shared in (True, False)
+]
 # All nine pairs of p and q, every batch size with every p and every q, each with two of the kinds of estimates.
 # (experiments/paper/variance.py measures all 216 combinations.)
-ROWS = [(KINDS[(3 * i + j + 4 * k) % 8], p, q, BATCHES[(i + j) % 3])
-        for i, p in enumerate(SIZES) for j, q in enumerate(SIZES) for k in range(2)]
+ROWS = [
+  (KINDS[(3 * i + j + 4 * k) % 8], p, q, BATCHES[(i + j) % 3])
+  for i, p in enumerate(SIZES)
+  for j, q in enumerate(SIZES)
+  for k in range(2)
+]
 
 
 def z_score(estimator, law, passes, shared, p, q, batch, draws=1000):
@@ -27,8 +35,9 @@ def z_score(estimator, law, passes, shared, p, q, batch, draws=1000):
   at_once = 100 if p * q * batch < 100_000 else 10
   draws = draws if p * q * batch < 100_000 else 300
   measured = variance.measure(estimate, layer.truth, jax.random.key(2), draws, at_once=at_once)
-  expected = variance.predicted(estimator, LAWS[law], passes, shared=shared, batch=batch, p=p, q=q, V=layer.V,
-                                S=layer.S)
+  expected = variance.predicted(
+    estimator, LAWS[law], passes, shared=shared, batch=batch, p=p, q=q, V=layer.V, S=layer.S
+  )
   z = lambda expected: float((measured.squared_error - expected) / measured.squared_error_se)
   return z(expected), z(2 * expected)
 
@@ -46,25 +55,37 @@ def test_orthogonal_passes_between_one_and_all(law):
   """Excess d/K - 1: of 8 dimensions, with 2 passes 3, with 8 none."""
   assert abs(z_score('activity', law, 2, False, 8, 8, 16)[0]) < ROW
   layer = linear_layer.random_layer(jax.random.key(0), 8, 8)
-  estimate = lambda law, passes: layer.estimate('activity', Sampling(law, passes), 16)(jax.random.key(1))
+  estimate = lambda law, passes: layer.estimate('activity', Sampling(law, passes), 16)(
+    jax.random.key(1)
+  )
   # The batch depends on the key alone: with all passes every orthogonal law gives its exact gradient.
-  assert jnp.allclose(jax.jit(estimate, static_argnums=(0, 1))(LAWS[law], 8),
-                      jax.jit(estimate, static_argnums=(0, 1))(hadamard, 16), rtol=1e-4, atol=1e-5)
+  assert jnp.allclose(
+    jax.jit(estimate, static_argnums=(0, 1))(LAWS[law], 8),
+    jax.jit(estimate, static_argnums=(0, 1))(hadamard, 16),
+    rtol=1e-4,
+    atol=1e-5,
+  )
 
 
 def test_welford_over_devices_is_that_of_all_draws():
   mesh = jax.make_mesh((8,), ('draws',), axis_types=(jax.sharding.AxisType.Auto,))
   truth = {'a': jnp.ones(3), 'b': jnp.zeros(())}
-  estimate = lambda key: {'a': 1 + jax.random.normal(key, (3,)), 'b': 100 + 2 * jax.random.normal(key)}
+  estimate = lambda key: {
+    'a': 1 + jax.random.normal(key, (3,)),
+    'b': 100 + 2 * jax.random.normal(key),
+  }
   measured = variance.measure(estimate, truth, jax.random.key(0), 8000, at_once=50, mesh=mesh)
-  keys = [jax.random.split(k, 50) for device in range(8)
-          for k in jax.random.split(jax.random.fold_in(jax.random.key(0), device), 20)]
+  keys = [
+    jax.random.split(k, 50)
+    for device in range(8)
+    for k in jax.random.split(jax.random.fold_in(jax.random.key(0), device), 20)
+  ]
   stored = jax.vmap(estimate)(jnp.concatenate(keys))
   assert measured.draws == 8000
   for name in truth:
     assert jnp.allclose(measured.mean[name], stored[name].mean(0), rtol=1e-5)
     assert jnp.allclose(measured.variance[name], stored[name].var(0, ddof=1), rtol=1e-4)
-  errors = (((stored['a'] - 1)**2).sum(1) + stored['b']**2) / 4
+  errors = (((stored['a'] - 1) ** 2).sum(1) + stored['b'] ** 2) / 4
   assert jnp.allclose(measured.squared_error, errors.mean(), rtol=1e-5)
   assert jnp.allclose(measured.squared_error_se, errors.std(ddof=1) / 8000**0.5, rtol=1e-3)
   unbiased = measured.bias_z({'a': jnp.ones(3), 'b': jnp.float32(100)})
@@ -74,9 +95,15 @@ def test_welford_over_devices_is_that_of_all_draws():
 def test_allocation_is_the_best_of_all_within_the_budget():
   dims, norms, costs = (8, 8, 8), (1.0, 4.0, 0.5), (2.0, 2.0, 2.0)
   for law in (hadamard, rademacher):
-    error = lambda passes, law=law: sum(variance.predicted_taps(law, passes, dims, norms, joint=False))
-    fitting = [passes for passes in np.ndindex(12, 12, 12) if min(passes) > 0 and np.dot(passes, costs) <= 30]
-    assert error(variance.allocate(law, dims, norms, costs, 30)) == pytest.approx(min(map(error, fitting)))
+    error = lambda passes, law=law: sum(
+      variance.predicted_taps(law, passes, dims, norms, joint=False)
+    )
+    fitting = [
+      passes for passes in np.ndindex(12, 12, 12) if min(passes) > 0 and np.dot(passes, costs) <= 30
+    ]
+    assert error(variance.allocate(law, dims, norms, costs, 30)) == pytest.approx(
+      min(map(error, fitting))
+    )
   with pytest.raises(ValueError, match=r'budget is 1; allowed: 6\.0'):
     variance.allocate(normal, dims, norms, costs, 1)
 
@@ -91,8 +118,10 @@ def test_taps_disturb_each_other_just_when_perturbed_jointly(law, joint):
     keys = jax.random.split(key)
     u = [law.draw(k, Passes(2), (), x.size, jnp.float32) for k, x in zip(keys, g, strict=True)]
     slopes = [u @ x for u, x in zip(u, g, strict=True)]
-    signals = [((sum(slopes) if joint else s)[:, None] * u).mean(0) for s, u in zip(slopes, u, strict=True)]
-    return jnp.stack([((s - x)**2).sum() for s, x in zip(signals, g, strict=True)])
+    signals = [
+      ((sum(slopes) if joint else s)[:, None] * u).mean(0) for s, u in zip(slopes, u, strict=True)
+    ]
+    return jnp.stack([((s - x) ** 2).sum() for s, x in zip(signals, g, strict=True)])
 
   measured = np.asarray(jax.jit(jax.vmap(errors))(jax.random.split(jax.random.key(0), 20_000)))
   expected = variance.predicted_taps(law, [2, 2], dims, norms, joint=joint)

@@ -82,8 +82,9 @@ def test_a_stranger_trains(python, tmp_path):
 
 def test_the_wheel_has_every_folder_and_config(python):
   (site,) = python.parent.parent.glob('lib/python*/site-packages')
-  files = lambda root, folder: {path.relative_to(root / folder).as_posix()
-                                for path in (root / folder).rglob('*.py')}
+  files = lambda root, folder: {
+    path.relative_to(root / folder).as_posix() for path in (root / folder).rglob('*.py')
+  }
   assert files(site, 'lfg_jax/configs') == files(ROOT, 'configs') != set()
   inside = {path for path in files(site, 'lfg_jax') if not path.startswith('configs/')}
   assert inside == files(ROOT, 'lfg_jax')

@@ -36,7 +36,7 @@ def compiled_once(monkeypatch):
     if key not in COMPILED:
       COMPILED[key] = original(config, *made)
     functions, begin = COMPILED[key]
-    return functions, jax.tree.map(jnp.copy, begin)    # a step takes over its memory
+    return functions, jax.tree.map(jnp.copy, begin)  # a step takes over its memory
 
   monkeypatch.setattr(train, 'build', build)
 
@@ -44,7 +44,9 @@ def compiled_once(monkeypatch):
 def rows(folder):
   """Without what depends on the clock."""
   found = run_log.read_rows(folder / 'metrics.jsonl')
-  return [{name: value for name, value in row.items() if name != 'examples_per_second'} for row in found]
+  return [
+    {name: value for name, value in row.items() if name != 'examples_per_second'} for row in found
+  ]
 
 
 def assert_same_run(folder, other):
@@ -80,7 +82,7 @@ def test_a_second_run_of_one_folder_ends_in_one_line(tmp_path, monkeypatch):
   assert len(lines) >= 3 and lines[0].startswith(f'{folder} is in use by process ')
   assert len(set(lines)) == 1 and lines[0].endswith('; wait for its end, or name another folder')
   assert [row['epoch'] for row in rows(folder)] == [1, 2]
-  assert train.train(job, folder)['steps'] == 2 * STEPS    # its end released the folder
+  assert train.train(job, folder)['steps'] == 2 * STEPS  # its end released the folder
 
 
 def test_a_lock_left_by_a_killed_process_holds_nobody(tmp_path):
@@ -110,7 +112,7 @@ def test_a_run_of_before_there_was_a_field_goes_on(finished):
 def test_a_finished_run_goes_on_for_more_epochs(finished, tmp_path):
   folder = tmp_path / 'run'
   start(folder, epochs=1, **ENDLESS)
-  for _ in range(2):    # killed as soon as it had begun to go on, it is not finished
+  for _ in range(2):  # killed as soon as it had begun to go on, it is not finished
     with workdir.claim(folder, tiny(**ENDLESS)) as summary:
       assert summary is None
   assert start(folder, epochs=2, **ENDLESS)['steps'] == 2 * STEPS
@@ -127,8 +129,9 @@ def test_epochs_on_which_the_schedule_depends_are_another_run(tmp_path):
   with pytest.raises(UserError) as error:
     start(folder, epochs=2)
   assert str(error.value) == (
-      f'{folder} has a run of 1 epochs, on which its cosine schedule depends, so that 2 are another run; '
-      f'it may start from this one: --config.init_from={folder}, and another folder')
+    f'{folder} has a run of 1 epochs, on which its cosine schedule depends, so that 2 are another run; '
+    f'it may start from this one: --config.init_from={folder}, and another folder'
+  )
   assert start(folder, epochs=1)['steps'] == STEPS
 
 
@@ -216,7 +219,9 @@ def no_file_grows():
 @pytest.mark.parametrize('place', ['claim', 'build', 'write', 'save', '_finish'])
 def test_no_room(place, finished, tmp_path, monkeypatch, no_file_grows):
   old = resource.getrlimit(resource.RLIMIT_FSIZE)
-  owner = {'claim': train.folders, 'write': run_log.RunLog, 'save': train.Checkpoints}.get(place, train)
+  owner = {'claim': train.folders, 'write': run_log.RunLog, 'save': train.Checkpoints}.get(
+    place, train
+  )
   original, calls = getattr(owner, place), []
 
   def late(*arguments, **options):
@@ -243,8 +248,10 @@ def test_a_full_disk(finished, tmp_path):
   if subprocess.run(mount, capture_output=True).returncode:
     pytest.skip('may not mount')
   try:
-    for _ in range(2):    # and again while it is full
-      with pytest.raises(UserError, match=r'^[^\n]*: No space left on device; what was saved before is kept'):
+    for _ in range(2):  # and again while it is full
+      with pytest.raises(
+        UserError, match=r'^[^\n]*: No space left on device; what was saved before is kept'
+      ):
         start(tmp_path / 'run', epochs=12, **ENDLESS)
     subprocess.run(['mount', '-o', 'remount,size=20m', str(tmp_path)], check=True)
     start(tmp_path / 'run', epochs=12, **ENDLESS)
@@ -259,11 +266,15 @@ def test_an_output_that_nobody_reads(tmp_path, monkeypatch):
     raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
 
   monkeypatch.setattr(train, 'build', close)
-  with pytest.raises(UserError, match=r'^nobody reads the output any more; the same command goes on'):
+  with pytest.raises(
+    UserError, match=r'^nobody reads the output any more; the same command goes on'
+  ):
     start(tmp_path / 'run')
 
 
-@pytest.mark.parametrize('place, why', [('file/run', 'Not a directory'), ('/proc/run', 'No such file or directory')])
+@pytest.mark.parametrize(
+  'place, why', [('file/run', 'Not a directory'), ('/proc/run', 'No such file or directory')]
+)
 def test_folders_that_cannot_be(place, why, tmp_path):
   (tmp_path / 'file').write_text('x')
   with pytest.raises(UserError, match=f'^{tmp_path / place}: {why}$'):

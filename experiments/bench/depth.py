@@ -29,13 +29,14 @@ Row = dict[str, Any]
 
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes."""
-  parser = results.parser(__doc__, out='runs/depth', model='M/8/16', batch=64,
-                          algorithms='BP,LG-FG-A', repetitions=3)
+  parser = results.parser(
+    __doc__, out='runs/depth', model='M/8/16', batch=64, algorithms='BP,LG-FG-A', repetitions=3
+  )
   parser.number('micro_batch', 0, 'examples at once; 0: what suits the machine', least=0)
   parser.numbers('blocks', '2,4,8,16,32,64')
   options = parser.parse_args(arguments)
   with as_user_errors():
-    for blocks in options.blocks:    # all mistakes before any long work
+    for blocks in options.blocks:  # all mistakes before any long work
       model_of(options.model, blocks)
   folder = results.Folder(options.out, __file__, arguments)
   rows: list[Row] = []
@@ -59,11 +60,15 @@ def measure(name: str, blocks: int, options: argparse.Namespace) -> Row:
   """Compiles and times one gradient on random images of CIFAR-10's size."""
   images = data.TFDS['cifar10']
   model = model_of(options.model, blocks)
-  algorithm = algorithms.compose(rules.REGISTRY[name], rules.Options(micro_batch=options.micro_batch), model)
+  algorithm = algorithms.compose(
+    rules.REGISTRY[name], rules.Options(micro_batch=options.micro_batch), model
+  )
   keys = jax.random.split(jax.random.key(0), 4)
-  batch = data.Batch(jax.random.randint(keys[0], (options.batch, *images.image_shape), 0, 256).astype(jnp.uint8),
-                     jax.random.randint(keys[1], (options.batch,), 0, images.classes),
-                     jnp.full((options.batch,), 1 / options.batch))
+  batch = data.Batch(
+    jax.random.randint(keys[0], (options.batch, *images.image_shape), 0, 256).astype(jnp.uint8),
+    jax.random.randint(keys[1], (options.batch,), 0, images.classes),
+    jnp.full((options.batch,), 1 / options.batch),
+  )
   variables = jax.jit(algorithm.init)(keys[2])
   lowered = jax.jit(algorithm.gradient).lower(variables, keys[3], batch)
   begin = time.perf_counter()
@@ -71,17 +76,27 @@ def measure(name: str, blocks: int, options: argparse.Namespace) -> Row:
   seconds = time.perf_counter() - begin
   weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables['params']))
   in_parts = algorithm.made_of.parts(options.batch) > 1
-  return {'algorithm': name, 'model': options.model, 'batch': options.batch, 'micro_batch': options.micro_batch,
-          'blocks': blocks, 'parameters_bytes': weights,
-          'temporaries_bytes': timing.temporaries(compiled) - in_parts * weights, 'compile_seconds': seconds,
-          'ms_gradient': timing.one_ms(lambda: compiled(variables, keys[3], batch), options.repetitions)}
+  return {
+    'algorithm': name,
+    'model': options.model,
+    'batch': options.batch,
+    'micro_batch': options.micro_batch,
+    'blocks': blocks,
+    'parameters_bytes': weights,
+    'temporaries_bytes': timing.temporaries(compiled) - in_parts * weights,
+    'compile_seconds': seconds,
+    'ms_gradient': timing.one_ms(lambda: compiled(variables, keys[3], batch), options.repetitions),
+  }
 
 
 def draw(path: pathlib.Path, rows: list[Row]) -> None:
   """Three panels against the number of blocks."""
   figure = Figure(figsize=(11, 3.3), layout='constrained')
-  panels = (('temporaries_bytes', 2**-20, 'temporaries, MiB'), ('compile_seconds', 1, 'compile time, s'),
-            ('ms_gradient', 1, 'gradient, ms'))
+  panels = (
+    ('temporaries_bytes', 2**-20, 'temporaries, MiB'),
+    ('compile_seconds', 1, 'compile time, s'),
+    ('ms_gradient', 1, 'gradient, ms'),
+  )
   for axes, (key, scale, label) in zip(figure.subplots(1, 3), panels, strict=True):
     for name in dict.fromkeys(row['algorithm'] for row in rows):
       own = [row for row in rows if row['algorithm'] == name]

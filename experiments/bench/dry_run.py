@@ -80,15 +80,30 @@ def row(
 
 def table(rows: list[Row]) -> str:
   """In markdown, per device."""
-  head = ('devices | stages | batch | parameters, M | state, MiB | temporaries, MiB | GFLOP '
-          '| sent, MiB | step, ms | steps/s | examples/s')
-  cells = [[str(r['devices']), str(r['stages']), str(r['batch_size']),
-            f'{r["parameters"] / 1e6:.2f}', f'{r["state_bytes"] / 2**20:.1f}',
-            f'{r["temporaries_bytes"] / 2**20:.0f}', f'{r["flop"] / 1e9:.2f}', sent(r),
-            f'{1e3 * r["step_seconds"]:.1f}', f'{1 / r["step_seconds"]:.2f}',
-            f'{r["examples_per_second"]:.0f}'] for r in rows]
-  return (f'{rows[0]["model"]}, {rows[0]["algorithm"]}; per device and step\n\n'
-          f'{results.in_table(head, cells)}\n')
+  head = (
+    'devices | stages | batch | parameters, M | state, MiB | temporaries, MiB | GFLOP '
+    '| sent, MiB | step, ms | steps/s | examples/s'
+  )
+  cells = [
+    [
+      str(r['devices']),
+      str(r['stages']),
+      str(r['batch_size']),
+      f'{r["parameters"] / 1e6:.2f}',
+      f'{r["state_bytes"] / 2**20:.1f}',
+      f'{r["temporaries_bytes"] / 2**20:.0f}',
+      f'{r["flop"] / 1e9:.2f}',
+      sent(r),
+      f'{1e3 * r["step_seconds"]:.1f}',
+      f'{1 / r["step_seconds"]:.2f}',
+      f'{r["examples_per_second"]:.0f}',
+    ]
+    for r in rows
+  ]
+  return (
+    f'{rows[0]["model"]}, {rows[0]["algorithm"]}; per device and step\n\n'
+    f'{results.in_table(head, cells)}\n'
+  )
 
 
 def sent(row: Row) -> str:

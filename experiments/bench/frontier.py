@@ -78,8 +78,9 @@ def _config(options: argparse.Namespace) -> ConfigDict:
   fields = [field for field in base if field.startswith('losses.')]
   for field in ('algorithm', 'loss', 'model.norm', 'model.norm_derivative', *fields):
     if given[field] != base[field]:
-      raise UserError(f'{options.workdir} has a run with {field}={given[field]!r}; '
-                      f'allowed: {base[field]!r}')
+      raise UserError(
+        f'{options.workdir} has a run with {field}={given[field]!r}; allowed: {base[field]!r}'
+      )
   return config
 
 
@@ -96,18 +97,22 @@ def table(about: dict[str, Any], rows: list[Row]) -> str:
   """In markdown: for every point and variant, errors (and cosines) of all layers."""
   layers = list(dict.fromkeys(row['layer'] for row in rows))
   far = [abs(row['z']) for row in rows]
-  text = (f'{about["model"]} on {about["dataset"]}, batch {about["batch"]}, {about["device"]}, '
-          f'commit {about["commit"]}. Cells: squared error / |gradient|² (cosine).\n\n'
-          f'Signals against theory: of {len(rows)} rows {sum(z > WITHIN for z in far)} are further '
-          f'than {WITHIN} standard errors from it; the furthest is {max(far):.1f} away.\n')
+  text = (
+    f'{about["model"]} on {about["dataset"]}, batch {about["batch"]}, {about["device"]}, '
+    f'commit {about["commit"]}. Cells: squared error / |gradient|² (cosine).\n\n'
+    f'Signals against theory: of {len(rows)} rows {sum(z > WITHIN for z in far)} are further '
+    f'than {WITHIN} standard errors from it; the furthest is {max(far):.1f} away.\n'
+  )
   for point in dict.fromkeys(row['point'] for row in rows):
     groups: dict[tuple, dict[str, Row]] = {}
     for row in rows:
       if row['point'] == point:
         key = (row['variant'], row['law'], _passes(row['passes']), row.get('budget_passes'))
         groups.setdefault(key, {})[row['layer']] = row
-    cells = [[name, law, passes, *_cells([own[layer] for layer in layers])]
-             for (name, law, passes, _), own in groups.items()]
+    cells = [
+      [name, law, passes, *_cells([own[layer] for layer in layers])]
+      for (name, law, passes, _), own in groups.items()
+    ]
     head = ' | '.join(['variant | law | passes | ms | × BP | × paper', *layers])
     text += f'\n## {point}\n\n{results.in_table(head, cells)}\n'
   return text
@@ -115,8 +120,12 @@ def table(about: dict[str, Any], rows: list[Row]) -> str:
 
 def _cells(of_layers: list[Row]) -> list[str]:
   first = of_layers[0]
-  return [f'{first["ms"]:.3g}', f'{first["ratio_to_bp"]:.2f}', f'{first["ratio_to_paper"]:.2f}',
-          *(f'{row["relative_error"]:.3g} ({row["cosine"]:.3f})' for row in of_layers)]
+  return [
+    f'{first["ms"]:.3g}',
+    f'{first["ratio_to_bp"]:.2f}',
+    f'{first["ratio_to_paper"]:.2f}',
+    *(f'{row["relative_error"]:.3g} ({row["cosine"]:.3f})' for row in of_layers),
+  ]
 
 
 def _passes(passes: int | dict[str, int]) -> str:

@@ -69,14 +69,12 @@ class Bench:
 
   def __init__(self, config: ConfigDict, dataset: Dataset, batch: int) -> None:
     self.config, self.dataset = config.copy_and_resolve_references(), dataset
-    self.config.estimator.tap_passes.update(dict.fromkeys(TAPS, 0))    # a variant has its own
+    self.config.estimator.tap_passes.update(dict.fromkeys(TAPS, 0))  # a variant has its own
     sizes = dict(config.model)
     size, _, _ = (sizes.pop(field) for field in ('size', 'name', 'module'))
     self.spec = mixer_spec(size, image_shape=dataset.image_shape, classes=dataset.classes, **sizes)
     self.batch = batch_at(dataset, dataset.train.examples - batch, batch)
-    prepare = functools.partial(
-      patches, side=parse(size)[1], mean=dataset.mean, std=dataset.std
-    )
+    prepare = functools.partial(patches, side=parse(size)[1], mean=dataset.mean, std=dataset.std)
     self.model, self.tokens = local_mixer.staged(self.spec, prepare), prepare(self.batch.image)
 
   @property
@@ -141,7 +139,11 @@ class Bench:
 
   def predict(self, variant: Variant, exact: PyTree) -> dict[str, float]:
     """Squared error of the signal at every layer's tap, relative to |signal|², mean over blocks."""
-    options, law, joint = variant.options(self.config, self.model), LAWS[variant.law], variant.name == 'joint'
+    options, law, joint = (
+      variant.options(self.config, self.model),
+      LAWS[variant.law],
+      variant.name == 'joint',
+    )
     predicted = {}
     for run, layer in self._layers():
       taps, tap = exact[run.name]['taps'], f'after_{layer}'

@@ -14,20 +14,27 @@ from lfg_jax.training import timing
 
 Row = dict[str, Any]
 Steps = dict[Any, Callable[[], Any]]
-SINGLE = 'normal'                     # the law that is looked at with one pass only
-ALLOCATED = 'guess after_channel'     # the variant whose passes are allocated, and its law
+SINGLE = 'normal'  # the law that is looked at with one pass only
+ALLOCATED = 'guess after_channel'  # the variant whose passes are allocated, and its law
 LAW = 'hadamard'
-BUDGETS = (2, 8, 32)                  # of allocations: the time of so many passes of every tap
-WITHIN = 3                            # standard errors
+BUDGETS = (2, 8, 32)  # of allocations: the time of so many passes of every tap
+WITHIN = 3  # standard errors
 
 
 def measure(bench: Bench, points: dict[str, dict], options: argparse.Namespace) -> list[Row]:
   """Rows of all variants, then of allocations, at every point: variables by name."""
-  variants = [Variant(name, law, K) for name in options.variants for law in options.laws
-              for K in options.passes if law != SINGLE or K == 1]
+  variants = [
+    Variant(name, law, K)
+    for name in options.variants
+    for law in options.laws
+    for K in options.passes
+    if law != SINGLE or K == 1
+  ]
   params = points['start']['params']
-  steps: Steps = {'BP': bench.step('BP', params, taps='auto', last_tap='auto', guess='auto'),
-                  'paper': bench.step(RULE, params, **VARIANTS['joint'], law=LAW, passes=1)}
+  steps: Steps = {
+    'BP': bench.step('BP', params, taps='auto', last_tap='auto', guess='auto'),
+    'paper': bench.step(RULE, params, **VARIANTS['joint'], law=LAW, passes=1),
+  }
   steps |= {variant: _step(bench, variant, params) for variant in variants}
   ms = _ms(steps, options.repetitions)
   errors = {variant: bench.errors(variant) for variant in variants}
@@ -36,8 +43,10 @@ def measure(bench: Bench, points: dict[str, dict], options: argparse.Namespace) 
   for point, variables in points.items():
     for variant in variants:
       if not bench.can(variant.name, variables):
-        print(f'{point}: {variant} left out: this run has not learned its guess, as one with '
-              '--config.estimator.guess=all does')
+        print(
+          f'{point}: {variant} left out: this run has not learned its guess, as one with '
+          '--config.estimator.guess=all does'
+        )
         continue
       for row in _rows(bench, variant, errors[variant], variables, exact[point], options.draws):
         rows.append({'point': point, **row, **_time(variant, ms)})
@@ -55,12 +64,16 @@ def _ms(steps: Steps, repetitions: int) -> dict[Any, float]:
 
 
 def _time(name: Any, ms: dict[Any, float]) -> Row:
-  return {'ms': ms[name], 'ratio_to_bp': ms[name] / ms['BP'],
-          'ratio_to_paper': ms[name] / ms['paper']}
+  return {
+    'ms': ms[name],
+    'ratio_to_bp': ms[name] / ms['BP'],
+    'ratio_to_paper': ms[name] / ms['paper'],
+  }
 
 
-def _rows(bench: Bench, variant: Variant, errors: Callable, variables: dict, exact: Any,
-          draws: int) -> list[Row]:
+def _rows(
+  bench: Bench, variant: Variant, errors: Callable, variables: dict, exact: Any, draws: int
+) -> list[Row]:
   """One for every layer.
 
   What lies too far from theory is measured again, with four times the draws: that tells chance
@@ -80,21 +93,37 @@ def _of_draws(variant: Variant, drawn: Any, predicted: dict[str, float]) -> list
   rows = []
   for layer, theory in predicted.items():
     mean = {name: float(np.mean(value)) for name, value in drawn[layer].items()}
-    se = {name: float(np.std(value, ddof=1) / len(value)**0.5)
-          for name, value in drawn[layer].items()}
+    se = {
+      name: float(np.std(value, ddof=1) / len(value) ** 0.5) for name, value in drawn[layer].items()
+    }
     z = (mean['signal_error'] - theory) / np.hypot(se['signal_error'], ROUNDING)
-    rows.append({'variant': variant.name, 'law': variant.law,
-                 'passes': dict(variant.tap_passes) or variant.passes, 'layer': layer, **mean,
-                 'relative_error_se': se['relative_error'], 'signal_error_se': se['signal_error'],
-                 'predicted_signal_error': theory, 'z': float(z)})
+    rows.append(
+      {
+        'variant': variant.name,
+        'law': variant.law,
+        'passes': dict(variant.tap_passes) or variant.passes,
+        'layer': layer,
+        **mean,
+        'relative_error_se': se['relative_error'],
+        'signal_error_se': se['signal_error'],
+        'predicted_signal_error': theory,
+        'z': float(z),
+      }
+    )
   return rows
 
 
 # --- allocation --------------------------------------------------------------------------------
 
 
-def _allocated(bench: Bench, points: dict[str, dict], exact: dict, rows: list[Row], steps: Steps,
-               options: argparse.Namespace) -> Iterator[Row]:
+def _allocated(
+  bench: Bench,
+  points: dict[str, dict],
+  exact: dict,
+  rows: list[Row],
+  steps: Steps,
+  options: argparse.Namespace,
+) -> Iterator[Row]:
   """Rows of allocated passes, for budgets that are the times of uniform ones.
 
   They are timed beside BP and the paper's estimator once more.
@@ -107,8 +136,9 @@ def _allocated(bench: Bench, points: dict[str, dict], exact: dict, rows: list[Ro
   chosen = {}
   for point in points:
     first = (point, ALLOCATED, LAW, budgets[0])
-    own = [row for row in rows
-           if (row['point'], row['variant'], row['law'], row['passes']) == first]
+    own = [
+      row for row in rows if (row['point'], row['variant'], row['law'], row['passes']) == first
+    ]
     if own:
       chosen |= {(point, K): _allocate(bench, own, costs, K) for K in budgets}
   uniform = [Variant(ALLOCATED, LAW, K) for K in budgets]
@@ -118,21 +148,35 @@ def _allocated(bench: Bench, points: dict[str, dict], exact: dict, rows: list[Ro
   for (point, K), variant in chosen.items():
     errors = bench.errors(variant)
     for row in _rows(bench, variant, errors, points[point], exact[point], options.draws):
-      yield {'point': point, **row, 'variant': f'{ALLOCATED}, allocated', **_time(variant, ms),
-             'budget_passes': K, 'budget_ms': ms[Variant(ALLOCATED, LAW, K)]}
+      yield {
+        'point': point,
+        **row,
+        'variant': f'{ALLOCATED}, allocated',
+        **_time(variant, ms),
+        'budget_passes': K,
+        'budget_ms': ms[Variant(ALLOCATED, LAW, K)],
+      }
 
 
-def _costs(bench: Bench, params: Any, steps: Steps, most: int, repetitions: int
-           ) -> dict[str, float]:
+def _costs(
+  bench: Bench, params: Any, steps: Steps, most: int, repetitions: int
+) -> dict[str, float]:
   """Milliseconds of one pass of each layer's tap, from the times of one pass and of many."""
-  variants = (Variant(ALLOCATED, LAW, 1), Variant(ALLOCATED, LAW, 1, (('after_token', most),)),
-              Variant(ALLOCATED, LAW, most))
-  ms = _ms({variant: steps.get(variant) or _step(bench, variant, params) for variant in variants},
-           repetitions)
+  variants = (
+    Variant(ALLOCATED, LAW, 1),
+    Variant(ALLOCATED, LAW, 1, (('after_token', most),)),
+    Variant(ALLOCATED, LAW, most),
+  )
+  ms = _ms(
+    {variant: steps.get(variant) or _step(bench, variant, params) for variant in variants},
+    repetitions,
+  )
   one, tokens, all_ = (ms[variant] for variant in variants)
-  least = 1e-3 * one    # where a pass costs less than the clock's noise
-  return {'token': max((tokens - one) / (most - 1), least),
-          'channel': max((all_ - tokens) / (most - 1), least)}
+  least = 1e-3 * one  # where a pass costs less than the clock's noise
+  return {
+    'token': max((tokens - one) / (most - 1), least),
+    'channel': max((all_ - tokens) / (most - 1), least),
+  }
 
 
 def _allocate(bench: Bench, rows: list[Row], costs: dict[str, float], uniform: int) -> Variant:
@@ -142,12 +186,23 @@ def _allocate(bench: Bench, rows: list[Row], costs: dict[str, float], uniform: i
   gives out whole chunks, the passes in memory at once, where the uniform ones are whole chunks.
   """
   law, chunk, sizes = LAWS[LAW], bench.config.estimator.chunk or 1, dims(bench.spec.runs[-1])
-  norms = [sum(row['relative_error'] / law.excess(sizes[layer], row['passes'])
-               for row in rows if row['layer'].endswith(layer)) for layer in costs]
+  norms = [
+    sum(
+      row['relative_error'] / law.excess(sizes[layer], row['passes'])
+      for row in rows
+      if row['layer'].endswith(layer)
+    )
+    for layer in costs
+  ]
   unit = chunk if uniform % chunk == 0 else 1
   in_units = law._replace(excess=lambda d, number: law.excess(d, unit * number))
-  budget = uniform / unit * sum(costs.values()) * (1 + 1e-6)    # sums of costs are rounded
-  numbers = variance.allocate(in_units, [sizes[layer] for layer in costs], norms,
-                              list(costs.values()), budget)
-  return Variant(ALLOCATED, LAW, 1, tuple((f'after_{layer}', unit * number)
-                                          for layer, number in zip(costs, numbers, strict=True)))
+  budget = uniform / unit * sum(costs.values()) * (1 + 1e-6)  # sums of costs are rounded
+  numbers = variance.allocate(
+    in_units, [sizes[layer] for layer in costs], norms, list(costs.values()), budget
+  )
+  return Variant(
+    ALLOCATED,
+    LAW,
+    1,
+    tuple((f'after_{layer}', unit * number) for layer, number in zip(costs, numbers, strict=True)),
+  )

@@ -25,7 +25,7 @@ from lfg_jax.data.streams import Stream, decode
 from lfg_jax.training import command_line, results
 from lfg_jax.training.train import prepare, train
 
-DIFFERENT = 32    # photographs, which then come again
+DIFFERENT = 32  # photographs, which then come again
 BATCH = 64
 CLASSES = 10
 
@@ -70,12 +70,19 @@ def main(arguments: list[str]) -> None:
   size = config.image_size or 224
   one = Stream(source, size)
   many = range(4 * DIFFERENT)
-  found = {'cores': len(os.sched_getaffinity(0)),
-           'decoding_alone': rates(lambda: len([decode(source[i], i) for i in many])),
-           'with_cropping': rates(lambda: len([one.example(0, i) for i in many])),
-           'streams': [{'workers': count, **stream_rates(Stream(source, size, workers=count)),
-                        'waiting': waiting(config, source, size, count)}
-                       for count in options.workers]}
+  found = {
+    'cores': len(os.sched_getaffinity(0)),
+    'decoding_alone': rates(lambda: len([decode(source[i], i) for i in many])),
+    'with_cropping': rates(lambda: len([one.example(0, i) for i in many])),
+    'streams': [
+      {
+        'workers': count,
+        **stream_rates(Stream(source, size, workers=count)),
+        'waiting': waiting(config, source, size, count),
+      }
+      for count in options.workers
+    ],
+  }
   folder.write('input_speed', **found)
   print(found)
 
@@ -84,8 +91,10 @@ def rates(work: Callable[[], int]) -> dict[str, float]:
   """Images per second of what `work` says that it has done."""
   wall, cpu = time.perf_counter(), time.process_time()
   done = work()
-  return {'per_second': done / (time.perf_counter() - wall),
-          'per_cpu_second': done / (time.process_time() - cpu)}
+  return {
+    'per_second': done / (time.perf_counter() - wall),
+    'per_cpu_second': done / (time.process_time() - cpu),
+  }
 
 
 def stream_rates(stream: Stream) -> dict[str, float]:
@@ -101,8 +110,9 @@ def waiting(config: Any, source: Photographs, size: int, workers: int) -> float:
   config.epochs, config.batch_size, config.optimizer.warmup_epochs = 2, BATCH, 0.0
   train_split = Stream(source, size, workers=workers)
   test_split = Stream(Photographs(BATCH, size, size), size, train=False)
-  dataset = data.Dataset('photographs', CLASSES, (size, size, 3), (0.5,) * 3, (0.2,) * 3, train_split,
-                         test_split)
+  dataset = data.Dataset(
+    'photographs', CLASSES, (size, size, 3), (0.5,) * 3, (0.2,) * 3, train_split, test_split
+  )
   with tempfile.TemporaryDirectory() as folder:
     spent = train(prepare(config, dataset), pathlib.Path(folder))['time']
   return spent['input'] / (spent['input'] + spent['steps'])

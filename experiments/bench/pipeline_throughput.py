@@ -55,8 +55,9 @@ Row = dict[str, Any]
 
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes; or is one of the processes."""
-  parser = results.parser(__doc__, out='runs/pipeline_throughput', model='M/8/16', batch=64,
-                          repetitions=3)
+  parser = results.parser(
+    __doc__, out='runs/pipeline_throughput', model='M/8/16', batch=64, repetitions=3
+  )
   local = [name for name, rule in rules.REGISTRY.items() if rule.cut]
   parser.option('algorithm', 'LG-FG-A', 'one that learns block by block', choices=local)
   parser.number('blocks', 0, 'of the network; 0: as its size implies', least=0)
@@ -193,7 +194,7 @@ def balance(options: argparse.Namespace) -> float:
   config = config_of(options, 'pipeline')
   made_of = algorithms.make(config, dry_run.images_of(config), update.AXIS).made_of
   costs = stage_plan.costs(made_of)
-  slowest = max(sum(costs[span.start:span.stop]) for span in stage_plan.spans(made_of, 2))
+  slowest = max(sum(costs[span.start : span.stop]) for span in stage_plan.spans(made_of, 2))
   return sum(costs) / 2 / slowest
 
 

@@ -39,6 +39,7 @@ DEFAULT = 'BP,LG-BP,FG-A,LG-FG-W,LG-FG-A'
 
 class Step(NamedTuple):
   """One algorithm, compiled: calls of its gradient and of its whole update."""
+
   gradient: Callable[[], Any]
   update: Callable[[], Any]
   temporaries: int
@@ -47,8 +48,9 @@ class Step(NamedTuple):
 
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes."""
-  parser = results.parser(__doc__, out='runs/step_time', model='M/8/16', batch=64,
-                          algorithms=DEFAULT, repetitions=20)
+  parser = results.parser(
+    __doc__, out='runs/step_time', model='M/8/16', batch=64, algorithms=DEFAULT, repetitions=20
+  )
   parser.number('passes', 1, 'tangents per step')
   parser.option('precision', 'float32', 'of matmuls', choices=PRECISIONS)
   options = parser.parse_args(arguments)
@@ -66,20 +68,36 @@ def measure(options: argparse.Namespace) -> list[Row]:
   names, batch = options.algorithms, options.batch
   with as_user_errors():
     steps = {name: compile_step(name, options) for name in dict.fromkeys(('BP', *names))}
-  product, product_flop = timing.matmul(jnp.bfloat16 if options.precision == 'bfloat16' else jnp.float32)
+  product, product_flop = timing.matmul(
+    jnp.bfloat16 if options.precision == 'bfloat16' else jnp.float32
+  )
   functions = {'matmul': product}
   for name, step in steps.items():
     functions |= {f'{name} gradient': step.gradient, f'{name} update': step.update}
-  ms = {name: timing.median_ms(seconds) for name, seconds in timing.interleaved(functions, options.repetitions).items()}
-  rate = product_flop / 1e6 / ms['matmul']    # GFLOP/s
-  return [{'algorithm': name, 'model': options.model, 'batch': batch, 'passes': options.passes,
-           'precision': options.precision, 'matmul_gflop_per_s': rate,
-           'examples_per_s': 1e3 * batch / ms[f'{name} update'],
-           'ms_gradient': ms[f'{name} gradient'], 'ms_update': ms[f'{name} update'],
-           'temporaries_bytes': steps[name].temporaries, 'gflop': steps[name].gflop,
-           'gflop_per_s': 1e3 * steps[name].gflop / ms[f'{name} gradient'],
-           'ratio_to_bp': ms[f'{name} gradient'] / ms['BP gradient'],
-           'ratio_to_floor': ms[f'{name} gradient'] / (1e3 * steps[name].gflop / rate)} for name in names]
+  ms = {
+    name: timing.median_ms(seconds)
+    for name, seconds in timing.interleaved(functions, options.repetitions).items()
+  }
+  rate = product_flop / 1e6 / ms['matmul']  # GFLOP/s
+  return [
+    {
+      'algorithm': name,
+      'model': options.model,
+      'batch': batch,
+      'passes': options.passes,
+      'precision': options.precision,
+      'matmul_gflop_per_s': rate,
+      'examples_per_s': 1e3 * batch / ms[f'{name} update'],
+      'ms_gradient': ms[f'{name} gradient'],
+      'ms_update': ms[f'{name} update'],
+      'temporaries_bytes': steps[name].temporaries,
+      'gflop': steps[name].gflop,
+      'gflop_per_s': 1e3 * steps[name].gflop / ms[f'{name} gradient'],
+      'ratio_to_bp': ms[f'{name} gradient'] / ms['BP gradient'],
+      'ratio_to_floor': ms[f'{name} gradient'] / (1e3 * steps[name].gflop / rate),
+    }
+    for name in names
+  ]
 
 
 def compile_step(name: str, options: argparse.Namespace) -> Step:
@@ -90,16 +108,22 @@ def compile_step(name: str, options: argparse.Namespace) -> Step:
   config.model.precision = 'bfloat16' if options.precision == 'bfloat16' else 'float32'
   images = data.TFDS['mnist' if parse(model)[1] == 1 else 'cifar10']
   keys = jax.random.split(jax.random.key(0), 4)
-  split = data.Arrays(jax.random.randint(keys[0], (batch, *images.image_shape), 0, 256).astype(jnp.uint8),
-                      jax.random.randint(keys[1], (batch,), 0, images.classes))
-  dataset = data.Dataset('random', images.classes, images.image_shape, images.mean, images.std, split, split)
+  split = data.Arrays(
+    jax.random.randint(keys[0], (batch, *images.image_shape), 0, 256).astype(jnp.uint8),
+    jax.random.randint(keys[1], (batch,), 0, images.classes),
+  )
+  dataset = data.Dataset(
+    'random', images.classes, images.image_shape, images.mean, images.std, split, split
+  )
   mesh = update.make_mesh()
   algorithm = algorithms.make(config, dataset, update.AXIS)
   optimizer = optimizers.make(config.optimizer, config.optimizer.learning_rate)
   feed = update.make_feed(split, mesh, batch)
   _, inputs = next(feed.epoch(0, 0))
   state = update.init_state(algorithm, optimizer, keys[2], mesh)
-  gradient = jax.jit(update.make_gradient(algorithm, mesh, feed)).lower(state, keys[3], *inputs).compile()
+  gradient = (
+    jax.jit(update.make_gradient(algorithm, mesh, feed)).lower(state, keys[3], *inputs).compile()
+  )
   step = update.make_update(algorithm, optimizer, mesh, feed)
 
   def next_state() -> update.TrainState:
@@ -110,21 +134,37 @@ def compile_step(name: str, options: argparse.Namespace) -> Step:
   spec = mixer_spec(model, image_shape=images.image_shape, classes=images.classes)
   staged = local_mixer.staged(spec, lambda image: image)
   flop = batch * timing.gradient_flop(staged, rules.REGISTRY[name], rules.Options(passes=passes))
-  return Step(lambda: gradient(state, keys[3], *inputs), next_state, timing.temporaries(gradient), flop / 1e9)
+  return Step(
+    lambda: gradient(state, keys[3], *inputs), next_state, timing.temporaries(gradient), flop / 1e9
+  )
 
 
 def table(rows: list[Row]) -> str:
   """In markdown."""
   first = rows[0]
-  head = ('algorithm | gradient, ms | update, ms | examples/s | temporaries, MiB | GFLOP | GFLOP/s '
-          '| × BP | × floor')
-  cells = [[r['algorithm'], f'{r["ms_gradient"]:.0f}', f'{r["ms_update"]:.0f}',
-            f'{r["examples_per_s"]:.0f}', f'{r["temporaries_bytes"] / 2**20:.0f}',
-            f'{r["gflop"]:.1f}', f'{r["gflop_per_s"]:.0f}', f'{r["ratio_to_bp"]:.2f}',
-            f'{r["ratio_to_floor"]:.2f}'] for r in rows]
-  return (f'{first["model"]}, batch {first["batch"]}, {first["passes"]} passes, '
-          f'{first["precision"]}, {jax.devices()[0].device_kind}; a plain matmul: '
-          f'{first["matmul_gflop_per_s"]:.0f} GFLOP/s\n\n{results.in_table(head, cells)}\n')
+  head = (
+    'algorithm | gradient, ms | update, ms | examples/s | temporaries, MiB | GFLOP | GFLOP/s '
+    '| × BP | × floor'
+  )
+  cells = [
+    [
+      r['algorithm'],
+      f'{r["ms_gradient"]:.0f}',
+      f'{r["ms_update"]:.0f}',
+      f'{r["examples_per_s"]:.0f}',
+      f'{r["temporaries_bytes"] / 2**20:.0f}',
+      f'{r["gflop"]:.1f}',
+      f'{r["gflop_per_s"]:.0f}',
+      f'{r["ratio_to_bp"]:.2f}',
+      f'{r["ratio_to_floor"]:.2f}',
+    ]
+    for r in rows
+  ]
+  return (
+    f'{first["model"]}, batch {first["batch"]}, {first["passes"]} passes, '
+    f'{first["precision"]}, {jax.devices()[0].device_kind}; a plain matmul: '
+    f'{first["matmul_gflop_per_s"]:.0f} GFLOP/s\n\n{results.in_table(head, cells)}\n'
+  )
 
 
 def draw(path: pathlib.Path, rows: list[Row]) -> None:
@@ -133,12 +173,14 @@ def draw(path: pathlib.Path, rows: list[Row]) -> None:
   time_axes, memory_axes = figure.subplots(1, 2)
   names, places = [r['algorithm'] for r in rows], range(len(rows))
   for offset, key in ((-0.2, 'ms_gradient'), (0.2, 'ms_update')):
-    time_axes.bar([x + offset for x in places], [r[key] for r in rows], 0.4, label=key.removeprefix('ms_'))
+    time_axes.bar(
+      [x + offset for x in places], [r[key] for r in rows], 0.4, label=key.removeprefix('ms_')
+    )
   floor = [r['ms_gradient'] / r['ratio_to_floor'] for r in rows]
   time_axes.hlines(floor, [x - 0.4 for x in places], [x + 0.4 for x in places], 'k', label='floor')
   memory_axes.bar(places, [r['temporaries_bytes'] / 2**20 for r in rows])
   time_axes.set(ylabel='ms')
-  time_axes.margins(y=0.3)    # room for the legend
+  time_axes.margins(y=0.3)  # room for the legend
   memory_axes.set(ylabel='temporaries of the gradient, MiB')
   for axes in (time_axes, memory_axes):
     axes.set_xticks(places, names, rotation=30)

@@ -30,9 +30,11 @@ def main(arguments: list[str]) -> None:
   job = first_images(prepare(config), options.images)
   steps = -(-job.dataset.train.examples // config.batch_size)
   if steps <= config.steps_per_dispatch:
-    raise UserError(f'--images is {options.images}: an epoch of {steps} steps, the first '
-                    f'{config.steps_per_dispatch} of which are not timed; allowed: more steps '
-                    'than config.steps_per_dispatch')
+    raise UserError(
+      f'--images is {options.images}: an epoch of {steps} steps, the first '
+      f'{config.steps_per_dispatch} of which are not timed; allowed: more steps '
+      'than config.steps_per_dispatch'
+    )
   folder = results.Folder(options.out, __file__, arguments)
   bare = Bare(job)
   before = bare.examples_per_second()
@@ -41,9 +43,14 @@ def main(arguments: list[str]) -> None:
     rows = run_log.read_rows(pathlib.Path(workdir, 'metrics.jsonl'))
     speeds = [row['examples_per_second'] for row in rows]
   after = bare.examples_per_second()
-  found = {'algorithm': config.algorithm, 'model': config.model.size,
-           'batch_size': config.batch_size, 'train': speeds, 'bare': [before, after],
-           'ratio': statistics.median(speeds) / statistics.mean([before, after])}
+  found = {
+    'algorithm': config.algorithm,
+    'model': config.model.size,
+    'batch_size': config.batch_size,
+    'train': speeds,
+    'bare': [before, after],
+    'ratio': statistics.median(speeds) / statistics.mean([before, after]),
+  }
   folder.write('throughput', **found)
   print(found)
 
@@ -56,7 +63,9 @@ class Bare:
     self.batch_size = config.batch_size
     feed = update.make_feed(job.dataset.train, job.mesh, config.batch_size, jax.random.key(0))
     self.steps = feed.steps
-    optimizer = optimizers.make(config.optimizer, optimizers.schedule(config.optimizer, feed.steps, config.epochs))
+    optimizer = optimizers.make(
+      config.optimizer, optimizers.schedule(config.optimizer, feed.steps, config.epochs)
+    )
     _, self.inputs = next(feed.epoch(0, 0))
     self.state = update.init_state(job.algorithm, optimizer, jax.random.key(1), job.mesh)
     self.update = update.make_update(job.algorithm, optimizer, job.mesh, feed)

@@ -49,8 +49,11 @@ def main(arguments: list[str]) -> None:
   curves = _kept(folder.path / f'{NAME}.json', settings)
   for seed in options.seeds:
     done = [_case(curve) for curve in curves]
-    runs = [Training(train.prepare(_variant(config, *case, seed), dataset), options)
-            for case in cases if (*case, seed) not in done]
+    runs = [
+      Training(train.prepare(_variant(config, *case, seed), dataset), options)
+      for case in cases
+      if (*case, seed) not in done
+    ]
     while any(not run.curve['finished'] for run in runs):
       for run in runs:
         if not run.curve['finished']:
@@ -105,7 +108,7 @@ def _variant(config: ConfigDict, algorithm: str, rate: float, seed: int) -> Conf
 def _settings(config: ConfigDict, options: argparse.Namespace) -> dict[str, Any]:
   """What runs in one folder have in common."""
   fields = json.loads(configs.to_json(_variant(config, '', 0.0, 0)))
-  for field in ('data_dir', 'init_from'):    # where the data is, not which; refused above
+  for field in ('data_dir', 'init_from'):  # where the data is, not which; refused above
     del fields[field]
   return {'config': fields, 'thresholds': options.thresholds, 'interval': options.interval}
 

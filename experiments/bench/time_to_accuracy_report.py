@@ -25,8 +25,11 @@ def rows(curves: list[Curve], thresholds: list[float]) -> list[Row]:
     groups.setdefault((curve['algorithm'], curve['rate']), []).append(curve)
   found = [_row(case, own, threshold) for case, own in groups.items() for threshold in thresholds]
   best = {name: _best([row for row in found if row['algorithm'] == name]) for name, _ in groups}
-  bp = {row['threshold']: row['seconds'] for row in found
-        if row['algorithm'] == 'BP' and row['rate'] == best['BP']}
+  bp = {
+    row['threshold']: row['seconds']
+    for row in found
+    if row['algorithm'] == 'BP' and row['rate'] == best['BP']
+  }
   for row in found:
     reference = bp.get(row['threshold'])
     row['ratio_to_bp'] = row['seconds'] / reference if row['seconds'] and reference else None
@@ -96,8 +99,9 @@ def _cell(row: Row) -> str:
   return f'{row["seconds"]:.3g} ({ratio}{row["steps"]:g})'
 
 
-def draw(path: pathlib.Path, curves: list[Curve], found: list[Row], thresholds: list[float]
-         ) -> None:
+def draw(
+  path: pathlib.Path, curves: list[Curve], found: list[Row], thresholds: list[float]
+) -> None:
   """Test error against seconds of training, every seed, at each algorithm's best rate."""
   figure = Figure(figsize=(9, 5), layout='constrained')
   axes = figure.subplots()
@@ -110,15 +114,24 @@ def draw(path: pathlib.Path, curves: list[Curve], found: list[Row], thresholds: 
       errors = [max(100 * error, 1e-2) for error in curve['test_error'][1:]]
       axes.loglog(curve['seconds'][1:], errors, '.-', color=colour, markersize=3, linewidth=1)
   axes.set(xlabel='seconds of training, without evaluation', ylabel='test error, %')
-  others = [tick for tick in (10, 20, 50, 90)
-            if all(abs(math.log(tick / t)) > 0.2 for t in thresholds if t > 0)]
+  others = [
+    tick
+    for tick in (10, 20, 50, 90)
+    if all(abs(math.log(tick / t)) > 0.2 for t in thresholds if t > 0)
+  ]
   axes.set_yticks([*(t for t in thresholds if t > 0), *others])
   axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
   for axis in (axes.xaxis, axes.yaxis):
     axis.set_major_formatter('{x:g}')
   axes.minorticks_off()
   axes.grid(axis='x', alpha=0.3)
-  ends = [next(100 * curve['test_error'][-1] for curve in curves
-               if (curve['algorithm'], curve['rate']) == case) for case in best]
+  ends = [
+    next(
+      100 * curve['test_error'][-1]
+      for curve in curves
+      if (curve['algorithm'], curve['rate']) == case
+    )
+    for case in best
+  ]
   plots.name_lines(axes, [f'{name}, rate {rate:g}' for name, rate in best], ends)
   figure.savefig(path, dpi=120)

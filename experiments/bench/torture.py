@@ -27,11 +27,11 @@ from lfg_jax.training.train import load
 
 TRAIN = pathlib.Path(__file__).parents[1] / 'train.py'
 SIGNALS = (signal.SIGTERM, signal.SIGKILL)
-EARLY = 0.2              # of the signals come while the processes start
-START_SECONDS = 5.0      # in which they do then
-PAUSE = (0.1, 20.0)      # seconds from the begin of training to any other signal, log-uniform
-PATIENCE = 60            # seconds in which all must end after a signal to a run that trains
-START_PATIENCE = 10      # the same while the processes start, and wait for each other
+EARLY = 0.2  # of the signals come while the processes start
+START_SECONDS = 5.0  # in which they do then
+PAUSE = (0.1, 20.0)  # seconds from the begin of training to any other signal, log-uniform
+PATIENCE = 60  # seconds in which all must end after a signal to a run that trains
+START_PATIENCE = 10  # the same while the processes start, and wait for each other
 ALLOWED = (0, LOST, *(128 + number for number in SIGNALS))
 
 
@@ -44,6 +44,7 @@ class Stop(NamedTuple):
     seconds: until all had ended.
     trained: whether the run had begun: before, processes wait for each other as long as JAX does.
   """
+
   signal: str
   victim: int
   codes: list[int]
@@ -62,7 +63,7 @@ def main(arguments: list[str]) -> None:
   results.claim(options.out, 'torture', 'a torture')
   shutil.rmtree(options.out)
   folder = results.Folder(options.out, __file__, arguments)
-  folder.write('torture')    # it stays known as the folder of a torture
+  folder.write('torture')  # it stays known as the folder of a torture
   flags = [f'--config={options.config}', *(a for a in arguments if a.startswith('--config.'))]
   whole = options.out / 'whole'
   begin = time.monotonic()
@@ -85,11 +86,21 @@ def start(workdir: pathlib.Path, processes: int, flags: list[str]) -> list[subpr
   address = launch.free_address()
   started = []
   for process in range(processes):
-    command = [sys.executable, str(TRAIN), f'--workdir={workdir}', f'--coordinator={address}',
-               f'--processes={processes}', f'--process={process}', *flags]
+    command = [
+      sys.executable,
+      str(TRAIN),
+      f'--workdir={workdir}',
+      f'--coordinator={address}',
+      f'--processes={processes}',
+      f'--process={process}',
+      *flags,
+    ]
     with workdir.with_name(f'{workdir.name}-{process}.txt').open('a') as file:
-      started.append(subprocess.Popen(command, stdout=file, stderr=file,
-                                      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'CI': '1'}))
+      started.append(
+        subprocess.Popen(
+          command, stdout=file, stderr=file, env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'CI': '1'}
+        )
+      )
   return started
 
 
@@ -105,8 +116,9 @@ def wait(running: list[subprocess.Popen], patience: float | None) -> list[int]:
   return [128 - code if code < 0 else code for code in codes]
 
 
-def torment(workdir: pathlib.Path, processes: int, flags: list[str], rng: random.Random, end: float
-            ) -> list[Stop]:
+def torment(
+  workdir: pathlib.Path, processes: int, flags: list[str], rng: random.Random, end: float
+) -> list[Stop]:
   """A run to its end, with signals until the time `end`."""
   stops: list[Stop] = []
   while True:
@@ -120,13 +132,16 @@ def torment(workdir: pathlib.Path, processes: int, flags: list[str], rng: random
     if not any(codes):
       return stops
     if sent >= end or not set(codes) <= {*ALLOWED} or (trained and seconds > PATIENCE):
-      raise UserError(f'exit codes {codes}, {seconds} s after {number.name} to process {victim}; '
-                      f'see {workdir.parent}')
+      raise UserError(
+        f'exit codes {codes}, {seconds} s after {number.name} to process {victim}; '
+        f'see {workdir.parent}'
+      )
     stops.append(Stop(number.name, victim, codes, seconds, trained))
 
 
-def await_moment(running: list[subprocess.Popen], workdir: pathlib.Path, rng: random.Random,
-                 end: float) -> bool:
+def await_moment(
+  running: list[subprocess.Popen], workdir: pathlib.Path, rng: random.Random, end: float
+) -> bool:
   """Waits for a random moment, at most until the time `end`; returns whether the run trains then."""
   begin, rows = time.time(), workdir / 'metrics.jsonl'
   goes_on = lambda: time.monotonic() < end and running[0].poll() is None
@@ -143,8 +158,13 @@ def await_moment(running: list[subprocess.Popen], workdir: pathlib.Path, rng: ra
 
 def same(whole: pathlib.Path, other: pathlib.Path) -> None:
   """Raises UserError when two finished runs differ."""
-  rows = [[{name: value for name, value in row.items() if name != 'examples_per_second'}
-           for row in run_log.read_rows(folder / 'metrics.jsonl')] for folder in (whole, other)]
+  rows = [
+    [
+      {name: value for name, value in row.items() if name != 'examples_per_second'}
+      for row in run_log.read_rows(folder / 'metrics.jsonl')
+    ]
+    for folder in (whole, other)
+  ]
   if rows[0] != rows[1]:
     steps = [[row['step'] for row in own] for own in rows]
     raise UserError(f'{other} has other rows than {whole}: steps {steps[1]} and {steps[0]}')
@@ -157,9 +177,12 @@ def report(stops: list[Stop]) -> dict[str, Any]:
   """How many stops of each kind there were, and how long the ends took."""
   trained = [stop for stop in stops if stop.trained]
   counts = {kind.name: sum(stop.signal == kind.name for stop in stops) for kind in SIGNALS}
-  return {'signals': counts, 'while_training': len(trained),
-          'slowest_end': max((stop.seconds for stop in trained), default=None),
-          'stops': [stop._asdict() for stop in stops]}
+  return {
+    'signals': counts,
+    'while_training': len(trained),
+    'slowest_end': max((stop.seconds for stop in trained), default=None),
+    'stops': [stop._asdict() for stop in stops],
+  }
 
 
 if __name__ == '__main__':

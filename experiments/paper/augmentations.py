@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     split = data.load(options.dataset, data_dir=options.data_dir).train
   if not isinstance(split, data.Arrays):
     raise UserError(f'{options.dataset} is a stream; allowed: data sets that fit memory')
-  image = jnp.asarray(split.image_NxHxWxC[:options.images])
+  image = jnp.asarray(split.image_NxHxWxC[: options.images])
   rows = [image]
   view = jax.jit(lambda keys: augmentation.views(keys, image, options.min_area))
   for draw in range(options.draws):

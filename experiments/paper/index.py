@@ -135,8 +135,7 @@ OLD_FILES = {
   'cifar10_contrastive/linear_probe_M_4_16.json': f'{_PROBE} --pairs=2',
   'cifar10_contrastive/linear_probe_*.json': f'{_PROBE} --images=20000 --pairs=4',
   'depth/depth.json': 'python experiments/bench/depth.py',
-  'digits/comparison.json':
-    'python experiments/compare.py --algorithms=BP,LG-BP,FG-W,FG-A,LG-FG-A-paper',
+  'digits/comparison.json': 'python experiments/compare.py --algorithms=BP,LG-BP,FG-W,FG-A,LG-FG-A-paper',
   **{
     f'laws/digits_{law}{passes}.json': _LAWS + fields
     for law in ('normal', 'rademacher', 'hadamard')

@@ -42,8 +42,10 @@ def main(arguments: list[str]) -> None:
   for groups in (options.groups, *options.many_groups):
     if options.channels % groups:
       raise UserError(f'{groups} groups do not divide --channels={options.channels}')
-  sweeps = {'groups': [(options.patches, groups) for groups in options.many_groups],
-            'patches': [(patches, options.groups) for patches in options.many_patches]}
+  sweeps = {
+    'groups': [(options.patches, groups) for groups in options.many_groups],
+    'patches': [(patches, options.groups) for patches in options.many_patches],
+  }
   folder = results.Folder(options.out, __file__, arguments)
   rows: list[Row] = []
   for sweep, sizes in sweeps.items():
@@ -54,7 +56,9 @@ def main(arguments: list[str]) -> None:
   draw(folder.path / 'replicated_losses.png', rows)
 
 
-def measure(sweep: str, kind: str, form: str, sizes: list[tuple[int, int]], options: argparse.Namespace) -> list[Row]:
+def measure(
+  sweep: str, kind: str, form: str, sizes: list[tuple[int, int]], options: argparse.Namespace
+) -> list[Row]:
   """A row for every (patches, groups), timed in turn; without a time where it does not fit."""
   calls, needs = {}, {}
   for size in sizes:
@@ -64,15 +68,27 @@ def measure(sweep: str, kind: str, form: str, sizes: list[tuple[int, int]], opti
       calls[size] = functools.partial(run, *arguments)
   repetitions = {'naive': options.repetitions, 'fused': 50 * options.repetitions}[form]
   seconds = timing.interleaved(calls, repetitions)
-  rows = [{'sweep': sweep, 'kind': kind, 'form': form, 'batch': options.batch, 'patches': size[0], 'groups': size[1],
-           'channels': options.channels, 'temporaries_bytes': needs[size],
-           'ms': timing.median_ms(seconds[size]) if size in calls else None} for size in sizes]
+  rows = [
+    {
+      'sweep': sweep,
+      'kind': kind,
+      'form': form,
+      'batch': options.batch,
+      'patches': size[0],
+      'groups': size[1],
+      'channels': options.channels,
+      'temporaries_bytes': needs[size],
+      'ms': timing.median_ms(seconds[size]) if size in calls else None,
+    }
+    for size in sizes
+  ]
   print(*rows, sep='\n', flush=True)
   return rows
 
 
-def compile_derivative(kind: str, form: str, patches: int, groups: int, options: argparse.Namespace
-                       ) -> tuple[jax.stages.Compiled, tuple]:
+def compile_derivative(
+  kind: str, form: str, patches: int, groups: int, options: argparse.Namespace
+) -> tuple[jax.stages.Compiled, tuple]:
   """`(x, dx, kernel) -> losses, their derivatives`, and random arguments."""
   B, C, K = options.batch, options.channels // groups, OUTPUTS[kind]
   keys = jax.random.split(jax.random.key(0), 4)
@@ -80,10 +96,16 @@ def compile_derivative(kind: str, form: str, patches: int, groups: int, options:
   kernel_GxCxK = 0.05 * jax.random.normal(keys[2], (groups, C, K))
   loss = local_losses(kind, form, jax.random.randint(keys[3], (B,), 0, K))
   derivative = jax.jit(lambda x, dx, w: jax.jvp(lambda x: loss(x, w), (x,), (dx,)))
-  return derivative.lower(x_BxPxGxC, dx_BxPxGxC, kernel_GxCxK).compile(), (x_BxPxGxC, dx_BxPxGxC, kernel_GxCxK)
+  return derivative.lower(x_BxPxGxC, dx_BxPxGxC, kernel_GxCxK).compile(), (
+    x_BxPxGxC,
+    dx_BxPxGxC,
+    kernel_GxCxK,
+  )
 
 
-def local_losses(kind: str, form: str, label_B: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def local_losses(
+  kind: str, form: str, label_B: jax.Array
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """`(features [B, P, G, C], kernel [G, C, K]) -> losses [B, P, G]`."""
   row_loss = cross_entropy if kind == 'supervised' else info_nce.row_loss(info_nce.Contrast())
   targets = Targets(label_B, jnp.ones(label_B.shape))
@@ -113,13 +135,24 @@ def draw(path: pathlib.Path, rows: list[Row]) -> None:
   figure = Figure(figsize=(9, 6), layout='constrained')
   grid = figure.subplots(2, 2)
   for column, sweep in enumerate(('groups', 'patches')):
-    for line, (key, scale, label) in enumerate((('temporaries_bytes', 2**-20, 'temporaries, MiB'), ('ms', 1, 'ms'))):
+    for line, (key, scale, label) in enumerate(
+      (('temporaries_bytes', 2**-20, 'temporaries, MiB'), ('ms', 1, 'ms'))
+    ):
       axes = grid[line, column]
       for kind, colour in (('supervised', 'C0'), ('contrastive', 'C1')):
         for form, style in (('naive', 'o--'), ('fused', 'o-')):
-          own = [row for row in rows if (row['sweep'], row['kind'], row['form']) == (sweep, kind, form) and row['ms']]
-          axes.plot([row[sweep] for row in own], [scale * row[key] for row in own], style, color=colour,
-                    label=f'{kind}, {form}')
+          own = [
+            row
+            for row in rows
+            if (row['sweep'], row['kind'], row['form']) == (sweep, kind, form) and row['ms']
+          ]
+          axes.plot(
+            [row[sweep] for row in own],
+            [scale * row[key] for row in own],
+            style,
+            color=colour,
+            label=f'{kind}, {form}',
+          )
       axes.set(xlabel=sweep, ylabel=label, yscale='log')
       axes.set_xscale('log', base=2)
       axes.grid(alpha=0.3)

@@ -13,9 +13,9 @@ from lfg_jax.training import plots, results, run_log
 Row = dict[str, Any]
 ORIGIN = 'provenance.json'  # in a run's folder
 JPEG = 'CIFAR-10 in experiments/results: the pixels had been through JPEG (quality 75).'
-EXPLANATION = '''Errors in %, test / training, after the last epoch; ± standard error over seeds.
+EXPLANATION = """Errors in %, test / training, after the last epoch; ± standard error over seeds.
 Training error: mean over the last epoch, while it was learnt.
-Contrastive: errors of the linear read-out.'''
+Contrastive: errors of the linear read-out."""
 PANELS = {
   'test_error': ('test error, %', 100),
   'train_error': ('training error, %', 100),

@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
       finish(planned, job, folder.origin)
     except Interrupted:
       raise
-    except UserError as error:    # its loss became infinite, say: the other runs go on
+    except UserError as error:  # its loss became infinite, say: the other runs go on
       errors.append(f'{planned.run.label}: {error}')
     report.write(folder, options.study, study)
   print((out / f'{options.study}.md').read_text())
@@ -114,27 +114,42 @@ def selected(study: Study, options: argparse.Namespace) -> list[Run]:
   if unknown := [number for number in options.groups if number not in GROUPS]:
     raise UserError(f'--groups has {unknown[0]}; allowed: {", ".join(map(str, GROUPS))}')
   sizes = [f'M/8/{number}' for number in options.groups]
-  return [run for rule in dict.fromkeys(options.rules) for run in study.runs if run.rule == rule
-          and (options.study != 'figure7' or run.fields['model.size'] in sizes)]
+  return [
+    run
+    for rule in dict.fromkeys(options.rules)
+    for run in study.runs
+    if run.rule == rule and (options.study != 'figure7' or run.fields['model.size'] in sizes)
+  ]
 
 
-def plan(study: Study, run: Run, seed: int, out: pathlib.Path, options: argparse.Namespace,
-         rest: list[str]) -> Plan:
+def plan(
+  study: Study, run: Run, seed: int, out: pathlib.Path, options: argparse.Namespace, rest: list[str]
+) -> Plan:
   """The study's config with the run's fields, the options, and last the fields in `rest`."""
   path = f'configs/{study.config}.py'
   original, config = (configs.load(str(ROOT / path)) for _ in range(2))
   epochs = run.epochs if options.epochs is None else options.epochs
   images = study.images if options.images is None else options.images
-  config.update_from_flattened_dict({**run.fields, 'epochs': epochs, 'images': images, 'seed': seed,
-                                     'eval_every': max(1, epochs // 20)})
+  config.update_from_flattened_dict(
+    {
+      **run.fields,
+      'epochs': epochs,
+      'images': images,
+      'seed': seed,
+      'eval_every': max(1, epochs // 20),
+    }
+  )
   if options.data_dir:
     config.data_dir = options.data_dir
   config = command_line.override(config, rest)
   size = f'-{config.images}-images' if config.images else ''
   folder = out / report.folder(run) / f'{config.epochs}-epochs{size}-seed{config.seed}'
   before = dict(configs.flatten(original))
-  changes = [f'--config.{field}={value}' for field, value in configs.flatten(config)
-             if field == 'algorithm' or value != before[field]]
+  changes = [
+    f'--config.{field}={value}'
+    for field, value in configs.flatten(config)
+    if field == 'algorithm' or value != before[field]
+  ]
   command = ['experiments/train.py', f'--config={path}', f'--workdir={folder}', *changes]
   return Plan(run, config, folder, command)
 

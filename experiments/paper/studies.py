@@ -120,8 +120,14 @@ def _column(name: str) -> Study:
   def run(rule: str) -> Run:
     kind = 0 if rule in BACKPROP else 1 if rule in FEEDBACK else 2
     paper = published(name, rule.removesuffix('-paper'))
-    return Run(rule, LABELS.get(rule, rule), {'algorithm': rule, **fields}, epochs[kind], paper,
-               NOTES.get(rule, ''))
+    return Run(
+      rule,
+      LABELS.get(rule, rule),
+      {'algorithm': rule, **fields},
+      epochs[kind],
+      paper,
+      NOTES.get(rule, ''),
+    )
 
   runs = [run(rule) for rule in (*list(PAPER)[:-1], 'LG-FG-A-paper', 'LG-FG-A')]
   if 'contrastive' not in name:
@@ -140,8 +146,12 @@ def _column(name: str) -> Study:
 def _figure4() -> Study:
   fields = {'model.size': 'M/8/1', 'model.channels': 256, 'batch_size': 64}
   runs = [
-    Run(rule, f'{LABELS.get(rule, rule)}, {"with" if stop else "without"} stop-gradient',
-        {'algorithm': rule, 'contrastive.stop_gradient': stop, **fields}, 12)
+    Run(
+      rule,
+      f'{LABELS.get(rule, rule)}, {"with" if stop else "without"} stop-gradient',
+      {'algorithm': rule, 'contrastive.stop_gradient': stop, **fields},
+      12,
+    )
     for rule in ('LG-BP', 'LG-FG-A-paper', 'LG-FG-A')
     for stop in (True, False)
   ]
@@ -162,8 +172,12 @@ def _figure6() -> Study:
     'all': (True, True),
   }
   runs = [
-    Run(rule, f'{LABELS.get(rule, rule)}, {cut}',
-        {'algorithm': rule, 'losses.patch': patch, 'losses.group': group}, 5)
+    Run(
+      rule,
+      f'{LABELS.get(rule, rule)}, {cut}',
+      {'algorithm': rule, 'losses.patch': patch, 'losses.group': group},
+      5,
+    )
     for rule in ('LG-FG-A-paper', 'LG-FG-A')
     for cut, (patch, group) in cuts.items()
   ]
@@ -177,8 +191,12 @@ GROUPS = (1, 2, 4, 8, 16, 32, 64)
 
 def _figure7() -> Study:
   runs = [
-    Run(rule, f'{LABELS.get(rule, rule)}, G = {number}',
-        {'algorithm': rule, 'model.size': f'M/8/{number}'}, 5)
+    Run(
+      rule,
+      f'{LABELS.get(rule, rule)}, G = {number}',
+      {'algorithm': rule, 'model.size': f'M/8/{number}'},
+      5,
+    )
     for rule in ('LG-FG-A-paper', 'LG-FG-A')
     for number in GROUPS
   ]

@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
   options = parser.parse_args(arguments)
   if {'mixer', 'passes'} & {*options.parts}:
     with as_user_errors():
-      data.load('cifar10', data_dir=options.data_dir)    # before any long work
+      data.load('cifar10', data_dir=options.data_dir)  # before any long work
   folder = results.Folder(options.out, __file__, arguments)
   for part in options.parts:
     rows: list[Row] = []
@@ -69,7 +69,7 @@ def table(out: pathlib.Path) -> str:
   text = ''
   for path in sorted(out.glob('*.json')):
     content = json.loads(path.read_text())
-    rows = content['rows'] if isinstance(content, dict) else content    # older files have only rows
+    rows = content['rows'] if isinstance(content, dict) else content  # older files have only rows
     names = list(rows[0])
     cells = [[str(_short(row[name])) for name in names] for row in rows]
     text += f'\n## {path.stem}\n\n{results.in_table(" | ".join(names), cells)}\n'
@@ -79,26 +79,42 @@ def table(out: pathlib.Path) -> str:
 # --- one linear layer ---------------------------------------------------------------------------------------------
 
 
-def _linear_row(estimator: str, law: str, passes: int, shared: bool, batch: int, p: int, q: int) -> Row:
+def _linear_row(
+  estimator: str, law: str, passes: int, shared: bool, batch: int, p: int, q: int
+) -> Row:
   layer = linear_layer.random_layer(jax.random.key(p + 100 * q), p, q)
   estimate = layer.estimate(estimator, Sampling(LAWS[law], passes, shared), batch)
-  predicted = variance.predicted(estimator, LAWS[law], passes, shared=shared, batch=batch, p=p, q=q, V=layer.V,
-                                 S=layer.S)
+  predicted = variance.predicted(
+    estimator, LAWS[law], passes, shared=shared, batch=batch, p=p, q=q, V=layer.V, S=layer.S
+  )
   size = p * q * batch * passes
   # Small batches of small layers have the longest tails: their standard error needs many draws.
   draws, at_once = min(40_000, max(300, 100_000_000 // size)), min(200, max(10, 2_000_000 // size))
-  jax.config.update('jax_disable_most_optimizations', True)    # hundreds of programs, each run once
+  jax.config.update('jax_disable_most_optimizations', True)  # hundreds of programs, each run once
   measured = variance.measure(estimate, layer.truth, jax.random.key(2), draws, at_once=at_once)
   # Of hundreds of rows one may lie outside by chance. Four times the draws tell chance from error, which doubles.
   again = bool(abs(measured.squared_error - predicted) > 3 * measured.squared_error_se)
   if again:
-    measured = variance.measure(estimate, layer.truth, jax.random.key(3), 4 * draws, at_once=at_once)
+    measured = variance.measure(
+      estimate, layer.truth, jax.random.key(3), 4 * draws, at_once=at_once
+    )
   jax.config.update('jax_disable_most_optimizations', False)
-  return {'estimator': estimator, 'law': law, 'passes': passes, 'sharing': 'shared' if shared else 'independent',
-          'batch': batch, 'p': p, 'q': q, 'bias_z': float(measured.bias_z(layer.truth)),
-          'measured': float(measured.squared_error), 'standard_error': float(measured.squared_error_se),
-          'predicted': predicted, 'measured_again': again, 'cosine': float(measured.cosine),
-          'ms': timing.one_ms(functools.partial(jax.jit(estimate), jax.random.key(0)))}
+  return {
+    'estimator': estimator,
+    'law': law,
+    'passes': passes,
+    'sharing': 'shared' if shared else 'independent',
+    'batch': batch,
+    'p': p,
+    'q': q,
+    'bias_z': float(measured.bias_z(layer.truth)),
+    'measured': float(measured.squared_error),
+    'standard_error': float(measured.squared_error_se),
+    'predicted': predicted,
+    'measured_again': again,
+    'cosine': float(measured.cosine),
+    'ms': timing.one_ms(functools.partial(jax.jit(estimate), jax.random.key(0))),
+  }
 
 
 def table1(options: argparse.Namespace) -> Iterator[Row]:
@@ -119,8 +135,13 @@ def laws(options: argparse.Namespace) -> Iterator[Row]:
       yield _linear_row('activity', law, passes, False, 16, 8, 8)
 
 
-PARTS = {'table1': (table1, figures.table1), 'laws': (laws, figures.laws), 'mlp': (networks.mlp, figures.mlp),
-         'mixer': (networks.mixer, figures.mixer), 'passes': (networks.passes, figures.passes)}
+PARTS = {
+  'table1': (table1, figures.table1),
+  'laws': (laws, figures.laws),
+  'mlp': (networks.mlp, figures.mlp),
+  'mixer': (networks.mixer, figures.mixer),
+  'passes': (networks.passes, figures.passes),
+}
 
 
 if __name__ == '__main__':

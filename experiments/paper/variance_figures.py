@@ -13,16 +13,25 @@ def table1(figure: Figure, rows: list[Row]) -> None:
   for index, estimator in enumerate(('weight', 'activity')):
     for law, marker in (('normal', 'o'), ('rademacher', 'x')):
       own = [r for r in rows if (r['estimator'], r['law']) == (estimator, law)]
-      left.loglog([r['predicted'] for r in own], [r['measured'] for r in own], marker, color=f'C{index}',
-                  label=f'{estimator}, {law}', alpha=0.6)
+      left.loglog(
+        [r['predicted'] for r in own],
+        [r['measured'] for r in own],
+        marker,
+        color=f'C{index}',
+        label=f'{estimator}, {law}',
+        alpha=0.6,
+      )
   limits = [min(r['predicted'] for r in rows), max(r['predicted'] for r in rows)]
   left.plot(limits, limits, 'k-', linewidth=0.5)
   left.set(xlabel='predicted variance per entry', ylabel='measured')
   left.legend()
   z = [(r['measured'] - r['predicted']) / r['standard_error'] for r in rows]
   right.hist(z, bins=30)
-  right.set(xlabel='(measured - predicted) / standard error', ylabel='rows',
-            title=f'largest of {len(z)}: {max(map(abs, z)):.2f}')
+  right.set(
+    xlabel='(measured - predicted) / standard error',
+    ylabel='rows',
+    title=f'largest of {len(z)}: {max(map(abs, z)):.2f}',
+  )
 
 
 def laws(figure: Figure, rows: list[Row]) -> None:
@@ -30,11 +39,23 @@ def laws(figure: Figure, rows: list[Row]) -> None:
   axes = figure.subplots()
   for index, law in enumerate(dict.fromkeys(r['law'] for r in rows)):
     own = [r for r in rows if r['law'] == law]
-    axes.errorbar([r['passes'] for r in own], [r['measured'] for r in own], [3 * r['standard_error'] for r in own],
-                  fmt='o', color=f'C{index}', label=law, capsize=3)
-    axes.plot([r['passes'] for r in own], [r['predicted'] for r in own], color=f'C{index}', linewidth=0.8)
-  axes.set(xlabel='passes, of 8 dimensions', ylabel='variance per entry (points: measured, ± 3 s.e.; lines: predicted)',
-           ylim=(0, None))
+    axes.errorbar(
+      [r['passes'] for r in own],
+      [r['measured'] for r in own],
+      [3 * r['standard_error'] for r in own],
+      fmt='o',
+      color=f'C{index}',
+      label=law,
+      capsize=3,
+    )
+    axes.plot(
+      [r['passes'] for r in own], [r['predicted'] for r in own], color=f'C{index}', linewidth=0.8
+    )
+  axes.set(
+    xlabel='passes, of 8 dimensions',
+    ylabel='variance per entry (points: measured, ± 3 s.e.; lines: predicted)',
+    ylim=(0, None),
+  )
   axes.legend()
 
 
@@ -48,10 +69,20 @@ def mlp(figure: Figure, rows: list[Row]) -> None:
   for axes, layer in zip(panels, _layers(rows), strict=True):
     for index, (name, taps) in enumerate(dict.fromkeys((r['estimator'], r['taps']) for r in rows)):
       for law, style in (('normal', ':'), ('rademacher', '--'), ('haar', '-'), ('hadamard', '-')):
-        own = [r for r in rows if (r['estimator'], r['taps'], r['law'], r['layer']) == (name, taps, law, layer)]
+        own = [
+          r
+          for r in rows
+          if (r['estimator'], r['taps'], r['law'], r['layer']) == (name, taps, law, layer)
+        ]
         if own:
-          axes.loglog([r['passes'] for r in own], [max(r['relative_error'], 1e-6) for r in own], style, marker='.',
-                      color=f'C{index}', label=f'{name}, {taps}, {law}')
+          axes.loglog(
+            [r['passes'] for r in own],
+            [max(r['relative_error'], 1e-6) for r in own],
+            style,
+            marker='.',
+            color=f'C{index}',
+            label=f'{name}, {taps}, {law}',
+          )
     axes.set(title=layer, xlabel='passes')
   panels[0].set(ylabel='squared error / |gradient|²')
   panels[-1].legend(fontsize='x-small')
@@ -62,27 +93,45 @@ def mixer(figure: Figure, rows: list[Row]) -> None:
   figure.set_size_inches(13, 6)
   left, right = figure.subplots(1, 2)
   layers = _layers(rows)
-  single = [r for r in rows if r['passes'] == 1 and r['taps'] == 'joint' and r['law'] == 'rademacher']
+  single = [
+    r for r in rows if r['passes'] == 1 and r['taps'] == 'joint' and r['law'] == 'rademacher'
+  ]
   for index, (name, cut) in enumerate(dict.fromkeys((r['estimator'], r['cut']) for r in single)):
-    own = {r['layer']: r['relative_error'] for r in single if (r['estimator'], r['cut']) == (name, cut)}
-    left.semilogy([own[layer] for layer in layers], 'os'[name.endswith('W')] + '-', color=f'C{index}',
-                  label=f'{name}, {cut}')
+    own = {
+      r['layer']: r['relative_error'] for r in single if (r['estimator'], r['cut']) == (name, cut)
+    }
+    left.semilogy(
+      [own[layer] for layer in layers],
+      'os'[name.endswith('W')] + '-',
+      color=f'C{index}',
+      label=f'{name}, {cut}',
+    )
   left.set_xticks(range(len(layers)), layers, rotation=60, fontsize='small')
   left.set(ylabel='squared error / |gradient|², one Rademacher pass')
   left.legend(fontsize='x-small', loc='upper center', bbox_to_anchor=(0.5, -0.22), ncols=3)
-  many = [r for r in rows if (r['estimator'], r['cut']) == ('LG-FG-A-paper', 'all') and r['layer'] == 'blocks/group'
-          and r['law'] != 'normal']
+  many = [
+    r
+    for r in rows
+    if (r['estimator'], r['cut']) == ('LG-FG-A-paper', 'all')
+    and r['layer'] == 'blocks/group'
+    and r['law'] != 'normal'
+  ]
   for law, taps in dict.fromkeys((r['law'], r['taps']) for r in many):
-    own = sorted(((r['ms'], r['cosine'], r['passes']) for r in many if (r['law'], r['taps']) == (law, taps)),
-                 key=lambda point: point[2])
+    own = sorted(
+      ((r['ms'], r['cosine'], r['passes']) for r in many if (r['law'], r['taps']) == (law, taps)),
+      key=lambda point: point[2],
+    )
     right.semilogx([o[0] for o in own], [o[1] for o in own], 'o-', label=f'{law}, {taps}')
     for ms, cosine, count in own:
       right.annotate(str(count), (ms, cosine), fontsize='x-small')
   ticks = (32, 64, 128, 256, 512, 1024)
   right.set_xticks(ticks, map(str, ticks))
   right.minorticks_off()
-  right.set(xlabel='ms (numbers: passes)', ylabel='cosine to the true gradient',
-            title='grouped layers of blocks 1 to 3')
+  right.set(
+    xlabel='ms (numbers: passes)',
+    ylabel='cosine to the true gradient',
+    title='grouped layers of blocks 1 to 3',
+  )
   right.legend(fontsize='small')
 
 
@@ -92,8 +141,12 @@ def passes(figure: Figure, rows: list[Row]) -> None:
   for law, chunk in dict.fromkeys((r['law'], r['chunk']) for r in rows):
     own = [r for r in rows if (r['law'], r['chunk']) == (law, chunk)]
     label = f'{law}, ' + (f'chunks of {chunk}' if chunk else 'at once')
-    left.loglog([r['passes'] for r in own], [r['relative_to_one_pass'] for r in own], 'o-', label=label)
-    right.loglog([r['passes'] for r in own], [r['temporaries_bytes'] / 2**20 for r in own], 'o-', label=label)
+    left.loglog(
+      [r['passes'] for r in own], [r['relative_to_one_pass'] for r in own], 'o-', label=label
+    )
+    right.loglog(
+      [r['passes'] for r in own], [r['temporaries_bytes'] / 2**20 for r in own], 'o-', label=label
+    )
   counts = sorted({r['passes'] for r in rows})
   left.loglog(counts, [(1 + 2 * K) / 3 for K in counts], 'k:', label='(1 + 2 K) / 3')
   left.set(xlabel='passes', ylabel='time / time of one pass')

@@ -17,32 +17,48 @@ from lfg_jax.estimators.tangents import LAWS
 from lfg_jax.training import algorithms, configs, timing
 
 Row = dict[str, Any]
-BATCH = 4    # images of the mixer's parts
+BATCH = 4  # images of the mixer's parts
 PASSES = (1, 2, 4, 8, 16, 32)
+
 
 def _by_layer(estimate: Callable, truth: Any, draws: int, at_once: int) -> Iterator[Row]:
   """For every kernel: error relative to |truth|², cosine, bias."""
-  kernels = lambda tree: {'/'.join(path[:-1]): leaf for path, leaf in flatten_dict(tree).items()
-                          if path[-1] == 'kernel'}
+  kernels = lambda tree: {
+    '/'.join(path[:-1]): leaf for path, leaf in flatten_dict(tree).items() if path[-1] == 'kernel'
+  }
   truth = {name: leaf for name, leaf in kernels(truth).items() if float(jnp.abs(leaf).max()) > 0}
 
   def statistics_of(key: jax.Array) -> dict:
     grads = {name: leaf for name, leaf in kernels(estimate(key)).items() if name in truth}
     norm = jnp.linalg.norm
-    error = {name: ((g - truth[name])**2).mean() for name, g in grads.items()}
-    cosine = {name: jnp.vdot(g, truth[name]) / (norm(g) * norm(truth[name])) for name, g in grads.items()}
+    error = {name: ((g - truth[name]) ** 2).mean() for name, g in grads.items()}
+    cosine = {
+      name: jnp.vdot(g, truth[name]) / (norm(g) * norm(truth[name])) for name, g in grads.items()
+    }
     return {'grads': grads, 'error': error, 'cosine': cosine}
 
   zeros = dict.fromkeys(truth, jnp.zeros(()))
-  measured = variance.measure(statistics_of, {'grads': truth, 'error': zeros, 'cosine': zeros}, jax.random.key(3),
-                              draws, at_once=at_once)
+  measured = variance.measure(
+    statistics_of,
+    {'grads': truth, 'error': zeros, 'cosine': zeros},
+    jax.random.key(3),
+    draws,
+    at_once=at_once,
+  )
   for name, leaf in truth.items():
-    own = measured._replace(mean=measured.mean['grads'][name], variance=measured.variance['grads'][name])
-    yield {'layer': name, 'p': leaf.shape[-2], 'q': leaf.shape[-1], 'bias_z': float(own.bias_z(leaf)),
-           'measured': float(measured.mean['error'][name]),
-           'standard_error': float((measured.variance['error'][name] / measured.draws)**0.5),
-           'relative_error': float(measured.mean['error'][name] / (leaf**2).mean()),
-           'cosine': float(measured.mean['cosine'][name])}
+    own = measured._replace(
+      mean=measured.mean['grads'][name], variance=measured.variance['grads'][name]
+    )
+    yield {
+      'layer': name,
+      'p': leaf.shape[-2],
+      'q': leaf.shape[-1],
+      'bias_z': float(own.bias_z(leaf)),
+      'measured': float(measured.mean['error'][name]),
+      'standard_error': float((measured.variance['error'][name] / measured.draws) ** 0.5),
+      'relative_error': float(measured.mean['error'][name] / (leaf**2).mean()),
+      'cosine': float(measured.mean['cosine'][name]),
+    }
 
 
 class MLP(nn.Module):
@@ -67,17 +83,24 @@ def _predicted_mlp(params: dict, x: jax.Array, y: jax.Array) -> Callable[..., di
 
   widths = [params[layer]['bias'].size for layer in layers]
   signals, inputs = jax.grad(forward, has_aux=True)([jnp.zeros((len(x), d)) for d in widths])
-  weights = [jnp.concatenate([x.T @ s, s.sum(0)[None]]) for x, s in zip(inputs, signals, strict=False)]
+  weights = [
+    jnp.concatenate([x.T @ s, s.sum(0)[None]]) for x, s in zip(inputs, signals, strict=False)
+  ]
 
   def predict(name: str, law: str, passes: int, joint: bool) -> dict[str, float]:
     tensors, axes = (weights, (0, 1)) if name == 'weight' else (signals, 1)
     dims = [w.size for w in weights] if name == 'weight' else widths
-    errors = variance.predicted_taps(LAWS[law], [passes] * 3, dims, [(t**2).sum(axes) for t in tensors], joint=joint)
+    errors = variance.predicted_taps(
+      LAWS[law], [passes] * 3, dims, [(t**2).sum(axes) for t in tensors], joint=joint
+    )
     if name == 'weight':
       return {layer: float(e / d) for layer, e, d in zip(layers, errors, dims, strict=True)}
     # The error of x sᵀ is |x|² times that of the signal s.
-    return {layer: float((e * (x**2).sum(1)).sum() / params[layer]['kernel'].size)
-            for layer, e, x in zip(layers, errors, inputs, strict=False)}
+    return {
+      layer: float((e * (x**2).sum(1)).sum() / params[layer]['kernel'].size)
+      for layer, e, x in zip(layers, errors, inputs, strict=False)
+    }
+
   return predict
 
 
@@ -85,7 +108,10 @@ def mlp(options: argparse.Namespace) -> Iterator[Row]:
   """A batch of 32 digits; 'weight' is `forward_grad` of the mean loss, 'activity' that of marked layers."""
   del options
   train = data.load('digits').train
-  x, y = jnp.asarray(train.image_NxHxWxC[:32]).reshape(32, -1) / 255, jnp.asarray(train.label_N[:32])
+  x, y = (
+    jnp.asarray(train.image_NxHxWxC[:32]).reshape(32, -1) / 255,
+    jnp.asarray(train.label_N[:32]),
+  )
   variables = jax.jit(MLP().init)(jax.random.key(0), x)
   losses = optax.softmax_cross_entropy_with_integer_labels
   loss = lambda params: losses(MLP().apply({'params': params}, x), y).mean()
@@ -102,16 +128,27 @@ def mlp(options: argparse.Namespace) -> Iterator[Row]:
     run = forward_grad(loss, law=LAWS[law], passes=passes)
     return lambda key: run(jax.lax.optimization_barrier(variables['params']), key=key)
 
-  for name, make, joint, orthogonal in (('weight', weight, True, 'haar'), ('activity', activity, True, 'hadamard'),
-                                        ('activity', activity, False, 'hadamard')):
+  for name, make, joint, orthogonal in (
+    ('weight', weight, True, 'haar'),
+    ('activity', activity, True, 'hadamard'),
+    ('activity', activity, False, 'hadamard'),
+  ):
     for law in ('normal', 'rademacher', orthogonal):
       for passes in (1, 4, 32):
         estimate, predicted = make(law, passes, joint), predict(name, law, passes, joint)
         ms = timing.one_ms(functools.partial(jax.jit(estimate), jax.random.key(0)))
         for row in _by_layer(estimate, truth, 400, 20):
-          yield {'estimator': name, 'law': law, 'passes': passes, 'taps': 'joint' if joint else 'separate',
-                 'sharing': 'shared' if name == 'weight' else 'independent', 'batch': 32, **row,
-                 'predicted': predicted[row['layer']], 'ms': ms}
+          yield {
+            'estimator': name,
+            'law': law,
+            'passes': passes,
+            'taps': 'joint' if joint else 'separate',
+            'sharing': 'shared' if name == 'weight' else 'independent',
+            'batch': 32,
+            **row,
+            'predicted': predicted[row['layer']],
+            'ms': ms,
+          }
 
 
 class Mixer:
@@ -121,8 +158,11 @@ class Mixer:
     self.config = configs.base()
     self.dataset = data.load('cifar10', data_dir=data_dir)
     split = self.dataset.train
-    batch = lambda n, size: data.Batch(jnp.asarray(split.image_NxHxWxC[n:n + size]),
-                                       jnp.asarray(split.label_N[n:n + size]), jnp.full(size, 1 / size))
+    batch = lambda n, size: data.Batch(
+      jnp.asarray(split.image_NxHxWxC[n : n + size]),
+      jnp.asarray(split.label_N[n : n + size]),
+      jnp.full(size, 1 / size),
+    )
     self.variables = self.make('LG-BP').init(jax.random.key(0))
     optimizer = optax.adam(1e-3)
     gradient = self.make('LG-BP').gradient
@@ -153,10 +193,16 @@ class Mixer:
       # Behind the barrier the constants are not folded: time and compilation are those of a training step.
       variables, batch = jax.lax.optimization_barrier((self.variables, self.batch))
       return gradient(variables, key, batch)[0]
+
     return run
 
 
-CUTS = {'block': (False, False), 'block+patch': (True, False), 'block+group': (False, True), 'all': (True, True)}
+CUTS = {
+  'block': (False, False),
+  'block+patch': (True, False),
+  'block+group': (False, True),
+  'all': (True, True),
+}
 
 
 def _mixer_runs() -> Iterator[tuple[str, str, dict]]:
@@ -169,7 +215,7 @@ def _mixer_runs() -> Iterator[tuple[str, str, dict]]:
         if law == 'rademacher' or cut == 'all':
           yield name, cut, {'law': law, 'patch': patch, 'group': group}
   for law, taps in (('hadamard', 'separate'), ('rademacher', 'joint'), ('hadamard', 'joint')):
-    for passes in PASSES[taps == 'joint':]:    # one pass is the same for both laws
+    for passes in PASSES[taps == 'joint' :]:  # one pass is the same for both laws
       yield 'LG-FG-A-paper', 'all', {'law': law, 'taps': taps, 'passes': passes}
 
 
@@ -185,22 +231,49 @@ def mixer(options: argparse.Namespace) -> Iterator[Row]:
     ms = timing.one_ms(functools.partial(jax.jit(estimate), jax.random.key(0)))
     for row in _by_layer(estimate, truths[target], options.draws, 1):
       if not row['layer'].startswith('readout') and not row['layer'].endswith('head'):
-        yield {'estimator': name, 'cut': cut, 'law': fields['law'], 'passes': fields.get('passes', 1),
-               'taps': fields.get('taps', 'joint'), 'sharing': 'paper', 'batch': BATCH, **row, 'ms': ms}
+        yield {
+          'estimator': name,
+          'cut': cut,
+          'law': fields['law'],
+          'passes': fields.get('passes', 1),
+          'taps': fields.get('taps', 'joint'),
+          'sharing': 'paper',
+          'batch': BATCH,
+          **row,
+          'ms': ms,
+        }
 
 
 def passes(options: argparse.Namespace) -> Iterator[Row]:
   """Time and temporaries of LG-FG-A-paper; the runs take turns, the quickest of each counts."""
   model = Mixer(options.data_dir)
-  cases = [(law, chunk, K) for law in ('rademacher', 'hadamard') for chunk in (0, 4) for K in PASSES if chunk < K]
+  cases = [
+    (law, chunk, K)
+    for law in ('rademacher', 'hadamard')
+    for chunk in (0, 4)
+    for K in PASSES
+    if chunk < K
+  ]
   programs = {}
   for law, chunk, K in cases:
     gradient = model.make('LG-FG-A-paper', law=law, passes=K, chunk=chunk).gradient
-    programs[law, chunk, K] = jax.jit(gradient).lower(model.variables, jax.random.key(0), model.batch).compile()
-  calls = {case: lambda run=run: run(model.variables, jax.random.key(0), model.batch) for case, run in programs.items()}
+    programs[law, chunk, K] = (
+      jax.jit(gradient).lower(model.variables, jax.random.key(0), model.batch).compile()
+    )
+  calls = {
+    case: lambda run=run: run(model.variables, jax.random.key(0), model.batch)
+    for case, run in programs.items()
+  }
   best = {case: 1000 * min(seconds) for case, seconds in timing.interleaved(calls, 5).items()}
   for (law, chunk, K), run in programs.items():
-    yield {'estimator': 'LG-FG-A-paper', 'law': law, 'passes': K, 'chunk': chunk, 'batch': BATCH,
-           'ms': best[law, chunk, K], 'relative_to_one_pass': best[law, chunk, K] / best[law, 0, 1],
-           'allowed': (1 + 2 * K) / 3,
-           'temporaries_bytes': run.memory_analysis().temp_size_in_bytes}
+    yield {
+      'estimator': 'LG-FG-A-paper',
+      'law': law,
+      'passes': K,
+      'chunk': chunk,
+      'batch': BATCH,
+      'ms': best[law, chunk, K],
+      'relative_to_one_pass': best[law, chunk, K] / best[law, 0, 1],
+      'allowed': (1 + 2 * K) / 3,
+      'temporaries_bytes': run.memory_analysis().temp_size_in_bytes,
+    }

@@ -13,5 +13,16 @@ from lfg_jax.data.datasets import (
 )
 from lfg_jax.data.streams import Batch, Stream
 
-__all__ = ['NAMES', 'TFDS', 'Arrays', 'Batch', 'Dataset', 'Stream', 'epoch_order', 'from_arrays', 'load',
-           'sequential_order', 'take']
+__all__ = [
+  'NAMES',
+  'TFDS',
+  'Arrays',
+  'Batch',
+  'Dataset',
+  'Stream',
+  'epoch_order',
+  'from_arrays',
+  'load',
+  'sequential_order',
+  'take',
+]

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 from lfg_jax import promotion
 from lfg_jax.data.streams import ATTEMPTS, RATIO
 
-JITTER = (0.4, 0.4, 0.2, 0.1)    # strength of brightness, contrast, saturation, hue
+JITTER = (0.4, 0.4, 0.2, 0.1)  # strength of brightness, contrast, saturation, hue
 BLUR_SIGMA = (0.1, 2.0)
 
 
 class Chances(NamedTuple):
   """Probabilities of the changes to a view."""
+
   flip: float = 0.5
   jitter: float = 0.8
   grey: float = 0.2
@@ -32,7 +33,7 @@ class Chances(NamedTuple):
   solarise: float = 0.0
 
 
-FIRST, SECOND = Chances(), Chances(blur=0.1, solarise=0.2)    # BYOL, table 6
+FIRST, SECOND = Chances(), Chances(blur=0.1, solarise=0.2)  # BYOL, table 6
 
 
 def views(key_B: jax.Array, image_BxHxWxC: jax.Array, min_area: float = 0.08) -> jax.Array:
@@ -54,7 +55,12 @@ def views(key_B: jax.Array, image_BxHxWxC: jax.Array, min_area: float = 0.08) ->
 
   def both(key: jax.Array, image: jax.Array) -> jax.Array:
     keys = jax.random.split(key)
-    return jnp.stack([one_view(k, image, min_area, chances) for k, chances in zip(keys, (FIRST, SECOND), strict=True)])
+    return jnp.stack(
+      [
+        one_view(k, image, min_area, chances)
+        for k, chances in zip(keys, (FIRST, SECOND), strict=True)
+      ]
+    )
 
   return 255 * jax.vmap(both)(key_B, pixels).reshape(2 * B, H, W, 3)[..., :C]
 
@@ -64,7 +70,9 @@ def one_view(key: jax.Array, image: jax.Array, min_area: float, chances: Chances
   keys = jax.random.split(key, 6)
   height, width, _ = image.shape
   image = crop(image, random_box(keys[0], height, width, min_area))
-  for k, chance, change in zip(keys[1:], chances, (_flip, jitter, _grey, _random_blur, _solarise), strict=True):
+  for k, chance, change in zip(
+    keys[1:], chances, (_flip, jitter, _grey, _random_blur, _solarise), strict=True
+  ):
     now, how = jax.random.split(k)
     image = jnp.where(jax.random.bernoulli(now, chance), change(how, image), image)
   return image
@@ -81,7 +89,9 @@ def random_box(key: jax.Array, height: int, width: int, min_area: float) -> jax.
   """
   area_key, ratio_key, place_key = jax.random.split(key, 3)
   area_A = jax.random.uniform(area_key, (ATTEMPTS,), minval=min_area) * height * width
-  ratio_A = jnp.exp(jax.random.uniform(ratio_key, (ATTEMPTS,), minval=jnp.log(RATIO[0]), maxval=jnp.log(RATIO[1])))
+  ratio_A = jnp.exp(
+    jax.random.uniform(ratio_key, (ATTEMPTS,), minval=jnp.log(RATIO[0]), maxval=jnp.log(RATIO[1]))
+  )
   size_Ax2 = jnp.stack([jnp.sqrt(area_A / ratio_A), jnp.sqrt(area_A * ratio_A)], 1)
   whole = jnp.array([height, width], jnp.float32)
   fits_A = (size_Ax2 <= whole[None]).all(1)
@@ -94,7 +104,9 @@ def random_box(key: jax.Array, height: int, width: int, min_area: float) -> jax.
 def crop(image: jax.Array, box: jax.Array) -> jax.Array:
   """The box (top, left, height, width), scaled to the image's own size by cubic interpolation."""
   scale = jnp.array(image.shape[:2], jnp.float32) / box[2:]
-  scaled = jax.image.scale_and_translate(image, image.shape, (0, 1), scale, -box[:2] * scale, method='cubic')
+  scaled = jax.image.scale_and_translate(
+    image, image.shape, (0, 1), scale, -box[:2] * scale, method='cubic'
+  )
   return jnp.clip(scaled, 0, 1)
 
 
@@ -104,10 +116,17 @@ def jitter(key: jax.Array, image: jax.Array) -> jax.Array:
   Under `jax.vmap`, a switch evaluates all its branches: 16 cheap operations.
   """
   order_key, *keys = jax.random.split(key, 5)
-  uniform = lambda k, strength, centre: jax.random.uniform(k, minval=centre - strength, maxval=centre + strength)
-  amounts = [uniform(k, strength, centre) for k, strength, centre in zip(keys, JITTER, (1, 1, 1, 0), strict=True)]
-  changes = [functools.partial(change, amount=amount)
-             for change, amount in zip((brightness, contrast, saturation, hue), amounts, strict=True)]
+  uniform = lambda k, strength, centre: jax.random.uniform(
+    k, minval=centre - strength, maxval=centre + strength
+  )
+  amounts = [
+    uniform(k, strength, centre)
+    for k, strength, centre in zip(keys, JITTER, (1, 1, 1, 0), strict=True)
+  ]
+  changes = [
+    functools.partial(change, amount=amount)
+    for change, amount in zip((brightness, contrast, saturation, hue), amounts, strict=True)
+  ]
   order = jax.random.permutation(order_key, len(changes))
   for position in range(len(changes)):
     image = jax.lax.switch(order[position], changes, image)
@@ -152,11 +171,16 @@ def blur(image: jax.Array, sigma: jax.Array | float) -> jax.Array:
   blur in dm-pix has a black border.
   """
   radius = image.shape[0] // 20
-  weight_K = jnp.exp(-jnp.arange(-radius, radius + 1.0) ** 2 / (2 * sigma**2))
+  weight_K = jnp.exp(-(jnp.arange(-radius, radius + 1.0) ** 2) / (2 * sigma**2))
   weight_K = weight_K / weight_K.sum()
   for axis in (0, 1):
-    padded = jnp.pad(image, [(radius, radius) if a == axis else (0, 0) for a in range(3)], mode='edge')
-    shifted = [jax.lax.slice_in_dim(padded, k, k + image.shape[axis], axis=axis) for k in range(2 * radius + 1)]
+    padded = jnp.pad(
+      image, [(radius, radius) if a == axis else (0, 0) for a in range(3)], mode='edge'
+    )
+    shifted = [
+      jax.lax.slice_in_dim(padded, k, k + image.shape[axis], axis=axis)
+      for k in range(2 * radius + 1)
+    ]
     image = sum((w * s for w, s in zip(weight_K, shifted, strict=True)), jnp.zeros(()))
   return image
 

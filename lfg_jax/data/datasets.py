@@ -21,8 +21,9 @@ from lfg_jax.data.streams import Batch, Stream
 
 class Arrays(NamedTuple):
   """A split that fits in memory."""
-  image_NxHxWxC: np.ndarray | jax.Array    # uint8
-  label_N: np.ndarray | jax.Array          # int32
+
+  image_NxHxWxC: np.ndarray | jax.Array  # uint8
+  label_N: np.ndarray | jax.Array  # int32
 
   @property
   def examples(self) -> int:
@@ -32,6 +33,7 @@ class Arrays(NamedTuple):
 
 class Dataset(NamedTuple):
   """A data set with its per-channel statistics, for pixels 0 … 1."""
+
   name: str
   classes: int
   image_shape: tuple[int, int, int]
@@ -42,18 +44,27 @@ class Dataset(NamedTuple):
 
 
 TFDS = {
-    'mnist': Facts(10, (28, 28, 1), (0.1307,), (0.3081,)),
-    'fashion_mnist': Facts(10, (28, 28, 1), (0.2860,), (0.3530,)),
-    'cifar10': Facts(10, (32, 32, 3), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    # ImageNet's own test split has no labels: the field reports the validation split.
-    'imagenet2012': Facts(1000, (224, 224, 3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 'validation'),
+  'mnist': Facts(10, (28, 28, 1), (0.1307,), (0.3081,)),
+  'fashion_mnist': Facts(10, (28, 28, 1), (0.2860,), (0.3530,)),
+  'cifar10': Facts(10, (32, 32, 3), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+  # ImageNet's own test split has no labels: the field reports the validation split.
+  'imagenet2012': Facts(
+    1000, (224, 224, 3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 'validation'
+  ),
 }
 NAMES = ('digits', *TFDS)
 
 
-def load(name: str, *, module: str | None = None, data_dir: str | None = None,
-         image_size: int | None = None, seed: int = 0, whole_images: bool = False,
-         workers: int = 0) -> Dataset:
+def load(
+  name: str,
+  *,
+  module: str | None = None,
+  data_dir: str | None = None,
+  image_size: int | None = None,
+  seed: int = 0,
+  whole_images: bool = False,
+  workers: int = 0,
+) -> Dataset:
   """A data set by name, or from a file.
 
   Args:
@@ -86,8 +97,9 @@ def load(name: str, *, module: str | None = None, data_dir: str | None = None,
     dataset = _digits() if name == 'digits' else _prepared(name, data_dir)
   height, width, _ = dataset.image_shape
   if image_size not in (None, height):
-    raise ValueError(f'image_size={image_size} is not for {dataset.name}, whose images are '
-                     f'{height}x{width}')
+    raise ValueError(
+      f'image_size={image_size} is not for {dataset.name}, whose images are {height}x{width}'
+    )
   return dataset
 
 
@@ -96,21 +108,37 @@ def _own(module: str, data_dir: str | None) -> Dataset:
   with user_files.mistakes(f'data.module {module}'):
     dataset = own.load(data_dir)
   if not isinstance(dataset, Dataset):
-    raise ValueError(f'data.module {module}: load gives a {type(dataset).__name__}; allowed: a '
-                     'lfg_jax.data.Dataset, as data.from_arrays makes it')
+    raise ValueError(
+      f'data.module {module}: load gives a {type(dataset).__name__}; allowed: a '
+      'lfg_jax.data.Dataset, as data.from_arrays makes it'
+    )
   return dataset
 
 
-def _imagenet(data_dir: str | None, image_size: int | None, seed: int, whole_images: bool,
-              workers: int) -> Dataset:
+def _imagenet(
+  data_dir: str | None, image_size: int | None, seed: int, whole_images: bool, workers: int
+) -> Dataset:
   name, facts = 'imagenet2012', TFDS['imagenet2012']
   builder = prepared.builder(name, data_dir, NAMES)
   train, test = (prepared.source(builder, split) for split in ('train', facts.test_split))
   size = image_size or facts.image_shape[0]
-  return Dataset(name, facts.classes, (size, size, 3), facts.mean, facts.std,
-                 Stream(train, size, train=True, min_area=1.0 if whole_images else 0.3, seed=seed,
-                        workers=workers, classes=facts.classes),
-                 Stream(test, size, train=False, seed=seed, workers=workers, classes=facts.classes))
+  return Dataset(
+    name,
+    facts.classes,
+    (size, size, 3),
+    facts.mean,
+    facts.std,
+    Stream(
+      train,
+      size,
+      train=True,
+      min_area=1.0 if whole_images else 0.3,
+      seed=seed,
+      workers=workers,
+      classes=facts.classes,
+    ),
+    Stream(test, size, train=False, seed=seed, workers=workers, classes=facts.classes),
+  )
 
 
 def _prepared(name: str, data_dir: str | None) -> Dataset:
@@ -124,7 +152,7 @@ def _prepared(name: str, data_dir: str | None) -> Dataset:
   return from_arrays(name, train, test, facts.classes)
 
 
-Pair = tuple[np.ndarray, np.ndarray]    # images and labels
+Pair = tuple[np.ndarray, np.ndarray]  # images and labels
 
 
 def from_arrays(name: str, train: Pair, test: Pair, classes: int | None = None) -> Dataset:
@@ -145,16 +173,20 @@ def from_arrays(name: str, train: Pair, test: Pair, classes: int | None = None) 
   """
   image = np.asarray(train[0])
   classes = int(np.max(train[1], initial=0)) + 1 if classes is None else classes
-  splits = [_split(name, which, given, image.shape[1:], classes)
-            for which, given in (('train', train), ('test', test))]
+  splits = [
+    _split(name, which, given, image.shape[1:], classes)
+    for which, given in (('train', train), ('test', test))
+  ]
   mean_C = image.mean((0, 1, 2), dtype=np.float64)
   # Not np.std, which would take eight times the memory of the images.
   square_C = np.einsum('nhwc,nhwc->c', image, image, dtype=np.float64, casting='safe')
   square_C = square_C / image[..., 0].size
   std_C = np.sqrt(np.maximum(square_C - mean_C**2, 0))
   if not std_C.all():
-    raise ValueError(f'dataset {name} has a colour that is the same in all pixels of its training '
-                     'images; leave it out')
+    raise ValueError(
+      f'dataset {name} has a colour that is the same in all pixels of its training '
+      'images; leave it out'
+    )
   mean, std = (tuple((numbers / 255).tolist()) for numbers in (mean_C, std_C))
   height, width, colours = image.shape[1:]
   return Dataset(name, classes, (height, width, colours), mean, std, *splits)
@@ -165,11 +197,15 @@ def _split(name: str, which: str, given: Pair, shape: tuple[int, ...], classes: 
   image, label = map(np.asarray, given)
   what = f'dataset {name}: its {which} split has'
   if image.dtype != np.uint8 or image.ndim != 4 or not image.size or image.shape[1:] != shape:
-    raise ValueError(f'{what} images {image.dtype} {list(image.shape)}; allowed: uint8 [N, H, W, C], '
-                     'pixels 0 … 255, N at least 1, of one size in both splits')
+    raise ValueError(
+      f'{what} images {image.dtype} {list(image.shape)}; allowed: uint8 [N, H, W, C], '
+      'pixels 0 … 255, N at least 1, of one size in both splits'
+    )
   if not np.issubdtype(label.dtype, np.integer) or label.shape != image.shape[:1]:
-    raise ValueError(f'{what} labels {label.dtype} {list(label.shape)} for {len(image)} images; '
-                     'allowed: an integer for each')
+    raise ValueError(
+      f'{what} labels {label.dtype} {list(label.shape)} for {len(image)} images; '
+      'allowed: an integer for each'
+    )
   if label.min() < 0 or label.max() >= classes:
     raise ValueError(f'{what} labels {label.min()} … {label.max()}; allowed: 0 … {classes - 1}')
   return Arrays(image, label.astype(np.int32))
@@ -195,7 +231,9 @@ def sequential_order(n: int, batch_size: int) -> jax.Array:
 
 def _rows(order_N: jax.Array, batch_size: int) -> jax.Array:
   padding = -len(order_N) % batch_size
-  return jnp.pad(order_N.astype(jnp.int32), (0, padding), constant_values=-1).reshape(-1, batch_size)
+  return jnp.pad(order_N.astype(jnp.int32), (0, padding), constant_values=-1).reshape(
+    -1, batch_size
+  )
 
 
 def take(arrays: Arrays, row_B: jax.Array) -> Batch:
@@ -212,15 +250,21 @@ def take(arrays: Arrays, row_B: jax.Array) -> Batch:
   real_B = row_B >= 0
   index_B = jnp.where(real_B, row_B, 0)
   image_BxHxWxC = jnp.asarray(arrays.image_NxHxWxC)[index_B]
-  return Batch(jnp.where(real_B[:, None, None, None], image_BxHxWxC, jnp.uint8(0)),
-               jnp.where(real_B, jnp.asarray(arrays.label_N)[index_B], 0), real_B.astype(jnp.float32))
+  return Batch(
+    jnp.where(real_B[:, None, None, None], image_BxHxWxC, jnp.uint8(0)),
+    jnp.where(real_B, jnp.asarray(arrays.label_N)[index_B], 0),
+    real_B.astype(jnp.float32),
+  )
 
 
 def _digits() -> Dataset:
   """The digits. The test images are the 3rd, 8th, 13th … example of every class, 359 in all."""
-  with (importlib.resources.files('lfg_jax.data') / 'digits.npz').open('rb') as file, np.load(file) as stored:
+  with (
+    (importlib.resources.files('lfg_jax.data') / 'digits.npz').open('rb') as file,
+    np.load(file) as stored,
+  ):
     image_Nx8x8, label_N = stored['image'], stored['label'].astype(np.int32)
-  image_Nx8x8x1 = np.round(image_Nx8x8[..., None] * (255 / 16)).astype(np.uint8)    # stored as 0 … 16
+  image_Nx8x8x1 = np.round(image_Nx8x8[..., None] * (255 / 16)).astype(np.uint8)  # stored as 0 … 16
   is_test_N = np.zeros(len(label_N), bool)
   for label in range(10):
     is_test_N[np.flatnonzero(label_N == label)[2::5]] = True

@@ -16,6 +16,7 @@ class Facts(NamedTuple):
     mean, std: per colour, for pixels 0 … 1; empty: to be computed.
     test_split: name of the split on which errors are measured.
   """
+
   classes: int
   image_shape: tuple[int, int, int]
   mean: tuple[float, ...] = ()
@@ -48,10 +49,12 @@ def builder(name: str, data_dir: str | None, known: tuple[str, ...]) -> Any:
   if not folders:
     if name not in tfds.list_builders(with_community_datasets=False):
       raise ValueError(
-          f'unknown dataset {name!r}; allowed: {", ".join(known)}, any other of TFDS with images '
-          'and labels, or arrays of your own: --config.data.module=FILE.py')
+        f'unknown dataset {name!r}; allowed: {", ".join(known)}, any other of TFDS with images '
+        'and labels, or arrays of your own: --config.data.module=FILE.py'
+      )
     raise FileNotFoundError(
-        f'dataset {name} is not in {place}; prepare it with: {_command(name, place)}')
+      f'dataset {name} is not in {place}; prepare it with: {_command(name, place)}'
+    )
   newest = max(folders, key=lambda folder: tfds.core.Version(folder.name))
   return tfds.builder_from_directory(newest)
 
@@ -73,11 +76,13 @@ def source(builder: Any, split: str) -> Source:
   command = _command(builder.name, folder.parent.parent)
   if split not in info.splits or not all(path.exists() for path in info.splits[split].filepaths):
     raise FileNotFoundError(
-        f'{folder} lacks files of the {split} split; remove it and run: {command}')
+      f'{folder} lacks files of the {split} split; remove it and run: {command}'
+    )
   if info.file_format.value != 'array_record':
     raise ValueError(
-        f'{folder} is in the format {info.file_format.value}, which has no random access; choose '
-        f'another data_dir, or remove this folder and run: {command}')
+      f'{folder} is in the format {info.file_format.value}, which has no random access; choose '
+      f'another data_dir, or remove this folder and run: {command}'
+    )
   # TFDS's own decoding takes twice as long for small images.
   return builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
 
@@ -91,15 +96,21 @@ def facts(builder: Any) -> Facts:
   features, name = dict(builder.info.features.items()), builder.name
   image, label = (features.get(feature) for feature in ('image', 'label'))
   if not (image and label and hasattr(label, 'num_classes')):
-    raise ValueError(f"dataset {name} has the features {', '.join(sorted(features))}; allowed: "
-                     "'image', and 'label' with classes")
+    raise ValueError(
+      f'dataset {name} has the features {", ".join(sorted(features))}; allowed: '
+      "'image', and 'label' with classes"
+    )
   if None in image.shape or image.np_dtype != np.uint8:
-    raise ValueError(f'dataset {name} has images of shape {image.shape}, {image.np_dtype}; '
-                     'allowed: uint8 of one size')
+    raise ValueError(
+      f'dataset {name} has images of shape {image.shape}, {image.np_dtype}; '
+      'allowed: uint8 of one size'
+    )
   tests = [split for split in ('test', 'validation') if split in builder.info.splits]
   if not tests:
-    raise ValueError(f"dataset {name} has the splits {', '.join(builder.info.splits)}; allowed: "
-                     "'train', and 'test' or 'validation'")
+    raise ValueError(
+      f'dataset {name} has the splits {", ".join(builder.info.splits)}; allowed: '
+      "'train', and 'test' or 'validation'"
+    )
   return Facts(label.num_classes, image.shape, test_split=tests[0])
 
 
@@ -112,7 +123,8 @@ def arrays(source: Any, facts: Facts) -> tuple[np.ndarray, np.ndarray]:
     image, label_N[i] = decode(example, i, facts.classes)
     height, width, colours = facts.image_shape
     if image.size != (width, height):
-      raise BadExample(f'example {i} has an image of {image.height}x{image.width}; allowed: '
-                       f'{height}x{width}')
-    image_NxHxWxC[i] = np.asarray(image)[..., :colours]    # grey images have three equal channels
+      raise BadExample(
+        f'example {i} has an image of {image.height}x{image.width}; allowed: {height}x{width}'
+      )
+    image_NxHxWxC[i] = np.asarray(image)[..., :colours]  # grey images have three equal channels
   return image_NxHxWxC, label_N

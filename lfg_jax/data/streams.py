@@ -21,18 +21,19 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-RATIO = (3 / 4, 4 / 3)    # width / height of a random crop
-CENTRE = 224 / 256        # side of the test crop, as a fraction of the image's short side
-WORKER_SECONDS = 30       # a worker's life after a SIGTERM, until the program handles its own
-Box = tuple[float, float, float, float]    # left, top, right, bottom
-ATTEMPTS = 10             # to find a random box that fits, before the central one is used
+RATIO = (3 / 4, 4 / 3)  # width / height of a random crop
+CENTRE = 224 / 256  # side of the test crop, as a fraction of the image's short side
+WORKER_SECONDS = 30  # a worker's life after a SIGTERM, until the program handles its own
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+ATTEMPTS = 10  # to find a random box that fits, before the central one is used
 
 
 class Batch(NamedTuple):
   """Examples with weight 1, and padding with weight 0 in the last batch of an epoch."""
-  image: np.ndarray | jax.Array     # uint8 [B, H, W, C]
-  label: np.ndarray | jax.Array     # int32 [B]
-  weight: np.ndarray | jax.Array    # float32 [B]
+
+  image: np.ndarray | jax.Array  # uint8 [B, H, W, C]
+  label: np.ndarray | jax.Array  # int32 [B]
+  weight: np.ndarray | jax.Array  # float32 [B]
 
 
 class Source(Protocol):
@@ -72,6 +73,7 @@ class Stream:
   >>> [(batch.image.shape, batch.label.tolist(), batch.weight.tolist()) for batch in stream.epoch(0, 1, 3)]
   [((3, 8, 8, 3), [3, 4, 0], [1.0, 1.0, 0.0])]
   """
+
   source: Source
   image_size: int = 224
   train: bool = True
@@ -86,8 +88,14 @@ class Stream:
     """Number of examples."""
     return len(self.source)
 
-  def epoch(self, epoch: int, first_step: int, batch_size: int, process_index: int = 0,
-            process_count: int = 1) -> Iterator[Batch]:
+  def epoch(
+    self,
+    epoch: int,
+    first_step: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+  ) -> Iterator[Batch]:
     """Batches of an epoch, from `first_step` on. An epoch has every example exactly once.
 
     Args:
@@ -107,11 +115,12 @@ class Stream:
     if batch_size < 1 or batch_size % process_count:
       raise ValueError(f'batch size {batch_size} does not divide among {process_count} processes')
     import grain  # here: a second of start-up, and warnings about jaxlib, that only streams are worth
+
     local = batch_size // process_count
     order = grain.MapDataset.range(self.examples)
     if self.train:
       # A hash of both numbers: with seed + epoch, as in grain, seeds 0 and 1 would share orders.
-      mixed, = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
+      (mixed,) = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
       order = order.shuffle(seed=int(mixed))
 
     def read(slot: int) -> Batch:
@@ -126,15 +135,18 @@ class Stream:
   def _by_threads(self, slots: Any, batch_size: int) -> Any:
     """Reads two batches ahead of the device."""
     import grain
-    options = grain.ReadOptions(num_threads=self.threads,
-                                prefetch_buffer_size=max(2 * batch_size, self.threads))
+
+    options = grain.ReadOptions(
+      num_threads=self.threads, prefetch_buffer_size=max(2 * batch_size, self.threads)
+    )
     return slots.to_iter_dataset(options).batch(batch_size)
 
   def _by_workers(self, slots: Any, batch_size: int) -> Any:
     """With n workers, each makes every n-th batch, and is one ahead."""
     import grain
+
     if not flags.FLAGS.is_parsed():
-      flags.FLAGS.mark_as_parsed()    # grain reads its own
+      flags.FLAGS.mark_as_parsed()  # grain reads its own
     alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     workers = grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=1)
     return slots.batch(batch_size).to_iter_dataset(alone).mp_prefetch(workers, _be_worker)
@@ -162,6 +174,7 @@ class Stream:
 
 def _be_worker(*_: int) -> None:
   """Called in a worker: makes it end with the program, not before by Ctrl-C or SIGTERM."""
+
   def end_with_parent() -> None:
     if parent := multiprocessing.parent_process():
       parent.join()
@@ -172,8 +185,7 @@ def _be_worker(*_: int) -> None:
   signal.signal(signal.SIGTERM, lambda *_: threading.Timer(WORKER_SECONDS, os._exit, (1,)).start())
 
 
-def random_box(rng: np.random.Generator, width: int, height: int,
-               min_area: float) -> Box:
+def random_box(rng: np.random.Generator, width: int, height: int, min_area: float) -> Box:
   """(left, top, right, bottom) of a random crop.
 
   Its area is uniform in [min_area, 1], its aspect ratio log-uniform. If no random box fits, as in a
@@ -189,7 +201,9 @@ def random_box(rng: np.random.Generator, width: int, height: int,
     if 0 < w <= width and 0 < h <= height:
       left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
       return left, top, left + w, top + h
-  return _central(width, height, min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0])))
+  return _central(
+    width, height, min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
+  )
 
 
 def centre_box(width: int, height: int) -> Box:
@@ -208,7 +222,9 @@ def _central(width: int, height: int, w: float, h: float) -> Box:
   return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
-def decode(example: Mapping[str, Any], index: int, classes: int | None = None) -> tuple[Image.Image, int]:
+def decode(
+  example: Mapping[str, Any], index: int, classes: int | None = None
+) -> tuple[Image.Image, int]:
   """The image in RGB (some of ImageNet's files are grey), and the label.
 
   Raises:
@@ -229,7 +245,9 @@ def _named(example: Mapping[str, Any], index: int, classes: int | None) -> Itera
   except Exception as error:
     what = f'{len(image)} bytes' if isinstance(image, bytes) else f'{image.dtype} {image.shape}'
     reason = ' '.join(str(error).split())
-    raise BadExample(f'example {index} (label {label}) has no image that can be decoded: {what}; {reason}') from error
+    raise BadExample(
+      f'example {index} (label {label}) has no image that can be decoded: {what}; {reason}'
+    ) from error
   if classes is not None and not 0 <= label < classes:
     raise BadExample(f'example {index} has the label {label}; allowed: 0 … {classes - 1}')
 

@@ -22,5 +22,18 @@ from lfg_jax.estimators import (
   weight,
 )
 
-__all__ = ['activity', 'boundary', 'derivatives', 'feedback', 'guesses', 'guided', 'linear_layer',
-           'sampling', 'tangents', 'taps', 'traced', 'variance', 'weight']
+__all__ = [
+  'activity',
+  'boundary',
+  'derivatives',
+  'feedback',
+  'guesses',
+  'guided',
+  'linear_layer',
+  'sampling',
+  'tangents',
+  'taps',
+  'traced',
+  'variance',
+  'weight',
+]

@@ -21,11 +21,19 @@ Names = Callable[[str], bool]
 
 
 def activity_perturbation(
-    fun: LossFn, learned: Learned | None = None, *, sampling: Sampling = Sampling(),
-    derivative: Derivative = jvp_derivative, separate: bool = False,
-    passes_of: Callable[[str], int] | None = None, is_perturbed: Names = lambda name: True,
-    guess: Guess | None = None, is_guessed: Names = lambda name: True,
-    redraw: bool = False, trace: Callable[..., Traced] = Traced) -> GradFn:
+  fun: LossFn,
+  learned: Learned | None = None,
+  *,
+  sampling: Sampling = Sampling(),
+  derivative: Derivative = jvp_derivative,
+  separate: bool = False,
+  passes_of: Callable[[str], int] | None = None,
+  is_perturbed: Names = lambda name: True,
+  guess: Guess | None = None,
+  is_guessed: Names = lambda name: True,
+  redraw: bool = False,
+  trace: Callable[..., Traced] = Traced,
+) -> GradFn:
   """g_a(w_ij) = x_i (∇z·u) u_j, with z the activity at a tap.
 
   The signal of each tapped activity is u times the loss's derivative along u. The layers before
@@ -79,16 +87,19 @@ def activity_perturbation(
     perturbed = {name: tap for name, tap in taps.items() if is_perturbed(name)}
     for name, tap in perturbed.items():
       if sampling.shared and tap.local_axes == 0:
-        raise ValueError(f'tap {name!r} influences the losses of other examples, and one tangent for '
-                         'the whole batch cannot tell the examples apart; allowed: an independent '
-                         'one for every example')
+        raise ValueError(
+          f'tap {name!r} influences the losses of other examples, and one tangent for '
+          'the whole batch cannot tell the examples apart; allowed: an independent '
+          'one for every example'
+        )
     # Made before any tangent is drawn, and without the key.
     guessed: dict[str, jax.Array] = {}
     pull: Callable | None = None
     if learned:
       names = [name for name in perturbed if is_guessed(name)]
-      guessed, pull = jax.vjp(lambda weights: cotangents(learned, weights, names, params, *args),
-                              learned.weights)
+      guessed, pull = jax.vjp(
+        lambda weights: cotangents(learned, weights, names, params, *args), learned.weights
+      )
     elif guess:
       _, activities = traced.evaluate(record, {}, params, *args)
       guessed = dict(guess(activities))
@@ -110,28 +121,34 @@ def activity_perturbation(
       again = after(keys[name], before) if redraw else keys[name]
       before = residual[name] = _signal(own, taps[name], again, slopes[name], guessed.get(name))
 
-    signal = {name: corrected(guessed[name], r) if name in guessed else r
-              for name, r in residual.items()}
+    signal = {
+      name: corrected(guessed[name], r) if name in guessed else r for name, r in residual.items()
+    }
     (losses, aux), grads = reverse_with_signals(traced, signal, params, *args)
     if learned and pull:
       known = {name: r for name, r in residual.items() if name in guessed}
       aux = {**aux, 'guess_gradient': regression(pull, guessed, known, taps, learned.size_B)}
     return (losses, aux), grads
+
   return run
 
 
-def check_options(sampling: Sampling, separate: bool, has_own_passes: bool, has_guess: bool
-                  ) -> None:
+def check_options(
+  sampling: Sampling, separate: bool, has_own_passes: bool, has_guess: bool
+) -> None:
   """Raises ValueError for options of `activity_perturbation` that contradict each other."""
   sampling.check()
   if sampling.combine == 'projection' and not separate:
     raise ValueError("combine='projection' takes the taps one by one; allowed: taps 'separate'")
   if has_guess and not separate:
-    raise ValueError("a guess is of one tap's derivative, not of the sum over taps; allowed: taps "
-                     "'separate'")
+    raise ValueError(
+      "a guess is of one tap's derivative, not of the sum over taps; allowed: taps 'separate'"
+    )
   if has_own_passes and not separate:
-    raise ValueError("taps have numbers of passes of their own only where they are perturbed one "
-                     "by one; allowed: taps 'separate'")
+    raise ValueError(
+      'taps have numbers of passes of their own only where they are perturbed one '
+      "by one; allowed: taps 'separate'"
+    )
 
 
 def _check_guess(guessed: Mapping[str, jax.Array], taps: Mapping[str, Tap]) -> None:
@@ -141,20 +158,28 @@ def _check_guess(guessed: Mapping[str, jax.Array], taps: Mapping[str, Tap]) -> N
       raise ValueError(f'the guess has {h.shape} for the tap {name!r}; allowed: {shapes}')
 
 
-def _slopes(evaluate: Callable, derivative: Derivative, sampling: Sampling, taps: Mapping[str, Tap],
-            keys: Mapping[str, jax.Array]) -> Losses:
+def _slopes(
+  evaluate: Callable,
+  derivative: Derivative,
+  sampling: Sampling,
+  taps: Mapping[str, Tap],
+  keys: Mapping[str, jax.Array],
+) -> Losses:
   """Derivatives [K, ...] of the losses along tangents at jointly perturbed taps."""
-  draw = lambda passes: {name: draw_at_tap(sampling, keys[name], tap, passes)
-                         for name, tap in taps.items()}
+  draw = lambda passes: {
+    name: draw_at_tap(sampling, keys[name], tap, passes) for name, tap in taps.items()
+  }
   shapes = jax.eval_shape(lambda: draw(Passes(1)))
   at_rest = {name: jnp.zeros(u.shape[1:], u.dtype) for name, u in shapes.items()}
   along = derivative(evaluate, at_rest, sampling.at_once < sampling.passes)
   return each_chunk(lambda passes: jax.vmap(along)(draw(passes)), sampling)
 
 
-def _signal(sampling: Sampling, tap: Tap, key: jax.Array, slopes: Losses,
-            guessed: jax.Array | None) -> jax.Array:
+def _signal(
+  sampling: Sampling, tap: Tap, key: jax.Array, slopes: Losses, guessed: jax.Array | None
+) -> jax.Array:
   """The estimate of a tap's gradient minus its guess, from the slopes along its tangents."""
+
   def part(passes: Passes) -> jax.Array:
     u_K = draw_at_tap(sampling, key, tap, passes)
     dL_K = jax.tree.map(lambda d: passes.of(d), slopes)
@@ -169,8 +194,9 @@ def _signal(sampling: Sampling, tap: Tap, key: jax.Array, slopes: Losses,
   return jnp.broadcast_to(sum_over_chunks(part, sampling), tap.shape)
 
 
-def _guessed_slope(tap: Tap, guessed: jax.Array, u_K: jax.Array, axis_name: str | None
-                   ) -> jax.Array:
+def _guessed_slope(
+  tap: Tap, guessed: jax.Array, u_K: jax.Array, axis_name: str | None
+) -> jax.Array:
   """h·u of each tangent, [K, *1, B, ...], summed over the axes that the tap's credit covers."""
   axes = (*range(1, 1 + tap.scanned), *range(1 + tap.scanned + tap.local_axes, u_K.ndim))
   dot_K = (guessed.astype(jnp.float32)[None] * u_K).sum(axes, keepdims=True)
@@ -183,8 +209,8 @@ def draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap, passes: Passes) ->
   Each index of the axes that the tap shares with the losses (example, patch, group) has its own
   set.
   """
-  batch, *rest = tap.shape[tap.scanned:]
-  own = rest[:max(tap.local_axes, 1) - 1]
+  batch, *rest = tap.shape[tap.scanned :]
+  own = rest[: max(tap.local_axes, 1) - 1]
   d = math.prod(rest) // math.prod(own)
   one = lambda k: sampling.law.draw(k, passes, tuple(own), d, tap.dtype).reshape(-1, *rest)
   if sampling.shared:
@@ -194,7 +220,7 @@ def draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap, passes: Passes) ->
     draw = lambda k: jax.vmap(one, out_axes=1)(tangents.fold_in_all(k, ids_B))
   for _ in range(tap.scanned):
     draw = jax.vmap(draw, out_axes=1)
-  return draw(jax.random.split(key, tap.shape[:tap.scanned]) if tap.scanned else key)
+  return draw(jax.random.split(key, tap.shape[: tap.scanned]) if tap.scanned else key)
 
 
 def credit(tap: Tap, dL: Losses, axis_name: str | None = None) -> jax.Array:
@@ -203,9 +229,11 @@ def credit(tap: Tap, dL: Losses, axis_name: str | None = None) -> jax.Array:
   An activity that shares `local_axes` leading axes with the losses influences the entries at its
   own indices; with 0 (batch norm), the losses of the whole global batch.
   """
+
   def one(d: jax.Array) -> jax.Array:
     summed = d.sum(tuple(range(tap.local_axes, d.ndim)))
     return summed.reshape(summed.shape + (1,) * (tap.ndim - summed.ndim))
+
   influenced = sum((one(d) for d in jax.tree.leaves(dL)), jnp.float32(0))
   is_global = tap.local_axes == 0 and axis_name
   return jax.lax.psum(influenced, axis_name) if is_global else influenced

@@ -30,12 +30,23 @@ Taps = str | Collection[str] | Callable[[str], bool] | None
 
 
 def value_and_activity_grad(
-    fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
-    law: tangents.Law = tangents.rademacher, passes: int = 1, chunk: int | None = None,
-    combination: str = 'mean', shared: bool = False, separate: bool = False,
-    tap_passes: Mapping[str, int] | None = None, taps: Taps = None,
-    guess: Callable[..., Mapping[str, jax.Array]] | None = None, mixes_examples: bool | None = None,
-    checkpoint_names: bool = False, axis_name: str | None = None) -> Callable:
+  fun: Callable,
+  argnums: int | Sequence[int] = 0,
+  has_aux: bool = False,
+  *,
+  law: tangents.Law = tangents.rademacher,
+  passes: int = 1,
+  chunk: int | None = None,
+  combination: str = 'mean',
+  shared: bool = False,
+  separate: bool = False,
+  tap_passes: Mapping[str, int] | None = None,
+  taps: Taps = None,
+  guess: Callable[..., Mapping[str, jax.Array]] | None = None,
+  mixes_examples: bool | None = None,
+  checkpoint_names: bool = False,
+  axis_name: str | None = None,
+) -> Callable:
   """The mean loss and an estimate of its gradient, from forward derivatives at the taps of `fun`.
 
   The objective is the sum of all losses divided by the number of examples. `fun` is traced once,
@@ -96,15 +107,23 @@ def value_and_activity_grad(
   def run(*args: Any, key: jax.Array, **kwargs: Any) -> tuple[Any, PyTree]:
     of_point, point, key = bind(fun, argnums, key, args, kwargs)
     static = Static()
-    traced = Traced(_mean_losses(of_point, has_aux, static), point, checkpoint_names=checkpoint_names)
+    traced = Traced(
+      _mean_losses(of_point, has_aux, static), point, checkpoint_names=checkpoint_names
+    )
     perturbed = perturbed_taps(traced, taps, tap_passes)
     credited(traced, perturbed, mixes_examples)
     of_activities = lambda activities: guess(activities, *args, **kwargs) if guess else {}
     estimator = activity.activity_perturbation(
-        of_point, sampling=sampling, derivative=recomputed_jvp, separate=separate,
-        passes_of=_passes_of(traced, passes, tap_passes) if tap_passes else None,
-        is_perturbed=perturbed.__contains__, guess=of_activities if guess else None,
-        redraw=True, trace=lambda *_: traced)
+      of_point,
+      sampling=sampling,
+      derivative=recomputed_jvp,
+      separate=separate,
+      passes_of=_passes_of(traced, passes, tap_passes) if tap_passes else None,
+      is_perturbed=perturbed.__contains__,
+      guess=of_activities if guess else None,
+      redraw=True,
+      trace=lambda *_: traced,
+    )
     try:
       (losses, aux), gradient = estimator(point, key)
     except TypeError as error:
@@ -112,15 +131,18 @@ def value_and_activity_grad(
     value = total(losses)
     gradient = gradient[0] if isinstance(argnums, int) else gradient
     return ((value, static.join(aux['arrays'])) if has_aux else value), gradient
+
   return run
 
 
 def _mean_losses(of_point: Callable, has_aux: bool, static: Static) -> Callable:
   """`point -> (losses divided by the number of examples, arrays of aux)`."""
+
   def fun(point: tuple) -> tuple[PyTree, dict]:
     losses, aux = with_aux(of_point(point), has_aux)
     batch = _batch(losses)
     return jax.tree.map(lambda loss: upcast(loss) / batch, losses), {'arrays': static.split(aux)}
+
   return fun
 
 
@@ -134,14 +156,15 @@ def credited(traced: Traced, perturbed: list[str], mixes_examples: bool | None) 
   batch = _batch(traced.shape[0])
   for name in perturbed:
     tap = traced.taps[name]
-    shape = tap.shape[tap.scanned:]
+    shape = tap.shape[tap.scanned :]
     asked = mixes_examples is None and tap.local_axes > 0
     if mixes_examples or (asked and _mixes(traced, name, shape)):
       tap = traced.taps[name] = tap._replace(local_axes=0)
     if shape[:1] != (batch,) or len(shape) < tap.local_axes:
       raise ValueError(
-          f'tap {name!r} has shape {shape} and local_axes={tap.local_axes}; allowed: '
-          f'{batch}, the number of examples, on its first axis, and that many axes')
+        f'tap {name!r} has shape {shape} and local_axes={tap.local_axes}; allowed: '
+        f'{batch}, the number of examples, on its first axis, and that many axes'
+      )
 
 
 def _mixes(traced: Traced, name: str, shape: tuple[int, ...]) -> bool:
@@ -162,12 +185,14 @@ def _mixes(traced: Traced, name: str, shape: tuple[int, ...]) -> bool:
       cause = label.primitive if isinstance(label, Mixed) else 'an axis that is moved'
       if isinstance(label, Mixed) and not label.is_known:
         raise ValueError(
-            f'whether tap {name!r} influences the losses of other examples cannot be read '
-            f'from {cause}; allowed: mixes_examples=True if it does, False if it does not')
+          f'whether tap {name!r} influences the losses of other examples cannot be read '
+          f'from {cause}; allowed: mixes_examples=True if it does, False if it does not'
+        )
       if axis:
         raise ValueError(
-            f'tap {name!r} has local_axes={tap.local_axes}, but {cause} mixes '
-            f'its axis {axis}; allowed: local_axes={axis}')
+          f'tap {name!r} has local_axes={tap.local_axes}, but {cause} mixes '
+          f'its axis {axis}; allowed: local_axes={axis}'
+        )
       mixed = True
   return mixed
 
@@ -176,8 +201,9 @@ def perturbed_taps(traced: Traced, chosen: Taps, tap_passes: Mapping[str, int] |
   """Names of the perturbed taps."""
   names = {*traced.taps, *traced.calls.values()}
   if not names:
-    raise ValueError('the function has no tap; allowed: lfg_jax.tap in it, or layers that '
-                     'lfg_jax.mark marks')
+    raise ValueError(
+      'the function has no tap; allowed: lfg_jax.tap in it, or layers that lfg_jax.mark marks'
+    )
   if isinstance(chosen, str):
     chosen = {chosen}
   asked = set() if chosen is None or callable(chosen) else set(chosen)
@@ -195,15 +221,20 @@ def _batch(losses: PyTree) -> int:
   leaves = jax.tree_util.tree_leaves_with_path(losses)
   for path, leaf in leaves:
     if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
-      raise TypeError(f'loss {jax.tree_util.keystr(path)} is {type(leaf).__name__}; allowed: '
-                      'arrays with a loss for every example, or with has_aux=True a pair of '
-                      'losses and anything')
+      raise TypeError(
+        f'loss {jax.tree_util.keystr(path)} is {type(leaf).__name__}; allowed: '
+        'arrays with a loss for every example, or with has_aux=True a pair of '
+        'losses and anything'
+      )
   shapes = [leaf.shape for _, leaf in leaves]
   if not shapes or any(not shape or shape[0] != shapes[0][0] for shape in shapes):
-    raise ValueError(f'losses have the shapes {shapes}; allowed: the same number of examples on '
-                     'the first axis of all (for a pair of losses and anything, has_aux=True)')
+    raise ValueError(
+      f'losses have the shapes {shapes}; allowed: the same number of examples on '
+      'the first axis of all (for a pair of losses and anything, has_aux=True)'
+    )
   for path, leaf in leaves:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-      raise TypeError(f'loss {jax.tree_util.keystr(path)} has dtype {leaf.dtype}; allowed: real '
-                      'floating-point')
+      raise TypeError(
+        f'loss {jax.tree_util.keystr(path)} has dtype {leaf.dtype}; allowed: real floating-point'
+      )
   return shapes[0][0]

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SIGMAS = 5.0
-_ZERO = 1e-6    # a leaf with this small a share of the whole gradient is zero up to rounding
+_ZERO = 1e-6  # a leaf with this small a share of the whole gradient is zero up to rounding
 
 
 class Draws(NamedTuple):
@@ -41,6 +41,7 @@ class Draws(NamedTuple):
     traces: [2, G] tr Σ² and tr Σ³, for errors relative to |g|.
     is_zero: [G] whether g is zero; errors are then relative to the gradient of all leaves.
   """
+
   along: np.ndarray
   squares: np.ndarray
   bias: np.ndarray
@@ -68,6 +69,7 @@ class Accuracy(NamedTuple):
     visible: the smallest bias, relative to |g|, that the second test would detect.
     is_zero: whether the gradient is zero; then little can be said.
   """
+
   name: str
   cosine: np.ndarray
   cosine_se: np.ndarray
@@ -110,8 +112,14 @@ class Accuracy(NamedTuple):
     return np.minimum(self.limit / np.sqrt(squared), 1)
 
 
-def sample(estimate: Callable[[jax.Array], list[jax.Array]], truth: list[jax.Array], key: jax.Array,
-           draws: int, at_once: int, together: Sequence[bool]) -> Draws:
+def sample(
+  estimate: Callable[[jax.Array], list[jax.Array]],
+  truth: list[jax.Array],
+  key: jax.Array,
+  draws: int,
+  at_once: int,
+  together: Sequence[bool],
+) -> Draws:
   """Statistics of `estimate(key)` over independent keys, one draw at a time.
 
   Args:
@@ -124,16 +132,19 @@ def sample(estimate: Callable[[jax.Array], list[jax.Array]], truth: list[jax.Arr
   whole = jnp.sqrt(sum(norm**2 for norm, is_in in zip(norms, together, strict=True) if is_in))
   unit_of_all = jnp.where(whole > 0, whole, 1)
   units = jnp.stack([jnp.where(norm > _ZERO * whole, norm, unit_of_all) for norm in norms])
-  shares = jnp.where(jnp.asarray(together), (units / unit_of_all)**2, 0)
+  shares = jnp.where(jnp.asarray(together), (units / unit_of_all) ** 2, 0)
   chunks = -(-draws // at_once)
   with_all = lambda x_L: jnp.concatenate([x_L, jnp.tensordot(shares, x_L, 1)[None]])
 
   def chunk(total: list[jax.Array], keys: jax.Array) -> tuple[list[jax.Array], tuple]:
     values = jax.lax.map(estimate, keys)
-    errors = [((x.astype(jnp.float32) - t) / unit).reshape(at_once, -1)
-              for x, t, unit in zip(values, truth, units, strict=True)]
-    along = jnp.stack([e @ (t / unit).ravel()
-                       for e, t, unit in zip(errors, truth, units, strict=True)])
+    errors = [
+      ((x.astype(jnp.float32) - t) / unit).reshape(at_once, -1)
+      for x, t, unit in zip(values, truth, units, strict=True)
+    ]
+    along = jnp.stack(
+      [e @ (t / unit).ravel() for e, t, unit in zip(errors, truth, units, strict=True)]
+    )
     squares = jnp.stack([jnp.square(e).sum(-1) for e in errors])
     halves = [(e[::2] - e[1::2]) / math.sqrt(2) for e in errors]
     grams = with_all(jnp.stack([h @ h.T for h in halves]))
@@ -165,8 +176,14 @@ def _traces(gram_Gxmxm: jax.Array) -> jax.Array:
   return jnp.stack([jnp.square(others).sum((1, 2)) / pairs, cube / triples])
 
 
-def accuracies(names: Sequence[str], num_tangents: Sequence[int], draws: Sequence[Draws],
-               rounding: Sequence[float], *, is_orthogonal: bool) -> list[Accuracy]:
+def accuracies(
+  names: Sequence[str],
+  num_tangents: Sequence[int],
+  draws: Sequence[Draws],
+  rounding: Sequence[float],
+  *,
+  is_orthogonal: bool,
+) -> list[Accuracy]:
   """The accuracy of every group, from the draws for every K.
 
   Args:
@@ -174,28 +191,45 @@ def accuracies(names: Sequence[str], num_tangents: Sequence[int], draws: Sequenc
     is_orthogonal: whether to fit b too.
   """
   K = np.asarray(num_tangents)
-  return [_accuracy(name, K, [_group(d, n) for d in draws], floor, is_orthogonal)
-          for n, (name, floor) in enumerate(zip(names, rounding, strict=True))]
+  return [
+    _accuracy(name, K, [_group(d, n) for d in draws], floor, is_orthogonal)
+    for n, (name, floor) in enumerate(zip(names, rounding, strict=True))
+  ]
 
 
 def _group(draws: Draws, n: int) -> Draws:
   return Draws(*(x[..., n] for x in draws))
 
 
-def _accuracy(name: str, K: np.ndarray, draws: list[Draws], floor: float, is_orthogonal: bool
-              ) -> Accuracy:
+def _accuracy(
+  name: str, K: np.ndarray, draws: list[Draws], floor: float, is_orthogonal: bool
+) -> Accuracy:
   cosine, cosine_se = np.transpose([_cosine(d) for d in draws])
   error, error_se = np.transpose([_mean(d.squares) for d in draws])
   last = draws[-1]
   along, scale_se = _mean(last.along)
-  length = 1 + 2 * along + max(float(last.bias), along**2)    # |E[x]|², at least its part along g
+  length = 1 + 2 * along + max(float(last.bias), along**2)  # |E[x]|², at least its part along g
   limit = (1 + along) / math.sqrt(max(length, 1e-12))
   noise, orthogonal = _fit(K, cosine, cosine_se, limit, is_orthogonal)
   any_direction, visible = _any_direction(last, floor)
   sigmas = (along / math.hypot(scale_se, floor), any_direction)
   bias = math.sqrt(np.maximum(last.bias, 0))
-  return Accuracy(name, cosine, cosine_se, error, error_se, limit, noise, orthogonal, 1 + along,
-                  scale_se, bias, sigmas, visible, bool(last.is_zero))
+  return Accuracy(
+    name,
+    cosine,
+    cosine_se,
+    error,
+    error_se,
+    limit,
+    noise,
+    orthogonal,
+    1 + along,
+    scale_se,
+    bias,
+    sigmas,
+    visible,
+    bool(last.is_zero),
+  )
 
 
 def _mean(x_N: np.ndarray) -> tuple[float, float]:
@@ -215,17 +249,19 @@ def _cosine(draws: Draws) -> tuple[float, float]:
   return float(cosine), _mean(change_N)[1]
 
 
-def _fit(K: np.ndarray, cosine: np.ndarray, se: np.ndarray, limit: float, is_orthogonal: bool
-         ) -> tuple[float, float]:
+def _fit(
+  K: np.ndarray, cosine: np.ndarray, se: np.ndarray, limit: float, is_orthogonal: bool
+) -> tuple[float, float]:
   """a and b of (c/cos(K))² - 1 = a/K - b, by weighted least squares."""
   if not np.isfinite(cosine).all():
     return math.nan, 0.0
   safe = np.maximum(np.abs(cosine), 1e-6)
-  y = (limit / safe)**2 - 1
+  y = (limit / safe) ** 2 - 1
   weight = 1 / ((y + 1) * np.maximum(se, 1e-5) / safe)
 
   def solve(columns: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.linalg.lstsq(columns * weight[:, None], y * weight, rcond=None)[0]
+
   orthogonal = 0.0
   if is_orthogonal and K.size > 1:
     orthogonal = float(np.clip(solve(np.stack([1 / K, -np.ones(K.size)], 1), y)[1], 0, 1))
@@ -236,9 +272,9 @@ def _any_direction(draws: Draws, floor: float) -> tuple[float, float]:
   """The squared bias in standard deviations, and the smallest bias that reaches `SIGMAS`."""
   N, (second, third) = draws.squares.size, draws.traces
   spread = math.hypot(math.sqrt(2 * max(second, 0)) / N, floor**2)
-  freedom = float(np.clip(second**3 / max(third, 1e-30)**2, 1, 1e6))
+  freedom = float(np.clip(second**3 / max(third, 1e-30) ** 2, 1, 1e6))
   width = math.sqrt(2 / (9 * freedom))
-  chi2 = max(1 + float(draws.bias - floor**2) / spread * math.sqrt(2 / freedom), 0)    # over ν
-  sigmas = (chi2**(1 / 3) - 1 + width**2) / width
-  needed = ((1 - width**2 + SIGMAS * width)**3 - 1) / math.sqrt(2 / freedom)
+  chi2 = max(1 + float(draws.bias - floor**2) / spread * math.sqrt(2 / freedom), 0)  # over ν
+  sigmas = (chi2 ** (1 / 3) - 1 + width**2) / width
+  needed = ((1 - width**2 + SIGMAS * width) ** 3 - 1) / math.sqrt(2 / freedom)
   return float(sigmas), math.sqrt(max(needed * spread + floor**2, 0))

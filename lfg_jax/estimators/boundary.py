@@ -22,8 +22,13 @@ from lfg_jax.promotion import upcast
 Estimator = Callable[..., GradFn]
 
 
-def exact_behind(fun: LossFn, learned: Learned | None = None, *, estimator: Estimator,
-                 is_boundary: Callable[[str], bool]) -> GradFn:
+def exact_behind(
+  fun: LossFn,
+  learned: Learned | None = None,
+  *,
+  estimator: Estimator,
+  is_boundary: Callable[[str], bool],
+) -> GradFn:
   """`estimator` up to the boundary taps; the exact gradient after them.
 
   Reverse mode goes from the losses to the boundary, and gives the exact signal there. The
@@ -42,6 +47,7 @@ def exact_behind(fun: LossFn, learned: Learned | None = None, *, estimator: Esti
   >>> jax.tree.leaves(exact(w, jax.random.key(0), x)[1])[1].tolist()
   [8.0, 8.0]
   """
+
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
     traced = Traced(fun, params, *args)
     taps = {name: tap for name, tap in traced.taps.items() if is_boundary(name)}
@@ -54,15 +60,21 @@ def exact_behind(fun: LossFn, learned: Learned | None = None, *, estimator: Esti
     (_, (losses, aux)), (behind, signal) = behind_and_signal((params, zeros), *args)
 
     cut = functools.partial(_up_to, taps, signal, losses.shape)
-    own = learned and Learned(learned.weights, cut(functools.partial(Traced, learned.loss)),
-                              _size_B(taps, signal))
+    own = learned and Learned(
+      learned.weights, cut(functools.partial(Traced, learned.loss)), _size_B(taps, signal)
+    )
     (_, own_aux), before = estimator(cut(lambda *_: traced), own)(params, key, *args)
     return (losses, {**aux, **own_aux}), jax.tree.map(jnp.add, behind, before)
+
   return run
 
 
-def _up_to(taps: dict[str, Tap], signal: dict[str, jax.Array], shape: tuple[int, ...],
-           trace: Callable[..., Traced]) -> LossFn:
+def _up_to(
+  taps: dict[str, Tap],
+  signal: dict[str, jax.Array],
+  shape: tuple[int, ...],
+  trace: Callable[..., Traced],
+) -> LossFn:
   """The losses s·y with s fixed: before the boundary, they have the true losses' derivatives.
 
   Where the true losses' shape [B, P, G] has an axis of size 1, the parts of y are summed over it.
@@ -80,12 +92,15 @@ def _up_to(taps: dict[str, Tap], signal: dict[str, jax.Array], shape: tuple[int,
       dot = upcast(signal[name]) * upcast(records[name])
       dot = dot.sum(tuple(range(tap.local_axes, tap.ndim)))
       return dot.sum(uncut, keepdims=True) if uncut else dot
+
     return functools.reduce(jnp.add, [one(name, tap) for name, tap in taps.items()]), {}
+
   return fun
 
 
 def _size_B(taps: dict[str, Tap], signal: dict[str, jax.Array]) -> jax.Array:
   """|s|² of every example."""
-  squares = [jnp.square(upcast(signal[name])).sum(tuple(range(1, tap.ndim)))
-             for name, tap in taps.items()]
+  squares = [
+    jnp.square(upcast(signal[name])).sum(tuple(range(1, tap.ndim))) for name, tap in taps.items()
+  ]
   return functools.reduce(jnp.add, squares)

@@ -17,8 +17,9 @@ def positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
   numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
   for n in numbers:
     if not -count <= n < count:
-      raise ValueError(f'argnums is {argnums!r}, but the function was called with {count} '
-                       'positional arguments')
+      raise ValueError(
+        f'argnums is {argnums!r}, but the function was called with {count} positional arguments'
+      )
   return tuple(n % count for n in numbers)
 
 
@@ -26,12 +27,15 @@ def check_floating(point: tuple) -> None:
   """Raises TypeError if a differentiated argument is not real floating-point."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(point):
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-      raise TypeError('forward gradients are of real floating-point inputs; argument '
-                      f'{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}')
+      raise TypeError(
+        'forward gradients are of real floating-point inputs; argument '
+        f'{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}'
+      )
 
 
-def bind(fun: Callable, argnums: int | Sequence[int], key: jax.Array, args: tuple, kwargs: dict
-         ) -> tuple[Callable, tuple, jax.Array]:
+def bind(
+  fun: Callable, argnums: int | Sequence[int], key: jax.Array, args: tuple, kwargs: dict
+) -> tuple[Callable, tuple, jax.Array]:
   """(function of the differentiated arguments, their values, key for the tangents).
 
   A function with a required parameter `key` gets its own key, split from `key`.
@@ -46,6 +50,7 @@ def bind(fun: Callable, argnums: int | Sequence[int], key: jax.Array, args: tupl
   def of_point(point: tuple) -> Any:
     replaced = dict(zip(numbers, point, strict=True))
     return fun(*(replaced.get(n, arg) for n, arg in enumerate(args)), **kwargs)
+
   return of_point, point, key
 
 
@@ -55,7 +60,7 @@ def _wants_key(fun: Callable, args: tuple, kwargs: dict) -> bool:
     signature = inspect.signature(fun)
     given = signature.bind_partial(*args, **kwargs).arguments
   except (TypeError, ValueError):
-    return False    # no signature, or arguments that do not fit: the call itself will complain
+    return False  # no signature, or arguments that do not fit: the call itself will complain
   key = signature.parameters.get('key')
   required = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
   is_required = key is not None and key.kind in required and key.default is key.empty
@@ -67,8 +72,9 @@ def with_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
   if not has_aux:
     return out, None
   if not isinstance(out, (tuple, list)) or len(out) != 2:
-    raise TypeError(f'with has_aux the output is {type(out).__name__}; allowed: a pair '
-                    '(value, aux)')
+    raise TypeError(
+      f'with has_aux the output is {type(out).__name__}; allowed: a pair (value, aux)'
+    )
   value, aux = out
   return value, aux
 
@@ -94,6 +100,8 @@ def explained(error: TypeError, jaxpr: Callable[[], Any]) -> TypeError:
   if 'custom_vjp' not in str(error):
     return error
   names = ', '.join(backward_only(jaxpr())) or 'a function'
-  return TypeError(f'{names} has jax.custom_vjp, a backward rule only, and no forward derivative; '
-                   'allowed: jax.custom_jvp, another implementation '
-                   "(jax.nn.dot_product_attention(implementation='xla')), or no tap before it")
+  return TypeError(
+    f'{names} has jax.custom_vjp, a backward rule only, and no forward derivative; '
+    'allowed: jax.custom_jvp, another implementation '
+    "(jax.nn.dot_product_attention(implementation='xla')), or no tap before it"
+  )

@@ -31,11 +31,13 @@ def jvp_derivative(fn: Callable[[PyTree], PyTree], x: PyTree, in_chunks: bool = 
 
 def recomputed_jvp(fn: Callable[[PyTree], PyTree], x: PyTree, in_chunks: bool = False) -> Along:
   """Exact, by `jax.jvp`. Every chunk evaluates `fn` again, and nothing is stored in between."""
+
   def along(v: PyTree) -> PyTree:
     # The barrier makes the evaluation depend on the chunk. Otherwise XLA would move it out of the
     # loop and store all of it.
     start, v = jax.lax.optimization_barrier((x, v)) if in_chunks else (x, v)
     return jax.jvp(fn, (start,), (v,))[1]
+
   return along
 
 
@@ -49,6 +51,7 @@ def finite_difference(step: float = 1e-3) -> Derivative:
   >>> round(finite_difference(1e-2)(f, 3.0, False)(1.0).item(), 3)
   3.0
   """
+
   def derivative(fn: Callable[[PyTree], PyTree], x: PyTree, in_chunks: bool = False) -> Along:
     del in_chunks
     jaxpr, shape = jax.make_jaxpr(fn, return_shape=True)(x)
@@ -60,15 +63,21 @@ def finite_difference(step: float = 1e-3) -> Derivative:
       end, _ = _GUARDS.run(jaxpr, jax.tree.leaves(moved), guarded, _put_back)
       differences = [(e - s) / step for e, s in zip(end, start, strict=True)]
       return jax.tree.unflatten(treedef, differences)
+
     return along
+
   return derivative
 
 
 _GUARDS = Walk(
-    lambda eqn: eqn.primitive.name == 'stop_gradient',
-    lambda eqn, name: f'a stop_gradient is inside {name}, where finite differences cannot keep its '
-                      'value; allowed: jit, scan, cond, checkpoint and vmap, or derivatives by '
-                      'jax.jvp', walk.OWN_RULES)
+  lambda eqn: eqn.primitive.name == 'stop_gradient',
+  lambda eqn, name: (
+    f'a stop_gradient is inside {name}, where finite differences cannot keep its '
+    'value; allowed: jit, scan, cond, checkpoint and vmap, or derivatives by '
+    'jax.jvp'
+  ),
+  walk.OWN_RULES,
+)
 
 
 def _record(eqn: Any, ins: list, given: Any) -> tuple[list, jax.Array]:

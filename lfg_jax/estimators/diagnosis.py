@@ -31,9 +31,17 @@ from lfg_jax.estimators import averaging, probing, shifted, tangents
 from lfg_jax.estimators.diagnosis_report import Diagnosis
 
 
-def diagnose(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
-             num_tangents: Sequence[int] = (1, 4, 16), draws: int = 1000, at_once: int = 20,
-             probes: int = 8, **options: Any) -> Callable[..., Diagnosis]:
+def diagnose(
+  fun: Callable,
+  argnums: int | Sequence[int] = 0,
+  has_aux: bool = False,
+  *,
+  num_tangents: Sequence[int] = (1, 4, 16),
+  draws: int = 1000,
+  at_once: int = 20,
+  probes: int = 8,
+  **options: Any,
+) -> Callable[..., Diagnosis]:
   """Measures the estimate that `value_and_activity_grad(fun, …)` makes at a point.
 
   Call it once for a new model, before training, on a small batch. It costs about
@@ -73,32 +81,52 @@ def diagnose(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = Fa
   """
   num_tangents = tuple(num_tangents)
   if 'passes' in options:
-    raise ValueError(f'passes is {options["passes"]}; allowed here: num_tangents=({options["passes"]},)')
+    raise ValueError(
+      f'passes is {options["passes"]}; allowed here: num_tangents=({options["passes"]},)'
+    )
   if not num_tangents or num_tangents[0] < 1 or list(num_tangents) != sorted(set(num_tangents)):
     raise ValueError(f'num_tangents is {num_tangents}; allowed: increasing numbers, 1 or more')
   if at_once < 6 or at_once % 2 or draws < 1 or probes < 1:
-    raise ValueError(f'at_once={at_once}, draws={draws}, probes={probes}; allowed: an even at_once '
-                     'of 6 or more, and 1 or more')
+    raise ValueError(
+      f'at_once={at_once}, draws={draws}, probes={probes}; allowed: an even at_once '
+      'of 6 or more, and 1 or more'
+    )
 
   def run(*args: Any, key: jax.Array, **kwargs: Any) -> Diagnosis:
     accepted, refused = shifted.accepted(fun, argnums, has_aux, options, args, key, kwargs)
     function = shifted.shifted(fun, argnums, has_aux, accepted, args, key, kwargs)
     probe_key, near_key, draw_key = jax.random.split(jax.random.fold_in(key, 1), 3)
     points = [function.point, probing.moved(function.point, near_key)]
-    taps = probing.probe(jax.jit(function.derivative), points, function.taps,
-                         shifted.named(function.losses, 'the losses'), probe_key, probes)
+    taps = probing.probe(
+      jax.jit(function.derivative),
+      points,
+      function.taps,
+      shifted.named(function.losses, 'the losses'),
+      probe_key,
+      probes,
+    )
     count, exact = len(taps), function.exact()
     belongs = [False] * count + [True] * (len(exact) - count)
-    sampled = [averaging.sample(function.estimate(K), exact, key, draws, at_once, belongs)
-               for K, key in zip(num_tangents, jax.random.split(draw_key, len(num_tangents)),
-                                 strict=True)]
+    sampled = [
+      averaging.sample(function.estimate(K), exact, key, draws, at_once, belongs)
+      for K, key in zip(num_tangents, jax.random.split(draw_key, len(num_tangents)), strict=True)
+    ]
     leaves = shifted.named(function.point, 'gradient')
     names = [*(tap.name for tap in function.taps), *leaves, 'all']
     law = options.get('law', tangents.rademacher)
-    found = averaging.accuracies(names, num_tangents, sampled, _rounding(exact),
-                                 is_orthogonal=law.excess(64, 64) == 0)
-    return Diagnosis(num_tangents, len(sampled[0].along), tuple(taps), tuple(found[:count]),
-                     tuple(found[count:-1]), found[-1], refused)
+    found = averaging.accuracies(
+      names, num_tangents, sampled, _rounding(exact), is_orthogonal=law.excess(64, 64) == 0
+    )
+    return Diagnosis(
+      num_tangents,
+      len(sampled[0].along),
+      tuple(taps),
+      tuple(found[:count]),
+      tuple(found[count:-1]),
+      found[-1],
+      refused,
+    )
+
   return run
 
 

@@ -20,15 +20,18 @@ def backprop(fun: LossFn) -> GradFn:
   >>> gradient.tolist()
   [2.0, 2.0]
   """
+
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
     del key
     (_, out), grads = jax.value_and_grad(objective(fun), has_aux=True)(params, *args)
     return out, grads
+
   return run
 
 
-def reverse_with_signals(traced: Traced, signal: Mapping[str, jax.Array], params: PyTree,
-                         *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
+def reverse_with_signals(
+  traced: Traced, signal: Mapping[str, jax.Array], params: PyTree, *args: Any
+) -> tuple[tuple[Losses, dict], PyTree]:
   """Gradients of every layer from the signal at its own tap; see `taps`."""
   evaluate = lambda *args: traced.evaluate(replace_cotangent, signal, *args)[0]
   (_, out), grads = jax.value_and_grad(objective(evaluate), has_aux=True)(params, *args)
@@ -42,6 +45,7 @@ def direct_feedback(fun: LossFn, *, matrices: Mapping[str, jax.Array]) -> GradFn
     fun: its aux holds `output_error` [B, K], the objective's derivative with respect to the output.
     matrices: for every tap of shape [*scan, B, ...], a fixed array [*scan, K, ...].
   """
+
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
     del key
     traced = Traced(fun, params, *args)
@@ -53,5 +57,7 @@ def direct_feedback(fun: LossFn, *, matrices: Mapping[str, jax.Array]) -> GradFn
       for _ in range(traced.taps[name].scanned):
         project = jax.vmap(project)
       return project(matrices[name])
+
     return reverse_with_signals(traced, {name: signal(name) for name in traced.taps}, params, *args)
+
   return run

@@ -21,9 +21,16 @@ from lfg_jax.estimators.tangents import Passes
 PyTree = Any
 
 
-def value_and_forward_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *,
-                           law: tangents.Law = tangents.rademacher, passes: int = 1, chunk: int | None = None,
-                           combination: str = 'mean') -> Callable:
+def value_and_forward_grad(
+  fun: Callable,
+  argnums: int | Sequence[int] = 0,
+  has_aux: bool = False,
+  *,
+  law: tangents.Law = tangents.rademacher,
+  passes: int = 1,
+  chunk: int | None = None,
+  combination: str = 'mean',
+) -> Callable:
   """`jax.value_and_grad` without a backward pass.
 
   The gradient's estimate is (1/K) Σ_k (∇f·u_k) u_k, from K forward derivatives. It is unbiased,
@@ -83,22 +90,31 @@ def value_and_forward_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_
       raise explained(error, lambda: jax.make_jaxpr(evaluate)(point)) from error
     gradient = estimate[0] if isinstance(argnums, int) else estimate
     return ((value, static.join(arrays)) if has_aux else value), gradient
+
   return run
 
 
 def _scalar(value: Any) -> jax.Array:
   if not isinstance(value, (jax.Array, np.ndarray, np.generic, float, int)):
-    raise TypeError(f'forward gradients are of scalar functions; the output is {type(value).__name__}; allowed: a '
-                    'scalar, or with has_aux=True a pair of a scalar and anything')
+    raise TypeError(
+      f'forward gradients are of scalar functions; the output is {type(value).__name__}; allowed: a '
+      'scalar, or with has_aux=True a pair of a scalar and anything'
+    )
   if jnp.shape(value):
-    raise ValueError(f'forward gradients are of scalar functions; the output has shape {jnp.shape(value)}')
+    raise ValueError(
+      f'forward gradients are of scalar functions; the output has shape {jnp.shape(value)}'
+    )
   if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-    raise TypeError(f'forward gradients are of real floating-point functions; the output has dtype '
-                    f'{jnp.result_type(value)}')
+    raise TypeError(
+      f'forward gradients are of real floating-point functions; the output has dtype '
+      f'{jnp.result_type(value)}'
+    )
   return jnp.asarray(value)
 
 
-def forward_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, **options: Any) -> Callable:
+def forward_grad(
+  fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, **options: Any
+) -> Callable:
   """`jax.grad` by forward gradients: `value_and_forward_grad` without the value.
 
   See there for the options.
@@ -115,11 +131,13 @@ def forward_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
   def run(*args: Any, key: jax.Array, **kwargs: Any) -> PyTree:
     value, gradient = with_value(*args, key=key, **kwargs)
     return (gradient, value[1]) if has_aux else gradient
+
   return run
 
 
-def _estimate(evaluate: Callable, point: tuple, key: jax.Array, sampling: Sampling
-              ) -> tuple[jax.Array, list[jax.Array], tuple]:
+def _estimate(
+  evaluate: Callable, point: tuple, key: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, list[jax.Array], tuple]:
   """(value, aux, estimate). A tangent covers all entries, so orthogonality holds for the whole."""
   leaves, treedef = jax.tree.flatten(point)
   shapes, dtypes = [jnp.shape(leaf) for leaf in leaves], [jnp.result_type(leaf) for leaf in leaves]
@@ -128,9 +146,13 @@ def _estimate(evaluate: Callable, point: tuple, key: jax.Array, sampling: Sampli
 
   def unravel(flat_D: jax.Array) -> tuple:
     parts = zip(jnp.split(flat_D, ends[:-1]), shapes, dtypes, strict=True)
-    return jax.tree.unflatten(treedef, [part.reshape(shape).astype(dtype) for part, shape, dtype in parts])
+    return jax.tree.unflatten(
+      treedef, [part.reshape(shape).astype(dtype) for part, shape, dtype in parts]
+    )
 
-  ravel = lambda tree: jnp.concatenate([leaf.ravel().astype(wide) for leaf in jax.tree.leaves(tree)])
+  ravel = lambda tree: jnp.concatenate(
+    [leaf.ravel().astype(wide) for leaf in jax.tree.leaves(tree)]
+  )
 
   def draw(passes: Passes) -> jax.Array:
     u_KxD = sampling.law.draw(key, passes, (), int(ends[-1]), wide)
@@ -144,11 +166,12 @@ def _estimate(evaluate: Callable, point: tuple, key: jax.Array, sampling: Sampli
     value, slope_K, aux = jax.vmap(along, out_axes=(None, 0, None))(u_KxD)
     return value, aux, unravel(mean(slope_K, u_KxD))
 
-  once = jax.jit(evaluate)    # traced once for all chunks
+  once = jax.jit(evaluate)  # traced once for all chunks
   value, aux = once(point)
   slope = recomputed_jvp(lambda point: once(point)[0], point, in_chunks=True)
 
   def part(passes: Passes) -> jax.Array:
     u_KxD = draw(passes)
     return mean(jax.vmap(lambda u: slope(unravel(u)))(u_KxD), u_KxD)
+
   return value, aux, unravel(sum_over_chunks(part, sampling))

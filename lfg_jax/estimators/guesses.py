@@ -43,7 +43,7 @@ from lfg_jax.estimators.taps import Tap
 from lfg_jax.estimators.traced import Traced, perturb
 
 PyTree = Any
-_LEAST = 1e-30    # smaller squared signals come from padding, or from a head that is still zero
+_LEAST = 1e-30  # smaller squared signals come from padding, or from a head that is still zero
 
 
 # `{tap: activity} -> {tap: h}`, where h has the tap's shape; a missing tap has no guess.
@@ -60,13 +60,15 @@ class Learned(NamedTuple):
       backprop only if all layers between the tap and the loss have one.
     size_B: what each example's squared error is divided by; None: 1.
   """
+
   weights: PyTree
   loss: Callable[..., tuple[Any, dict[str, Any]]]
   size_B: jax.Array | None = None
 
 
-def cotangents(learned: Learned, weights: PyTree, names: Sequence[str], params: PyTree, *args: Any
-               ) -> dict[str, jax.Array]:
+def cotangents(
+  learned: Learned, weights: PyTree, names: Sequence[str], params: PyTree, *args: Any
+) -> dict[str, jax.Array]:
   """The guess: what arrives at the named taps in the reverse sweep."""
   traced = Traced(learned.loss, weights, params, *args)
 
@@ -91,9 +93,13 @@ def corrected(guessed: jax.Array, residual: jax.Array) -> jax.Array:
   return jax.lax.map(lambda pair: pair[0] + pair[1], halves).reshape(guessed.shape)
 
 
-def regression(pull: Callable[[dict[str, jax.Array]], tuple[PyTree]],
-               guessed: Mapping[str, jax.Array], residual: Mapping[str, jax.Array],
-               taps: Mapping[str, Tap], size_B: jax.Array | None) -> PyTree:
+def regression(
+  pull: Callable[[dict[str, jax.Array]], tuple[PyTree]],
+  guessed: Mapping[str, jax.Array],
+  residual: Mapping[str, jax.Array],
+  taps: Mapping[str, Tap],
+  size_B: jax.Array | None,
+) -> PyTree:
   """Gradient of ½ Σ_b |g_b - h_b|² / |s_b|² with respect to the guess's weights, on average.
 
   It is a sum over examples, so its scale depends on their number; Adam is insensitive to that.
@@ -104,11 +110,13 @@ def regression(pull: Callable[[dict[str, jax.Array]], tuple[PyTree]],
     residual: ((g - h)·u) u, for the same taps.
     size_B: |s_b|²; None: 1.
   """
+
   def cotangent(name: str, h: jax.Array) -> jax.Array:
     if size_B is None:
       return -residual[name].astype(h.dtype)
     weight_B = jnp.where(size_B > _LEAST, 1 / jnp.maximum(size_B, _LEAST), 0)
     weight = weight_B.reshape(-1, *[1] * (taps[name].ndim - 1))
     return -(residual[name] * weight).astype(h.dtype)
+
   (gradient,) = pull({name: cotangent(name, h) for name, h in guessed.items()})
   return gradient

@@ -44,7 +44,9 @@ def _basis(guide_MxD: jax.Array) -> jax.Array:
 
 def _check(guide_MxD: jax.Array, d: int) -> None:
   if guide_MxD.ndim != 2 or guide_MxD.shape[1] != d or guide_MxD.shape[0] > d:
-    raise ValueError(f'the guide has shape {guide_MxD.shape}; allowed: (M, {d}) with M linearly independent rows')
+    raise ValueError(
+      f'the guide has shape {guide_MxD.shape}; allowed: (M, {d}) with M linearly independent rows'
+    )
 
 
 def along(guide_MxD: jax.Array) -> Law:
@@ -55,13 +57,17 @@ def along(guide_MxD: jax.Array) -> Law:
   >>> [round(x, 3) for x in u[0].tolist()] in ([0.6, 0.8], [-0.6, -0.8])
   True
   """
+
   def draw(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
     del key
     _check(guide_MxD, d)
     if passes.total != len(guide_MxD):
-      raise ValueError(f'{passes.total} passes along a guide of {len(guide_MxD)} directions; allowed: as many')
+      raise ValueError(
+        f'{passes.total} passes along a guide of {len(guide_MxD)} directions; allowed: as many'
+      )
     rows_K = math.sqrt(passes.total) * _basis(guide_MxD)[passes.ids_K].astype(dtype)
     return jnp.broadcast_to(rows_K.reshape(-1, *[1] * len(shape), d), (len(rows_K), *shape, d))
+
   return Law(draw, lambda d, K: max(1 - K / d, 0))
 
 
@@ -72,17 +78,21 @@ def mixed(guide_MxD: jax.Array) -> Law:
   from that of two normal passes, (d + 1)/2 |g|², to d (1 - c²) |g|². So a guide pays above
   c² = 1/2, and sooner with more passes.
   """
+
   def draw(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
     _check(guide_MxD, d)
     M, K = len(guide_MxD), passes.total
     if K <= M:
-      raise ValueError(f'{K} passes for a guide of {M} directions; allowed: more, the others are random')
+      raise ValueError(
+        f'{K} passes for a guide of {M} directions; allowed: more, the others are random'
+      )
     basis_MxD = _basis(guide_MxD).astype(dtype)
     v = normal.draw(key, passes, shape, d, dtype)
     rest = math.sqrt(K / (K - M)) * (v - (v @ basis_MxD.T) @ basis_MxD)
     ids_K = passes.ids_K.reshape(-1, *[1] * (len(shape) + 1))
     fixed = math.sqrt(K) * jnp.take(basis_MxD, jnp.minimum(passes.ids_K, M - 1), axis=0)
     return jnp.where(ids_K < M, fixed.reshape(-1, *[1] * len(shape), d), rest)
+
   # For a gradient in a random direction: E[1 - cos²] = 1 - M/d.
   M = len(guide_MxD)
   return Law(draw, lambda d, K: normal.excess(d - M, K - M) * (1 - M / d))
@@ -95,4 +105,5 @@ def within(guide_MxD: jax.Array, law: Law = normal) -> Law:
   def draw(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
     _check(guide_MxD, d)
     return law.draw(key, passes, shape, M, dtype) @ _basis(guide_MxD).astype(dtype)
+
   return Law(draw, lambda d, K: law.excess(M, K) * M / d + 1 - M / d)

@@ -25,6 +25,7 @@ class LinearLayer(NamedTuple):
     a: [p] mean of the inputs.
     b: [q] mean of the losses' derivatives.
   """
+
   a: jax.Array
   b: jax.Array
 
@@ -43,8 +44,11 @@ class LinearLayer(NamedTuple):
     """Mean variance over examples of an entry of the per-example gradient."""
     return float(jnp.outer(self.a**2 + 1, self.b**2 + 1).mean()) - self.S
 
-  def estimate(self, estimator: str, sampling: Sampling, batch: int) -> Callable[[jax.Array], jax.Array]:
+  def estimate(
+    self, estimator: str, sampling: Sampling, batch: int
+  ) -> Callable[[jax.Array], jax.Array]:
     """`key -> [p, q]`: the estimated gradient of a random batch, by 'weight' or 'activity'."""
+
     def fun(kernel: jax.Array, x: jax.Array, delta: jax.Array) -> tuple[jax.Array, dict]:
       return (delta * tap(x @ kernel, 'z')).sum(-1) / batch, {}
 
@@ -56,6 +60,7 @@ class LinearLayer(NamedTuple):
       x = self.a + jax.random.normal(x_key, (batch, self.a.size))
       delta = self.b + jax.random.normal(delta_key, (batch, self.b.size))
       return run(kernel, tangent_key, x, delta)[1]
+
     return one
 
 

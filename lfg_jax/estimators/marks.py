@@ -73,12 +73,15 @@ def _tapped(output: PyTree, name: str) -> PyTree:
 
 
 def _none_fits(names: Sequence[str]) -> ValueError:
-  return ValueError('no layer is marked; allowed, as `layers`: types or a predicate that fit some '
-                    f'of {", ".join(sorted(set(names)))}')
+  return ValueError(
+    'no layer is marked; allowed, as `layers`: types or a predicate that fit some '
+    f'of {", ".join(sorted(set(names)))}'
+  )
 
 
 class MarkedLinen(NamedTuple):
   """A linen module that taps its marked layers when applied."""
+
   model: nn.Module
   is_marked: Callable[[Any], bool]
   layers: Any
@@ -96,13 +99,15 @@ class MarkedLinen(NamedTuple):
       def names() -> None:
         nonlocal called, is_found
         _, called, is_found = run(object())
+
       jax.eval_shape(names)
     if not is_found:
       raise _none_fits(called)
     return output
 
-  def _apply(self, variables: Any, args: tuple, mutable: Any, kwargs: dict, tag: Any
-             ) -> tuple[Any, list[str], bool]:
+  def _apply(
+    self, variables: Any, args: tuple, mutable: Any, kwargs: dict, tag: Any
+  ) -> tuple[Any, list[str], bool]:
     called, is_found = [], False
 
     def intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
@@ -152,7 +157,7 @@ def _mark_tree(model: PyTree, is_marked: Callable[[Any], bool]) -> PyTree:
       return node
     marked = copy.copy(node)
     name = jax.tree_util.keystr(path, simple=True, separator='/')
-    object.__setattr__(marked, '__class__', _tapping(type(node), name))    # it is frozen
+    object.__setattr__(marked, '__class__', _tapping(type(node), name))  # it is frozen
     return marked
 
   marked = jax.tree_util.tree_map_with_path(one, model, is_leaf=is_leaf)
@@ -163,7 +168,9 @@ def _mark_tree(model: PyTree, is_marked: Callable[[Any], bool]) -> PyTree:
 
 def _tapping(kind: Any, name: str) -> type:
   """A subclass of a layer type that taps its output."""
+
   def call(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _tapped(kind.__call__(self, *args, **kwargs), name or kind.__name__)
+
   body = lambda names: names.update(__call__=call)
   return types.new_class(kind.__name__, (kind,), exec_body=body)

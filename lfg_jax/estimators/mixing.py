@@ -38,6 +38,7 @@ class Influence(NamedTuple):
     walk: what counts as a tap.
     axis, size: the followed axis, of the taps as the function sees them (without scanned axes).
   """
+
   walk: Walk
   axis: int
   size: int
@@ -55,8 +56,10 @@ class Influence(NamedTuple):
       count = len(self.walk.find_in(eqn))
       own, seeds = seeds[:count], seeds[count:]
       labels = self._equation(eqn, [read(v) for v in eqn.invars], own)
-      env.update((v, label if _has_derivative(v) else None)
-                 for v, label in zip(eqn.outvars, labels, strict=True))
+      env.update(
+        (v, label if _has_derivative(v) else None)
+        for v, label in zip(eqn.outvars, labels, strict=True)
+      )
     return [read(v) for v in inner.outvars]
 
   def _equation(self, eqn: Any, ins: list[Label], seeds: list[bool]) -> list[Label]:
@@ -89,9 +92,11 @@ class Influence(NamedTuple):
     def derivative(values: list, tangents: list) -> list:
       def of_moving(*moving: jax.Array) -> list:
         remaining = iter(moving)
-        outs = bind(eqn, [next(remaining) if m else value
-                          for m, value in zip(moves, values, strict=True)])
+        outs = bind(
+          eqn, [next(remaining) if m else value for m, value in zip(moves, values, strict=True)]
+        )
         return list(itertools.compress(outs, moved))
+
       return jax.jvp(of_moving, tuple(itertools.compress(values, moves)), tuple(tangents))[1]
 
     jaxpr = jax.make_jaxpr(derivative)(shapes, list(itertools.compress(shapes, moves)))
@@ -109,7 +114,7 @@ class Influence(NamedTuple):
 
   def _while(self, params: dict, ins: list[Label]) -> list[Label]:
     first, second = params['cond_nconsts'], params['body_nconsts']
-    consts, carry = ins[first:first + second], ins[first + second:]
+    consts, carry = ins[first : first + second], ins[first + second :]
     body = lambda carry: self._jaxpr(params['body_jaxpr'], [*consts, *carry], [])
     return _fixed_point(body, carry)
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 class Mixed(NamedTuple):
   """Entries of several examples may have been combined, by a primitive that is known or not."""
+
   primitive: str
   is_known: bool
 
@@ -54,8 +55,10 @@ def moved(eqn: Any, ins: list, size: int) -> Label:
     return Mixed(name, True) if axis in ins else join(name, ins)
   if name in _MATRICES:
     core = 1 if name == 'householder_product' else 2
-    behind = any(label is not None and label >= len(shape) - core
-                 for label, shape in zip(ins, shapes, strict=True))
+    behind = any(
+      label is not None and label >= len(shape) - core
+      for label, shape in zip(ins, shapes, strict=True)
+    )
     return Mixed(name, True) if behind else join(name, ins)
   rule = _RULES.get('reduce_window' if name.startswith('reduce_window') else name)
   return rule(eqn.params, shapes, ins, name) if rule else Mixed(name, False)
@@ -87,8 +90,10 @@ def _reshape(before: tuple, after: tuple, label: Label, size: int) -> Label:
 def _dot_general(params: dict, shapes: list, ins: list, name: str) -> Label:
   contracted, batch = params['dimension_numbers']
   outs: list[Label] = []
-  free = [[a for a in range(len(shape)) if a not in (*c, *b)]
-          for shape, c, b in zip(shapes, contracted, batch, strict=True)]
+  free = [
+    [a for a in range(len(shape)) if a not in (*c, *b)]
+    for shape, c, b in zip(shapes, contracted, batch, strict=True)
+  ]
   for side, label in enumerate(ins):
     if label is None:
       continue
@@ -135,20 +140,24 @@ def _scatter(params: dict, shapes: list, ins: list, name: str) -> Label:
 
 def _kept(is_whole: Callable[[dict, list, int], bool]) -> Callable:
   """Primitives that leave an axis in place and, if `is_whole`, keep its entries separate."""
+
   def rule(params: dict, shapes: list, ins: list, name: str) -> Label:
     whole = all(is_whole(params, shapes, label) for label in ins if label is not None)
     return join(name, ins) if whole else Mixed(name, True)
+
   return rule
 
 
 def _removed(axes: str) -> Callable:
   """Primitives that remove axes."""
+
   def rule(params: dict, shapes: list, ins: list, name: str) -> Label:
     gone = params[axes] if isinstance(params[axes], tuple) else (params[axes],)
     label = join(name, ins)
     if not isinstance(label, int):
       return label
     return Mixed(name, True) if label in gone else label - sum(a < label for a in gone)
+
   return rule
 
 

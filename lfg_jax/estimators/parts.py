@@ -16,7 +16,7 @@ import jax.numpy as jnp
 PyTree = Any
 # For one activity; several are in use, and a core's cache has 1-2 MiB.
 CACHE_BYTES = 2**20
-Part = tuple[jax.Array | int, int]    # (index of the part, number of parts)
+Part = tuple[jax.Array | int, int]  # (index of the part, number of parts)
 WHOLE: Part = (0, 1)
 
 
@@ -56,8 +56,9 @@ def sum_over_parts(gradient: Callable[[Part, PyTree], PyTree], batch: PyTree, pa
   return sum_and_join(lambda *args: (gradient(*args), None), batch, parts)[0]
 
 
-def sum_and_join(gradient: Callable[[Part, PyTree], tuple[PyTree, PyTree]], batch: PyTree, parts: int
-                 ) -> tuple[PyTree, PyTree]:
+def sum_and_join(
+  gradient: Callable[[Part, PyTree], tuple[PyTree, PyTree]], batch: PyTree, parts: int
+) -> tuple[PyTree, PyTree]:
   """Like `sum_over_parts`; concatenates a second result of `gradient`, one row per example.
 
   >>> total, rows = sum_and_join(lambda part, x: ((x**2).sum(), x + 1), jnp.arange(4.), 2)
@@ -73,7 +74,9 @@ def sum_and_join(gradient: Callable[[Part, PyTree], tuple[PyTree, PyTree]], batc
     term, rows = gradient((index, parts), share)
     return jax.tree.map(jnp.add, total, term), rows
 
-  shapes = jax.eval_shape(lambda shares: gradient((0, parts), jax.tree.map(lambda x: x[0], shares))[0], shares)
+  shapes = jax.eval_shape(
+    lambda shares: gradient((0, parts), jax.tree.map(lambda x: x[0], shares))[0], shares
+  )
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   total, rows = jax.lax.scan(add, zeros, (jnp.arange(parts), shares))
   return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)

@@ -35,6 +35,7 @@ class Declared(NamedTuple):
     credited: the local axes that the estimate uses: 0 where examples are declared or found to mix.
     reaches: names of the losses that the tap can influence, by the equations.
   """
+
   name: str
   shape: tuple[int, ...]
   scanned: tuple[int, ...]
@@ -46,7 +47,7 @@ class Declared(NamedTuple):
   @property
   def dimensions(self) -> int:
     """Number of perturbed dimensions to which one loss, or sum of losses, is credited."""
-    return math.prod(self.scanned) * math.prod(self.shape[self.credited:])
+    return math.prod(self.scanned) * math.prod(self.shape[self.credited :])
 
 
 class Seen(NamedTuple):
@@ -58,6 +59,7 @@ class Seen(NamedTuple):
     own: axes that activity and losses share, so that losses can be its own.
     is_finite: whether all derivatives are finite.
   """
+
   losses: frozenset[str]
   mixed: frozenset[int]
   own: frozenset[int]
@@ -72,6 +74,7 @@ class Influence(NamedTuple):
     real: how many leading axes activity and losses really share; None: no influence was seen.
     verdict: in words; it begins with 'ok', 'too local', 'could be more local' or 'no influence'.
   """
+
   declared: Declared
   real: int | None
   verdict: str
@@ -81,9 +84,14 @@ class Influence(NamedTuple):
     return self.verdict.startswith('too local') or 'nearby: too local' in self.verdict
 
 
-def probe(derivative: Callable[[PyTree, list[jax.Array]], dict[str, jax.Array]],
-          points: Sequence[PyTree], taps: Sequence[Declared], losses: dict[str, Any],
-          key: jax.Array, probes: int) -> list[Influence]:
+def probe(
+  derivative: Callable[[PyTree, list[jax.Array]], dict[str, jax.Array]],
+  points: Sequence[PyTree],
+  taps: Sequence[Declared],
+  losses: dict[str, Any],
+  key: jax.Array,
+  probes: int,
+) -> list[Influence]:
   """Probes every tap.
 
   Args:
@@ -96,9 +104,10 @@ def probe(derivative: Callable[[PyTree, list[jax.Array]], dict[str, jax.Array]],
   zeros = [jnp.zeros((2 * probes, *tap.scanned, *tap.shape), tap.dtype) for tap in taps]
   found = []
   for n, tap in enumerate(taps):
-    alone = lambda u, point, n=n: derivative(point, [*zeros[:n], u, *zeros[n + 1:]])
-    seen = [_see(functools.partial(alone, point=point), tap, losses, random, probes)
-            for point in points]
+    alone = lambda u, point, n=n: derivative(point, [*zeros[:n], u, *zeros[n + 1 :]])
+    seen = [
+      _see(functools.partial(alone, point=point), tap, losses, random, probes) for point in points
+    ]
     found.append(_judge(tap, seen[0], seen[1:]))
   return found
 
@@ -111,6 +120,7 @@ def moved(point: PyTree, key: jax.Array) -> PyTree:
     values = np.asarray(leaf, np.float64)
     size = np.sqrt(np.square(values).mean()) or 1
     return (values + size / 10 * random.standard_normal(values.shape)).astype(jnp.result_type(leaf))
+
   return jax.tree.map(one, point)
 
 
@@ -119,8 +129,13 @@ def _generator(key: jax.Array) -> np.random.Generator:
   return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
 
-def _see(derivative: Callable[[jax.Array], dict[str, jax.Array]], tap: Declared,
-         losses: dict[str, Any], random: np.random.Generator, probes: int) -> Seen:
+def _see(
+  derivative: Callable[[jax.Array], dict[str, jax.Array]],
+  tap: Declared,
+  losses: dict[str, Any],
+  random: np.random.Generator,
+  probes: int,
+) -> Seen:
   """Probes of all axes at one point."""
   seen: set[str] = set()
   mixed: set[int] = set()
@@ -176,8 +191,9 @@ def _judge(tap: Declared, here: Seen, near: Sequence[Seen]) -> Influence:
   if not here.losses:
     return Influence(tap, real, f'no influence seen; nearby: {verdict}')
   missing = [name for name in tap.reaches if name not in losses]
-  return Influence(tap, real, verdict + f', but no influence on {", ".join(missing)} seen'
-                   * bool(missing))
+  return Influence(
+    tap, real, verdict + f', but no influence on {", ".join(missing)} seen' * bool(missing)
+  )
 
 
 def _compare(tap: Declared, real: int, mixed: frozenset[int], here: frozenset[int]) -> str:
@@ -186,7 +202,7 @@ def _compare(tap: Declared, real: int, mixed: frozenset[int], here: frozenset[in
     where = '' if set(wrong) & here else ' (near this point)'
     axes = ', '.join(map(str, wrong))
     return f'too local: declares local_axes={tap.credited}, influences along axis {axes}{where}'
-  if math.prod(tap.shape[tap.credited:real]) > 1:
+  if math.prod(tap.shape[tap.credited : real]) > 1:
     option = 'mixes_examples=False' if real == tap.local_axes else f'local_axes={real}'
     return f'could be more local: {option}'
   return 'ok'

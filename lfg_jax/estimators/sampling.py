@@ -28,6 +28,7 @@ class Sampling(NamedTuple):
     part: which part of this device's share of the batch is given.
     rows: how many consecutive rows of the batch share a tangent (2: both views of an example).
   """
+
   law: tangents.Law = tangents.rademacher
   passes: int = 1
   shared: bool = False
@@ -50,7 +51,9 @@ class Sampling(NamedTuple):
     if self.passes < 1 or (self.chunk is not None and self.chunk < 1):
       raise ValueError(f'passes={self.passes}, chunk={self.chunk}; allowed: 1 or more')
     if self.combine == 'projection' and self.at_once < self.passes:
-      raise ValueError(f"combine='projection' needs all {self.passes} tangents at once; allowed: chunk=None")
+      raise ValueError(
+        f"combine='projection' needs all {self.passes} tangents at once; allowed: chunk=None"
+      )
 
 
 def after(key: jax.Array, x: PyTree) -> jax.Array:
@@ -109,10 +112,14 @@ def combine(kind: str, slope_K: jax.Array, u_K: jax.Array, passes: int, axes: in
   """
   if kind == 'mean':
     return (slope_K * u_K).sum(0) / passes
-  u_DxK = jnp.moveaxis(u_K.reshape(*u_K.shape[:u_K.ndim - axes], -1), 0, -1)
-  slope = jnp.moveaxis(slope_K.reshape(*slope_K.shape[:slope_K.ndim - axes]), 0, -1)
+  u_DxK = jnp.moveaxis(u_K.reshape(*u_K.shape[: u_K.ndim - axes], -1), 0, -1)
+  slope = jnp.moveaxis(slope_K.reshape(*slope_K.shape[: slope_K.ndim - axes]), 0, -1)
   # With U = W S Vᵀ, the projection W Wᵀ g is W S⁻¹ Vᵀ (Uᵀ g). If passes repeat, some of S are zero.
   w, s, v = jnp.linalg.svd(u_DxK, full_matrices=False)
-  inverse = jnp.where(s > s.max(-1, keepdims=True) * jnp.finfo(s.dtype).eps * max(u_DxK.shape[-2:]), 1 / s, 0)
+  inverse = jnp.where(
+    s > s.max(-1, keepdims=True) * jnp.finfo(s.dtype).eps * max(u_DxK.shape[-2:]), 1 / s, 0
+  )
   along = inverse * jnp.einsum('...mk,...k->...m', v, slope)
-  return jnp.einsum('...dm,...m->...d', w, along).reshape(*along.shape[:-1], *u_K.shape[u_K.ndim - axes:])
+  return jnp.einsum('...dm,...m->...d', w, along).reshape(
+    *along.shape[:-1], *u_K.shape[u_K.ndim - axes :]
+  )

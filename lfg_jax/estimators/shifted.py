@@ -27,8 +27,11 @@ def _shift(eqn: Any, ins: list, given: jax.Array | None) -> tuple[list, None]:
   if given is None:
     return bind_equation(eqn, ins), None
   # Where the signal goes.
-  moved = {0, 1 + eqn.params['further'].index('source')} if (
-      'source' in eqn.params.get('further', ())) else {0}
+  moved = (
+    {0, 1 + eqn.params['further'].index('source')}
+    if ('source' in eqn.params.get('further', ()))
+    else {0}
+  )
   ins = [x + given.astype(x.dtype) if n in moved else x for n, x in enumerate(ins)]
   return bind_equation(eqn, ins), None
 
@@ -42,6 +45,7 @@ class Shifted(NamedTuple):
     taps: the perturbed taps.
     options: of `value_and_activity_grad`.
   """
+
   traced: Traced
   point: PyTree
   taps: list[Declared]
@@ -80,8 +84,15 @@ class Shifted(NamedTuple):
     return lambda key: jax.tree.leaves(step(self.zeros, self.point, key=key)[1])
 
 
-def shifted(fun: Callable, argnums: int | Sequence[int], has_aux: bool, options: dict, args: tuple,
-            key: jax.Array, kwargs: dict) -> Shifted:
+def shifted(
+  fun: Callable,
+  argnums: int | Sequence[int],
+  has_aux: bool,
+  options: dict,
+  args: tuple,
+  key: jax.Array,
+  kwargs: dict,
+) -> Shifted:
   """The function that `value_and_activity_grad` differentiates, with shifts, at these arguments."""
   of_point, point, _ = bind(fun, argnums, key, args, kwargs)
 
@@ -100,13 +111,21 @@ def shifted(fun: Callable, argnums: int | Sequence[int], has_aux: bool, options:
   return Shifted(traced, point, taps, options)
 
 
-def accepted(fun: Callable, argnums: int | Sequence[int], has_aux: bool, options: dict, args: tuple,
-             key: jax.Array, kwargs: dict) -> tuple[dict, str | None]:
+def accepted(
+  fun: Callable,
+  argnums: int | Sequence[int],
+  has_aux: bool,
+  options: dict,
+  args: tuple,
+  key: jax.Array,
+  kwargs: dict,
+) -> tuple[dict, str | None]:
   """Options that `value_and_activity_grad` accepts, and why it refuses the given ones, if it does.
 
   Raises:
     ValueError, TypeError: like `value_and_activity_grad`, if it refuses `mixes_examples=False` too.
   """
+
   def check(options: dict) -> None:
     step = value_and_activity_grad(fun, argnums, has_aux, **options)
     jax.eval_shape(lambda: step(*args, key=key, **kwargs)[1])
@@ -128,15 +147,18 @@ def accepted(fun: Callable, argnums: int | Sequence[int], has_aux: bool, options
 def named(tree: PyTree, whole: str) -> dict[str, Any]:
   """Leaves by path; a tree that is a single leaf is called `whole`."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='/') or whole: leaf
-          for path, leaf in leaves}
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/') or whole: leaf for path, leaf in leaves
+  }
 
 
 def _declared(traced: Traced, name: str, local_axes: int) -> Declared:
   tap = traced.taps[name]
-  shape = tap.shape[tap.scanned:]
+  shape = tap.shape[tap.scanned :]
   is_seed = [other == name for other in traced.taps]
   labels = Influence(traced.walk, 0, shape[0]).of(traced.jaxpr, is_seed)
   losses = named(traced.shape[0], 'the losses')
   reaches = tuple(loss for loss, label in zip(losses, labels, strict=False) if label is not None)
-  return Declared(name, shape, tap.shape[:tap.scanned], tap.dtype, local_axes, tap.local_axes, reaches)
+  return Declared(
+    name, shape, tap.shape[: tap.scanned], tap.dtype, local_axes, tap.local_axes, reaches
+  )

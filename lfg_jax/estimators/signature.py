@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 PyTree = Any
-Losses = Any    # a pytree of arrays, examples on the first axis
+Losses = Any  # a pytree of arrays, examples on the first axis
 LossFn = Callable[..., tuple[Losses, dict[str, Any]]]
 GradFn = Callable[..., tuple[tuple[Losses, dict[str, Any]], PyTree]]
 
@@ -32,7 +32,9 @@ def total(losses: Losses) -> jax.Array:
 
 def objective(fun: LossFn) -> Callable[..., tuple[jax.Array, tuple[Losses, dict[str, Any]]]]:
   """`fun` for `jax.value_and_grad(…, has_aux=True)`: the objective, and what `fun` returns."""
+
   def of_params(params: PyTree, *args: Any) -> tuple[jax.Array, tuple[Losses, dict[str, Any]]]:
     losses, aux = fun(params, *args)
     return total(losses), (losses, aux)
+
   return of_params

@@ -51,6 +51,7 @@ class Passes(NamedTuple):
 
   A law draws the same tangents for some passes as it does for those passes among all.
   """
+
   total: int
   first: int | jax.Array = 0
   size: int | None = None
@@ -75,6 +76,7 @@ class Law(NamedTuple):
       independent set of K tangents in d dimensions; those within a set may depend on each other.
     excess: `(d, K) -> E|estimate - g|² / |g|²` for the mean over K passes.
   """
+
   draw: Callable[[jax.Array, Passes, tuple[int, ...], int, Any], jax.Array]
   excess: Callable[[int, int], float]
 
@@ -93,15 +95,21 @@ def draw_signs(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32)
 
 def _in_float32(draw: Callable) -> Callable:
   """Draws in float32, then rounds. Normal numbers drawn from fewer bits would lack tails."""
-  def rounded(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
+
+  def rounded(
+    key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any
+  ) -> jax.Array:
     return draw(key, passes, shape, d, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
+
   return rounded
 
 
 def _each_pass(draw_one: Callable[[jax.Array, tuple[int, ...], Any], jax.Array]) -> Callable:
   """Independent passes, each with its own key."""
+
   def draw(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
     return jax.vmap(lambda k: draw_one(k, (*shape, d), dtype))(fold_in_all(key, passes.ids_K))
+
   return draw
 
 
@@ -116,7 +124,9 @@ def _take(sets_SxdxD: jax.Array, passes: Passes, d: int) -> jax.Array:
   return jax.vmap(one)(passes.ids_K)
 
 
-def _draw_coordinate(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
+def _draw_coordinate(
+  key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any
+) -> jax.Array:
   order_key, sign_key = jax.random.split(key)
   sets = -(-passes.total // d)
   order_SxD = jnp.argsort(jax.random.uniform(order_key, (sets, *shape, d)), axis=-1)
@@ -125,7 +135,9 @@ def _draw_coordinate(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: 
   return math.sqrt(d) * sign_K * jax.nn.one_hot(chosen_K[..., 0], d, dtype=dtype)
 
 
-def _draw_haar(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
+def _draw_haar(
+  key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any
+) -> jax.Array:
   """Q of a normal matrix's QR decomposition; uniform if the diagonal of R is made positive."""
   sets, size = -(-passes.total // d), min(passes.total, d)
   q, r = jnp.linalg.qr(jax.random.normal(key, (sets, *shape, d, size), dtype))
@@ -133,7 +145,9 @@ def _draw_haar(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, d
   return math.sqrt(d) * _take(jnp.swapaxes(q * signs[..., None, :], -1, -2), passes, d)
 
 
-def _draw_hadamard(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
+def _draw_hadamard(
+  key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any
+) -> jax.Array:
   """u_kj = s_j (-1)^(number of bits that k and j share): Sylvester's matrix.
 
   One draw of signs s serves a whole set.
@@ -158,8 +172,14 @@ coordinate = Law(_draw_coordinate, _orthogonal_excess)
 haar = Law(_in_float32(_draw_haar), _orthogonal_excess)
 hadamard = Law(_draw_hadamard, lambda d, K: _orthogonal_excess(d, K, d & -d))
 
-LAWS = {'normal': normal, 'rademacher': rademacher, 'sphere': sphere, 'coordinate': coordinate, 'haar': haar,
-        'hadamard': hadamard}
+LAWS = {
+  'normal': normal,
+  'rademacher': rademacher,
+  'sphere': sphere,
+  'coordinate': coordinate,
+  'haar': haar,
+  'hadamard': hadamard,
+}
 
 
 def find(name: str, module: str | None = None) -> Law:
@@ -191,14 +211,18 @@ def _check(what: str, law: Law, d: int = 4, passes: int = 2, draws: int = 4096) 
     draw = lambda key: law.draw(key, Passes(passes), (), d, jnp.float32)
     u_NxKxD = jax.vmap(draw)(jax.random.split(jax.random.key(0), draws))
   if u_NxKxD.shape != (draws, passes, d):
-    raise ValueError(f'{what}: law draws {u_NxKxD.shape[1:]} for {passes} passes in {d} dimensions; '
-                     f'allowed: {(passes, d)}')
+    raise ValueError(
+      f'{what}: law draws {u_NxKxD.shape[1:]} for {passes} passes in {d} dimensions; '
+      f'allowed: {(passes, d)}'
+    )
   products_NxDxD = jnp.einsum('nki,nkj->nij', u_NxKxD, u_NxKxD) / passes
   error_DxD = products_NxDxD.std(0) / draws**0.5
   if not (jnp.abs(products_NxDxD.mean(0) - jnp.eye(d)) <= 6 * error_DxD + 1e-4).all():
     mean = jnp.trace(products_NxDxD.mean(0)) / d
-    raise ValueError(f'{what}: entries of its tangents have mean squares of {mean:.2f}, or move '
-                     'together; allowed: E[u uᵀ] = 1, or estimates would be biased')
+    raise ValueError(
+      f'{what}: entries of its tangents have mean squares of {mean:.2f}, or move '
+      'together; allowed: E[u uᵀ] = 1, or estimates would be biased'
+    )
 
 
 def like_tree(law: Law, key: jax.Array, tree: Any, passes: Passes) -> Any:

@@ -34,6 +34,7 @@ class Tap(NamedTuple):
     ndim: number of axes of the activity as the function sees it, without scanned axes.
     local_axes: how many leading axes activity and losses share; see `tap`.
   """
+
   shape: tuple[int, ...]
   dtype: Any
   ndim: int
@@ -45,8 +46,14 @@ class Tap(NamedTuple):
     return len(self.shape) - self.ndim
 
 
-def tap(z: jax.Array, name: str, *, local_axes: int = 1, active: jax.Array | None = None,
-        source: jax.Array | None = None) -> jax.Array:
+def tap(
+  z: jax.Array,
+  name: str,
+  *,
+  local_axes: int = 1,
+  active: jax.Array | None = None,
+  source: jax.Array | None = None,
+) -> jax.Array:
   """Returns the activity `z` `[B, ...]` and makes it known to estimators as `name`.
 
   Every call is a separate tap. A second call with the same name is known as `name_1`, and so on.
@@ -78,8 +85,7 @@ def tap(z: jax.Array, name: str, *, local_axes: int = 1, active: jax.Array | Non
     raise ValueError(f'tap {name!r} has local_axes={local_axes}; allowed: 0 or more')
   given = {'active': active, 'source': source}
   further = {kind: jnp.broadcast_to(x, z.shape) for kind, x in given.items() if x is not None}
-  return tap_p.bind(z, *further.values(), name=name, local_axes=local_axes,
-                    further=tuple(further))
+  return tap_p.bind(z, *further.values(), name=name, local_axes=local_axes, further=tuple(further))
 
 
 def _batch(operands: tuple, axes: tuple, **params: Any) -> tuple[jax.Array, int]:
@@ -97,7 +103,9 @@ def _transpose(cotangent: Any, z: Any, *further: Any, **params: Any) -> tuple:
 tap_p.def_impl(lambda z, *further, **params: z)
 tap_p.def_abstract_eval(lambda z, *further, **params: z)
 ad.primitive_jvps[tap_p] = lambda primals, tangents, **params: (
-    tap_p.bind(*primals, **params), tangents[0])
+  tap_p.bind(*primals, **params),
+  tangents[0],
+)
 ad.primitive_transposes[tap_p] = _transpose
 batching.primitive_batchers[tap_p] = _batch
 mlir.register_lowering(tap_p, lambda ctx, z, *further, **params: [z])
@@ -128,5 +136,7 @@ def inject_at(source: jax.Array, z: jax.Array, signal: jax.Array) -> jax.Array:
   return z
 
 
-inject_at.defvjp(lambda source, z, signal: (z, signal),
-                 lambda signal, _: (signal, jnp.zeros_like(signal), jnp.zeros_like(signal)))
+inject_at.defvjp(
+  lambda source, z, signal: (z, signal),
+  lambda signal, _: (signal, jnp.zeros_like(signal), jnp.zeros_like(signal)),
+)

@@ -37,8 +37,9 @@ class Traced:
     self.taps = {name: _tap(one) for name, one in zip(names, found, strict=True)}
     self.calls = {name: one.eqn.params['name'] for name, one in zip(names, found, strict=True)}
 
-  def evaluate(self, visit: Visit, given: Mapping[str, Any], *args: Any
-               ) -> tuple[Any, dict[str, Any]]:
+  def evaluate(
+    self, visit: Visit, given: Mapping[str, Any], *args: Any
+  ) -> tuple[Any, dict[str, Any]]:
     """What `fun` returns for `args` (of the traced shapes), and the record of every tap.
 
     Args:
@@ -109,13 +110,16 @@ def _is_tap(eqn: Any) -> bool:
 
 
 def _is_tap_or_checkpoint_name(eqn: Any) -> bool:
-  return _is_tap(eqn) or (eqn.primitive.name == 'name'
-                          and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating))
+  return _is_tap(eqn) or (
+    eqn.primitive.name == 'name' and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating)
+  )
 
 
 def _refused(eqn: Any, primitive: str) -> str:
-  return (f'tap {eqn.params["name"]!r} is inside {primitive}; allowed: jit, scan, cond, '
-          f'checkpoint and vmap, or a tap on what comes out of {primitive}')
+  return (
+    f'tap {eqn.params["name"]!r} is inside {primitive}; allowed: jit, scan, cond, '
+    f'checkpoint and vmap, or a tap on what comes out of {primitive}'
+  )
 
 
 _TAPS = Walk(_is_tap, _refused)

@@ -40,8 +40,19 @@ PyTree = Any
 ESTIMATORS = ('weight', 'activity')
 
 
-def predicted(estimator: str, law: Law, passes: int, *, shared: bool, batch: int, p: int, q: int, V: float, S: float,
-              left: float = 1.0) -> float:
+def predicted(
+  estimator: str,
+  law: Law,
+  passes: int,
+  *,
+  shared: bool,
+  batch: int,
+  p: int,
+  q: int,
+  V: float,
+  S: float,
+  left: float = 1.0,
+) -> float:
   """Variance per entry of the estimated gradient of a linear layer; see the module's table.
 
   Args:
@@ -64,8 +75,9 @@ def predicted(estimator: str, law: Law, passes: int, *, shared: bool, batch: int
   return (1 + e) * V / batch + e * S / (1 if shared else batch)
 
 
-def predicted_taps(law: Law, passes: Sequence[int], dims: Sequence[int], norms: Sequence[float], *, joint: bool
-                   ) -> list[float]:
+def predicted_taps(
+  law: Law, passes: Sequence[int], dims: Sequence[int], norms: Sequence[float], *, joint: bool
+) -> list[float]:
   """Squared error of each tap's signal for one example (patch, group).
 
   With separate taps, tap i has excess(d_i, K_i) |g_i|². With K joint passes, every other tap j adds
@@ -83,11 +95,15 @@ def predicted_taps(law: Law, passes: Sequence[int], dims: Sequence[int], norms: 
   [2.0, 1.0]
   """
   others = [(sum(norms) - own) * joint for own in norms]
-  return [law.excess(d, K) * own + d / K * other
-          for K, d, own, other in zip(passes, dims, norms, others, strict=True)]
+  return [
+    law.excess(d, K) * own + d / K * other
+    for K, d, own, other in zip(passes, dims, norms, others, strict=True)
+  ]
 
 
-def allocate(law: Law, dims: Sequence[int], norms: Sequence[float], costs: Sequence[float], budget: float) -> list[int]:
+def allocate(
+  law: Law, dims: Sequence[int], norms: Sequence[float], costs: Sequence[float], budget: float
+) -> list[int]:
   """Passes for separate taps that minimise Σ excess(d_i, K_i) |g_i|² subject to Σ c_i K_i ≤ budget.
 
   If excess = a_i/K_i (all laws while K ≤ d, up to a constant), the minimum over real numbers has
@@ -108,7 +124,9 @@ def allocate(law: Law, dims: Sequence[int], norms: Sequence[float], costs: Seque
   """
   passes, left = [1] * len(dims), budget - sum(costs)
   if left < 0:
-    raise ValueError(f'budget is {budget}; allowed: {sum(costs)}, the cost of one pass for each tap, or more')
+    raise ValueError(
+      f'budget is {budget}; allowed: {sum(costs)}, the cost of one pass for each tap, or more'
+    )
 
   def gain(i: int) -> float:
     d, K = dims[i], passes[i]
@@ -136,6 +154,7 @@ class Measured(NamedTuple):
     squared_error_se: its standard error.
     cosine: mean over draws of the cosine of the angle between estimate and truth.
   """
+
   draws: int
   mean: PyTree
   variance: PyTree
@@ -148,15 +167,20 @@ class Measured(NamedTuple):
 
     The standard error includes rounding, so an exact estimate counts as unbiased.
     """
+
     def squares(mean: jax.Array, variance: jax.Array, truth: jax.Array) -> jax.Array:
       rounding = 16 * jnp.finfo(mean.dtype).eps * jnp.abs(truth).max()
-      return (mean - truth)**2 / jnp.maximum(variance / self.draws + rounding**2, jnp.finfo(mean.dtype).tiny)
+      return (mean - truth) ** 2 / jnp.maximum(
+        variance / self.draws + rounding**2, jnp.finfo(mean.dtype).tiny
+      )
+
     z2 = jax.tree.leaves(jax.tree.map(squares, self.mean, self.variance, truth))
     return jnp.sqrt(sum(z.sum() for z in z2) / sum(z.size for z in z2))
 
 
 class _Moments(NamedTuple):
   """Count, mean and sum of squared deviations of a tree, merged as in Welford and Chan et al."""
+
   size: jax.Array
   mean: PyTree
   squares: PyTree
@@ -164,26 +188,40 @@ class _Moments(NamedTuple):
   @classmethod
   def of(cls, values_N: PyTree) -> '_Moments':
     mean = jax.tree.map(lambda x: x.mean(0), values_N)
-    squares = jax.tree.map(lambda x, m: ((x - m)**2).sum(0), values_N, mean)
+    squares = jax.tree.map(lambda x, m: ((x - m) ** 2).sum(0), values_N, mean)
     return cls(jnp.float32(jax.tree.leaves(values_N)[0].shape[0]), mean, squares)
 
   def merge(self, other: '_Moments') -> '_Moments':
     size = self.size + other.size
     part = other.size / size
     mean = jax.tree.map(lambda a, b: a + (b - a) * part, self.mean, other.mean)
-    squares = jax.tree.map(lambda sa, sb, a, b: sa + sb + (b - a)**2 * self.size * part,
-                           self.squares, other.squares, self.mean, other.mean)
+    squares = jax.tree.map(
+      lambda sa, sb, a, b: sa + sb + (b - a) ** 2 * self.size * part,
+      self.squares,
+      other.squares,
+      self.mean,
+      other.mean,
+    )
     return _Moments(size, mean, squares)
 
   def over_devices(self, axis: str) -> '_Moments':
     """Merges those of all devices, which have equal counts."""
     mean = jax.lax.pmean(self.mean, axis)
-    squares = jax.tree.map(lambda s, m, all_: s + self.size * (m - all_)**2, self.squares, self.mean, mean)
+    squares = jax.tree.map(
+      lambda s, m, all_: s + self.size * (m - all_) ** 2, self.squares, self.mean, mean
+    )
     return _Moments(jax.lax.psum(self.size, axis), mean, jax.lax.psum(squares, axis))
 
 
-def measure(estimate: Callable[[jax.Array], PyTree], truth: PyTree, key: jax.Array, draws: int, *, at_once: int = 100,
-            mesh: Mesh | None = None) -> Measured:
+def measure(
+  estimate: Callable[[jax.Array], PyTree],
+  truth: PyTree,
+  key: jax.Array,
+  draws: int,
+  *,
+  at_once: int = 100,
+  mesh: Mesh | None = None,
+) -> Measured:
   """Mean, variance and squared error of `estimate(key)` over keys, by Welford's recurrence.
 
   `at_once` draws are vmapped and determine the memory.
@@ -203,11 +241,15 @@ def measure(estimate: Callable[[jax.Array], PyTree], truth: PyTree, key: jax.Arr
   devices = mesh.size if mesh else 1
   chunks = draws // (at_once * devices)
   if chunks < 1 or draws < 2:
-    raise ValueError(f'draws is {draws}; allowed: at_once x devices = {at_once * devices} or more, and 2 or more')
+    raise ValueError(
+      f'draws is {draws}; allowed: at_once x devices = {at_once * devices} or more, and 2 or more'
+    )
 
   def statistics(key: jax.Array) -> tuple[PyTree, jax.Array, jax.Array]:
     value = estimate(key)
-    dot = lambda a, b: sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    dot = lambda a, b: sum(
+      jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
     error = jax.tree.map(jnp.subtract, value, truth)
     norm = jnp.sqrt(dot(value, value) * dot(truth, truth))
     entries = sum(leaf.size for leaf in jax.tree.leaves(truth))
@@ -217,13 +259,20 @@ def measure(estimate: Callable[[jax.Array], PyTree], truth: PyTree, key: jax.Arr
 
   def on_one(key: jax.Array) -> _Moments:
     keys = jax.random.split(key, chunks)
-    return jax.lax.scan(lambda so_far, key: (so_far.merge(chunk(key)), None), chunk(keys[0]), keys[1:])[0]
+    return jax.lax.scan(
+      lambda so_far, key: (so_far.merge(chunk(key)), None), chunk(keys[0]), keys[1:]
+    )[0]
 
   if mesh:
     axis = mesh.axis_names[0]
     own_key = lambda key: jax.random.fold_in(key, jax.lax.axis_index(axis))
-    run = jax.shard_map(lambda key: on_one(own_key(key)).over_devices(axis), mesh=mesh, in_specs=P(), out_specs=P(),
-                        check_vma=False)
+    run = jax.shard_map(
+      lambda key: on_one(own_key(key)).over_devices(axis),
+      mesh=mesh,
+      in_specs=P(),
+      out_specs=P(),
+      check_vma=False,
+    )
   else:
     run = on_one
   count, mean, squares = jax.jit(run)(key)

@@ -25,6 +25,7 @@ Visit = Callable[[Any, list, Any], tuple[list, Any]]
 
 class Found(NamedTuple):
   """An equation, and the lengths of the scans around it, outermost first."""
+
   eqn: Any
   lengths: tuple[int, ...] = ()
 
@@ -38,6 +39,7 @@ class Walk(NamedTuple):
       that cannot be entered.
     ignored: names of primitives inside which equations are not visited.
   """
+
   is_visited: Callable[[Any], bool]
   refused: Callable[[Any, str], str]
   ignored: tuple[str, ...] = ()
@@ -64,8 +66,9 @@ class Walk(NamedTuple):
       return [Found(one.eqn, (eqn.params['length'], *one.lengths)) for one in found]
     return found
 
-  def run(self, jaxpr: Any, args: Sequence[Any], given: Sequence[Any], visit: Visit
-          ) -> tuple[list, list]:
+  def run(
+    self, jaxpr: Any, args: Sequence[Any], given: Sequence[Any], visit: Visit
+  ) -> tuple[list, list]:
     """Evaluates a jaxpr.
 
     Args:
@@ -105,7 +108,7 @@ class Walk(NamedTuple):
     (jaxpr,) = inner_jaxprs(eqn)
     body = lambda ins, given: self.run(jaxpr, ins, given, visit)
     if name in _REMAT:
-      prevent = params['prevent_cse']    # one per input in recent versions of JAX
+      prevent = params['prevent_cse']  # one per input in recent versions of JAX
       prevent = prevent if isinstance(prevent, bool) else any(prevent)
       body = jax.checkpoint(body, prevent_cse=prevent, policy=params['policy'])
     return body(ins, given)
@@ -124,31 +127,37 @@ class Walk(NamedTuple):
     carry, (ys, records) = jax.lax.scan(body, init, (xs, given), **options)
     return [*carry, *ys], records
 
-  def _cond(self, branches: Sequence[Any], ins: list, given: list, visit: Visit
-            ) -> tuple[list, list]:
+  def _cond(
+    self, branches: Sequence[Any], ins: list, given: list, visit: Visit
+  ) -> tuple[list, list]:
     """Equations in a branch that is not taken have a zero record and no influence."""
     index, *ins = ins
     counts = [len(self.find(branch)) for branch in branches]
     starts = [sum(counts[:n]) for n in range(len(branches))]
 
     def one(branch: Any, start: int, count: int) -> Callable:
-      return lambda ins, given: self.run(branch, ins, given[start:start + count], visit)
+      return lambda ins, given: self.run(branch, ins, given[start : start + count], visit)
+
     each = [one(*parts) for parts in zip(branches, starts, counts, strict=True)]
     shapes = [jax.eval_shape(branch, ins, given)[1] for branch in each]
 
     def padded(taken: int) -> Callable:
       def run(ins: list, given: list) -> tuple[list, list]:
         outs, own = each[taken](ins, given)
-        records = [own if n == taken else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
-                   for n, shape in enumerate(shapes)]
+        records = [
+          own if n == taken else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+          for n, shape in enumerate(shapes)
+        ]
         return outs, [record for branch in records for record in branch]
+
       return run
+
     return jax.lax.switch(index, [padded(n) for n in range(len(branches))], ins, given)
 
 
 def scan_counts(params: dict) -> tuple[int, int]:
   """How many of a scan's inputs are constants, and how many are carried."""
-  if 'ft_in' in params:    # since jax 0.11
+  if 'ft_in' in params:  # since jax 0.11
     constants, carried, _ = params['ft_in'].unpack()
     return len(constants), len(carried)
   return params['num_consts'], params['num_carry']
@@ -180,7 +189,7 @@ def backward_only(jaxpr: Any) -> list[str]:
 def bind(eqn: Any, ins: list) -> list:
   """The equation's outputs."""
   params = eqn.primitive.get_bind_params(eqn.params)
-  if isinstance(params, tuple):    # before jax 0.10.1, functions are separate
+  if isinstance(params, tuple):  # before jax 0.10.1, functions are separate
     functions, params = params
     outs = eqn.primitive.bind(*functions, *ins, **params)
   else:

@@ -15,9 +15,13 @@ from lfg_jax.estimators.tangents import Passes
 
 
 def weight_perturbation(
-    fun: LossFn, *, sampling: Sampling = Sampling(), derivative: Derivative = jvp_derivative,
-    is_exact: Callable[[tuple], bool] = lambda path: False,
-    group_axis: Callable[[tuple], int | None] = lambda path: None) -> GradFn:
+  fun: LossFn,
+  *,
+  sampling: Sampling = Sampling(),
+  derivative: Derivative = jvp_derivative,
+  is_exact: Callable[[tuple], bool] = lambda path: False,
+  group_axis: Callable[[tuple], int | None] = lambda path: None,
+) -> GradFn:
   """g_w(θ) = (∇θ·v) v, with local losses if the loss array has them.
 
   It is unbiased if every weight is credited with all the losses that it influences.
@@ -37,8 +41,8 @@ def weight_perturbation(
   >>> estimate(jnp.ones(2), jax.random.key(0), jnp.eye(2))[1].tolist()
   [2.0, 2.0]
   """
-  def shared_run(params: PyTree, key: jax.Array, *args: Any
-                 ) -> tuple[tuple[Losses, dict], PyTree]:
+
+  def shared_run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
     paths_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     exact = [is_exact(path) for path, _ in paths_leaves]
 
@@ -50,24 +54,29 @@ def weight_perturbation(
     staying = [leaf for (_, leaf), e in zip(paths_leaves, exact, strict=True) if e]
     axes = [group_axis(path) for (path, _), e in zip(paths_leaves, exact, strict=True) if not e]
     losses, aux = fun(params, *args)
-    along = derivative(lambda moved: fun(merge(moved, staying), *args)[0], moving,
-                       sampling.at_once < sampling.passes)
+    along = derivative(
+      lambda moved: fun(merge(moved, staying), *args)[0], moving, sampling.at_once < sampling.passes
+    )
 
     def part(passes: Passes) -> list[jax.Array]:
       v_K = tangents.like_tree(sampling.law, key, moving, passes)
       dL_K = jax.vmap(along)(v_K)
-      return [combine('mean', _credit(dL_K, v, axis), v, sampling.passes)
-              for v, axis in zip(v_K, axes, strict=True)]
+      return [
+        combine('mean', _credit(dL_K, v, axis), v, sampling.passes)
+        for v, axis in zip(v_K, axes, strict=True)
+      ]
 
     estimates = sum_over_chunks(part, sampling)
     exact_grads = jax.grad(lambda s: total(fun(merge(moving, s), *args)[0]))(staying)
     return (losses, aux), merge(estimates, exact_grads)
 
-  def per_example_run(params: PyTree, key: jax.Array, *args: Any
-                      ) -> tuple[tuple[Losses, dict], PyTree]:
+  def per_example_run(
+    params: PyTree, key: jax.Array, *args: Any
+  ) -> tuple[tuple[Losses, dict], PyTree]:
     batch = jax.tree.leaves(args)[0].shape[0]
     keys_B = tangents.fold_in_all(
-        key, tangents.example_ids(batch, sampling.axis_name, sampling.part))
+      key, tangents.example_ids(batch, sampling.axis_name, sampling.part)
+    )
     one = lambda k, *example: shared_run(params, k, *jax.tree.map(lambda x: x[None], example))
     (losses, aux), grads_B = jax.vmap(one)(keys_B, *args)
     squeeze = functools.partial(jax.tree.map, lambda x: x.reshape(batch, *x.shape[2:]))

@@ -56,26 +56,37 @@ def look_ahead(model: StagedModel, *, bounded: bool = False) -> StagedModel:
   """
   nexts = next_stacks(model.stacks)
   if not any(nexts):
-    raise ValueError('losses.head_ahead looks through the next block, and the model has one block; '
-                     'allowed: False, or more blocks')
+    raise ValueError(
+      'losses.head_ahead looks through the next block, and the model has one block; '
+      'allowed: False, or more blocks'
+    )
   stacks = tuple(
-      dataclasses.replace(stack, block=_looking(stack.block, after.block, bounded))
-      if after else stack for stack, after in zip(model.stacks, nexts, strict=True))
+    dataclasses.replace(stack, block=_looking(stack.block, after.block, bounded))
+    if after
+    else stack
+    for stack, after in zip(model.stacks, nexts, strict=True)
+  )
 
   def init(key: jax.Array) -> Variables:
     variables = model.init(key)
     return {**variables, 'params': _with_heads(model.stacks, variables['params'])}
 
   return dataclasses.replace(
-      model, stacks=stacks, init=init, ahead=lambda params: following(model.stacks, params),
-      group_axis=lambda path, credit: None,    # every weight influences the losses of all groups
-      variant=lambda **changes: look_ahead(model.variant(**changes), bounded=bounded))
+    model,
+    stacks=stacks,
+    init=init,
+    ahead=lambda params: following(model.stacks, params),
+    group_axis=lambda path, credit: None,  # every weight influences the losses of all groups
+    variant=lambda **changes: look_ahead(model.variant(**changes), bounded=bounded),
+  )
 
 
 def next_stacks(stacks: Sequence[Stack]) -> list[Stack | None]:
   """For every stack the one with the block that its heads look through; None: there is none."""
-  return [stack if stack.is_stacked else after
-          for stack, after in zip(stacks, [*stacks[1:], None], strict=True)]
+  return [
+    stack if stack.is_stacked else after
+    for stack, after in zip(stacks, [*stacks[1:], None], strict=True)
+  ]
 
 
 def following(stacks: Sequence[Stack], params: PyTree) -> PyTree:
@@ -100,16 +111,20 @@ def _first(stack: Stack, tree: PyTree) -> PyTree:
 
 def _with_heads(stacks: Sequence[Stack], params: PyTree) -> PyTree:
   """Every block with a head of the shape that the features of its next block ask for."""
-  heads = {stack.name: _first(after, params[after.name]['head'])
-           for stack, after in zip(stacks, next_stacks(stacks), strict=True)
-           if after and not stack.is_stacked}
+  heads = {
+    stack.name: _first(after, params[after.name]['head'])
+    for stack, after in zip(stacks, next_stacks(stacks), strict=True)
+    if after and not stack.is_stacked
+  }
   return {**params, **{name: {**params[name], 'head': head} for name, head in heads.items()}}
 
 
 def _looking(block: Block, after: Block, bounded: bool) -> Block:
   """`block`, whose losses are those of its own head in the place of `after`'s."""
-  def looking(variables: Variables, x: jax.Array, targets: Targets, *, name: str, cut: Cut | None,
-              last: bool) -> tuple[jax.Array, jax.Array | None, Variables]:
+
+  def looking(
+    variables: Variables, x: jax.Array, targets: Targets, *, name: str, cut: Cut | None, last: bool
+  ) -> tuple[jax.Array, jax.Array | None, Variables]:
     own = {kind: tree for kind, tree in variables.items() if kind != 'ahead'}
     y, _, updates = block(own, x, targets, name=name, cut=None, last=last and bounded)
     if cut is None:
@@ -121,4 +136,5 @@ def _looking(block: Block, after: Block, bounded: bool) -> Block:
 
     through = {**variables['ahead'], 'head': own['params']['head']}
     return y, losses(through, y), updates
+
   return looking

@@ -30,19 +30,22 @@ def stage_loss(blocks: Sequence[Block], cut: Cut) -> Callable:
   """
   names = block_names(len(blocks))
 
-  def loss(fixed: Variables, params: PyTree, x: jax.Array, targets: Targets
-           ) -> tuple[jax.Array | None, dict[str, Any]]:
+  def loss(
+    fixed: Variables, params: PyTree, x: jax.Array, targets: Targets
+  ) -> tuple[jax.Array | None, dict[str, Any]]:
     variables: Variables = {'params': params, **fixed}
     outputs: list[jax.Array] = []
     updates: Variables = {}
     losses = None
     for name, block in zip(names, blocks, strict=True):
       is_last = name == 'last'
-      x, losses, new = block(own(variables, name), x, targets, name=name, last=is_last,
-                             cut=cut if is_last else None)
+      x, losses, new = block(
+        own(variables, name), x, targets, name=name, last=is_last, cut=cut if is_last else None
+      )
       outputs.append(x)
       merge(updates, name, new)
     return losses, {'outputs': tuple(outputs), **updates}
+
   return loss
 
 
@@ -59,6 +62,7 @@ class Stages(NamedTuple):
     advance: how many of its blocks the next stage's input has passed.
     taken: those of the stages that are run.
   """
+
   blocks: tuple[tuple[int, ...], ...]
   advance: int
   taken: slice = slice(None)
@@ -85,8 +89,9 @@ def stages(depth: int, every: int = 1, overlap: bool = False) -> list[tuple[tupl
   return [(blocks, len(blocks)) for blocks in cut]
 
 
-def _grouped(homes: Sequence[tuple[Stack, int]], plan: Sequence[tuple[tuple[int, ...], int]]
-             ) -> list[Stages]:
+def _grouped(
+  homes: Sequence[tuple[Stack, int]], plan: Sequence[tuple[tuple[int, ...], int]]
+) -> list[Stages]:
   """Consecutive stages of equal blocks together, if they can be scanned."""
   groups: list[Stages] = []
   signature = None
@@ -103,8 +108,10 @@ def _grouped(homes: Sequence[tuple[Stack, int]], plan: Sequence[tuple[tuple[int,
 def _within(plan: Sequence[Stages], span: range) -> list[Stages]:
   """The same groups, of which the stages in `span` are taken."""
   begins = [sum(len(group.blocks) for group in plan[:n]) for n in range(len(plan))]
-  return [group._replace(taken=slice(max(span.start - begin, 0), max(span.stop - begin, 0)))
-          for begin, group in zip(begins, plan, strict=True)]
+  return [
+    group._replace(taken=slice(max(span.start - begin, 0), max(span.stop - begin, 0)))
+    for begin, group in zip(begins, plan, strict=True)
+  ]
 
 
 def owned(model: StagedModel, span: range, every: int = 1) -> dict[str, range]:
@@ -117,7 +124,7 @@ def owned(model: StagedModel, span: range, every: int = 1) -> dict[str, range]:
   """
   homes = [(stack.name, i) for stack in model.stacks for i in range(stack.count)]
   mine: dict[str, list[int]] = {}
-  for blocks, _ in stages(model.depth, every)[span.start:span.stop]:
+  for blocks, _ in stages(model.depth, every)[span.start : span.stop]:
     for name, i in (homes[n] for n in blocks):
       mine.setdefault(name, []).append(i)
   return {name: range(indices[0], indices[-1] + 1) for name, indices in mine.items()}
@@ -125,6 +132,7 @@ def owned(model: StagedModel, span: range, every: int = 1) -> dict[str, range]:
 
 class Member(NamedTuple):
   """The blocks of a stack that stand at one position in each of several equal stages."""
+
   stack: Stack
   indices: list[int]
 
@@ -143,7 +151,9 @@ class Member(NamedTuple):
     if not self.stack.is_stacked:
       part = jax.tree.map(lambda leaf: leaf[0], part)
     elif not self._whole:
-      zeros = jax.tree.map(lambda leaf: jnp.zeros((self.stack.count, *leaf.shape[1:]), leaf.dtype), part)
+      zeros = jax.tree.map(
+        lambda leaf: jnp.zeros((self.stack.count, *leaf.shape[1:]), leaf.dtype), part
+      )
       part = self.put_in(zeros, part)
     return part if tree is None else jax.tree.map(jnp.add, tree, part)
 
@@ -154,8 +164,15 @@ class Member(NamedTuple):
     return jax.tree.map(lambda leaf, new: leaf.at[jnp.array(self.indices)].set(new), tree, part)
 
 
-def greedy(estimator: Estimator, model: StagedModel, cut: Cut, *, every: int = 1,
-           overlap: bool = False, span: range | None = None) -> Callable:
+def greedy(
+  estimator: Estimator,
+  model: StagedModel,
+  cut: Cut,
+  *,
+  every: int = 1,
+  overlap: bool = False,
+  span: range | None = None,
+) -> Callable:
   """Gradients of all blocks, stage by stage.
 
   Args:
@@ -171,11 +188,17 @@ def greedy(estimator: Estimator, model: StagedModel, cut: Cut, *, every: int = 1
   plan = _grouped(homes, stages(model.depth, every, overlap))
   if span is not None:
     plan, mine = _within(plan, span), owned(model, span, every)
-    homes = [(dataclasses.replace(stack, count=len(mine.get(stack.name, ()))),
-              i - mine[stack.name].start if stack.name in mine else i) for stack, i in homes]
+    homes = [
+      (
+        dataclasses.replace(stack, count=len(mine.get(stack.name, ()))),
+        i - mine[stack.name].start if stack.name in mine else i,
+      )
+      for stack, i in homes
+    ]
 
-  def run_stages(variables: Variables, key: jax.Array, x: jax.Array, targets: Targets
-                 ) -> tuple[jax.Array, jax.Array, PyTree, PyTree]:
+  def run_stages(
+    variables: Variables, key: jax.Array, x: jax.Array, targets: Targets
+  ) -> tuple[jax.Array, jax.Array, PyTree, PyTree]:
     grads: dict[str, PyTree] = {}
     guess_grads: dict[str, PyTree] = {}
     stats = dict(variables.get('batch_stats', {}))
@@ -184,12 +207,18 @@ def greedy(estimator: Estimator, model: StagedModel, cut: Cut, *, every: int = 1
       taken = group.blocks[group.taken]
       if not taken:
         continue
-      members = [Member(homes[ns[0]][0], [homes[n][1] for n in ns])
-                 for ns in zip(*taken, strict=True)]
+      members = [
+        Member(homes[ns[0]][0], [homes[n][1] for n in ns]) for ns in zip(*taken, strict=True)
+      ]
       named = dict(zip(block_names(len(members)), members, strict=True))
       keys = jax.random.split(jax.random.fold_in(key, number), len(group.blocks))[group.taken]
-      inputs = (keys, *(_gathered(variables.get(kind, {}), named)
-                        for kind in ('params', 'batch_stats', 'feedback', 'ahead', 'guess')))
+      inputs = (
+        keys,
+        *(
+          _gathered(variables.get(kind, {}), named)
+          for kind in ('params', 'batch_stats', 'feedback', 'ahead', 'guess')
+        ),
+      )
       loss = stage_loss([member.stack.block for member in members], cut)
       body = _stage_body(estimator, loss, targets, group.advance)
       (x, out), (losses_SxB, part, new_stats, guess_part) = _scan(body, x, inputs, len(keys))
@@ -198,26 +227,33 @@ def greedy(estimator: Estimator, model: StagedModel, cut: Cut, *, every: int = 1
         grads[member.stack.name] = member.add_to(grads.get(member.stack.name), part[name])
         if name in guess_part:
           guess_grads[member.stack.name] = member.add_to(
-              guess_grads.get(member.stack.name), guess_part[name])
+            guess_grads.get(member.stack.name), guess_part[name]
+          )
       # Of overlapping stages a block is in two: its statistics are those of its own losses' stage.
       for name in {'last'} if overlap else set(named):
         if name in new_stats:
           stack = named[name].stack.name
           stats[stack] = named[name].put_in(stats[stack], new_stats[name])
     return out, loss_B, grads, {'batch_stats': stats, 'guess_gradient': guess_grads}
+
   return run_stages
 
 
 def _gathered(tree: PyTree, members: Mapping[str, Member]) -> PyTree:
   """By a stage's names the parts of a kind of variables that are its blocks'."""
-  return {name: member.take(tree[member.stack.name]) for name, member in members.items()
-          if member.stack.name in tree}
+  return {
+    name: member.take(tree[member.stack.name])
+    for name, member in members.items()
+    if member.stack.name in tree
+  }
 
 
 def _stage_body(estimator: Estimator, loss: Callable, targets: Targets, advance: int) -> Callable:
   """One stage, for `jax.lax.scan`. Carries the next stage's input and the last block's output."""
-  def body(carry: tuple[jax.Array, jax.Array], inputs: tuple
-           ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+
+  def body(
+    carry: tuple[jax.Array, jax.Array], inputs: tuple
+  ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     x, _ = carry
     key, params, stats, feedback, ahead, guess_weights = inputs
     given = {'batch_stats': stats, 'feedback': feedback, 'ahead': ahead}
@@ -226,15 +262,23 @@ def _stage_body(estimator: Estimator, loss: Callable, targets: Targets, advance:
     guessing = lambda weights, *args: loss({**fixed, 'feedback': weights}, *args)
     learned = Learned(guess_weights, guessing) if guess_weights else None
     (losses, aux), grads = estimator(functools.partial(loss, fixed), learned)(
-        params, key, x, targets)
+      params, key, x, targets
+    )
     outputs = (x, *aux['outputs'])
     new_stats = aux.get('batch_stats', {})
-    return (outputs[advance], outputs[-1]), (losses.mean((1, 2)), grads, new_stats,
-                                             aux.get('guess_gradient', {}))
+    return (outputs[advance], outputs[-1]), (
+      losses.mean((1, 2)),
+      grads,
+      new_stats,
+      aux.get('guess_gradient', {}),
+    )
+
   return body
 
 
-def _scan(body: Callable, x: jax.Array, inputs: PyTree, length: int) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
+def _scan(
+  body: Callable, x: jax.Array, inputs: PyTree, length: int
+) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
   """`jax.lax.scan`; a single stage may change the shape of x."""
   if length > 1:
     return jax.lax.scan(body, (x, x), inputs)

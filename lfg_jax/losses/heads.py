@@ -26,6 +26,7 @@ class Heads(NamedTuple):
       see no derivative: for them every replica is written out, with the others' features behind a
       stop-gradient.
   """
+
   row_loss: RowLoss = cross_entropy
   hidden: int = 0
   contrast: Contrast | None = None
@@ -35,8 +36,14 @@ class Heads(NamedTuple):
     """Of a head: classes, or projected dimensions."""
     return self.contrast.projections if self.contrast else classes
 
-  def losses(self, features_BxPxGxC: jax.Array, head: Params, targets: Targets, cut: Cut,
-             feedback: Params | None = None) -> jax.Array:
+  def losses(
+    self,
+    features_BxPxGxC: jax.Array,
+    head: Params,
+    targets: Targets,
+    cut: Cut,
+    feedback: Params | None = None,
+  ) -> jax.Array:
     """[B, P, G] weighted losses of a block (1 in place of an axis that is not cut).
 
     The head learns from the mean of the replicas, while the block takes their sum.
@@ -55,9 +62,13 @@ class Heads(NamedTuple):
     """
     share = 1 / cut.replicas(features_BxPxGxC)
     losses = replicated_loss(
-        info_nce.row_loss(self.contrast) if self.contrast else self.row_loss, features_BxPxGxC,
-        jax.tree.map(lambda leaf: scale_gradient(leaf, share), head), targets, cut,
-        feedback=feedback,
-        held_BxPxGxC=None if self.fused else jax.lax.stop_gradient(features_BxPxGxC),
-        mixes_rows=self.contrast is not None and not self.contrast.stop_gradient)
+      info_nce.row_loss(self.contrast) if self.contrast else self.row_loss,
+      features_BxPxGxC,
+      jax.tree.map(lambda leaf: scale_gradient(leaf, share), head),
+      targets,
+      cut,
+      feedback=feedback,
+      held_BxPxGxC=None if self.fused else jax.lax.stop_gradient(features_BxPxGxC),
+      mixes_rows=self.contrast is not None and not self.contrast.stop_gradient,
+    )
     return losses * targets.weight_B[:, None, None]

@@ -28,8 +28,8 @@ from lfg_jax.losses.row_losses import RowLoss
 from lfg_jax.losses.targets import Targets
 
 VIEWS = 2
-_TINY = 1e-12    # added to |z|²
-_NEVER = -1e30   # the logit of a non-candidate; finite, to rule out -inf - -inf
+_TINY = 1e-12  # added to |z|²
+_NEVER = -1e30  # the logit of a non-candidate; finite, to rule out -inf - -inf
 
 
 class Contrast(NamedTuple):
@@ -42,6 +42,7 @@ class Contrast(NamedTuple):
     projections: dimensions of the projected space.
     axis_name: mesh axis over which the batch is sharded; candidates are gathered along it.
   """
+
   temperature: float = 0.5
   stop_gradient: bool = True
   shared_views: bool = True
@@ -73,7 +74,9 @@ def _positions(rows: int, axis_name: str | None) -> jax.Array:
   return first + jnp.arange(rows)
 
 
-def _scores(a_NxK: jax.Array, c_MxK: jax.Array, real_N: jax.Array, contrast: Contrast) -> tuple[jax.Array, jax.Array]:
+def _scores(
+  a_NxK: jax.Array, c_MxK: jax.Array, real_N: jax.Array, contrast: Contrast
+) -> tuple[jax.Array, jax.Array]:
   """Logits [N, M] of all candidates (`_NEVER` for the row itself and padding), and n⁺ one-hot."""
   own_N = _positions(a_NxK.shape[0], contrast.axis_name)
   candidate_1xM = jnp.arange(c_MxK.shape[0])[None]
@@ -82,7 +85,9 @@ def _scores(a_NxK: jax.Array, c_MxK: jax.Array, real_N: jax.Array, contrast: Con
   return logits_NxM, candidate_1xM == (own_N ^ 1)[:, None]
 
 
-def info_nce(z_NxK: jax.Array, candidate_z_NxK: jax.Array, real_N: jax.Array, contrast: Contrast) -> jax.Array:
+def info_nce(
+  z_NxK: jax.Array, candidate_z_NxK: jax.Array, real_N: jax.Array, contrast: Contrast
+) -> jax.Array:
   """[N] InfoNCE losses of this device's rows, in nats, without replication.
 
   Args:
@@ -95,7 +100,9 @@ def info_nce(z_NxK: jax.Array, candidate_z_NxK: jax.Array, real_N: jax.Array, co
   >>> bool(jnp.allclose(info_nce(z, z, jnp.ones(4, bool), Contrast()), jnp.log(1 + 2 / jnp.e**2)))
   True
   """
-  logits_NxM, positive_NxM = _scores(unit(z_NxK), gather(unit(candidate_z_NxK), contrast.axis_name), real_N, contrast)
+  logits_NxM, positive_NxM = _scores(
+    unit(z_NxK), gather(unit(candidate_z_NxK), contrast.axis_name), real_N, contrast
+  )
   return _losses(logits_NxM, positive_NxM)
 
 
@@ -112,17 +119,22 @@ def row_loss(contrast: Contrast) -> RowLoss:
   >>> row_loss(Contrast())(z, targets).shape
   (4,)
   """
+
   def loss(z_NxK: jax.Array, targets: Targets) -> jax.Array:
     candidates_NxK = jax.lax.stop_gradient(z_NxK) if contrast.stop_gradient else z_NxK
     return info_nce(z_NxK, candidates_NxK, targets.weight_B > 0, contrast)
+
   return loss
 
 
-def end_losses(projected: tuple[jax.Array, jax.Array], weight_N: jax.Array, contrast: Contrast
-               ) -> tuple[jax.Array, jax.Array]:
+def end_losses(
+  projected: tuple[jax.Array, jax.Array], weight_N: jax.Array, contrast: Contrast
+) -> tuple[jax.Array, jax.Array]:
   """The end-to-end loss: weighted losses [N], and the objective's gradient [N, K] at the output."""
   z_NxK, candidates_NxK = projected
 
-  losses = lambda z_NxK, candidates_NxK: info_nce(z_NxK, candidates_NxK, weight_N > 0, contrast) * weight_N
+  losses = lambda z_NxK, candidates_NxK: (
+    info_nce(z_NxK, candidates_NxK, weight_N > 0, contrast) * weight_N
+  )
   moving = lambda z: losses(z, candidates_NxK if contrast.stop_gradient else z).sum()
   return losses(z_NxK, candidates_NxK), jax.grad(moving)(z_NxK)

@@ -37,8 +37,9 @@ def end_to_end(model: StagedModel, estimator: Estimator, *, local: bool) -> Run:
   contrast = model.contrast
   project = contrast is not None and not local
 
-  def run(variables: Variables, key: jax.Array, x: jax.Array, targets: Targets
-          ) -> tuple[PyTree, dict]:
+  def run(
+    variables: Variables, key: jax.Array, x: jax.Array, targets: Targets
+  ) -> tuple[PyTree, dict]:
     fixed = {kind: tree for kind, tree in variables.items() if kind != 'params'}
 
     def loss(params: PyTree, x: jax.Array, targets: Targets) -> tuple[tuple, dict]:
@@ -47,8 +48,7 @@ def end_to_end(model: StagedModel, estimator: Estimator, *, local: bool) -> Run:
       end = None
       if contrast and project:
         assert model.project
-        anchors, candidates, updates_of_head = model.project(
-            own(now, 'head'), y, targets.weight_B)
+        anchors, candidates, updates_of_head = model.project(own(now, 'head'), y, targets.weight_B)
         end, output_error = info_nce.end_losses((anchors, candidates), targets.weight_B, contrast)
         local_losses = [*local_losses, end[None, :, None, None]]
         staged.merge(updates, 'head', updates_of_head)
@@ -67,24 +67,34 @@ def end_to_end(model: StagedModel, estimator: Estimator, *, local: bool) -> Run:
     if contrast:
       metrics['contrastive_loss'] = aux['local_loss'].sum() / (1 if project else model.depth)
     return grads, metrics | {'batch_stats': aux.get('batch_stats', {})}
+
   return run
 
 
-def stage_by_stage(model: StagedModel, estimator: Estimator, cut: Cut, *, every: int = 1,
-                   overlap: bool = False) -> Run:
+def stage_by_stage(
+  model: StagedModel, estimator: Estimator, cut: Cut, *, every: int = 1, overlap: bool = False
+) -> Run:
   """Stage after stage by their local losses, then the read-out on what comes out."""
   run_stages = greedy(estimator, model, cut, every=every, overlap=overlap)
 
-  def run(variables: Variables, key: jax.Array, x: jax.Array, targets: Targets
-          ) -> tuple[PyTree, dict]:
+  def run(
+    variables: Variables, key: jax.Array, x: jax.Array, targets: Targets
+  ) -> tuple[PyTree, dict]:
     x, local_loss_B, grads, updates = run_stages(variables, key, x, targets)
     aux = with_read_out(model, variables, x, targets, grads, updates)
     return grads, aux | local_metrics(model, local_loss_B, every, overlap)
+
   return run
 
 
-def with_read_out(model: StagedModel, variables: Variables, x: jax.Array, targets: Targets,
-                  grads: PyTree, updates: PyTree) -> dict[str, Any]:
+def with_read_out(
+  model: StagedModel,
+  variables: Variables,
+  x: jax.Array,
+  targets: Targets,
+  grads: PyTree,
+  updates: PyTree,
+) -> dict[str, Any]:
   """The read-out learns on top of the last block's output x, detached.
 
   Args:
@@ -109,8 +119,9 @@ def with_read_out(model: StagedModel, variables: Variables, x: jax.Array, target
   return _sums(aux) | updates
 
 
-def local_metrics(model: StagedModel, local_loss_B: jax.Array, every: int = 1,
-                  overlap: bool = False) -> dict[str, jax.Array]:
+def local_metrics(
+  model: StagedModel, local_loss_B: jax.Array, every: int = 1, overlap: bool = False
+) -> dict[str, jax.Array]:
   """The contrastive loss, if that is what stages learn from: the mean over them."""
   if model.contrast is None:
     return {}
@@ -121,9 +132,11 @@ def _summary(logits_BxK: jax.Array, targets: Targets) -> dict[str, jax.Array]:
   """Weighted loss and error of the read-out, per example, and the loss's derivative by the logits."""
   label_B, weight_B = targets
   one_hot_BxK = jax.nn.one_hot(label_B, logits_BxK.shape[-1], dtype=logits_BxK.dtype)
-  return {'loss': cross_entropy(logits_BxK, targets) * weight_B,
-          'error': jnp.where(logits_BxK.argmax(-1) != label_B, weight_B, 0),
-          'output_error': (jax.nn.softmax(logits_BxK) - one_hot_BxK) * weight_B[:, None]}
+  return {
+    'loss': cross_entropy(logits_BxK, targets) * weight_B,
+    'error': jnp.where(logits_BxK.argmax(-1) != label_B, weight_B, 0),
+    'output_error': (jax.nn.softmax(logits_BxK) - one_hot_BxK) * weight_B[:, None],
+  }
 
 
 def _sums(aux: dict[str, Any]) -> dict[str, jax.Array]:

@@ -35,6 +35,7 @@ PyTree = Any
 
 class Cut(NamedTuple):
   """Which axes of a block's features have their own losses (figure 6 of the paper)."""
+
   patch: bool = True
   group: bool = True
 
@@ -60,8 +61,9 @@ def _scale_gradient_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax
   return primals[0], tangents[0] * primals[1]
 
 
-def head_outputs(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array
-                 ) -> jax.Array:
+def head_outputs(
+  features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array
+) -> jax.Array:
   """[B, K]: a head's first layer, applied to the mean over patches of all groups."""
   G, C, K = kernel_GxCxK.shape
   mean_BxD = features_BxPxGxC.mean(1, dtype=kernel_GxCxK.dtype).reshape(-1, G * C)
@@ -93,13 +95,21 @@ def replicate(loss_B: jax.Array, P: int, G: int, cut: Cut) -> jax.Array:
 
 class _Form(NamedTuple):
   """The static part: `loss(outputs_BxK, above, targets) -> [B]`, and how it is replicated."""
+
   loss: Callable[[jax.Array, PyTree, PyTree], jax.Array]
   cut: Cut
   mixes_rows: bool
 
 
-def _value(form: _Form, features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array,
-           above: PyTree, backward_GxCxK: jax.Array, targets: PyTree) -> jax.Array:
+def _value(
+  form: _Form,
+  features_BxPxGxC: jax.Array,
+  kernel_GxCxK: jax.Array,
+  bias_K: jax.Array,
+  above: PyTree,
+  backward_GxCxK: jax.Array,
+  targets: PyTree,
+) -> jax.Array:
   del backward_GxCxK
   _, P, G, _ = features_BxPxGxC.shape
   z_BxK = head_outputs(features_BxPxGxC, kernel_GxCxK, bias_K)
@@ -148,8 +158,9 @@ def _filled(d: jax.Array | SymbolicZero) -> jax.Array:
   return jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d
 
 
-def _own_and_others(along: Callable[[jax.Array], jax.Array], d_BxPxGxC: jax.Array,
-                    backward_GxCxK: jax.Array, cut: Cut) -> jax.Array:
+def _own_and_others(
+  along: Callable[[jax.Array], jax.Array], d_BxPxGxC: jax.Array, backward_GxCxK: jax.Array, cut: Cut
+) -> jax.Array:
   """[B, P, G]: the change of each replica's loss by its features in all rows, if rows mix."""
   P = d_BxPxGxC.shape[1]
 
@@ -163,21 +174,32 @@ def _own_and_others(along: Callable[[jax.Array], jax.Array], d_BxPxGxC: jax.Arra
   return jnp.moveaxis(jax.lax.map(one_patch, d_PxBxGxC), 0, 1)
 
 
-def check_shapes(features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array,
-                 targets: Targets) -> None:
+def check_shapes(
+  features_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array, targets: Targets
+) -> None:
   """Raises AssertionError, saying what was expected, if the arguments' shapes do not match."""
   chex.assert_rank([features_BxPxGxC, kernel_GxCxK], [4, 3])
   B, _, G, C = features_BxPxGxC.shape
-  chex.assert_shape(kernel_GxCxK, (G, C, None),
-                    custom_message='the head needs a row for every group and channel')
-  chex.assert_shape(bias_K, kernel_GxCxK.shape[-1:],
-                    custom_message='the bias has one entry per output of the head')
+  chex.assert_shape(
+    kernel_GxCxK, (G, C, None), custom_message='the head needs a row for every group and channel'
+  )
+  chex.assert_shape(
+    bias_K, kernel_GxCxK.shape[-1:], custom_message='the bias has one entry per output of the head'
+  )
   chex.assert_shape([*targets], (B,), custom_message='one entry per example')
 
 
-def replicated_loss(row_loss: RowLoss, features_BxPxGxC: jax.Array, head: dict[str, Any],
-                    targets: Targets, cut: Cut = Cut(), *, feedback: dict[str, Any] | None = None,
-                    held_BxPxGxC: jax.Array | None = None, mixes_rows: bool = False) -> jax.Array:
+def replicated_loss(
+  row_loss: RowLoss,
+  features_BxPxGxC: jax.Array,
+  head: dict[str, Any],
+  targets: Targets,
+  cut: Cut = Cut(),
+  *,
+  feedback: dict[str, Any] | None = None,
+  held_BxPxGxC: jax.Array | None = None,
+  mixes_rows: bool = False,
+) -> jax.Array:
   """The loss of a head on the mean feature, with one replica per patch and group.
 
   Time and memory are those of the plain loss, independent of P·G.
@@ -215,8 +237,15 @@ def replicated_loss(row_loss: RowLoss, features_BxPxGxC: jax.Array, head: dict[s
   if held_BxPxGxC is not None:
     of_outputs = lambda z_BxK: loss(z_BxK, above, targets)
     return _displaced(of_outputs, features_BxPxGxC, held_BxPxGxC, kernel, bias, cut)
-  return _fused(_Form(loss, cut, mixes_rows), features_BxPxGxC, kernel, bias, above,
-                feedback.get('kernel', kernel), targets)
+  return _fused(
+    _Form(loss, cut, mixes_rows),
+    features_BxPxGxC,
+    kernel,
+    bias,
+    above,
+    feedback.get('kernel', kernel),
+    targets,
+  )
 
 
 def _behind_relu(z_BxK: jax.Array, layer: dict[str, jax.Array], feedback: dict | None) -> jax.Array:
@@ -225,13 +254,18 @@ def _behind_relu(z_BxK: jax.Array, layer: dict[str, jax.Array], feedback: dict |
   if not feedback:
     return h_BxK @ layer['kernel'] + layer['bias'][None]
   still_BxK = jax.lax.stop_gradient(h_BxK)
-  moving_BxL = (h_BxK - still_BxK) @ jax.lax.stop_gradient(feedback['kernel'])    # zero
+  moving_BxL = (h_BxK - still_BxK) @ jax.lax.stop_gradient(feedback['kernel'])  # zero
   return still_BxK @ layer['kernel'] + moving_BxL + layer['bias'][None]
 
 
-def _displaced(loss: Callable[[jax.Array], jax.Array], features_BxPxGxC: jax.Array,
-               held_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array, bias_K: jax.Array, cut: Cut
-               ) -> jax.Array:
+def _displaced(
+  loss: Callable[[jax.Array], jax.Array],
+  features_BxPxGxC: jax.Array,
+  held_BxPxGxC: jax.Array,
+  kernel_GxCxK: jax.Array,
+  bias_K: jax.Array,
+  cut: Cut,
+) -> jax.Array:
   """Replicas at a point where each sees its own features displaced and all others fixed."""
   P = features_BxPxGxC.shape[1]
   step_BxPxGxK = jnp.einsum('bpgc,gck->bpgk', features_BxPxGxC - held_BxPxGxC, kernel_GxCxK) / P

@@ -34,7 +34,7 @@ def squared_error(outputs_BxK: jax.Array, targets: Targets) -> jax.Array:
   >>> squared_error(jnp.array([[0., 3.]]), Targets(jnp.array([1]), jnp.ones(1))).tolist()
   [2.0]
   """
-  return 0.5 * ((outputs_BxK - _one_hot(outputs_BxK, targets))**2).sum(-1)
+  return 0.5 * ((outputs_BxK - _one_hot(outputs_BxK, targets)) ** 2).sum(-1)
 
 
 def margin(outputs_BxK: jax.Array, targets: Targets) -> jax.Array:
@@ -54,7 +54,10 @@ def _one_hot(outputs_BxK: jax.Array, targets: Targets) -> jax.Array:
 
 
 ROW_LOSSES: dict[str, RowLoss] = {
-    'cross_entropy': cross_entropy, 'squared_error': squared_error, 'margin': margin}
+  'cross_entropy': cross_entropy,
+  'squared_error': squared_error,
+  'margin': margin,
+}
 
 
 def find(row: str, module: str | None = None, outputs: int = 10) -> RowLoss:
@@ -87,8 +90,12 @@ def _check(what: str, row_loss: RowLoss, outputs: int) -> None:
   with user_files.mistakes(what):
     slopes = jax.jacobian(lambda x: row_loss(x, targets))(outputs_3xK)
   if slopes.shape != (3, 3, outputs):
-    raise ValueError(f'{what}: row_loss gives a loss of shape {slopes.shape[:-2]} for outputs '
-                     f'(3, {outputs}); allowed: (3,), one for each row')
+    raise ValueError(
+      f'{what}: row_loss gives a loss of shape {slopes.shape[:-2]} for outputs '
+      f'(3, {outputs}); allowed: (3,), one for each row'
+    )
   if jnp.where(jnp.eye(3, dtype=bool)[..., None], 0, slopes).any():
-    raise ValueError(f'{what}: row_loss lets the loss of a row depend on other rows; allowed: on '
-                     'its own outputs only')
+    raise ValueError(
+      f'{what}: row_loss lets the loss of a row depend on other rows; allowed: on '
+      'its own outputs only'
+    )

@@ -18,14 +18,23 @@ from lfg_jax.losses.replicated import Cut
 from lfg_jax.losses.targets import Targets
 
 PyTree = Any
-Variables = dict[str, PyTree]    # 'params', and where used 'batch_stats', 'feedback', 'ahead'
+Variables = dict[str, PyTree]  # 'params', and where used 'batch_stats', 'feedback', 'ahead'
 
 
 class Block(Protocol):
   """One block as a pure function."""
 
-  def __call__(self, variables: Variables, x: jax.Array, targets: Targets, /, *, name: str,
-               cut: Cut | None, last: bool) -> tuple[jax.Array, jax.Array | None, Variables]:
+  def __call__(
+    self,
+    variables: Variables,
+    x: jax.Array,
+    targets: Targets,
+    /,
+    *,
+    name: str,
+    cut: Cut | None,
+    last: bool,
+  ) -> tuple[jax.Array, jax.Array | None, Variables]:
     """Returns (output, losses [B, P, G], updated variables).
 
     Args:
@@ -52,6 +61,7 @@ class Stack:
       shape of its input. They are then scanned.
     flop: floating-point operations per example of a block's linear maps, by the tap behind each.
   """
+
   name: str
   count: int
   block: Block
@@ -90,6 +100,7 @@ class StagedModel:
     project: `(variables, x, weight_B) -> (anchors [B, K], candidates [B, K], updates)`, at the end
       of a network that learns contrastively without local losses; its parameters are under 'head'.
   """
+
   stacks: tuple[Stack, ...]
   init: Callable[[jax.Array], Variables]
   prepare: Callable[[jax.Array], jax.Array]
@@ -138,8 +149,9 @@ def merge(updates: Variables, name: str, new: Variables) -> None:
     updates.setdefault(kind, {})[name] = tree
 
 
-def apply(model: StagedModel, variables: Variables, x: jax.Array, targets: Targets,
-          cut: Cut | None) -> tuple[jax.Array, list[jax.Array], Variables]:
+def apply(
+  model: StagedModel, variables: Variables, x: jax.Array, targets: Targets, cut: Cut | None
+) -> tuple[jax.Array, list[jax.Array], Variables]:
   """All blocks, one after the other.
 
   Returns:
@@ -149,9 +161,11 @@ def apply(model: StagedModel, variables: Variables, x: jax.Array, targets: Targe
   local: list[jax.Array] = []
   updates: Variables = {}
   for stack in model.stacks:
+
     def body(x: jax.Array, block_variables: Variables, stack: Stack = stack) -> tuple:
-      y, losses, new = stack.block(block_variables, x, targets, name=stack.name, cut=cut,
-                                   last=False)
+      y, losses, new = stack.block(
+        block_variables, x, targets, name=stack.name, cut=cut, last=False
+      )
       return y, (losses, new)
 
     step = functools.partial(jax.lax.scan, body) if stack.is_stacked else body
@@ -162,8 +176,7 @@ def apply(model: StagedModel, variables: Variables, x: jax.Array, targets: Targe
   return x, local, updates
 
 
-def evaluate(model: StagedModel, variables: Variables, x: jax.Array
-             ) -> tuple[jax.Array, jax.Array]:
+def evaluate(model: StagedModel, variables: Variables, x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Logits [B, classes] and the features [B, C] that the read-out's linear layer sees."""
   targets = Targets(jnp.zeros(x.shape[0], jnp.int32), jnp.ones(x.shape[0]))
   x, _, _ = apply(model, variables, x, targets, None)

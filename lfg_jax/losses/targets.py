@@ -12,5 +12,6 @@ class Targets(NamedTuple):
     label_B: integer classes; contrastive losses ignore them.
     weight_B: each example's weight in the objective; sums to 1 over the global batch.
   """
+
   label_B: jax.Array
   weight_B: jax.Array

@@ -17,8 +17,9 @@ from lfg_jax.models import layers
 Params = dict[str, jax.Array]
 
 
-def init(key: jax.Array, kernel: tuple[int, ...], bias: tuple[int, ...], fan_in: int,
-         kind: str = 'lecun') -> Params:
+def init(
+  key: jax.Array, kernel: tuple[int, ...], bias: tuple[int, ...], fan_in: int, kind: str = 'lecun'
+) -> Params:
   """A random kernel (see `layers.initializer`) and a zero bias.
 
   >>> jax.tree.map(jnp.shape, init(jax.random.key(0), (3, 4), (4,), 3))
@@ -27,8 +28,9 @@ def init(key: jax.Array, kernel: tuple[int, ...], bias: tuple[int, ...], fan_in:
   return {'kernel': layers.initializer(kind, fan_in)(key, kernel), 'bias': jnp.zeros(bias)}
 
 
-def init_head(key: jax.Array, heads: Heads, groups: int, width: int, classes: int,
-              kind: str = 'lecun') -> dict[str, Any]:
+def init_head(
+  key: jax.Array, heads: Heads, groups: int, width: int, classes: int, kind: str = 'lecun'
+) -> dict[str, Any]:
   """Parameters of a local head on `groups` groups of `width` channels.
 
   The last layer is zero, except with contrastive losses, where a zero projection would have no
@@ -55,8 +57,9 @@ def affine(linear: Callable, params: Params, x: jax.Array, feedback: Any = None)
   return out + jnp.expand_dims(bias, tuple(range(out.ndim - bias.ndim)))
 
 
-def read_out(variables: dict[str, Any], x_BxPxC: jax.Array, weight_B: jax.Array
-             ) -> tuple[jax.Array, jax.Array, dict]:
+def read_out(
+  variables: dict[str, Any], x_BxPxC: jax.Array, weight_B: jax.Array
+) -> tuple[jax.Array, jax.Array, dict]:
   """Mean over patches → norm → linear. Returns logits, features [B, C] and no updates."""
   del weight_B
   features = layers.layer_norm(x_BxPxC.mean(1))
@@ -78,11 +81,14 @@ def init_projection(key: jax.Array, width: int, contrast: Contrast) -> Any:
 
 def projection(contrast: Contrast) -> Callable:
   """Mean over positions → linear, for `StagedModel.project`."""
-  def project(variables: dict[str, Any], x: jax.Array, weight_B: jax.Array
-              ) -> tuple[jax.Array, jax.Array, dict]:
+
+  def project(
+    variables: dict[str, Any], x: jax.Array, weight_B: jax.Array
+  ) -> tuple[jax.Array, jax.Array, dict]:
     del weight_B
     mean_BxC = layers.layer_norm(x.reshape(x.shape[0], -1, x.shape[-1]).mean(1))
     feedback = variables.get('feedback', {}).get('linear')
     z_BxK = affine(layers.dense, variables['params']['linear'], mean_BxC, feedback)
     return z_BxK, jax.lax.stop_gradient(z_BxK) if contrast.stop_gradient else z_BxK, {}
+
   return project

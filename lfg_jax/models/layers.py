@@ -17,8 +17,8 @@ from flax.linen.dtypes import promote_dtype
 from lfg_jax.promotion import upcast
 
 EPSILON = 1e-5
-LEARNING_STRIDE = 5    # between the patches used to learn feedback; must not divide a row's length
-RUNNING = 0.9   # weight of the past in running statistics, per step
+LEARNING_STRIDE = 5  # between the patches used to learn feedback; must not divide a row's length
+RUNNING = 0.9  # weight of the past in running statistics, per step
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -38,7 +38,9 @@ def _normalise(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Arra
 
 
 @layer_norm.defjvp
-def _layer_norm_jvp(axes: tuple[int, ...], primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+def _layer_norm_jvp(
+  axes: tuple[int, ...], primals: tuple, tangents: tuple
+) -> tuple[jax.Array, jax.Array]:
   """The projection (1 - 1/n - y yᵀ/n) · scale, which is symmetric: its transpose costs the same."""
   (x,), (dx,) = primals, tangents
   y, scale = _normalise(x, axes)
@@ -52,6 +54,7 @@ class Norm(nn.Module):
 
   Batch norm uses running statistics when not training.
   """
+
   kind: str
   train: bool = True
   axis_name: str | None = None
@@ -74,8 +77,10 @@ class Norm(nn.Module):
     # x is [B, C], [B, P, C] or, in groups, [B, P, G, C].
     channels = math.prod(x.shape[2:] or x.shape[1:])
     flat_BxNxC = upcast(x).reshape(x.shape[0], -1, channels)
-    running = [self.variable('batch_stats', name, fill, flat_BxNxC.shape[-1:], jnp.float32)
-               for name, fill in (('mean', jnp.zeros), ('var', jnp.ones))]
+    running = [
+      self.variable('batch_stats', name, fill, flat_BxNxC.shape[-1:], jnp.float32)
+      for name, fill in (('mean', jnp.zeros), ('var', jnp.ones))
+    ]
     if not self.train:
       mean, variance = (r.value for r in running)
     else:
@@ -84,7 +89,7 @@ class Norm(nn.Module):
       real_Bx1x1 = (weight_B > 0).astype(x.dtype)[:, None, None]
       count = total(real_Bx1x1.sum() * flat_BxNxC.shape[1])
       mean = total((flat_BxNxC * real_Bx1x1).sum((0, 1))) / count
-      variance = total(((flat_BxNxC - mean[None, None])**2 * real_Bx1x1).sum((0, 1))) / count
+      variance = total(((flat_BxNxC - mean[None, None]) ** 2 * real_Bx1x1).sum((0, 1))) / count
       if not self.is_initializing() and self.is_mutable_collection('batch_stats'):
         for r, new in zip(running, (mean, variance), strict=True):
           r.value = RUNNING * r.value + (1 - RUNNING) * jax.lax.stop_gradient(new)
@@ -93,14 +98,17 @@ class Norm(nn.Module):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def with_feedback(linear: Callable, x: jax.Array, kernel: jax.Array, feedback: jax.Array) -> jax.Array:
+def with_feedback(
+  linear: Callable, x: jax.Array, kernel: jax.Array, feedback: jax.Array
+) -> jax.Array:
   """linear(x, kernel), with `feedback` in place of the kernel in the gradient with respect to x."""
   del feedback
   return linear(x, kernel)
 
 
-def _feedback_forward(linear: Callable, x: jax.Array, kernel: jax.Array, feedback: jax.Array
-                      ) -> tuple[jax.Array, tuple]:
+def _feedback_forward(
+  linear: Callable, x: jax.Array, kernel: jax.Array, feedback: jax.Array
+) -> tuple[jax.Array, tuple]:
   return linear(x, kernel), (x, kernel, feedback)
 
 
@@ -126,8 +134,9 @@ def _carried_back(linear: Callable, feedback: jax.Array, ct: jax.Array, x: jax.A
   return d_x
 
 
-def _learn_forward(linear: Callable, feedback: jax.Array, ct: jax.Array, x: jax.Array
-                   ) -> tuple[jax.Array, tuple]:
+def _learn_forward(
+  linear: Callable, feedback: jax.Array, ct: jax.Array, x: jax.Array
+) -> tuple[jax.Array, tuple]:
   return _carried_back(linear, feedback, ct, x), (feedback, ct, x)
 
 
@@ -176,15 +185,22 @@ def depthwise(x_BxPxC: jax.Array, kernel_KxKx1xC: jax.Array) -> jax.Array:
   """Depth-wise k×k convolution over the square grid of tokens, zero padding."""
   B, P, C = x_BxPxC.shape
   side = round(P**0.5)
-  out = jax.lax.conv_general_dilated(x_BxPxC.reshape(B, side, side, C), kernel_KxKx1xC, (1, 1), 'SAME',
-                                     dimension_numbers=('NHWC', 'HWIO', 'NHWC'), feature_group_count=C)
+  out = jax.lax.conv_general_dilated(
+    x_BxPxC.reshape(B, side, side, C),
+    kernel_KxKx1xC,
+    (1, 1),
+    'SAME',
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    feature_group_count=C,
+  )
   return out.reshape(B, P, C)
 
 
 def convolution(x_BxHxWxC: jax.Array, kernel_KxKxCxD: jax.Array, stride: int = 1) -> jax.Array:
   """k×k convolution with zero padding, at every `stride`-th position."""
-  return jax.lax.conv_general_dilated(x_BxHxWxC, kernel_KxKxCxD, (stride, stride), 'SAME',
-                                      dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  return jax.lax.conv_general_dilated(
+    x_BxHxWxC, kernel_KxKxCxD, (stride, stride), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
 
 
 def initializer(kind: str, fan_in: int) -> Callable:
@@ -194,7 +210,11 @@ def initializer(kind: str, fan_in: int) -> Callable:
   """
   if kind == 'zero':
     return nn.initializers.zeros_init()
-  scale = {'kaiming': min(2 / fan_in**0.5, 0.1), 'lecun': min(1 / fan_in**0.5, 0.1), 'constant': 0.1}[kind]
+  scale = {
+    'kaiming': min(2 / fan_in**0.5, 0.1),
+    'lecun': min(1 / fan_in**0.5, 0.1),
+    'constant': 0.1,
+  }[kind]
   return nn.initializers.normal(scale)
 
 
@@ -207,6 +227,7 @@ class Linear(nn.Module):
     fan_in: inputs per output, for the initial scale.
     dtype: in which to compute; None: that of inputs and parameters.
   """
+
   linear: Callable
   kernel_shape: tuple[int, ...]
   bias_shape: tuple[int, ...]

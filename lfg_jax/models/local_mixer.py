@@ -21,28 +21,45 @@ from lfg_jax.models.sizes import mixer_spec, parse, patches
 GUESSED = {'after_channel': 'group', 'after_token': 'channel'}
 KINDS = ('params', 'batch_stats')
 DEFAULTS: dict[str, Any] = {
-    'size': 'M/8/16',                # size / patches per side / groups
-    # None: as the size implies.
-    'blocks': int, 'channels': int, 'hidden': int,
-    'pool_every': 0, 'channel_ratio': 2, 'group_ratio': 2, 'pool': 'average', 'norm': 'layer',
-    'norm_derivative': True, 'mixing': 'linear', 'conv_size': 3, 'init': 'lecun', 'norms': NORMS,
-    'precision': 'float32',          # or 'bfloat16': `block.Style`
+  'size': 'M/8/16',  # size / patches per side / groups
+  # None: as the size implies.
+  'blocks': int,
+  'channels': int,
+  'hidden': int,
+  'pool_every': 0,
+  'channel_ratio': 2,
+  'group_ratio': 2,
+  'pool': 'average',
+  'norm': 'layer',
+  'norm_derivative': True,
+  'mixing': 'linear',
+  'conv_size': 3,
+  'init': 'lecun',
+  'norms': NORMS,
+  'precision': 'float32',  # or 'bfloat16': `block.Style`
 }
-EXPLAINED = (mixer_spec, Style)      # their docstrings explain the fields
+EXPLAINED = (mixer_spec, Style)  # their docstrings explain the fields
 
 
 def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> StagedModel:
   """The model for the images of a data set; see `registry.Model`."""
   size = fields['size']
   numbers = {name: value for name, value in fields.items() if name != 'size'}
-  spec = mixer_spec(size, image_shape=images.shape, classes=images.classes, heads=heads,
-                    axis_name=images.axis_name, **numbers)
+  spec = mixer_spec(
+    size,
+    image_shape=images.shape,
+    classes=images.classes,
+    heads=heads,
+    axis_name=images.axis_name,
+    **numbers,
+  )
   side = parse(size)[1]
   return staged(spec, functools.partial(patches, side=side, mean=images.mean, std=images.std))
 
 
-def staged(spec: MixerSpec, prepare: Callable[[jax.Array], jax.Array], *, project: bool = False
-           ) -> StagedModel:
+def staged(
+  spec: MixerSpec, prepare: Callable[[jax.Array], jax.Array], *, project: bool = False
+) -> StagedModel:
   """The staged model with these sizes.
 
   Args:
@@ -61,15 +78,17 @@ def staged(spec: MixerSpec, prepare: Callable[[jax.Array], jax.Array], *, projec
     variables = LocalMixer(spec, project=project).init(key, tokens)
     return {kind: tree for kind, tree in dict(variables).items() if kind in KINDS}
 
-  def read_out(variables: Variables, x: jax.Array, weight_B: jax.Array
-               ) -> tuple[jax.Array, jax.Array, Variables]:
+  def read_out(
+    variables: Variables, x: jax.Array, weight_B: jax.Array
+  ) -> tuple[jax.Array, jax.Array, Variables]:
     module, kept = ReadOut(style, spec.classes), ('batch_stats', 'features')
     logits, updates = module.apply(variables, x, weight_B, mutable=kept)
     features = updates['features']['mean'][0]
     return logits, features, {kind: updates[kind] for kind in updates if kind != 'features'}
 
-  def to_space(variables: Variables, x: jax.Array, weight_B: jax.Array
-               ) -> tuple[jax.Array, jax.Array, Variables]:
+  def to_space(
+    variables: Variables, x: jax.Array, weight_B: jax.Array
+  ) -> tuple[jax.Array, jax.Array, Variables]:
     module = Projection(style, spec.runs[-1].spec.groups)
     (z, candidates), updates = module.apply(variables, x, weight_B, mutable=('batch_stats',))
     return z, candidates, dict(updates)
@@ -80,29 +99,42 @@ def staged(spec: MixerSpec, prepare: Callable[[jax.Array], jax.Array], *, projec
 
   digits = 2 if style.dtype else 4
   return StagedModel(
-      stacks=tuple(_stack(spec, run) for run in spec.runs), init=init, prepare=prepare,
-      read_out=read_out, variant=variant, input_shape=(stem.tokens, stem.inputs),
-      classes=spec.classes, taps=TAPS, guessed=GUESSED,
-      boundary=(BOUNDARY, TAPS[-1]),
-      group_axis=_group_axis if style.norm == 'layer' else lambda path, credit: None,
-      mixes_examples=style.norm == 'batch', rounds=style.dtype is not None,
-      activity_bytes=digits * max(run.spec.tokens * run.spec.channels for run in spec.runs),
-      contrast=style.heads.contrast, project=to_space if project else None)
+    stacks=tuple(_stack(spec, run) for run in spec.runs),
+    init=init,
+    prepare=prepare,
+    read_out=read_out,
+    variant=variant,
+    input_shape=(stem.tokens, stem.inputs),
+    classes=spec.classes,
+    taps=TAPS,
+    guessed=GUESSED,
+    boundary=(BOUNDARY, TAPS[-1]),
+    group_axis=_group_axis if style.norm == 'layer' else lambda path, credit: None,
+    mixes_examples=style.norm == 'batch',
+    rounds=style.dtype is not None,
+    activity_bytes=digits * max(run.spec.tokens * run.spec.channels for run in spec.runs),
+    contrast=style.heads.contrast,
+    project=to_space if project else None,
+  )
 
 
 def _stack(spec: MixerSpec, run: Run) -> Stack:
   conv_size = spec.style.conv_size if spec.style.mixing == 'conv' else None
-  return Stack(run.name, run.count, _block(spec, run.spec), run.spec.stacked,
-               block_flop(run.spec, conv_size))
+  return Stack(
+    run.name, run.count, _block(spec, run.spec), run.spec.stacked, block_flop(run.spec, conv_size)
+  )
 
 
 def _block(spec: MixerSpec, block_spec: BlockSpec) -> Block:
-  def block(variables: Variables, x: jax.Array, targets: Targets, *, name: str, cut: Cut | None,
-            last: bool) -> tuple[jax.Array, jax.Array | None, Variables]:
+  def block(
+    variables: Variables, x: jax.Array, targets: Targets, *, name: str, cut: Cut | None, last: bool
+  ) -> tuple[jax.Array, jax.Array | None, Variables]:
     module = LocalBlock(block_spec, spec.style, spec.classes, cut or Cut(), last, name=name)
-    (y, losses), updates = module.apply(variables, x, None if cut is None else targets,
-                                        targets.weight_B, mutable=('batch_stats',))
+    (y, losses), updates = module.apply(
+      variables, x, None if cut is None else targets, targets.weight_B, mutable=('batch_stats',)
+    )
     return y, losses, dict(updates)
+
   return block
 
 

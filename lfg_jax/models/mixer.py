@@ -26,6 +26,7 @@ from lfg_jax.promotion import upcast
 
 class Projection(nn.Module):
   """Group norm → mean over tokens → linear: the head of a network that learns end to end."""
+
   style: Style
   groups: int
 
@@ -35,14 +36,21 @@ class Projection(nn.Module):
     contrast, (N, P, C) = self.style.heads.contrast, x_NxPxC.shape
     assert contrast
     features = norm(self.style, 'head', x_NxPxC.reshape(N, P, self.groups, -1), weight_N)
-    linear = layers.Linear(layers.dense, (C, contrast.projections), (contrast.projections,), C, self.style.init,
-                           name='linear')
+    linear = layers.Linear(
+      layers.dense,
+      (C, contrast.projections),
+      (contrast.projections,),
+      C,
+      self.style.init,
+      name='linear',
+    )
     z_NxK = linear(upcast(features).mean(1).reshape(N, C))
     return z_NxK, jax.lax.stop_gradient(z_NxK) if contrast.stop_gradient else z_NxK
 
 
 class ReadOut(nn.Module):
   """Mean over tokens → norm → linear to the classes."""
+
   style: Style
   classes: int
 
@@ -51,12 +59,15 @@ class ReadOut(nn.Module):
     C = x_BxPxC.shape[-1]
     h = norm(self.style, 'readout', upcast(x_BxPxC).mean(1), weight_B)
     self.sow('features', 'mean', h)
-    return layers.Linear(layers.dense, (C, self.classes), (self.classes,), C, 'zero', name='linear')(h)
+    return layers.Linear(
+      layers.dense, (C, self.classes), (self.classes,), C, 'zero', name='linear'
+    )(h)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
   """`count` blocks of one shape; more than one only if `spec.stacked`."""
+
   name: str
   spec: BlockSpec
   count: int
@@ -65,6 +76,7 @@ class Run:
 @dataclasses.dataclass(frozen=True)
 class MixerSpec:
   """A whole LocalMixer: its stacks of blocks and what they share."""
+
   runs: tuple[Run, ...]
   style: Style
   classes: int
@@ -83,29 +95,41 @@ class LocalMixer(nn.Module):
   >>> sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
   918770
   """
+
   spec: MixerSpec
   cut: Cut = Cut(patch=False, group=False)
   project: bool = False
 
   @nn.compact
-  def __call__(self, tokens_BxPxD: jax.Array, targets: Targets | None = None, weight_B: jax.Array | None = None
-               ) -> tuple[jax.Array, dict[str, Any]]:
+  def __call__(
+    self, tokens_BxPxD: jax.Array, targets: Targets | None = None, weight_B: jax.Array | None = None
+  ) -> tuple[jax.Array, dict[str, Any]]:
     """Returns logits [B, classes] and every stack's local losses [n, B, P, G] (None if no targets).
 
     With `project`, the latter also have the projections, as `head`.
     """
     x, stem = tokens_BxPxD, self.spec.runs[0].spec
-    chex.assert_shape(x, (None, stem.tokens, stem.inputs), custom_message='tokens are [examples, patches, inputs]')
+    chex.assert_shape(
+      x, (None, stem.tokens, stem.inputs), custom_message='tokens are [examples, patches, inputs]'
+    )
     weight_B = jnp.ones(x.shape[:1]) if weight_B is None else weight_B
     local: dict[str, Any] = {}
     for run in self.spec.runs:
-      stack = nn.scan(LocalBlock, variable_axes={name: 0 for name in COLLECTIONS}, split_rngs={'params': True},
-                      in_axes=(nn.broadcast, nn.broadcast), length=run.count)
+      stack = nn.scan(
+        LocalBlock,
+        variable_axes={name: 0 for name in COLLECTIONS},
+        split_rngs={'params': True},
+        in_axes=(nn.broadcast, nn.broadcast),
+        length=run.count,
+      )
       block = (stack if run.spec.stacked else LocalBlock)(
-          run.spec, self.spec.style, self.spec.classes, self.cut, name=run.name)
+        run.spec, self.spec.style, self.spec.classes, self.cut, name=run.name
+      )
       x, local[run.name] = block(x, targets, weight_B)
     if self.project:
-      local['head'] = Projection(self.spec.style, self.spec.runs[-1].spec.groups, name='head')(x, weight_B)
+      local['head'] = Projection(self.spec.style, self.spec.runs[-1].spec.groups, name='head')(
+        x, weight_B
+      )
     return ReadOut(self.spec.style, self.spec.classes, name='readout')(x, weight_B), local
 
 

@@ -26,6 +26,7 @@ class Images(NamedTuple):
     mean, std: for normalising the colours.
     axis_name: mesh axis over which the batch is sharded.
   """
+
   shape: tuple[int, int, int]
   classes: int
   mean: tuple[float, ...]
@@ -41,6 +42,7 @@ class Images(NamedTuple):
 
 class Model(Protocol):
   """A Python module that defines a model."""
+
   DEFAULTS: dict[str, Any]
   TAPS: tuple[str, ...]
 
@@ -65,9 +67,11 @@ def find(name: str, path: str | None = None) -> Model:
   """
   if path is None:
     if name not in MODELS:
-      raise UserError(f'model.name is {name!r}; allowed: {", ".join(MODELS)}, or a file of your '
-                      'own: --config.model.module=FILE.py')
-    return importlib.import_module(f'lfg_jax.models.{MODELS[name]}')    # type: ignore[return-value]
+      raise UserError(
+        f'model.name is {name!r}; allowed: {", ".join(MODELS)}, or a file of your '
+        'own: --config.model.module=FILE.py'
+      )
+    return importlib.import_module(f'lfg_jax.models.{MODELS[name]}')  # type: ignore[return-value]
   own: Any = user_files.load('model.module', path, ('DEFAULTS', 'TAPS', 'make'))
   return own
 
@@ -77,8 +81,9 @@ def pixels(image_BxHxWxC: jax.Array, images: Images) -> jax.Array:
   return normalised(image_BxHxWxC, images.mean, images.std)
 
 
-def normalised(image_BxHxWxC: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
-               ) -> jax.Array:
+def normalised(
+  image_BxHxWxC: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
+) -> jax.Array:
   """Pixels 0 … 255 → floating-point numbers, normalised by each colour's mean and std.
 
   >>> normalised(jnp.full((1, 1, 1, 1), 255, jnp.uint8), (0.5,), (0.5,)).item()
@@ -100,5 +105,3 @@ def check_divides(groups: int, field: str, width: int) -> None:
   check_range(field, width, 1, 10**6)
   if width % groups:
     raise ValueError(f'{groups} groups do not divide model.{field} = {width}')
-
-

@@ -27,8 +27,9 @@ DEFAULTS: dict[str, Any] = {'stages': (1, 1, 1), 'channels': 16, 'groups': 4, 'p
 TAPS = ('first', 'second')
 
 
-def make(fields: dict[str, Any], images: Images, heads: Heads = Heads(), project: bool = False
-         ) -> StagedModel:
+def make(
+  fields: dict[str, Any], images: Images, heads: Heads = Heads(), project: bool = False
+) -> StagedModel:
   """The model for the images of a data set; see `registry.Model`.
 
   Fields:
@@ -43,8 +44,9 @@ def make(fields: dict[str, Any], images: Images, heads: Heads = Heads(), project
   shapes = list(_shapes(fields, images))
   new_block = functools.partial(_block, G, side, heads)
   stacks = tuple(
-      Stack(name, count, new_block(stride), name.startswith('rest'), _flop(height, C, D, stride))
-      for name, count, height, C, D, stride in shapes)
+    Stack(name, count, new_block(stride), name.startswith('rest'), _flop(height, C, D, stride))
+    for name, count, height, C, D, stride in shapes
+  )
 
   def init(key: jax.Array) -> Variables:
     *keys, readout, head = jax.random.split(key, len(shapes) + 2)
@@ -53,8 +55,9 @@ def make(fields: dict[str, Any], images: Images, heads: Heads = Heads(), project
       one = functools.partial(_init_block, C=C, D=D, G=G, classes=images.classes, heads=heads)
       params[name] = functional.stacked(one, k, count) if name.startswith('rest') else one(k)
     D = shapes[-1][4]
-    params['readout'] = {'linear': functional.init(
-        readout, (D, images.classes), (images.classes,), D, 'zero')}
+    params['readout'] = {
+      'linear': functional.init(readout, (D, images.classes), (images.classes,), D, 'zero')
+    }
     if contrast and project:
       params['head'] = functional.init_projection(head, D, contrast)
     return {'params': params}
@@ -63,15 +66,24 @@ def make(fields: dict[str, Any], images: Images, heads: Heads = Heads(), project
     return functional.read_out(variables, x.reshape(x.shape[0], -1, x.shape[-1]), weight_B)
 
   def variant(*, train: bool = True, fused: bool = True, project: bool = False) -> StagedModel:
-    del train    # no running statistics
+    del train  # no running statistics
     return make(fields, images, heads._replace(fused=fused), project)
 
   return StagedModel(
-      stacks=stacks, init=init, prepare=functools.partial(pixels, images=images),
-      read_out=read_out, variant=variant, input_shape=images.shape, classes=images.classes,
-      taps=TAPS, guessed={'first': 'second'}, boundary=('second', 'second'),
-      activity_bytes=4 * images.shape[0] * images.shape[1] * fields['channels'], contrast=contrast,
-      project=functional.projection(contrast) if contrast and project else None)
+    stacks=stacks,
+    init=init,
+    prepare=functools.partial(pixels, images=images),
+    read_out=read_out,
+    variant=variant,
+    input_shape=images.shape,
+    classes=images.classes,
+    taps=TAPS,
+    guessed={'first': 'second'},
+    boundary=('second', 'second'),
+    activity_bytes=4 * images.shape[0] * images.shape[1] * fields['channels'],
+    contrast=contrast,
+    project=functional.projection(contrast) if contrast and project else None,
+  )
 
 
 def _check(fields: dict[str, Any], images: Images) -> None:
@@ -80,12 +92,17 @@ def _check(fields: dict[str, Any], images: Images) -> None:
   if not counts or not all(isinstance(n, int) and n >= 1 for n in counts):
     raise ValueError(f'model.stages is {counts!r}; allowed: numbers of blocks, each 1 or more')
   check_range('patches', fields['patches'], 1, height)
-  smallest = height // 2**(len(counts) - 1)
-  if images.shape[0] != images.shape[1] or height % 2**(len(counts) - 1) or (
-      smallest % fields['patches']):
-    raise ValueError(f'model.stages has {len(counts)} stages, and model.patches is '
-                     f'{fields["patches"]}: an image of {height}x{images.shape[1]} cannot be halved '
-                     'so often and then cut into so many patches')
+  smallest = height // 2 ** (len(counts) - 1)
+  if (
+    images.shape[0] != images.shape[1]
+    or height % 2 ** (len(counts) - 1)
+    or (smallest % fields['patches'])
+  ):
+    raise ValueError(
+      f'model.stages has {len(counts)} stages, and model.patches is '
+      f'{fields["patches"]}: an image of {height}x{images.shape[1]} cannot be halved '
+      'so often and then cut into so many patches'
+    )
 
 
 def _shapes(fields: dict[str, Any], images: Images) -> Any:
@@ -100,23 +117,32 @@ def _shapes(fields: dict[str, Any], images: Images) -> Any:
 
 
 def _flop(height: int, C: int, D: int, stride: int) -> dict[str, int]:
-  positions = (height // stride)**2
+  positions = (height // stride) ** 2
   return {'first': 2 * 9 * positions * C * D, 'second': 2 * 9 * positions * D * D}
 
 
 def _init_block(key: jax.Array, C: int, D: int, G: int, classes: int, heads: Heads) -> Any:
   first, second, head = jax.random.split(key, 3)
-  return {'first': functional.init(first, (3, 3, C, D), (D,), 9 * C, 'kaiming'),
-          'second': functional.init(second, (3, 3, D, D), (D,), 9 * D, 'kaiming'),
-          'head': functional.init_head(head, heads, G, D // G, classes)}
+  return {
+    'first': functional.init(first, (3, 3, C, D), (D,), 9 * C, 'kaiming'),
+    'second': functional.init(second, (3, 3, D, D), (D,), 9 * D, 'kaiming'),
+    'head': functional.init_head(head, heads, G, D // G, classes),
+  }
 
 
 def _block(G: int, side: int, heads: Heads, stride: int) -> Block:
   first, second = (functools.partial(layers.convolution, stride=s) for s in (stride, 1))
 
-  def block(variables: Variables, x_BxHxWxC: jax.Array, targets: Targets, *, name: str,
-            cut: Cut | None, last: bool) -> tuple[jax.Array, jax.Array | None, Variables]:
-    del last    # convolutions and norms carry an activity to all patches and groups
+  def block(
+    variables: Variables,
+    x_BxHxWxC: jax.Array,
+    targets: Targets,
+    *,
+    name: str,
+    cut: Cut | None,
+    last: bool,
+  ) -> tuple[jax.Array, jax.Array | None, Variables]:
+    del last  # convolutions and norms carry an activity to all patches and groups
     params, feedback = variables['params'], variables.get('feedback', {})
     y = functional.affine(first, params['first'], x_BxHxWxC, feedback.get('first'))
     h = _group_norm(y, G)
@@ -126,9 +152,11 @@ def _block(G: int, side: int, heads: Heads, stride: int) -> Block:
     out = jax.nn.relu(y + _shortcut(x_BxHxWxC, y.shape[-1], stride))
     if cut is None:
       return out, None, {}
-    losses = heads.losses(layers.layer_norm(_patches(out, side, G)), params['head'], targets, cut,
-                          feedback.get('head'))
+    losses = heads.losses(
+      layers.layer_norm(_patches(out, side, G)), params['head'], targets, cut, feedback.get('head')
+    )
     return out, losses, {}
+
   return block
 
 
@@ -141,7 +169,7 @@ def _shortcut(x_BxHxWxC: jax.Array, channels: int, stride: int) -> jax.Array:
   """The input, averaged to the output's size and padded with zero channels."""
   B, H, W, C = x_BxHxWxC.shape
   if channels < C or (stride == 1 and channels != C):
-    return jnp.zeros((), x_BxHxWxC.dtype)    # the very first block: colours are not channels
+    return jnp.zeros((), x_BxHxWxC.dtype)  # the very first block: colours are not channels
   cells = x_BxHxWxC.reshape(B, H // stride, stride, W // stride, stride, C).mean((2, 4))
   return jnp.pad(cells, ((0, 0), (0, 0), (0, 0), (0, channels - C)))
 

@@ -25,14 +25,26 @@ def parse(name: str) -> tuple[str, int, int]:
   """'M/8/16' → ('M', 8, 16)."""
   match = re.fullmatch(r'([SML])/(\d+)/(\d+)', name)
   if not match or '0' in match.groups():
-    raise ValueError(f"model.size is {name!r}; allowed: SIZE/PATCHES/GROUPS with SIZE one of S, M, L, as in 'M/8/16'")
+    raise ValueError(
+      f"model.size is {name!r}; allowed: SIZE/PATCHES/GROUPS with SIZE one of S, M, L, as in 'M/8/16'"
+    )
   return match[1], int(match[2]), int(match[3])
 
 
-def mixer_spec(size: str = 'M/8/16', *, image_shape: tuple[int, int, int], classes: int,
-               blocks: int | None = None, channels: int | None = None, hidden: int | None = None,
-               pool_every: int = 0, channel_ratio: int = 2, group_ratio: int = 2,
-               norms: tuple[str, ...] = NORMS, **style: Any) -> MixerSpec:
+def mixer_spec(
+  size: str = 'M/8/16',
+  *,
+  image_shape: tuple[int, int, int],
+  classes: int,
+  blocks: int | None = None,
+  channels: int | None = None,
+  hidden: int | None = None,
+  pool_every: int = 0,
+  channel_ratio: int = 2,
+  group_ratio: int = 2,
+  norms: tuple[str, ...] = NORMS,
+  **style: Any,
+) -> MixerSpec:
   """Sizes and style of a LocalMixer.
 
   Args:
@@ -58,23 +70,38 @@ def mixer_spec(size: str = 'M/8/16', *, image_shape: tuple[int, int, int], class
   channels = CHANNELS[letter] if channels is None else channels
   hidden = channels if hidden is None else hidden
   _check(1 <= blocks <= MOST_BLOCKS, f'model.blocks is {blocks}; allowed: 1 … {MOST_BLOCKS}')
-  for field, value, low in (('channels', channels, 1), ('hidden', hidden, 1), ('pool_every', pool_every, 0),
-                            ('channel_ratio', channel_ratio, 1), ('group_ratio', group_ratio, 1)):
+  for field, value, low in (
+    ('channels', channels, 1),
+    ('hidden', hidden, 1),
+    ('pool_every', pool_every, 0),
+    ('channel_ratio', channel_ratio, 1),
+    ('group_ratio', group_ratio, 1),
+  ):
     _check(value >= low, f'model.{field} is {value}; allowed: {low} or more')
   height, width, colours = image_shape
-  _check(height % side == 0 and width % side == 0,
-         f'model.size asks for {side}x{side} patches, which do not divide an image of {height}x{width}')
+  _check(
+    height % side == 0 and width % side == 0,
+    f'model.size asks for {side}x{side} patches, which do not divide an image of {height}x{width}',
+  )
   _check_groups(channels, hidden, groups)
   for norm in norms:
     one_of('model.norms', norm, NORMS)
   full = Style(norms=tuple(norms), **style)
-  for field, allowed in (('mixing', ('linear', 'conv')), ('norm', ('layer', 'whole', 'batch')),
-                         ('init', ('kaiming', 'lecun', 'constant')), ('pool', ('average', 'max')),
-                         ('precision', ('float32', 'bfloat16'))):
+  for field, allowed in (
+    ('mixing', ('linear', 'conv')),
+    ('norm', ('layer', 'whole', 'batch')),
+    ('init', ('kaiming', 'lecun', 'constant')),
+    ('pool', ('average', 'max')),
+    ('precision', ('float32', 'bfloat16')),
+  ):
     one_of(f'model.{field}', getattr(full, field), allowed)
-  _check(full.mixing != 'conv' or 1 <= full.conv_size <= height,
-         f'model.conv_size is {full.conv_size}; allowed: 1 … {height}, the height of an image')
-  stem = BlockSpec(side * side, height * width * colours // side**2, hidden, channels, groups, mix=False)
+  _check(
+    full.mixing != 'conv' or 1 <= full.conv_size <= height,
+    f'model.conv_size is {full.conv_size}; allowed: 1 … {height}, the height of an image',
+  )
+  stem = BlockSpec(
+    side * side, height * width * colours // side**2, hidden, channels, groups, mix=False
+  )
   runs = [Run('stem', stem, 1)]
   for index in range(1, blocks):
     last = runs[-1].spec
@@ -96,14 +123,24 @@ def _check_groups(channels: int, hidden: int, groups: int) -> None:
 
 def _pooled(spec: BlockSpec, channel_ratio: int, group_ratio: int) -> BlockSpec:
   side = round(spec.tokens**0.5)
-  _check(side % 2 == 0, f'model.pool_every asks to pool a grid of {side}x{side} tokens, which 2 does not divide')
-  wider = spec._replace(tokens=spec.tokens // 4, hidden=spec.hidden * channel_ratio, pool=True,
-                        channels=spec.channels * channel_ratio, groups=spec.groups * group_ratio)
+  _check(
+    side % 2 == 0,
+    f'model.pool_every asks to pool a grid of {side}x{side} tokens, which 2 does not divide',
+  )
+  wider = spec._replace(
+    tokens=spec.tokens // 4,
+    hidden=spec.hidden * channel_ratio,
+    pool=True,
+    channels=spec.channels * channel_ratio,
+    groups=spec.groups * group_ratio,
+  )
   _check_groups(wider.channels, wider.hidden, wider.groups)
   return wider
 
 
-def patches(image_BxHxWxC: jax.Array, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+def patches(
+  image_BxHxWxC: jax.Array, side: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> jax.Array:
   """uint8 images [B, H, W, C] → normalised patches [B, side·side, (H/side)·(W/side)·C].
 
   >>> patches(jax.numpy.zeros((2, 8, 8, 1), jax.numpy.uint8), 4, (0.5,), (0.5,))[0, 0].tolist()

@@ -43,6 +43,7 @@ LOSSES = ('supervised', 'contrastive')
 
 class Composition(NamedTuple):
   """What an algorithm is made of; `options` and `model` are as the rule has them."""
+
   rule: Rule
   options: Options
   model: StagedModel
@@ -65,11 +66,18 @@ class Composition(NamedTuple):
   def known(self, variables: Variables) -> Variables:
     """What objectives see of the variables."""
     guessed = self.options.guessed_taps(self.model)
-    used = ('params', 'batch_stats', *['feedback'] * self.rule.feedback, *['guess'] * bool(guessed),
-            'ahead')
+    used = (
+      'params',
+      'batch_stats',
+      *['feedback'] * self.rule.feedback,
+      *['guess'] * bool(guessed),
+      'ahead',
+    )
     if guessed and not variables.get('guess'):
-      raise ValueError("the guess has no feedback weights; allowed: variables with 'guess', as the "
-                       "algorithm's init makes them")
+      raise ValueError(
+        "the guess has no feedback weights; allowed: variables with 'guess', as the "
+        "algorithm's init makes them"
+      )
     return {name: variables[name] for name in used if name in variables}
 
   def estimator(self, variables: Variables, part: Part) -> Estimator:
@@ -99,6 +107,7 @@ class Algorithm(NamedTuple):
     metrics: the scalars in aux that are means over the global batch.
     flop: operations per example of the batch that the gradient cannot do without; None: the model does not tell.
   """
+
   init: Callable[[jax.Array], dict[str, PyTree]]
   gradient: Callable[[dict[str, PyTree], jax.Array, Batch], tuple[PyTree, dict[str, Any]]]
   predict: Callable[[dict[str, PyTree], jax.Array], jax.Array]
@@ -122,8 +131,10 @@ def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorit
   row_loss = row_losses.find(row, own_loss, dataset.classes)
   contrast = _contrast(config.contrastive, axis_name) if config.loss == 'contrastive' else None
   if contrast and row_loss is not row_losses.cross_entropy:
-    raise ValueError(f"losses.{f'module is {own_loss!r}' if own_loss else f'row is {row!r}'}, and "
-                     "loss='contrastive' compares rows; allowed: loss='supervised'")
+    raise ValueError(
+      f'losses.{f"module is {own_loss!r}" if own_loss else f"row is {row!r}"}, and '
+      "loss='contrastive' compares rows; allowed: loss='supervised'"
+    )
   fields = dict(config.model)
   module = registry.find(fields.pop('name'), fields.pop('module'))
   images = Images(dataset.image_shape, dataset.classes, dataset.mean, dataset.std, axis_name)
@@ -136,12 +147,21 @@ def _contrast(config: Any, axis_name: str | None) -> Contrast:
   if config.temperature <= 0:
     raise ValueError(f'contrastive.temperature is {config.temperature!r}; allowed: more than 0')
   if not 0 < config.min_area <= 1:
-    raise ValueError(f'contrastive.min_area is {config.min_area!r}; allowed: more than 0, at most 1')
-  return Contrast(config.temperature, config.stop_gradient, config.shared_views, axis_name=axis_name)
+    raise ValueError(
+      f'contrastive.min_area is {config.min_area!r}; allowed: more than 0, at most 1'
+    )
+  return Contrast(
+    config.temperature, config.stop_gradient, config.shared_views, axis_name=axis_name
+  )
 
 
-def compose(rule: Rule, options: Options, model: StagedModel, axis_name: str | None = None,
-            views: Callable | None = None) -> Algorithm:
+def compose(
+  rule: Rule,
+  options: Options,
+  model: StagedModel,
+  axis_name: str | None = None,
+  views: Callable | None = None,
+) -> Algorithm:
   """`Rule` × options × model.
 
   With contrastive heads, `views` is `(key [B], image [B, H, W, C]) -> [2B, H, W, C]`, views of an
@@ -174,21 +194,26 @@ def compose(rule: Rule, options: Options, model: StagedModel, axis_name: str | N
   def advance(variables: Variables, params: PyTree, aux: dict[str, Any]) -> Variables:
     new = {name: aux[name] for name in ('batch_stats',) if name in variables}
     if model.ahead:
-      new['ahead'] = optax.incremental_update(model.ahead(params), variables['ahead'], 1 - options.head_average)
+      new['ahead'] = optax.incremental_update(
+        model.ahead(params), variables['ahead'], 1 - options.head_average
+      )
     if 'guess' in variables:
       updates, new['guess_optimizer'] = guess_optimizer.update(
-          aux['guess_gradient'], variables['guess_optimizer'])
+        aux['guess_gradient'], variables['guess_optimizer']
+      )
       new['guess'] = optax.apply_updates(variables['guess'], updates)
     return {**variables, **new}
 
   made_of = Composition(rule, options, model, axis_name, views)
 
-  def part_gradient(variables: Variables, key: jax.Array, part: Part,
-                    examples: tuple[jax.Array, Targets]) -> tuple[PyTree, dict[str, Any]]:
+  def part_gradient(
+    variables: Variables, key: jax.Array, part: Part, examples: tuple[jax.Array, Targets]
+  ) -> tuple[PyTree, dict[str, Any]]:
     estimator = made_of.estimator(variables, part)
     if rule.cut:
-      run = stage_by_stage(model, estimator, options.cut, every=options.every,
-                           overlap=options.overlap)
+      run = stage_by_stage(
+        model, estimator, options.cut, every=options.every, overlap=options.overlap
+      )
     else:
       run = end_to_end(model, estimator, local=rule.local)
     image, targets = examples
@@ -204,9 +229,16 @@ def compose(rule: Rule, options: Options, model: StagedModel, axis_name: str | N
     return staged.evaluate(still, seen, model.prepare(image))
 
   metrics = ('loss', 'error', 'contrastive_loss') if contrast else ('loss', 'error')
-  return Algorithm(init, gradient, lambda variables, image: evaluate(variables, image)[0],
-                   lambda variables, image: evaluate(variables, image)[1], advance, made_of, metrics,
-                   _flop(rule, options, model))
+  return Algorithm(
+    init,
+    gradient,
+    lambda variables, image: evaluate(variables, image)[0],
+    lambda variables, image: evaluate(variables, image)[1],
+    advance,
+    made_of,
+    metrics,
+    _flop(rule, options, model),
+  )
 
 
 def _flop(rule: Rule, options: Options, model: StagedModel) -> int | None:
@@ -232,8 +264,8 @@ def _tap_matrices(key: jax.Array, model: StagedModel, variables: Variables) -> P
   outputs = model.contrast.projections if model.contrast else model.classes
 
   def matrix(key: jax.Array, tap: Tap) -> jax.Array:
-    scan, rest = tap.shape[:tap.scanned], tap.shape[tap.scanned + 1:]
-    return jax.random.normal(key, (*scan, outputs, *rest)) / math.prod(rest)**0.5
+    scan, rest = tap.shape[: tap.scanned], tap.shape[tap.scanned + 1 :]
+    return jax.random.normal(key, (*scan, outputs, *rest)) / math.prod(rest) ** 0.5
 
   keys = jax.random.split(key, len(taps))
   matrices = {name: matrix(k, tap) for k, (name, tap) in zip(keys, taps.items(), strict=True)}

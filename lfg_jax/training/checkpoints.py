@@ -32,7 +32,7 @@ class Checkpoints:
   """
 
   def __init__(self, directory: pathlib.Path, keep: int) -> None:
-    logging.getLogger('absl').setLevel(logging.CRITICAL)    # Orbax tells of every step and file
+    logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax tells of every step and file
     self._directory = directory.absolute()
     self._keep = keep
     self._manager: ocp.CheckpointManager | None = None
@@ -47,41 +47,55 @@ class Checkpoints:
       UserError: there are checkpoints, and none can be read: they may be of another version of the program.
     """
     # Without reading all metadata at once: one file cut short would keep every checkpoint from being read.
-    options = ocp.CheckpointManagerOptions(lightweight_initialize=True, cleanup_tmp_directories=True)
+    options = ocp.CheckpointManagerOptions(
+      lightweight_initialize=True, cleanup_tmp_directories=True
+    )
     found, broken = None, {}
     with self._open(options) as manager, silence():
       for step in sorted(manager.all_steps(), reverse=True):
         try:
           found = self._read(manager, step, like)
           break
-        except Exception as error:    # what a damaged file raises depends on the file
+        except Exception as error:  # what a damaged file raises depends on the file
           broken[step] = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
       if broken and found is None:
         newest = max(broken)
-        raise UserError(f'no checkpoint in {self._directory} can be read ({newest}: {broken[newest]}); '
-                        'remove this folder to start again')
+        raise UserError(
+          f'no checkpoint in {self._directory} can be read ({newest}: {broken[newest]}); '
+          'remove this folder to start again'
+        )
       for step, reason in broken.items():
-        processes.say(f'warning: passing over the checkpoint of step {step}, which cannot be read '
-                      f'({reason})', file=sys.stderr)
+        processes.say(
+          f'warning: passing over the checkpoint of step {step}, which cannot be read ({reason})',
+          file=sys.stderr,
+        )
         manager.delete(step)
     return found
 
-  def save(self, step: int, state: PyTree, clock: dict[str, float], test_error: float | None
-           ) -> None:
+  def save(
+    self, step: int, state: PyTree, clock: dict[str, float], test_error: float | None
+  ) -> None:
     """Starts to save; returns as soon as `state` may change."""
     if self._manager is None:
-      best = BestN(get_metric_fn=_test_error, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+      best = BestN(
+        get_metric_fn=_test_error, reverse=True, n=1, keep_checkpoints_without_metrics=False
+      )
       policy = AnyPreservationPolicy([LatestN(self._keep), best])
       # Without best_fn, Orbax writes no metrics.
-      self._manager = self._open(ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_test_error,
-                                                              best_mode='min'))
+      self._manager = self._open(
+        ocp.CheckpointManagerOptions(
+          preservation_policy=policy, best_fn=_test_error, best_mode='min'
+        )
+      )
     if step in self._manager.all_steps():
       return
     # The next update takes over the buffers of `state`, while Orbax still reads.
     state = jax.tree.map(jnp.copy, state)
-    self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state),
-                                                     clock=ocp.args.JsonSave(clock)),
-                       metrics=None if test_error is None else {'test_error': test_error})
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(state=ocp.args.StandardSave(state), clock=ocp.args.JsonSave(clock)),
+      metrics=None if test_error is None else {'test_error': test_error},
+    )
 
   def close(self) -> None:
     """Waits until everything is on disk."""
@@ -100,13 +114,18 @@ class Checkpoints:
       self.close()
 
   def _open(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(self._directory, options=options, item_names=('state', 'clock', 'metrics'))
+    return ocp.CheckpointManager(
+      self._directory, options=options, item_names=('state', 'clock', 'metrics')
+    )
 
-  def _read(self, manager: ocp.CheckpointManager, step: int, like: PyTree
-            ) -> tuple[PyTree, dict[str, float]]:
-    manager.metrics(step)    # read again by `save`: must not be damaged
-    restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like),
-                                                             clock=ocp.args.JsonRestore()))
+  def _read(
+    self, manager: ocp.CheckpointManager, step: int, like: PyTree
+  ) -> tuple[PyTree, dict[str, float]]:
+    manager.metrics(step)  # read again by `save`: must not be damaged
+    restored = manager.restore(
+      step,
+      args=ocp.args.Composite(state=ocp.args.StandardRestore(like), clock=ocp.args.JsonRestore()),
+    )
     return restored['state'], restored['clock']
 
 
@@ -136,6 +155,6 @@ def silence() -> Iterator[None]:
   try:
     yield
   finally:
-    gc.collect()    # it is now that they report
+    gc.collect()  # it is now that they report
     sys.unraisablehook = hook
     logger.setLevel(level)

@@ -9,7 +9,7 @@ import jax
 
 Item = TypeVar('Item')
 PARTS = ('compiling', 'input', 'steps', 'evaluation', 'checkpoints')
-_spans: list[tuple[float, float]] = []    # of compilation, in order, none inside another
+_spans: list[tuple[float, float]] = []  # of compilation, in order, none inside another
 
 
 def _compiled(event: str, start_time: float, end_time: float, **_: str | int) -> None:

@@ -23,8 +23,11 @@ class Parser(argparse.ArgumentParser):
   """A parser whose mistakes are `UserError`s; it shows the description as it is written."""
 
   def __init__(self, description: str | None = None) -> None:
-    super().__init__(description=description, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    super().__init__(
+      description=description,
+      allow_abbrev=False,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
   def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
     """Keeps the arguments, which `--help`, one of them, must know."""
@@ -45,21 +48,43 @@ class Parser(argparse.ArgumentParser):
   def option(self, name: str, default: Any, meaning: str = '', **more: Any) -> None:
     """Adds --NAME, whose help tells the default."""
     told = '' if default in (None, '') else f'default: {default}'
-    self.add_argument(f'--{name}', default=default, help='; '.join(filter(None, [meaning, told])),
-                      **more)
+    self.add_argument(
+      f'--{name}', default=default, help='; '.join(filter(None, [meaning, told])), **more
+    )
 
-  def number(self, name: str, default: float | None, meaning: str = '', *, least: float = 1,
-             kind: type = int, **more: Any) -> None:
+  def number(
+    self,
+    name: str,
+    default: float | None,
+    meaning: str = '',
+    *,
+    least: float = 1,
+    kind: type = int,
+    **more: Any,
+  ) -> None:
     """Adds an option that is a number, `least` or more."""
     self.option(name, default, meaning, type=functools.partial(_number, name, least, kind), **more)
 
-  def numbers(self, name: str, default: str | None, meaning: str = 'numbers, with commas', *,
-              least: float = 1, kind: type = int) -> None:
+  def numbers(
+    self,
+    name: str,
+    default: str | None,
+    meaning: str = 'numbers, with commas',
+    *,
+    least: float = 1,
+    kind: type = int,
+  ) -> None:
     """Adds an option that is a list of numbers, each `least` or more."""
     self.option(name, default, meaning, type=functools.partial(_numbers, name, least, kind))
 
-  def names(self, name: str, default: str | None, allowed: Collection[str],
-            meaning: str = 'names, with commas', **more: Any) -> None:
+  def names(
+    self,
+    name: str,
+    default: str | None,
+    allowed: Collection[str],
+    meaning: str = 'names, with commas',
+    **more: Any,
+  ) -> None:
     """Adds an option that is a list of names."""
     self.option(name, default, meaning, type=functools.partial(_names, name, allowed), **more)
 
@@ -73,8 +98,9 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
   sys.exit()
 
 
-def parse(parser: argparse.ArgumentParser, arguments: list[str]
-          ) -> tuple[argparse.Namespace, ConfigDict]:
+def parse(
+  parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[argparse.Namespace, ConfigDict]:
   """The options of `parser`, which has --config, and the config with the command line's changes.
 
   Raises:
@@ -166,10 +192,12 @@ def _find(config: ConfigDict, dotted: str) -> tuple[ConfigDict, str]:
   for i, field in enumerate(names):
     if not isinstance(node, ConfigDict) or field not in node:
       wanted = node if isinstance(node, ConfigDict) else ConfigDict()
-      raise config_checks.unknown('.'.join(names[:i + 1]), wanted)
+      raise config_checks.unknown('.'.join(names[: i + 1]), wanted)
     node = node[field]
   if isinstance(node, ConfigDict):
-    raise UserError(f'config field {dotted} has fields: {", ".join(sorted(node))}; name one of them')
+    raise UserError(
+      f'config field {dotted} has fields: {", ".join(sorted(node))}; name one of them'
+    )
   for field in parents:
     config = config[field]
   return config, last
@@ -207,7 +235,7 @@ def _number(option: str, least: float, kind: type, text: str) -> Any:
     found = kind(text)
   except ValueError as error:
     raise UserError(f'--{option} is {text!r}; allowed: numbers, {least} or more') from error
-  if not found >= least:    # nan, too
+  if not found >= least:  # nan, too
     raise UserError(f'--{option} is {found}; allowed: {least} or more')
   return found
 

@@ -8,33 +8,49 @@ def check(rule: Rule, options: Options, model: StagedModel) -> None:
   """Raises ValueError, in one line, for a rule and options that the model makes impossible."""
   independent = rule.estimator == 'weight' and options.sharing == 'independent'
   if model.mixes_examples and independent:
-    raise ValueError("estimator.sharing='independent' perturbs weights per example, which "
-                     "model.norm='batch' mixes; allowed with batch norm: 'paper', 'shared'")
+    raise ValueError(
+      "estimator.sharing='independent' perturbs weights per example, which "
+      "model.norm='batch' mixes; allowed with batch norm: 'paper', 'shared'"
+    )
   if model.mixes_examples and rule.estimator == 'activity' and options.sharing == 'shared':
-    raise ValueError("estimator.sharing='shared' has one tangent for all examples, which "
-                     "model.norm='batch' mixes; allowed with batch norm: 'paper', 'independent'")
+    raise ValueError(
+      "estimator.sharing='shared' has one tangent for all examples, which "
+      "model.norm='batch' mixes; allowed with batch norm: 'paper', 'independent'"
+    )
   if options.micro_batch and depends_on_others(model):
-    raise ValueError(f'micro_batch is {options.micro_batch}, and the losses of one example depend '
-                     'on others; allowed here: 0')
+    raise ValueError(
+      f'micro_batch is {options.micro_batch}, and the losses of one example depend '
+      'on others; allowed here: 0'
+    )
   if model.rounds and rule.finite:
-    raise ValueError("model.precision is 'bfloat16', whose rounding hides finite differences; "
-                     "allowed with them: 'float32'")
+    raise ValueError(
+      "model.precision is 'bfloat16', whose rounding hides finite differences; "
+      "allowed with them: 'float32'"
+    )
   if options.head_ahead:
     _ahead(rule, model)
   if model.contrast and independent:
-    raise ValueError("estimator.sharing='independent' perturbs weights per example, and "
-                     "loss='contrastive' compares examples; allowed with it: 'paper', 'shared'")
+    raise ValueError(
+      "estimator.sharing='independent' perturbs weights per example, and "
+      "loss='contrastive' compares examples; allowed with it: 'paper', 'shared'"
+    )
 
 
 def _ahead(rule: Rule, model: StagedModel) -> None:
   """Raises ValueError, in one line, where heads cannot look ahead."""
   if not rule.local or rule.feedback or rule.finite:
-    names = ', '.join(name for name, r in REGISTRY.items() if r.local and not r.feedback and not r.finite)
-    raise ValueError('losses.head_ahead=True is for rules with local losses, but not for feedback alignment or finite '
-                     f'differences; allowed: False, or one of {names}')
+    names = ', '.join(
+      name for name, r in REGISTRY.items() if r.local and not r.feedback and not r.finite
+    )
+    raise ValueError(
+      'losses.head_ahead=True is for rules with local losses, but not for feedback alignment or finite '
+      f'differences; allowed: False, or one of {names}'
+    )
   if model.mixes_examples:
-    raise ValueError("losses.head_ahead=True has no average of the statistics of model.norm='batch'; allowed with it: "
-                     'False')
+    raise ValueError(
+      "losses.head_ahead=True has no average of the statistics of model.norm='batch'; allowed with it: "
+      'False'
+    )
 
 
 def depends_on_others(model: StagedModel) -> bool:

@@ -18,20 +18,47 @@ def _from(low: float) -> tuple[Any, str]:
 
 # field: (test, what is allowed)
 _RANGES: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(('epochs', 'batch_size', 'steps_per_dispatch', 'stages', 'eval_every', 'checkpoint_every',
-                     'keep'), _from(1)),
-    'lost_after': _from(2),
-    'profile': (lambda v: v is None or profiling.steps_of(v) is not None, 'FIRST:LAST, steps from 1; None'),
-    'image_size': (lambda v: v is None or v >= 1, '1 or more, None'),
-    **dict.fromkeys(('seed', 'workers', 'losses.head_hidden', 'optimizer.weight_decay', 'optimizer.warmup_epochs',
-                     'optimizer.readout_multiplier', 'optimizer.head_multiplier'), _from(0)),
-    **dict.fromkeys(('optimizer.learning_rate', 'optimizer.staircase_factor'),
-                    (lambda v: 0 < v < math.inf, 'more than 0')),
-    'optimizer.staircase_epochs': (lambda v: all(type(epoch) in (int, float) and 0 <= epoch < math.inf for epoch in v),
-                                   'numbers, 0 or more'),
-    'optimizer.momentum': (lambda v: 0 <= v < 1, '0 … 1, without 1'),
-    'optimizer.name': (lambda v: v in optimizers.OPTIMIZERS, ', '.join(optimizers.OPTIMIZERS)),
-    'optimizer.schedule': (lambda v: v in optimizers.SCHEDULES, ', '.join(optimizers.SCHEDULES)),
+  **dict.fromkeys(
+    (
+      'epochs',
+      'batch_size',
+      'steps_per_dispatch',
+      'stages',
+      'eval_every',
+      'checkpoint_every',
+      'keep',
+    ),
+    _from(1),
+  ),
+  'lost_after': _from(2),
+  'profile': (
+    lambda v: v is None or profiling.steps_of(v) is not None,
+    'FIRST:LAST, steps from 1; None',
+  ),
+  'image_size': (lambda v: v is None or v >= 1, '1 or more, None'),
+  **dict.fromkeys(
+    (
+      'seed',
+      'workers',
+      'losses.head_hidden',
+      'optimizer.weight_decay',
+      'optimizer.warmup_epochs',
+      'optimizer.readout_multiplier',
+      'optimizer.head_multiplier',
+    ),
+    _from(0),
+  ),
+  **dict.fromkeys(
+    ('optimizer.learning_rate', 'optimizer.staircase_factor'),
+    (lambda v: 0 < v < math.inf, 'more than 0'),
+  ),
+  'optimizer.staircase_epochs': (
+    lambda v: all(type(epoch) in (int, float) and 0 <= epoch < math.inf for epoch in v),
+    'numbers, 0 or more',
+  ),
+  'optimizer.momentum': (lambda v: 0 <= v < 1, '0 … 1, without 1'),
+  'optimizer.name': (lambda v: v in optimizers.OPTIMIZERS, ', '.join(optimizers.OPTIMIZERS)),
+  'optimizer.schedule': (lambda v: v in optimizers.SCHEDULES, ', '.join(optimizers.SCHEDULES)),
 }
 
 
@@ -60,8 +87,11 @@ def _base_of(config: ConfigDict) -> ConfigDict:
   """The defaults, with those of the config's own model."""
   wanted = configs.base()
   model = config.get('model')
-  if isinstance(model, ConfigDict) and isinstance(model.get('name'), str) and (
-      isinstance(model.get('module'), str | None)):
+  if (
+    isinstance(model, ConfigDict)
+    and isinstance(model.get('name'), str)
+    and (isinstance(model.get('module'), str | None))
+  ):
     configs.use_model(wanted, model.name, model.get('module'))
   return wanted
 
@@ -77,9 +107,15 @@ def _same_fields(config: Any, wanted: ConfigDict, prefix: str) -> None:
     value, kind = config[field], wanted.get_type(field)
     if isinstance(default, ConfigDict):
       if not isinstance(value, ConfigDict):
-        raise UserError(f'config field {prefix}{field} is {_line(value)}; allowed: fields {", ".join(default)}')
+        raise UserError(
+          f'config field {prefix}{field} is {_line(value)}; allowed: fields {", ".join(default)}'
+        )
       _same_fields(value, default, f'{prefix}{field}.')
-    elif type(value) is not kind and (value, default) != (None, None) and (kind, type(value)) != (float, int):
+    elif (
+      type(value) is not kind
+      and (value, default) != (None, None)
+      and (kind, type(value)) != (float, int)
+    ):
       raise UserError(f'config field {prefix}{field} is {_line(value)}; allowed: {kind.__name__}')
 
 
@@ -94,6 +130,8 @@ def unknown(field: str, wanted: ConfigDict) -> UserError:
   known = [name for name, _ in configs.flatten(configs.base())]
   near = difflib.get_close_matches(field, known, 1, 0.75)
   last = {name.rpartition('.')[2]: name for name in known}
-  near = near or [last[name] for name in difflib.get_close_matches(field.rpartition('.')[2], last, 1, 0.75)]
+  near = near or [
+    last[name] for name in difflib.get_close_matches(field.rpartition('.')[2], last, 1, 0.75)
+  ]
   hint = f'did you mean {near[0]}? ' if near else ''
   return UserError(f'unknown config field {field}; {hint}allowed: {", ".join(sorted(wanted))}')

@@ -61,7 +61,8 @@ def base() -> ConfigDict:
     profile: 'FIRST:LAST', steps of which jax.profiler writes a trace into the run's folder; None: no trace.
     lost_after: seconds of silence after which a process counts as lost, and the others end.
   """
-  return ConfigDict({
+  return ConfigDict(
+    {
       'algorithm': 'LG-FG-A',
       'loss': 'supervised',
       'dataset': 'digits',
@@ -72,20 +73,50 @@ def base() -> ConfigDict:
       'workers': 0,
       'init_from': config_dict.placeholder(str),
       'model': model_fields('mixer'),
-      'losses': {'row': 'cross_entropy', 'module': config_dict.placeholder(str), 'head_hidden': 0,
-                 'head_ahead': False, 'head_average': 0.99, 'patch': True, 'group': True, 'every': 1,
-                 'overlap': False},
-      'contrastive': {'temperature': 0.5, 'stop_gradient': True, 'shared_views': True, 'min_area': 0.08},
+      'losses': {
+        'row': 'cross_entropy',
+        'module': config_dict.placeholder(str),
+        'head_hidden': 0,
+        'head_ahead': False,
+        'head_average': 0.99,
+        'patch': True,
+        'group': True,
+        'every': 1,
+        'overlap': False,
+      },
+      'contrastive': {
+        'temperature': 0.5,
+        'stop_gradient': True,
+        'shared_views': True,
+        'min_area': 0.08,
+      },
       'estimator': {
-          'law': 'hadamard', 'module': config_dict.placeholder(str), 'passes': 1, 'chunk': 4, 'combine': 'mean',
-          'taps': 'auto', 'last_tap': 'auto', 'guess': 'auto', 'guess_rate': 3e-3,
-          'tap_passes': dict.fromkeys(registry.find('mixer').TAPS, 0),
-          'sharing': 'paper', 'credit': 'exact', 'step': 1e-3,
+        'law': 'hadamard',
+        'module': config_dict.placeholder(str),
+        'passes': 1,
+        'chunk': 4,
+        'combine': 'mean',
+        'taps': 'auto',
+        'last_tap': 'auto',
+        'guess': 'auto',
+        'guess_rate': 3e-3,
+        'tap_passes': dict.fromkeys(registry.find('mixer').TAPS, 0),
+        'sharing': 'paper',
+        'credit': 'exact',
+        'step': 1e-3,
       },
       'optimizer': {
-          'name': 'sgd', 'learning_rate': 0.1, 'scale_with_batch': False, 'momentum': 0.9, 'weight_decay': 0.0,
-          'schedule': 'constant', 'warmup_epochs': 0.0, 'staircase_epochs': (), 'staircase_factor': 0.1,
-          'readout_multiplier': 0.1, 'head_multiplier': 1.0,
+        'name': 'sgd',
+        'learning_rate': 0.1,
+        'scale_with_batch': False,
+        'momentum': 0.9,
+        'weight_decay': 0.0,
+        'schedule': 'constant',
+        'warmup_epochs': 0.0,
+        'staircase_epochs': (),
+        'staircase_factor': 0.1,
+        'readout_multiplier': 0.1,
+        'head_multiplier': 1.0,
       },
       'epochs': 10,
       'batch_size': 128,
@@ -99,7 +130,8 @@ def base() -> ConfigDict:
       'distributed': False,
       'lost_after': 25,
       'profile': config_dict.placeholder(str),
-  })
+    }
+  )
 
 
 def model_fields(name: str, module: str | None = None) -> dict[str, Any]:
@@ -119,8 +151,9 @@ def model_fields(name: str, module: str | None = None) -> dict[str, Any]:
   return {'name': name, 'module': path, **{f: as_placeholder(v) for f, v in defaults.items()}}
 
 
-def use_model(config: ConfigDict, name: str = 'mixer', module: str | None = None, **fields: Any
-              ) -> None:
+def use_model(
+  config: ConfigDict, name: str = 'mixer', module: str | None = None, **fields: Any
+) -> None:
   """Another model for the config, with the defaults of its fields but for those that are given.
 
   >>> config = base()
@@ -185,8 +218,10 @@ def load(path: str) -> ConfigDict:
   path = str(_find(path))
   try:
     return runpy.run_path(path)['get_config']()
-  except Exception as error:    # whatever the user's file raises
-    raise UserError(f'config file {path}: {type(error).__name__}: {" ".join(str(error).split())}') from error
+  except Exception as error:  # whatever the user's file raises
+    raise UserError(
+      f'config file {path}: {type(error).__name__}: {" ".join(str(error).split())}'
+    ) from error
 
 
 def _find(path: str) -> pathlib.Path:

@@ -14,8 +14,10 @@ from lfg_jax.training import configs, rules
 
 # Who explains the fields of a part of the config; what they do not explain, `configs.base` does.
 EXPLAINED: dict[str, tuple[Any, ...]] = {
-    'data': (datasets.load,), 'losses': (rules.Options, row_losses.find),
-    'estimator': (rules.Options,), 'contrastive': (info_nce.Contrast,),
+  'data': (datasets.load,),
+  'losses': (rules.Options, row_losses.find),
+  'estimator': (rules.Options,),
+  'contrastive': (info_nce.Contrast,),
 }
 _ENTRY = re.compile(r'^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)', re.M)
 
@@ -27,8 +29,11 @@ def explained(thing: Any) -> dict[str, str]:
   'ε of finite differences.'
   """
   text = textwrap.indent(inspect.getdoc(thing) or '', '  ')
-  return {name: ' '.join(entry.split())
-          for names, entry in _ENTRY.findall(text) for name in names.split(', ')}
+  return {
+    name: ' '.join(entry.split())
+    for names, entry in _ENTRY.findall(text)
+    for name in names.split(', ')
+  }
 
 
 def meanings(config: ConfigDict) -> dict[str, str]:
@@ -36,8 +41,10 @@ def meanings(config: ConfigDict) -> dict[str, str]:
   found, rest = {}, explained(configs.base)
   module = registry.find(config.model.name, config.model.module)
   of_model = (*getattr(module, 'EXPLAINED', (module.make,)), configs.model_fields)
-  known = {part: {name: text for thing in things for name, text in explained(thing).items()}
-           for part, things in {**EXPLAINED, 'model': of_model}.items()}
+  known = {
+    part: {name: text for thing in things for name, text in explained(thing).items()}
+    for part, things in {**EXPLAINED, 'model': of_model}.items()
+  }
   for dotted, _ in configs.flatten(config):
     part, _, name = dotted.partition('.')
     texts = {**rest, **known.get(part, {})} if name else rest
@@ -47,8 +54,11 @@ def meanings(config: ConfigDict) -> dict[str, str]:
 
 def table(config: ConfigDict, width: int = 100) -> str:
   """All fields of a config with their values, its defaults, and meanings, as text for `--help`."""
-  lines = ['config fields, as --config.FIELD=VALUE (defaults are of configs.base(); '
-           'a config file may set others, which', '--print_config shows):']
+  lines = [
+    'config fields, as --config.FIELD=VALUE (defaults are of configs.base(); '
+    'a config file may set others, which',
+    '--print_config shows):',
+  ]
   texts = meanings(config)
   for field, default in configs.flatten(config):
     lines.append(f'  {field} = {_shown(default)}')

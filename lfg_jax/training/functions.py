@@ -12,7 +12,7 @@ from lfg_jax.training import optimizers, pipeline, stage_plan, update
 from lfg_jax.training.algorithms import Algorithm
 from lfg_jax.training.update import Feed, TrainState
 
-State = Any    # TrainState, in stages PipelineState
+State = Any  # TrainState, in stages PipelineState
 
 
 class Functions(NamedTuple):
@@ -26,6 +26,7 @@ class Functions(NamedTuple):
     finish: `(state, inputs) -> state` with all steps done that have begun.
     whole: `state -> TrainState`, after `finish`.
   """
+
   feed: Feed
   steps: Callable[[State, int, tuple], State]
   test_error: Callable[[TrainState], float]
@@ -34,11 +35,14 @@ class Functions(NamedTuple):
   whole: Callable[[State], TrainState] = lambda state: state
 
 
-def build(config: ConfigDict, dataset: Dataset, algorithm: Algorithm, mesh: Mesh
-          ) -> tuple[Functions, TrainState]:
+def build(
+  config: ConfigDict, dataset: Dataset, algorithm: Algorithm, mesh: Mesh
+) -> tuple[Functions, TrainState]:
   """Jitted functions of a run, and its state before the first step."""
   init_key, order_key, noise_key = jax.random.split(jax.random.key(config.seed), 3)
-  feed = update.make_feed(dataset.train, mesh, config.batch_size, order_key, at_once=config.steps_per_dispatch)
+  feed = update.make_feed(
+    dataset.train, mesh, config.batch_size, order_key, at_once=config.steps_per_dispatch
+  )
   rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs, config.batch_size)
   optimizer = optimizers.make(config.optimizer, rate)
   flat = update.flat(mesh)
@@ -47,9 +51,24 @@ def build(config: ConfigDict, dataset: Dataset, algorithm: Algorithm, mesh: Mesh
   state = update.init_state(algorithm, optimizer, init_key, mesh)
   if config.stages > 1:
     spans = stage_plan.spans(algorithm.made_of, config.stages)
-    stages = pipeline.make(algorithm, optimizer, mesh, feed, spans, state,
-                           update.batch_like(dataset.image_shape, config.batch_size))
-    return Functions(feed, lambda state, count, inputs: stages.steps(state, noise_key, count, inputs), test_error,
-                     stages.begin, lambda state, inputs: stages.finish(state, noise_key, inputs), stages.whole), state
+    stages = pipeline.make(
+      algorithm,
+      optimizer,
+      mesh,
+      feed,
+      spans,
+      state,
+      update.batch_like(dataset.image_shape, config.batch_size),
+    )
+    return Functions(
+      feed,
+      lambda state, count, inputs: stages.steps(state, noise_key, count, inputs),
+      test_error,
+      stages.begin,
+      lambda state, inputs: stages.finish(state, noise_key, inputs),
+      stages.whole,
+    ), state
   step = update.make_update(algorithm, optimizer, mesh, feed)
-  return Functions(feed, lambda state, count, inputs: step(state, noise_key, count, *inputs), test_error), state
+  return Functions(
+    feed, lambda state, count, inputs: step(state, noise_key, count, *inputs), test_error
+  ), state

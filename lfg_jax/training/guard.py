@@ -23,7 +23,7 @@ _RECORD = re.compile(r'[IWEF]\d{4} [\d:.]+ +\d+ ([\w.]+):\d+\] ')
 _SERVICE = re.compile(r'coordination_|preemption_|client\.h|service\.cc|distributed')
 _MISSING = re.compile(r'unhealthy \(stopped sending heartbeats\):\s*([\d, ]+)')
 _POLL_SECONDS = 0.1
-_LAST = '\x02'    # begins a child's last line
+_LAST = '\x02'  # begins a child's last line
 
 
 def guard(numbers: Sequence[int | None], grace: float) -> int | None:
@@ -52,7 +52,7 @@ def guard(numbers: Sequence[int | None], grace: float) -> int | None:
 
 def _be_child(parent: int, pipe: int, *, speaks: bool) -> None:
   """C++ text goes to the pipe, Python's where it went; all text of processes but the first too."""
-  os.setpgid(0, 0)    # Ctrl-C reaches the guard alone
+  os.setpgid(0, 0)  # Ctrl-C reaches the guard alone
   if speaks:
     sys.stdout, sys.stderr = (os.fdopen(os.dup(file), 'w', buffering=1) for file in (1, 2))
   for file in (1, 2):
@@ -125,6 +125,7 @@ def lost_by(text: str) -> str | None:
 
 class Child(NamedTuple):
   """A process under guard."""
+
   pid: int
   number: int | None
   text: Text
@@ -138,7 +139,7 @@ def _watch(children: Sequence[Child], grace: float) -> NoReturn:
   while left := [child for child in children if child.pid not in codes]:
     if time.monotonic() > patience_ends:
       _send(signal.SIGKILL, left)
-    for child in left:    # one by one: the first process of a container inherits those of others
+    for child in left:  # one by one: the first process of a container inherits those of others
       pid, status = os.waitpid(child.pid, os.WNOHANG)
       if pid:
         codes[pid] = _code(child, os.waitstatus_to_exitcode(status))
@@ -154,6 +155,7 @@ def _watch(children: Sequence[Child], grace: float) -> NoReturn:
 
 def _pass_on(children: Sequence[Child]) -> None:
   """Signals to the guard become SIGTERM to its children."""
+
   def pass_on(number: int, frame: FrameType | None) -> None:
     _send(signal.SIGTERM, children)
 

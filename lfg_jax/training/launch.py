@@ -28,15 +28,19 @@ def find_place(given: Place, environment: Mapping[str, str]) -> Place | None:
   >>> find_place(Place(process=1), {'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_NUM_PROCESSES': '2'})
   Place(coordinator='a:1', processes=2, process=1)
   """
-  texts = [environment.get(name, '') if value is None else str(value)
-           for name, value in zip(VARIABLES, given, strict=True)]
+  texts = [
+    environment.get(name, '') if value is None else str(value)
+    for name, value in zip(VARIABLES, given, strict=True)
+  ]
   if not any(texts):
     return None
   address, count, index = texts
   told = f'coordinator, processes, process are {", ".join(text or "missing" for text in texts)}'
   if not (re.fullmatch(r'.+:\d+', address) and count.isdecimal() and index.isdecimal()):
-    raise UserError(f'{told}; allowed: all of --coordinator=HOST:PORT --processes=N --process=I, '
-                    f'or of the environment variables {", ".join(VARIABLES)}')
+    raise UserError(
+      f'{told}; allowed: all of --coordinator=HOST:PORT --processes=N --process=I, '
+      f'or of the environment variables {", ".join(VARIABLES)}'
+    )
   if not int(index) < int(count):
     raise UserError(f'{told}; allowed: process 0 … processes − 1')
   return Place(address, int(count), int(index))
@@ -65,7 +69,7 @@ def run(work: Callable[[], None]) -> NoReturn:
   except UserError as error:
     code = guard.tell(error)
   except Exception:
-    sys.excepthook(*sys.exc_info())    # type: ignore[arg-type]
+    sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
     code = 1
   if code and code != LOST:
     # A barrier; a process that waits in a collective operation for this one never comes to it.

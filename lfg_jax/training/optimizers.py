@@ -12,10 +12,12 @@ from lfg_jax import promotion
 PyTree = Any
 OPTIMIZERS = ('sgd', 'adam', 'adamw', 'lars')
 SCHEDULES = ('constant', 'linear', 'staircase', 'cosine')
-ENDLESS = ('constant', 'staircase')    # do not depend on how many epochs there are
+ENDLESS = ('constant', 'staircase')  # do not depend on how many epochs there are
 
 
-def schedule(config: Any, steps_per_epoch: int, epochs: int, batch_size: int = 256) -> optax.Schedule:
+def schedule(
+  config: Any, steps_per_epoch: int, epochs: int, batch_size: int = 256
+) -> optax.Schedule:
   """Learning rate by step: a linear warm-up from 0, then what config.schedule names.
 
   'linear' and 'cosine' fall to 0 at the last step; 'staircase' is multiplied by config.staircase_factor at
@@ -34,7 +36,11 @@ def schedule(config: Any, steps_per_epoch: int, epochs: int, batch_size: int = 2
     main = optax.piecewise_constant_schedule(rate, dict.fromkeys(falls, config.staircase_factor))
   else:
     main = optax.constant_schedule(rate)
-  return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), main], [warmup]) if warmup else main
+  return (
+    optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), main], [warmup])
+    if warmup
+    else main
+  )
 
 
 def make(config: Any, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -48,11 +54,12 @@ def make(config: Any, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
   decay, momentum = config.weight_decay, config.momentum
   l2 = optax.add_decayed_weights(decay, mask=kernels)
   optimizer = {
-      'sgd': lambda: optax.chain(l2, optax.sgd(learning_rate, momentum)),
-      'adam': lambda: optax.chain(l2, optax.adam(learning_rate, b1=momentum)),
-      'adamw': lambda: optax.adamw(learning_rate, b1=momentum, weight_decay=decay, mask=kernels),
-      'lars': lambda: optax.lars(learning_rate, decay, weight_decay_mask=kernels, trust_ratio_mask=kernels,
-                                 momentum=momentum),
+    'sgd': lambda: optax.chain(l2, optax.sgd(learning_rate, momentum)),
+    'adam': lambda: optax.chain(l2, optax.adam(learning_rate, b1=momentum)),
+    'adamw': lambda: optax.adamw(learning_rate, b1=momentum, weight_decay=decay, mask=kernels),
+    'lars': lambda: optax.lars(
+      learning_rate, decay, weight_decay_mask=kernels, trust_ratio_mask=kernels, momentum=momentum
+    ),
   }[config.name]()
   multipliers = {'readout': config.readout_multiplier, 'head': config.head_multiplier}
   return lenient(optax.chain(optimizer, _multiply(multipliers)))
@@ -67,7 +74,9 @@ def adam_of_guesses(rate: float) -> optax.GradientTransformation:
   b1, b2, eps = 0.9, 0.999, 1e-8
   plain = optax.scale_by_adam(b1, b2, eps)
 
-  def update(updates: PyTree, state: optax.ScaleByAdamState, _: PyTree = None) -> tuple[PyTree, Any]:
+  def update(
+    updates: PyTree, state: optax.ScaleByAdamState, _: PyTree = None
+  ) -> tuple[PyTree, Any]:
     _, new = plain.update(updates, state)
     shrunk = jnp.sqrt(1 - b2**new.count)
     scale = shrunk / (1 - b1**new.count)
@@ -78,6 +87,7 @@ def adam_of_guesses(rate: float) -> optax.GradientTransformation:
 
 def lenient(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
   """The optimizer, one of optax's, where the user has forbidden silent promotion."""
+
   def update(*args: Any) -> tuple[PyTree, PyTree]:
     with promotion.allowed():
       return optimizer.update(*args)
@@ -96,6 +106,7 @@ def kernels(params: PyTree) -> PyTree:
 
 def _multiply(multipliers: dict[str, float]) -> optax.GradientTransformation:
   """Multiplies the updates in subtrees of given names."""
+
   def scale(names: list[str], update: jax.Array) -> jax.Array:
     for name, multiplier in multipliers.items():
       if name in names:
@@ -106,4 +117,6 @@ def _multiply(multipliers: dict[str, float]) -> optax.GradientTransformation:
 
 
 def _by_names(f: Callable[[list[str], Any], Any], tree: PyTree) -> PyTree:
-  return jax.tree_util.tree_map_with_path(lambda path, leaf: f([entry.key for entry in path], leaf), tree)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: f([entry.key for entry in path], leaf), tree
+  )

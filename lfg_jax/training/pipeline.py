@@ -44,6 +44,7 @@ class Pipeline(NamedTuple):
       first `fresh` of which a batch enters. Takes over the memory of `state`.
     whole: `PipelineState -> TrainState`, with no batch on its way.
   """
+
   stages: int
   place: PipelineState
   begin: Callable[[TrainState], PipelineState]
@@ -59,8 +60,15 @@ class Pipeline(NamedTuple):
     return self.dispatch(state, key, self.stages - 1, 0, *inputs)
 
 
-def make(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Mesh, feed: Feed,
-         spans: Sequence[range], like: TrainState, batch: Batch) -> Pipeline:
+def make(
+  algorithm: Algorithm,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  feed: Feed,
+  spans: Sequence[range],
+  like: TrainState,
+  batch: Batch,
+) -> Pipeline:
   """The functions of a run in stages.
 
   Args:
@@ -72,22 +80,31 @@ def make(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Me
   """
   plan = pipeline_plan.make(algorithm, optimizer, mesh, feed, spans, like, batch)
   everywhere, of_stage = cast(Any, P()), cast(Any, P(STAGE))
-  specs = PipelineState(everywhere, of_stage, pipeline_plan.message_specs(plan), everywhere, everywhere)
+  specs = PipelineState(
+    everywhere, of_stage, pipeline_plan.message_specs(plan), everywhere, everywhere
+  )
   ticks = jax.shard_map(
-      functools.partial(_dispatch, plan), mesh=mesh,
-      in_specs=(specs, P(), P(), P(), *feed.specs), out_specs=specs, check_vma=False)
-  place = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs,
-                       is_leaf=lambda spec: isinstance(spec, P))
+    functools.partial(_dispatch, plan),
+    mesh=mesh,
+    in_specs=(specs, P(), P(), P(), *feed.specs),
+    out_specs=specs,
+    check_vma=False,
+  )
+  place = jax.tree.map(
+    lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda spec: isinstance(spec, P)
+  )
   return Pipeline(
-      len(spans), place,
-      jax.jit(functools.partial(pipeline_plan.begin, plan), out_shardings=place),
-      jax.jit(ticks, donate_argnums=0),
-      jax.jit(functools.partial(pipeline_plan.whole, plan),
-              out_shardings=NamedSharding(mesh, P())))
+    len(spans),
+    place,
+    jax.jit(functools.partial(pipeline_plan.begin, plan), out_shardings=place),
+    jax.jit(ticks, donate_argnums=0),
+    jax.jit(functools.partial(pipeline_plan.whole, plan), out_shardings=NamedSharding(mesh, P())),
+  )
 
 
-def _dispatch(plan: Plan, state: PipelineState, key: jax.Array, ticks: jax.Array, fresh: jax.Array,
-              *inputs: Any) -> PipelineState:
+def _dispatch(
+  plan: Plan, state: PipelineState, key: jax.Array, ticks: jax.Array, fresh: jax.Array, *inputs: Any
+) -> PipelineState:
   """So many ticks of one device; in the first `fresh` of them a batch enters."""
   mine = jax.tree.map(lambda x: x[0], (state.own, state.message))
 
@@ -96,15 +113,20 @@ def _dispatch(plan: Plan, state: PipelineState, key: jax.Array, ticks: jax.Array
     stage = jax.lax.axis_index(STAGE)
     entering = jnp.where(t < fresh, state.step + t, -1)
     message = message._replace(number=jnp.where(stage == 0, entering, message.number))
-    message = message._replace(examples=jnp.where(
-        stage == 0, plan.total(_fetch(plan, message, inputs).weight.sum()), message.examples))
+    message = message._replace(
+      examples=jnp.where(
+        stage == 0, plan.total(_fetch(plan, message, inputs).weight.sum()), message.examples
+      )
+    )
     branch = jnp.where(message.number < 0, 0, 1 + stage)
     gradients = [functools.partial(_gradient, plan, s, key) for s in range(len(plan.stages))]
     summed, stats, output = jax.lax.switch(
-        branch, [functools.partial(_nothing, plan), *gradients], own, message, inputs)
+      branch, [functools.partial(_nothing, plan), *gradients], own, message, inputs
+    )
     updates = [functools.partial(_updated, plan, s) for s in range(len(plan.stages))]
-    own, sums, bad = jax.lax.switch(branch, [lambda now, *_: now, *updates], (own, sums, bad),
-                                    plan.total(summed), stats, message)
+    own, sums, bad = jax.lax.switch(
+      branch, [lambda now, *_: now, *updates], (own, sums, bad), plan.total(summed), stats, message
+    )
     onward = [(s, s + 1) for s in range(len(plan.stages) - 1)]
     return own, jax.lax.ppermute(output, STAGE, onward), sums, bad
 
@@ -125,8 +147,9 @@ def _nothing(plan: Plan, own: Rows, message: Message, inputs: tuple) -> tuple[Ro
   return zeros(plan.summed), zeros(plan.stats), message
 
 
-def _gradient(plan: Plan, s: int, key: jax.Array, own: Rows, message: Message, inputs: tuple
-              ) -> tuple[Rows, Rows, Message]:
+def _gradient(
+  plan: Plan, s: int, key: jax.Array, own: Rows, message: Message, inputs: tuple
+) -> tuple[Rows, Rows, Message]:
   """What stage s sums over devices, its new statistics, and what it hands on."""
   made_of, key = plan.algorithm.made_of, jax.random.fold_in(key, message.number)
   seen = message
@@ -134,11 +157,12 @@ def _gradient(plan: Plan, s: int, key: jax.Array, own: Rows, message: Message, i
     batch = _fetch(plan, message, inputs)
     batch = batch._replace(weight=batch.weight / message.examples)
     image, targets = made_of.seen(key, batch)
-    seen = message._replace(x=image, targets=targets,
-                            local_loss_B=jax.tree.map(jnp.zeros_like, message.local_loss_B))
+    seen = message._replace(
+      x=image, targets=targets, local_loss_B=jax.tree.map(jnp.zeros_like, message.local_loss_B)
+    )
   else:
     shape = plan.ends[s - 1].shape
-    x = message.x[:, :math.prod(shape[1:])].reshape(shape).astype(plan.ends[s - 1].dtype)
+    x = message.x[:, : math.prod(shape[1:])].reshape(shape).astype(plan.ends[s - 1].dtype)
     seen = message._replace(x=x)
   result = stage_work.gradient(made_of, plan.stages[s], packing.unpack(own, plan.own[s]), key, seen)
   output = message
@@ -146,18 +170,31 @@ def _gradient(plan: Plan, s: int, key: jax.Array, own: Rows, message: Message, i
     x = result.x.reshape(len(result.x), -1).astype(message.x.dtype)
     x = jnp.pad(x, ((0, 0), (0, message.x.shape[1] - x.shape[1])))
     output = seen._replace(x=x, local_loss_B=result.local_loss_B)
-  return (packing.pack(result.summed, packing.widths(plan.summed)),
-          packing.pack(result.stats, packing.widths(plan.stats)), output)
+  return (
+    packing.pack(result.summed, packing.widths(plan.summed)),
+    packing.pack(result.stats, packing.widths(plan.stats)),
+    output,
+  )
 
 
-def _updated(plan: Plan, s: int, now: tuple[Rows, dict[str, jax.Array], jax.Array], summed: Rows,
-             stats: Rows, message: Message) -> tuple[Rows, dict[str, jax.Array], jax.Array]:
+def _updated(
+  plan: Plan,
+  s: int,
+  now: tuple[Rows, dict[str, jax.Array], jax.Array],
+  summed: Rows,
+  stats: Rows,
+  message: Message,
+) -> tuple[Rows, dict[str, jax.Array], jax.Array]:
   """The rows of stage s after the step; and of the last stage the metrics."""
   own, sums, bad = now
   total = packing.unpack(summed, plan.summed[s])
   new, is_finite = stage_work.updated(
-      plan.algorithm, plan.optimizer, packing.unpack(own, plan.own[s]), total,
-      packing.unpack(stats, plan.stats[s]))
+    plan.algorithm,
+    plan.optimizer,
+    packing.unpack(own, plan.own[s]),
+    total,
+    packing.unpack(stats, plan.stats[s]),
+  )
   if plan.stages[s].is_last:
     is_first = message.number % plan.feed.steps == 0
     sums = update.add_to_sums(sums, total['metrics'], message.examples, is_first)
@@ -165,8 +202,9 @@ def _updated(plan: Plan, s: int, now: tuple[Rows, dict[str, jax.Array], jax.Arra
   return packing.pack(new, packing.widths(plan.own)), sums, bad
 
 
-def _told(stages: int, sums: dict[str, jax.Array], bad: jax.Array
-          ) -> tuple[dict[str, jax.Array], jax.Array]:
+def _told(
+  stages: int, sums: dict[str, jax.Array], bad: jax.Array
+) -> tuple[dict[str, jax.Array], jax.Array]:
   """For every stage the last one's sums, and the first bad step of all: round the ring."""
   ring = [(s, (s + 1) % stages) for s in range(stages)]
   is_last = jax.lax.axis_index(STAGE) == stages - 1

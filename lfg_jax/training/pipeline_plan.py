@@ -34,6 +34,7 @@ class PipelineState(NamedTuple):
     message: to every stage, [S, ...]: what it is to work on in the next tick.
     sums, bad_step: as in `TrainState`, of the batches that have left.
   """
+
   step: jax.Array
   own: Rows
   message: Message
@@ -50,6 +51,7 @@ class Plan(NamedTuple):
     ends: of each stage's output, but the last's.
     between: of a message between stages, on one device.
   """
+
   algorithm: Algorithm
   optimizer: optax.GradientTransformation
   mesh: Mesh
@@ -66,23 +68,38 @@ class Plan(NamedTuple):
     return jax.lax.psum(x, AXIS) if self.mesh.shape[AXIS] > 1 else x
 
 
-def make(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Mesh, feed: Feed,
-         spans: Sequence[range], like: TrainState, batch: Batch) -> Plan:
+def make(
+  algorithm: Algorithm,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  feed: Feed,
+  spans: Sequence[range],
+  like: TrainState,
+  batch: Batch,
+) -> Plan:
   made_of = algorithm.made_of
   stages = stage_work.make_stages(made_of, spans)
-  own = [jax.eval_shape(functools.partial(stage_work.own, stage=stage, made_of=made_of), like)
-         for stage in stages]
+  own = [
+    jax.eval_shape(functools.partial(stage_work.own, stage=stage, made_of=made_of), like)
+    for stage in stages
+  ]
   scalar = jax.ShapeDtypeStruct((), jnp.result_type(float))
-  summed = [{'grads': mine.params, 'guess_gradient': mine.rest.get('guess', {}),
-             **({'metrics': dict.fromkeys(algorithm.metrics, scalar)} if stage.is_last else {})}
-            for stage, mine in zip(stages, own, strict=True)]
+  summed = [
+    {
+      'grads': mine.params,
+      'guess_gradient': mine.rest.get('guess', {}),
+      **({'metrics': dict.fromkeys(algorithm.metrics, scalar)} if stage.is_last else {}),
+    }
+    for stage, mine in zip(stages, own, strict=True)
+  ]
   stats = [mine.rest.get('batch_stats', {}) for mine in own]
   ends, between = _between(algorithm, stages, like, batch, mesh.shape[AXIS])
   return Plan(algorithm, optimizer, mesh, feed, stages, own, summed, stats, ends, between)
 
 
-def _between(algorithm: Algorithm, stages: Sequence[Stage], like: TrainState, batch: Batch,
-             devices: int) -> tuple[list[Any], Message]:
+def _between(
+  algorithm: Algorithm, stages: Sequence[Stage], like: TrainState, batch: Batch, devices: int
+) -> tuple[list[Any], Message]:
   """Shapes of every stage's output but the last's, and of a message that has room for each."""
   made_of = algorithm.made_of
   of_device = lambda x: jax.ShapeDtypeStruct((x.shape[0] // devices, *x.shape[1:]), x.dtype)
@@ -94,8 +111,13 @@ def _between(algorithm: Algorithm, stages: Sequence[Stage], like: TrainState, ba
   dtype = jnp.result_type(*(end.dtype for end in ends))
   x = jax.ShapeDtypeStruct((len(targets.label_B), width), dtype)
   scalar = lambda dtype: cast(Any, jax.ShapeDtypeStruct((), dtype))
-  message = Message(scalar(jnp.int32), scalar(targets.weight_B.dtype), targets, cast(Any, x),
-                    targets.weight_B if made_of.model.contrast else None)
+  message = Message(
+    scalar(jnp.int32),
+    scalar(targets.weight_B.dtype),
+    targets,
+    cast(Any, x),
+    targets.weight_B if made_of.model.contrast else None,
+  )
   return ends, message
 
 
@@ -114,8 +136,13 @@ def begin(plan: Plan, state: TrainState) -> PipelineState:
     return jnp.zeros((stages, *rows), leaf.dtype)
 
   message = jax.tree.map(empty, plan.between)
-  return PipelineState(state.step, jax.tree.map(lambda *rows: jnp.stack(rows), *own),
-                       message._replace(number=message.number - 1), state.sums, state.bad_step)
+  return PipelineState(
+    state.step,
+    jax.tree.map(lambda *rows: jnp.stack(rows), *own),
+    message._replace(number=message.number - 1),
+    state.sums,
+    state.bad_step,
+  )
 
 
 def whole(plan: Plan, state: PipelineState) -> TrainState:
@@ -123,5 +150,6 @@ def whole(plan: Plan, state: PipelineState) -> TrainState:
   rows = [jax.tree.map(lambda x, s=s: x[s], state.own) for s in range(len(plan.stages))]
   own = [packing.unpack(row, like) for row, like in zip(rows, plan.own, strict=True)]
   whole: Own = packing.join(own, *stage_work.names(plan.algorithm.made_of))
-  return TrainState(state.step, whole.params, whole.rest, whole.opt_state, state.sums,
-                    state.bad_step)
+  return TrainState(
+    state.step, whole.params, whole.rest, whole.opt_state, state.sums, state.bad_step
+  )

@@ -14,9 +14,9 @@ from lfg_jax.training.run_log import Row
 # Of Okabe and Ito: colour-blind people tell them apart. Yellow is left out: it is faint on white.
 COLOURS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 STYLES = ('-', '--', ':')
-FLOOR = 0.01    # %: a logarithmic axis has no zero
+FLOOR = 0.01  # %: a logarithmic axis has no zero
 
-Line = tuple[str, Sequence[float], Sequence[float]]    # name, x, y
+Line = tuple[str, Sequence[float], Sequence[float]]  # name, x, y
 
 
 def curves(path: pathlib.Path, runs: dict[str, Sequence[Sequence[Row]]]) -> None:
@@ -39,7 +39,9 @@ def means(runs: Sequence[Sequence[Row]], key: str, scale: float) -> tuple[list[i
   >>> means([[{'epoch': 1, 'e': 0.5}], [{'epoch': 1, 'e': 0.25}, {'epoch': 2, 'e': 0.1}]], 'e', 100)
   ([1], [37.5])
   """
-  known = [{row['epoch']: scale * row[key] for row in rows if row[key] is not None} for rows in runs]
+  known = [
+    {row['epoch']: scale * row[key] for row in rows if row[key] is not None} for rows in runs
+  ]
   epochs = sorted(set.intersection(*map(set, known)))
   return epochs, [statistics.mean(own[epoch] for own in known) for epoch in epochs]
 
@@ -71,13 +73,16 @@ def panel(axes: Axes, lines: Sequence[Line], *, errors: bool) -> None:
 def logarithmic_errors(axes: Axes) -> None:
   """A logarithmic axis of errors, with ticks at 1, 2, 5, 10 … written out."""
   axes.set_yscale('log')
-  axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(),
-                 major_formatter=StrMethodFormatter('{x:g}'))
+  axes.yaxis.set(
+    major_locator=LogLocator(subs=(1, 2, 5)),
+    minor_locator=NullLocator(),
+    major_formatter=StrMethodFormatter('{x:g}'),
+  )
 
 
 def name_lines(axes: Axes, names: Sequence[str], ends: Sequence[float]) -> None:
   """Writes names beside the axes, in the order of the lines' ends, none over another."""
-  axes.autoscale_view()    # the limits, which are else not known before the figure is drawn
+  axes.autoscale_view()  # the limits, which are else not known before the figure is drawn
   to_axes = axes.transData + axes.transAxes.inverted()
   heights = [float(to_axes.transform((0, end))[1]) for end in ends]
   figure = axes.get_figure(root=True)
@@ -85,10 +90,25 @@ def name_lines(axes: Axes, names: Sequence[str], ends: Sequence[float]) -> None:
   gap = 0.19 / figure.get_size_inches()[1]
   for index, place in enumerate(spread(heights, gap)):
     colour = COLOURS[index % len(COLOURS)]
-    arrow = {'arrowstyle': '-', 'color': colour, 'linewidth': 0.6, 'relpos': (0, 0.5),
-             'shrinkA': 1, 'shrinkB': 0}
-    axes.annotate(names[index], (1, heights[index]), (1.04, place), xycoords='axes fraction',
-                  va='center', fontsize=8, color=colour, annotation_clip=False, arrowprops=arrow)
+    arrow = {
+      'arrowstyle': '-',
+      'color': colour,
+      'linewidth': 0.6,
+      'relpos': (0, 0.5),
+      'shrinkA': 1,
+      'shrinkB': 0,
+    }
+    axes.annotate(
+      names[index],
+      (1, heights[index]),
+      (1.04, place),
+      xycoords='axes fraction',
+      va='center',
+      fontsize=8,
+      color=colour,
+      annotation_clip=False,
+      arrowprops=arrow,
+    )
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:

@@ -28,27 +28,40 @@ def check(dataset: str, manual_dir: str | None) -> None:
     hint = f'did you mean {near[0]}? ' if near else ''
     raise UserError(f'--dataset is {dataset!r}; {hint}allowed: names of TFDS')
   if dataset == 'imagenet2012':
-    missing = [tar for tar in TARS if not manual_dir or not (pathlib.Path(manual_dir) / tar).exists()]
+    missing = [
+      tar for tar in TARS if not manual_dir or not (pathlib.Path(manual_dir) / tar).exists()
+    ]
     if missing:
-      raise UserError(f'imagenet2012 must be downloaded by hand, from https://image-net.org/download-images: '
-                      f'{", ".join(missing)} not found; name their folder with --manual_dir')
+      raise UserError(
+        f'imagenet2012 must be downloaded by hand, from https://image-net.org/download-images: '
+        f'{", ".join(missing)} not found; name their folder with --manual_dir'
+      )
   if importlib.util.find_spec('tensorflow') is None:
-    raise UserError('preparing data needs TensorFlow (training does not); install it with: pip install tensorflow')
+    raise UserError(
+      'preparing data needs TensorFlow (training does not); install it with: pip install tensorflow'
+    )
 
 
 def main(arguments: list[str]) -> None:
   """Prepares one data set."""
   parser = command_line.Parser(description=__doc__)
-  parser.add_argument('--dataset', required=True,
-                      help=f'{", ".join(data.TFDS)}, or another name of TFDS')
-  parser.add_argument('--data_dir', help='where to; default: $TFDS_DATA_DIR or ~/tensorflow_datasets')
+  parser.add_argument(
+    '--dataset', required=True, help=f'{", ".join(data.TFDS)}, or another name of TFDS'
+  )
+  parser.add_argument(
+    '--data_dir', help='where to; default: $TFDS_DATA_DIR or ~/tensorflow_datasets'
+  )
   parser.add_argument('--manual_dir', help='where the two tar files of ImageNet are')
   given = parser.parse_args(arguments)
   check(given.dataset, given.manual_dir)
   builder = tfds.builder(given.dataset, data_dir=given.data_dir, file_format='array_record')
-  builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=given.manual_dir))
-  print(f'{given.dataset} is in {builder.data_dir}:',
-        {split: info.num_examples for split, info in builder.info.splits.items()})
+  builder.download_and_prepare(
+    download_config=tfds.download.DownloadConfig(manual_dir=given.manual_dir)
+  )
+  print(
+    f'{given.dataset} is in {builder.data_dir}:',
+    {split: info.num_examples for split, info in builder.info.splits.items()},
+  )
 
 
 def run() -> None:

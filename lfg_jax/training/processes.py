@@ -17,16 +17,18 @@ from jax.experimental import multihost_utils
 from lfg_jax.errors import LOST, UserError
 from lfg_jax.training import guard
 
-TOKEN = 'token'         # a file with a number that the first process draws for every start
-PATIENCE_SECONDS = 5    # until a file is seen on another machine
+TOKEN = 'token'  # a file with a number that the first process draws for every start
+PATIENCE_SECONDS = 5  # until a file is seen on another machine
 _looks = itertools.count(1)
 
 
 # What XLA says when a collective operation misses another process.
 _MISSED = re.compile('Gloo|NCCL|RCCL|coordination service|UNAVAILABLE')
 
+
 class Place(NamedTuple):
   """Where a process stands among those of its run; None: as the cluster tells JAX."""
+
   coordinator: str | None = None
   processes: int | None = None
   process: int | None = None
@@ -34,6 +36,7 @@ class Place(NamedTuple):
 
 class Lost(UserError):
   """Another process was lost."""
+
   exit_code = LOST
 
 
@@ -55,8 +58,10 @@ def connect(at: Place = AS_TOLD, lost_after: int = 25) -> None:
   try:
     jax.distributed.initialize(*at, heartbeat_timeout_seconds=lost_after)
   except (ValueError, RuntimeError) as error:
-    raise UserError(f'the processes cannot be connected ({" ".join(str(error).split())[:200]}); where JAX knows no '
-                    'cluster, give each --coordinator=HOST:PORT --processes=N --process=I, I from 0') from error
+    raise UserError(
+      f'the processes cannot be connected ({" ".join(str(error).split())[:200]}); where JAX knows no '
+      'cluster, give each --coordinator=HOST:PORT --processes=N --process=I, I from 0'
+    ) from error
   same_devices(Counter(device.process_index for device in jax.devices()))
 
 
@@ -68,8 +73,10 @@ def same_devices(counts: Mapping[int, int]) -> None:
   usual = max(counts.values())
   if differing := {process: count for process, count in sorted(counts.items()) if count != usual}:
     told = ', '.join(f'process {process} has {count}' for process, count in differing.items())
-    raise UserError(f'the processes have different numbers of devices ({told}, '
-                    f'the others {usual}); allowed: the same on each')
+    raise UserError(
+      f'the processes have different numbers of devices ({told}, '
+      f'the others {usual}); allowed: the same on each'
+    )
 
 
 @contextlib.contextmanager
@@ -81,7 +88,9 @@ def losses() -> Iterator[None]:
     if isinstance(error, UserError) or jax.process_count() == 1 or not _MISSED.search(str(error)):
       raise
     reason = ' '.join(str(error).split())[:200]
-    raise Lost(f'process {jax.process_index()} lost another one ({reason}); {guard.GOES_ON}') from error
+    raise Lost(
+      f'process {jax.process_index()} lost another one ({reason}); {guard.GOES_ON}'
+    ) from error
 
 
 def is_first() -> bool:
@@ -112,10 +121,14 @@ def share_folder(folder: pathlib.Path | None) -> None:
     return
   if wanted == -1:
     raise UserError('process 0 could not begin; see what it says')
-  sees = np.asarray(multihost_utils.process_allgather(np.int32(_sees(folder / TOKEN, str(wanted))))).ravel()
+  sees = np.asarray(
+    multihost_utils.process_allgather(np.int32(_sees(folder / TOKEN, str(wanted))))
+  ).ravel()
   if not sees.all():
-    raise UserError(f'processes {np.flatnonzero(sees == 0).tolist()} do not see the folder of process 0; allowed: one '
-                    f'--workdir for all, on a file system that they share; here it is {folder}')
+    raise UserError(
+      f'processes {np.flatnonzero(sees == 0).tolist()} do not see the folder of process 0; allowed: one '
+      f'--workdir for all, on a file system that they share; here it is {folder}'
+    )
 
 
 def _sees(path: pathlib.Path, text: str) -> bool:

@@ -22,11 +22,18 @@ from lfg_jax.training.train import prepare, train
 def main(arguments: list[str]) -> None:
   """Trains, and prints the summary."""
   parser = command_line.Parser(description=__doc__)
-  parser.add_argument('--config', default='digits', help='name of a config that comes with the package, or a file')
+  parser.add_argument(
+    '--config', default='digits', help='name of a config that comes with the package, or a file'
+  )
   parser.add_argument('--workdir', type=pathlib.Path, help='default: runs/NAME')
-  parser.add_argument('--print_config', action='store_true', help='print the config that would run, and end')
-  parser.add_argument('--coordinator', help='of several processes: HOST:PORT of the first; '
-                      'default: $JAX_COORDINATOR_ADDRESS, or as the cluster tells')
+  parser.add_argument(
+    '--print_config', action='store_true', help='print the config that would run, and end'
+  )
+  parser.add_argument(
+    '--coordinator',
+    help='of several processes: HOST:PORT of the first; '
+    'default: $JAX_COORDINATOR_ADDRESS, or as the cluster tells',
+  )
   parser.add_argument('--processes', type=int, help='how many; default: $JAX_NUM_PROCESSES')
   parser.add_argument('--process', type=int, help='which this is, from 0; default: $JAX_PROCESS_ID')
   parser.number('rehearse', None, 'N processes on the CPUs of this machine', metavar='N')
@@ -48,7 +55,9 @@ def _place(options: argparse.Namespace, config: ConfigDict) -> Place | None:
   given = Place(options.coordinator, options.processes, options.process)
   if options.rehearse is not None:
     if given != Place():
-      raise UserError('--rehearse starts all processes itself; allowed: it, or --coordinator --processes --process')
+      raise UserError(
+        '--rehearse starts all processes itself; allowed: it, or --coordinator --processes --process'
+      )
     return launch.rehearse(options.rehearse, config.lost_after)
   at = launch.find_place(given, os.environ)
   if at is None and config.distributed:

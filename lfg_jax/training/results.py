@@ -17,9 +17,17 @@ from lfg_jax.training.command_line import Parser
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def parser(description: str | None, *, out: str | None, config: str | None = None,
-           model: str | None = None, batch: int | None = None, algorithms: str | None = None,
-           seeds: str | None = None, repetitions: int | None = None) -> Parser:
+def parser(
+  description: str | None,
+  *,
+  out: str | None,
+  config: str | None = None,
+  model: str | None = None,
+  batch: int | None = None,
+  algorithms: str | None = None,
+  seeds: str | None = None,
+  repetitions: int | None = None,
+) -> Parser:
   """A parser with --out, and those shared options that are given a default."""
   made = Parser(description)
   made.option('out', out and pathlib.Path(out), 'folder of the results', type=pathlib.Path)
@@ -52,8 +60,12 @@ def provenance(script: str, arguments: list[str]) -> dict[str, str | None]:
   """
   path = pathlib.Path(script).resolve()
   name = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-  return {'command': shlex.join(['python', name, *arguments]), 'commit': _commit(),
-          'jax': jax.__version__, 'device': jax.devices()[0].device_kind}
+  return {
+    'command': shlex.join(['python', name, *arguments]),
+    'commit': _commit(),
+    'jax': jax.__version__,
+    'device': jax.devices()[0].device_kind,
+  }
 
 
 def _commit() -> str | None:
@@ -119,8 +131,11 @@ def in_table(head: str, rows: Sequence[Sequence[str]]) -> str:
   |---|---|
   | BP | 3 |
   """
-  lines = [f'| {head} |', '|---' * (head.count('|') + 1) + '|',
-           *(f'| {" | ".join(row)} |' for row in rows)]
+  lines = [
+    f'| {head} |',
+    '|---' * (head.count('|') + 1) + '|',
+    *(f'| {" | ".join(row)} |' for row in rows),
+  ]
   return '\n'.join(lines) if rows else ''
 
 
@@ -130,10 +145,14 @@ def over_seeds(summaries: Sequence[dict[str, Any]]) -> dict[str, float | None]:
   The standard error of the test error is None for a single one.
   """
   test = [summary['test_error'] for summary in summaries]
-  return {'test_error': statistics.mean(test),
-          'test_error_se': statistics.stdev(test) / len(test)**0.5 if len(test) > 1 else None,
-          **{key: statistics.mean(summary[key] for summary in summaries)
-             for key in ('train_error', 'seconds')}}
+  return {
+    'test_error': statistics.mean(test),
+    'test_error_se': statistics.stdev(test) / len(test) ** 0.5 if len(test) > 1 else None,
+    **{
+      key: statistics.mean(summary[key] for summary in summaries)
+      for key in ('train_error', 'seconds')
+    },
+  }
 
 
 def percent(row: dict[str, Any]) -> str:

@@ -22,20 +22,43 @@ from lfg_jax.training.rules import Options, Rule
 PyTree = Any
 
 
-def build_estimator(rule: Rule, options: Options, model: StagedModel, axis_name: str | None,
-                    variables: dict[str, PyTree], part: Part = WHOLE) -> Estimator:
+def build_estimator(
+  rule: Rule,
+  options: Options,
+  model: StagedModel,
+  axis_name: str | None,
+  variables: dict[str, PyTree],
+  part: Part = WHOLE,
+) -> Estimator:
   """The rule's estimator, `(fun, learned) -> grad_fn`."""
   weight = rule.estimator == 'weight'
   shared = weight if options.sharing == 'paper' else options.sharing == 'shared'
   contrast = model.contrast
   rows = VIEWS if contrast and contrast.shared_views else 1
-  sampling = Sampling(tangents.find(options.law, options.module), options.passes, shared, axis_name,
-                      options.chunk or None, options.combine, part, rows)
+  sampling = Sampling(
+    tangents.find(options.law, options.module),
+    options.passes,
+    shared,
+    axis_name,
+    options.chunk or None,
+    options.combine,
+    part,
+    rows,
+  )
   derivative = finite_difference(options.step) if rule.finite else jvp_derivative
   if weight:
-    group_axis = functools.partial(_group_axis, model, options.credit) if rule.cut else lambda path: None
-    return _never_guessed(functools.partial(weight_perturbation, sampling=sampling, derivative=derivative,
-                                            is_exact=_under_a_loss, group_axis=group_axis))
+    group_axis = (
+      functools.partial(_group_axis, model, options.credit) if rule.cut else lambda path: None
+    )
+    return _never_guessed(
+      functools.partial(
+        weight_perturbation,
+        sampling=sampling,
+        derivative=derivative,
+        is_exact=_under_a_loss,
+        group_axis=group_axis,
+      )
+    )
   if rule.estimator == 'activity':
     return _activity_estimator(options, model, sampling, derivative)
   if rule.estimator == 'direct_feedback':
@@ -48,18 +71,26 @@ def _never_guessed(estimator: Callable[[LossFn], GradFn]) -> Estimator:
   return lambda fun, _: estimator(fun)
 
 
-def _activity_estimator(options: Options, model: StagedModel, sampling: Sampling, derivative: Derivative) -> Estimator:
+def _activity_estimator(
+  options: Options, model: StagedModel, sampling: Sampling, derivative: Derivative
+) -> Estimator:
   own_passes = {tap: n for tap, n in options.tap_passes.items() if n}
   passes_of = lambda name: own_passes.get(in_block(name), options.passes)
   activity = functools.partial(
-      activity_perturbation, sampling=sampling, derivative=derivative, separate=options.taps == 'separate',
-      passes_of=passes_of if own_passes else None,
-      is_guessed=lambda name: in_block(name) in options.guessed_taps(model))
+    activity_perturbation,
+    sampling=sampling,
+    derivative=derivative,
+    separate=options.taps == 'separate',
+    passes_of=passes_of if own_passes else None,
+    is_guessed=lambda name: in_block(name) in options.guessed_taps(model),
+  )
   if options.last_tap == 'perturbed' or not model.boundary:
     return functools.partial(activity, is_perturbed=lambda name: in_block(name) in model.taps)
   # Of the block under a stage's losses.
   boundary, behind = (f'last/{tap}' for tap in model.boundary)
-  before = functools.partial(activity, is_perturbed=lambda name: in_block(name) in model.taps and name != behind)
+  before = functools.partial(
+    activity, is_perturbed=lambda name: in_block(name) in model.taps and name != behind
+  )
   return functools.partial(exact_behind, estimator=before, is_boundary=boundary.__eq__)
 
 

@@ -27,6 +27,7 @@ class Rule(NamedTuple):
       perturbed one by one, the last under a local loss not at all, and learned guesses. Otherwise it is as in the
       paper: all taps in one pass.
   """
+
   estimator: str
   cut: bool = False
   local: bool = False
@@ -37,26 +38,26 @@ class Rule(NamedTuple):
 
 _LOCAL_GREEDY = {'cut': True, 'local': True}
 REGISTRY: dict[str, Rule] = {
-    'BP': Rule('backprop'),
-    'L-BP': Rule('backprop', local=True),
-    'LG-BP': Rule('backprop', **_LOCAL_GREEDY),
-    'FA': Rule('backprop', feedback=True),
-    'L-FA': Rule('backprop', feedback=True, local=True),
-    'LG-FA': Rule('backprop', feedback=True, **_LOCAL_GREEDY),
-    'DFA': Rule('direct_feedback'),
-    'FG-W': Rule('weight'),
-    'FG-A': Rule('activity'),
-    'LG-FG-W': Rule('weight', **_LOCAL_GREEDY),
-    'LG-FG-A': Rule('activity', quiet=True, **_LOCAL_GREEDY),
-    'LG-FG-A-paper': Rule('activity', **_LOCAL_GREEDY),
-    'FD-W': Rule('weight', finite=True),
-    'FD-A': Rule('activity', finite=True),
-    'LG-FD-W': Rule('weight', finite=True, **_LOCAL_GREEDY),
-    'LG-FD-A': Rule('activity', finite=True, **_LOCAL_GREEDY),
+  'BP': Rule('backprop'),
+  'L-BP': Rule('backprop', local=True),
+  'LG-BP': Rule('backprop', **_LOCAL_GREEDY),
+  'FA': Rule('backprop', feedback=True),
+  'L-FA': Rule('backprop', feedback=True, local=True),
+  'LG-FA': Rule('backprop', feedback=True, **_LOCAL_GREEDY),
+  'DFA': Rule('direct_feedback'),
+  'FG-W': Rule('weight'),
+  'FG-A': Rule('activity'),
+  'LG-FG-W': Rule('weight', **_LOCAL_GREEDY),
+  'LG-FG-A': Rule('activity', quiet=True, **_LOCAL_GREEDY),
+  'LG-FG-A-paper': Rule('activity', **_LOCAL_GREEDY),
+  'FD-W': Rule('weight', finite=True),
+  'FD-A': Rule('activity', finite=True),
+  'LG-FD-W': Rule('weight', finite=True, **_LOCAL_GREEDY),
+  'LG-FD-A': Rule('activity', finite=True, **_LOCAL_GREEDY),
 }
 
 
-HEAD_FIELDS = ('row', 'module', 'head_hidden')    # of config.losses: what heads are, and learn
+HEAD_FIELDS = ('row', 'module', 'head_hidden')  # of config.losses: what heads are, and learn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Options:
     head_average: what that average keeps of itself in a step.
     micro_batch: most examples whose gradients are computed at once; 0: what suits the machine, see `parts`.
   """
+
   law: str = 'hadamard'
   module: str | None = None
   passes: int = 1
@@ -119,9 +121,13 @@ class Options:
     one_of('estimator.taps', self.taps, ('auto', 'joint', 'separate'))
     one_of('estimator.last_tap', self.last_tap, ('auto', 'perturbed', 'exact'))
     one_of('estimator.credit', self.credit, ('exact', 'paper'))
-    for field, value, low in (('estimator.passes', self.passes, 1), ('estimator.chunk', self.chunk, 0),
-                              *((f'estimator.tap_passes.{tap}', n, 0) for tap, n in self.tap_passes.items()),
-                              ('losses.every', self.every, 1), ('micro_batch', self.micro_batch, 0)):
+    for field, value, low in (
+      ('estimator.passes', self.passes, 1),
+      ('estimator.chunk', self.chunk, 0),
+      *((f'estimator.tap_passes.{tap}', n, 0) for tap, n in self.tap_passes.items()),
+      ('losses.every', self.every, 1),
+      ('micro_batch', self.micro_batch, 0),
+    ):
       if value < low:
         raise ValueError(f'{field} is {value!r}; allowed: {low} or more')
     for field, number in (('step', self.step), ('guess_rate', self.guess_rate)):
@@ -130,7 +136,9 @@ class Options:
     if not 0 <= self.head_average < 1:
       raise ValueError(f'losses.head_average is {self.head_average!r}; allowed: 0 … 1, without 1')
     if self.overlap and self.every > 1:
-      raise ValueError(f'losses.overlap=True and losses.every={self.every} exclude each other; allowed: one of them')
+      raise ValueError(
+        f'losses.overlap=True and losses.every={self.every} exclude each other; allowed: one of them'
+      )
 
   @classmethod
   def read(cls, config: Any, **changes: Any) -> 'Options':
@@ -144,7 +152,11 @@ class Options:
 
   def guessed_taps(self, model: StagedModel) -> tuple[str, ...]:
     """Names of the taps that have a guess."""
-    return tuple(model.guessed) if self.guess == 'all' else tuple(tap for tap in model.guessed if tap == self.guess)
+    return (
+      tuple(model.guessed)
+      if self.guess == 'all'
+      else tuple(tap for tap in model.guessed if tap == self.guess)
+    )
 
   def of(self, rule: Rule, model: StagedModel) -> 'Options':
     """With the rule's own choice for what is 'auto', as far as the model has it.
@@ -158,25 +170,41 @@ class Options:
       one_of('tap of estimator.tap_passes', tap, model.taps)
     one_block = rule.cut and self.every == 1 and not self.overlap
     quiet = rule.quiet and self.taps != 'joint'
-    choice: dict[str, Any] = {'taps': 'separate' if quiet else 'joint',
-                              'last_tap': 'exact' if rule.quiet and model.boundary else 'perturbed',
-                              'guess': next(iter(model.guessed), 'none') if quiet and one_block else 'none'}
-    open_fields = {field: value for field, value in choice.items() if getattr(self, field) == 'auto'}
+    choice: dict[str, Any] = {
+      'taps': 'separate' if quiet else 'joint',
+      'last_tap': 'exact' if rule.quiet and model.boundary else 'perturbed',
+      'guess': next(iter(model.guessed), 'none') if quiet and one_block else 'none',
+    }
+    open_fields = {
+      field: value for field, value in choice.items() if getattr(self, field) == 'auto'
+    }
     options = dataclasses.replace(self, **open_fields)
     options._check_activity(rule, model, one_block)
     return options
 
   def _check_activity(self, rule: Rule, model: StagedModel, one_block: bool) -> None:
-    if self.last_tap == 'exact' and not (rule.estimator == 'activity' and rule.cut and model.boundary):
-      raise ValueError("estimator.last_tap='exact' is for activity perturbation with losses per block; allowed: "
-                       "'auto', 'perturbed'")
-    if self.guess != 'none' and not (rule.estimator == 'activity' and one_block and self.taps == 'separate'):
-      raise ValueError(f"estimator.guess={self.guess!r} is for activities of single blocks with losses of their own, "
-                       "perturbed one by one; allowed: 'auto', 'none', or LG-FG-A with taps='separate', "
-                       'losses.every=1, no losses.overlap')
+    if self.last_tap == 'exact' and not (
+      rule.estimator == 'activity' and rule.cut and model.boundary
+    ):
+      raise ValueError(
+        "estimator.last_tap='exact' is for activity perturbation with losses per block; allowed: "
+        "'auto', 'perturbed'"
+      )
+    if self.guess != 'none' and not (
+      rule.estimator == 'activity' and one_block and self.taps == 'separate'
+    ):
+      raise ValueError(
+        f'estimator.guess={self.guess!r} is for activities of single blocks with losses of their own, '
+        "perturbed one by one; allowed: 'auto', 'none', or LG-FG-A with taps='separate', "
+        'losses.every=1, no losses.overlap'
+      )
     most = max(self.passes, *self.tap_passes.values(), 0)
     if self.combine == 'projection' and (self.taps == 'joint' or 0 < self.chunk < most):
-      raise ValueError(f"estimator.combine='projection' needs all passes of one tap at once, not taps={self.taps!r}, "
-                       f"chunk={self.chunk}; allowed: taps='separate', and chunk=0 or {most} or more")
+      raise ValueError(
+        f"estimator.combine='projection' needs all passes of one tap at once, not taps={self.taps!r}, "
+        f"chunk={self.chunk}; allowed: taps='separate', and chunk=0 or {most} or more"
+      )
     if self.taps == 'joint' and any(self.tap_passes.values()):
-      raise ValueError("estimator.tap_passes is for taps perturbed one by one; allowed: estimator.taps='separate'")
+      raise ValueError(
+        "estimator.tap_passes is for taps perturbed one by one; allowed: estimator.taps='separate'"
+      )

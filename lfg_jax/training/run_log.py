@@ -26,7 +26,9 @@ def read_rows(path: pathlib.Path) -> list[Row]:
   """All whole rows: a last line without its end was cut short."""
   if not path.exists():
     return []
-  return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]
+  return [
+    json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')
+  ]
 
 
 class RunLog:
@@ -36,16 +38,23 @@ class RunLog:
     rows: all rows of the run.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int, total_steps: int, batch_size: int, *,
-               active: bool) -> None:
+  def __init__(
+    self, workdir: pathlib.Path, step: int, total_steps: int, batch_size: int, *, active: bool
+  ) -> None:
     """Goes on at `step`: rows after it, of a run that was killed, are dropped."""
     path = workdir / 'metrics.jsonl'
     self.rows = [row for row in read_rows(path) if row['step'] <= step]
     self._active = active
     self._batch_size = batch_size
     bar_is_useful = active and sys.stderr.isatty() and 'CI' not in os.environ
-    self._bar = tqdm.tqdm(total=total_steps * batch_size, initial=step * batch_size, unit=' examples',
-                          unit_scale=True, disable=not bar_is_useful, dynamic_ncols=True)
+    self._bar = tqdm.tqdm(
+      total=total_steps * batch_size,
+      initial=step * batch_size,
+      unit=' examples',
+      unit_scale=True,
+      disable=not bar_is_useful,
+      dynamic_ncols=True,
+    )
     if not active:
       return
     write_atomically(path, ''.join(json.dumps(row) + '\n' for row in self.rows))
@@ -73,7 +82,10 @@ class RunLog:
         self._event(row['step'], summary=scalar(name, value))
     self._events.flush()
     if self._bar.disable:
-      print('  '.join(f'{name} {value:.6g}' for name, value in row.items() if value is not None), flush=True)
+      print(
+        '  '.join(f'{name} {value:.6g}' for name, value in row.items() if value is not None),
+        flush=True,
+      )
 
   def _event(self, step: int, **what: Any) -> None:
     self._events.write_event(Event(wall_time=time.time(), step=step, **what))

@@ -14,8 +14,10 @@ class Interrupted(UserError):
   """A signal ended the run, after its state was saved."""
 
   def __init__(self, step: int, number: int) -> None:
-    super().__init__(f'{signal.Signals(number).name}: saved step {step}; the same command goes on from there')
-    self.exit_code = 128 + number    # as shells report a signal
+    super().__init__(
+      f'{signal.Signals(number).name}: saved step {step}; the same command goes on from there'
+    )
+    self.exit_code = 128 + number  # as shells report a signal
 
 
 class Signals:

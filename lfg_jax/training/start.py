@@ -48,7 +48,10 @@ def from_run(folder: pathlib.Path, state: TrainState, algorithm: Algorithm) -> T
 
 def _taken(state: dict[str, PyTree]) -> dict[str, PyTree]:
   """What a new run takes of a state."""
-  return {'params': state['params'], **{name: state['rest'][name] for name in KEPT if name in state['rest']}}
+  return {
+    'params': state['params'],
+    **{name: state['rest'][name] for name in KEPT if name in state['rest']},
+  }
 
 
 def _shapes_of(checkpointer: ocp.StandardCheckpointer, path: pathlib.Path) -> dict[str, PyTree]:
@@ -61,7 +64,9 @@ def _read(checkpointer: ocp.StandardCheckpointer, path: pathlib.Path) -> dict[st
   return checkpointer.restore(path, like)
 
 
-def _newest(folder: pathlib.Path, read: Callable[[ocp.StandardCheckpointer, pathlib.Path], PyTree]) -> PyTree:
+def _newest(
+  folder: pathlib.Path, read: Callable[[ocp.StandardCheckpointer, pathlib.Path], PyTree]
+) -> PyTree:
   """What `read` finds in the newest checkpoint that it can read."""
   workdir.stored(folder)
   steps = [path for path in (folder.absolute() / 'checkpoints').glob('*') if path.name.isdigit()]
@@ -69,21 +74,25 @@ def _newest(folder: pathlib.Path, read: Callable[[ocp.StandardCheckpointer, path
     for step in sorted(steps, key=lambda path: int(path.name), reverse=True):
       try:
         return read(checkpointer, step / 'state')
-      except Exception:    # what a damaged file raises depends on the file
+      except Exception:  # what a damaged file raises depends on the file
         continue
   raise UserError(f'init_from={folder} has no checkpoint that can be read')
 
 
 def _compare(folder: pathlib.Path, there: dict[str, PyTree], here: dict[str, PyTree]) -> None:
   """Raises UserError when something in `there` has not the shapes that it has here."""
-  for name in (name for name in here if name in there):    # parameters first
+  for name in (name for name in here if name in there):  # parameters first
     own, other = _shapes(here[name]), _shapes(there[name])
     for path in sorted({*own, *other}):
       if own.get(path) != other.get(path):
-        raise UserError(f'init_from={folder} has another model: {name}.{path} is {other.get(path, "missing")} '
-                        f'there, {own.get(path, "missing")} here')
+        raise UserError(
+          f'init_from={folder} has another model: {name}.{path} is {other.get(path, "missing")} '
+          f'there, {own.get(path, "missing")} here'
+        )
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {jax.tree_util.keystr(path, simple=True, separator='.'): leaf.shape for path, leaf in leaves}
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): leaf.shape for path, leaf in leaves
+  }

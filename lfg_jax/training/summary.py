@@ -11,8 +11,14 @@ from lfg_jax.training import clock, plots, processes, run_log, timing
 from lfg_jax.training.run_log import Row
 
 
-def write(workdir: pathlib.Path, facts: dict[str, Any], rows: list[Row], seconds: dict[str, float],
-          flop: float | None, precision: str = 'float32') -> dict[str, Any]:
+def write(
+  workdir: pathlib.Path,
+  facts: dict[str, Any],
+  rows: list[Row],
+  seconds: dict[str, float],
+  flop: float | None,
+  precision: str = 'float32',
+) -> dict[str, Any]:
   """Writes both files, in the first process; returns the summary.
 
   Args:
@@ -24,8 +30,13 @@ def write(workdir: pathlib.Path, facts: dict[str, Any], rows: list[Row], seconds
     precision: of its matrix products.
   """
   last = rows[-1]
-  summary = {**facts, 'train_error': last['train_error'], 'test_error': last['test_error'],
-             'seconds': round(seconds['seconds'], 2), 'time': shares(seconds)}
+  summary = {
+    **facts,
+    'train_error': last['train_error'],
+    'test_error': last['test_error'],
+    'seconds': round(seconds['seconds'], 2),
+    'time': shares(seconds),
+  }
   if not processes.is_first():
     return summary
   if flop is not None:
@@ -57,5 +68,5 @@ def machine_rate(precision: str) -> float | None:
   try:
     product, flop = timing.matmul(jnp.dtype(precision))
     return devices * flop / (1e-3 * timing.one_ms(product))
-  except jax.errors.JaxRuntimeError:    # a device that the run fills
+  except jax.errors.JaxRuntimeError:  # a device that the run fills
     return None

@@ -19,7 +19,9 @@ from lfg_jax.training.rules import Options, Rule
 Name = TypeVar('Name', bound=Hashable)
 
 
-def interleaved(functions: Mapping[Name, Callable[[], Any]], repetitions: int) -> dict[Name, list[float]]:
+def interleaved(
+  functions: Mapping[Name, Callable[[], Any]], repetitions: int
+) -> dict[Name, list[float]]:
   """Seconds of each repetition of each function, all functions in turn; one call before is not counted.
 
   >>> sorted(interleaved({'a': lambda: jnp.ones(3), 'b': lambda: jnp.zeros(3)}, 2))
@@ -62,7 +64,9 @@ def temporaries(compiled: jax.stages.Compiled) -> int:
 def matmul(dtype: Any = jnp.float32) -> tuple[Callable[[], jax.Array], int]:
   """A product of two square matrices, large enough to show the machine's matmul rate, and its operations."""
   size = 1024 if jax.default_backend() == 'cpu' else 8192
-  a, b = (jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0)))
+  a, b = (
+    jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0))
+  )
   product = jax.jit(jnp.matmul)
   return lambda: product(a, b), 2 * size**3
 
@@ -86,20 +90,37 @@ def gradient_flop(model: StagedModel, rule: Rule, options: Options) -> int:
   """
   blocks = [dict(stack.flop) for stack in model.stacks for _ in range(stack.count)]
   # What is differentiated by itself: every block, or the network.
-  stages = [list(block.items()) for block in blocks] if rule.cut else [[m for block in blocks for m in block.items()]]
-  behind = [sum(flop for _, flop in stage[n + 1:]) for stage in stages for n in range(len(stage))]
+  stages = (
+    [list(block.items()) for block in blocks]
+    if rule.cut
+    else [[m for block in blocks for m in block.items()]]
+  )
+  behind = [sum(flop for _, flop in stage[n + 1 :]) for stage in stages for n in range(len(stage))]
   whole = sum(sum(block.values()) for block in blocks)
   first = sum(stage[0][1] for stage in stages)
   K, own = options.passes, options.of(rule, model)
   through = _through(model, rule, own) if model.ahead else 0
   if rule.estimator == 'activity' and own.taps == 'separate':
     names = [name for stage in stages for name, _ in stage]
-    derivatives = sum((own.tap_passes.get(name) or K) * flop for name, flop in zip(names, behind, strict=True))
-    following = [block[after] for block in blocks for tap, after in zip(block, list(block)[1:], strict=False)
-                 if tap in own.guessed_taps(model)]
+    derivatives = sum(
+      (own.tap_passes.get(name) or K) * flop for name, flop in zip(names, behind, strict=True)
+    )
+    following = [
+      block[after]
+      for block in blocks
+      for tap, after in zip(block, list(block)[1:], strict=False)
+      if tap in own.guessed_taps(model)
+    ]
     return through + 2 * whole + derivatives + 2 * sum(following)
-  return through + {'backprop': 3 * whole - first, 'activity': (2 + K) * whole - K * first,
-          'weight': (1 + 2 * K) * whole - K * first, 'direct_feedback': 2 * whole}[rule.estimator]
+  return (
+    through
+    + {
+      'backprop': 3 * whole - first,
+      'activity': (2 + K) * whole - K * first,
+      'weight': (1 + 2 * K) * whole - K * first,
+      'direct_feedback': 2 * whole,
+    }[rule.estimator]
+  )
 
 
 def _through(model: StagedModel, rule: Rule, options: Options) -> int:

@@ -38,12 +38,13 @@ from lfg_jax.training.run_log import RunLog
 from lfg_jax.training.signals import Interrupted, Signals
 from lfg_jax.training.update import TrainState
 
-REFRESH_SECONDS = 1.0    # between looks at the running state, which wait for the device
-IN_FLIGHT = 2            # most dispatches that are not done
+REFRESH_SECONDS = 1.0  # between looks at the running state, which wait for the device
+IN_FLIGHT = 2  # most dispatches that are not done
 
 
 class Job(NamedTuple):
   """A config in which everything was found good, with what it names."""
+
   config: ConfigDict
   dataset: data.Dataset
   algorithm: algorithms.Algorithm
@@ -65,10 +66,15 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
     if config.distributed:
       processes.connect(lost_after=config.lost_after)
     stage_plan.check_devices(config, jax.device_count())
-    dataset = dataset or data.load(config.dataset, module=config.data.module, data_dir=config.data_dir,
-                                   image_size=config.image_size, seed=config.seed,
-                                   whole_images=config.loss == 'contrastive',
-                                   workers=config.workers)
+    dataset = dataset or data.load(
+      config.dataset,
+      module=config.data.module,
+      data_dir=config.data_dir,
+      image_size=config.image_size,
+      seed=config.seed,
+      whole_images=config.loss == 'contrastive',
+      workers=config.workers,
+    )
     algorithm = algorithms.make(config, dataset, update.AXIS)
     stage_plan.check(config, algorithm.made_of)
   job = Job(config, dataset, algorithm, update.make_mesh(config.stages))
@@ -88,7 +94,9 @@ def first_images(job: Job, images: int | None) -> Job:
     return job
   split = job.dataset.train
   if not isinstance(split, data.Arrays) or not 0 < images <= split.examples:
-    raise UserError(f'images is {images}; allowed: 1 … {split.examples}, of a data set that fits memory')
+    raise UserError(
+      f'images is {images}; allowed: 1 … {split.examples}, of a data set that fits memory'
+    )
   return job._replace(dataset=job.dataset._replace(train=jax.tree.map(lambda x: x[:images], split)))
 
 
@@ -99,10 +107,14 @@ def load(workdir: pathlib.Path, data_dir: str | None = None) -> tuple[Job, Train
     UserError: the folder has no run, or no checkpoint.
   """
   config = configs.base()
-  stored: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
-                            for name, value in folders.stored(workdir).items()}
+  stored: dict[str, Any] = {
+    name: tuple(value) if isinstance(value, list) else value
+    for name, value in folders.stored(workdir).items()
+  }
   configs.use_model(config, stored['model.name'], stored['model.module'])
-  config.update_from_flattened_dict({**stored, **({'data_dir': data_dir} if data_dir else {}), 'stages': 1})
+  config.update_from_flattened_dict(
+    {**stored, **({'data_dir': data_dir} if data_dir else {}), 'stages': 1}
+  )
   job = prepare(config)
   state = build(*job)[1]
   with Checkpoints(workdir / 'checkpoints', config.keep) as checkpoints:
@@ -123,7 +135,7 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
   begin = time.monotonic()
   with as_user_errors((BadExample,)), folders.file_errors(workdir), processes.losses():
     if job.config.init_from and not (workdir / 'config.json').exists():
-      start.check(pathlib.Path(job.config.init_from), job.algorithm)    # before there is a folder
+      start.check(pathlib.Path(job.config.init_from), job.algorithm)  # before there is a folder
     with folders.claim(workdir, job.config) as finished:
       if finished:
         processes.say(f'{workdir} has this run finished')
@@ -146,8 +158,11 @@ def _train(job: Job, workdir: pathlib.Path, clock: Clock) -> dict[str, Any]:
       state = start.from_run(pathlib.Path(config.init_from), state, job.algorithm)
     state = functions.begin(state)
     total = config.epochs * functions.feed.steps
-    with RunLog(workdir, int(state.step), total, config.batch_size, active=active) as log, \
-        Signals() as signals, Trace(workdir / 'tensorboard', config.profile, active=active) as trace:
+    with (
+      RunLog(workdir, int(state.step), total, config.batch_size, active=active) as log,
+      Signals() as signals,
+      Trace(workdir / 'tensorboard', config.profile, active=active) as trace,
+    ):
       watch = Watch(clock, log, signals, trace)
       state = _epochs(config, functions, state, checkpoints, watch)
     with clock.on('checkpoints'):
@@ -157,21 +172,25 @@ def _train(job: Job, workdir: pathlib.Path, clock: Clock) -> dict[str, Any]:
 
 class Watch(NamedTuple):
   """What looks on while a run learns."""
+
   clock: Clock
   log: RunLog
   signals: Signals
   trace: Trace
 
 
-def _epochs(config: ConfigDict, functions: Functions, state: State, checkpoints: Checkpoints,
-            watch: Watch) -> State:
+def _epochs(
+  config: ConfigDict, functions: Functions, state: State, checkpoints: Checkpoints, watch: Watch
+) -> State:
   """The epochs that are left."""
   steps, clock, signals = functions.feed.steps, watch.clock, watch.signals
   for epoch in range(int(state.step) // steps, config.epochs):
     state, speed = _epoch(functions, state, epoch, config.batch_size, watch)
     if (bad := int(state.bad_step)) >= 0:
-      raise UserError(f'loss or update became NaN or infinite at step {bad}; the checkpoints of before are '
-                      'kept; a smaller optimizer.learning_rate may help')
+      raise UserError(
+        f'loss or update became NaN or infinite at step {bad}; the checkpoints of before are '
+        'kept; a smaller optimizer.learning_rate may help'
+      )
     step, done = int(state.step), epoch + 1
     is_whole, is_last = step == done * steps, step == config.epochs * steps
     evaluates = is_whole and (is_last or done % config.eval_every == 0)
@@ -182,8 +201,15 @@ def _epochs(config: ConfigDict, functions: Functions, state: State, checkpoints:
       with clock.on('evaluation'):
         error = functions.test_error(whole)
     if is_whole:
-      watch.log.write({'step': step, 'epoch': done, **_means(state), 'test_error': error,
-                       'examples_per_second': speed})
+      watch.log.write(
+        {
+          'step': step,
+          'epoch': done,
+          **_means(state),
+          'test_error': error,
+          'examples_per_second': speed,
+        }
+      )
     if saves:
       with clock.on('checkpoints'):
         checkpoints.save(step, whole, clock.read(), error)
@@ -192,8 +218,9 @@ def _epochs(config: ConfigDict, functions: Functions, state: State, checkpoints:
   return state
 
 
-def _epoch(functions: Functions, state: State, epoch: int, batch_size: int, watch: Watch
-           ) -> tuple[State, float | None]:
+def _epoch(
+  functions: Functions, state: State, epoch: int, batch_size: int, watch: Watch
+) -> tuple[State, float | None]:
   """Steps to the end of an epoch, to a signal, or to what is not finite.
 
   Also returns the speed in examples per second. What is dispatched first, which may include compilation, is not part
@@ -230,17 +257,26 @@ def _epoch(functions: Functions, state: State, epoch: int, batch_size: int, watc
 
 def _means(state: State) -> dict[str, float]:
   """Of the epoch so far."""
-  return {f'train_{name}': float(value / state.sums['examples'])
-          for name, value in state.sums.items() if name != 'examples'}
+  return {
+    f'train_{name}': float(value / state.sums['examples'])
+    for name, value in state.sums.items()
+    if name != 'examples'
+  }
 
 
-def _finish(job: Job, workdir: pathlib.Path, state: TrainState, rows: list[run_log.Row],
-            clock: Clock) -> dict[str, Any]:
+def _finish(
+  job: Job, workdir: pathlib.Path, state: TrainState, rows: list[run_log.Row], clock: Clock
+) -> dict[str, Any]:
   """Writes curves and summary."""
   config, steps, flop = job.config, int(state.step), job.algorithm.flop
-  facts = {'algorithm': config.algorithm, 'model': config.model.get('size', config.model.name),
-           'dataset': job.dataset.name,
-           'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)), 'steps': steps}
+  facts = {
+    'algorithm': config.algorithm,
+    'model': config.model.get('size', config.model.name),
+    'dataset': job.dataset.name,
+    'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    'steps': steps,
+  }
   all_flop = None if flop is None else flop * steps * config.batch_size
-  return summary.write(workdir, facts, rows, clock.read(), all_flop,
-                       config.model.get('precision', 'float32'))
+  return summary.write(
+    workdir, facts, rows, clock.read(), all_flop, config.model.get('precision', 'float32')
+  )

@@ -20,7 +20,7 @@ from lfg_jax.training.algorithms import Algorithm
 
 PyTree = Any
 AXIS = 'data'
-STAGE = 'stage'    # of the block pipeline, see `pipeline`
+STAGE = 'stage'  # of the block pipeline, see `pipeline`
 
 
 class TrainState(NamedTuple):
@@ -35,6 +35,7 @@ class TrainState(NamedTuple):
       reports the same means.
     bad_step: number, from 1, of the first step whose loss or update was not finite; -1: none.
   """
+
   step: jax.Array
   params: PyTree
   rest: dict[str, PyTree]
@@ -46,7 +47,7 @@ class TrainState(NamedTuple):
 def make_mesh(stages: int = 1) -> Mesh:
   """All devices on one axis; with several stages those of a pipeline are neighbours on a second."""
   count, axes = jax.device_count(), (AXIS, STAGE) if stages > 1 else (AXIS,)
-  shape = (count // stages, stages)[:len(axes)]
+  shape = (count // stages, stages)[: len(axes)]
   return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
@@ -55,15 +56,23 @@ def flat(mesh: Mesh) -> Mesh:
   return Mesh(mesh.devices.reshape(-1), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def init_state(algorithm: Algorithm, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh
-               ) -> TrainState:
+def init_state(
+  algorithm: Algorithm, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh
+) -> TrainState:
   """The state before the first step, on every device."""
+
   def init(key: jax.Array) -> TrainState:
     rest = algorithm.init(key)
     params = rest.pop('params')
     sums = {name: jnp.zeros(()) for name in (*algorithm.metrics, 'examples')}
-    return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params), sums,
-                      jnp.full((), -1, jnp.int32))
+    return TrainState(
+      jnp.zeros((), jnp.int32),
+      params,
+      rest,
+      optimizer.init(params),
+      sums,
+      jnp.full((), -1, jnp.int32),
+    )
 
   return jax.jit(init, out_shardings=NamedSharding(mesh, P()))(key)
 
@@ -79,6 +88,7 @@ class Feed(NamedTuple):
     at_once: most steps that the device is sent off to do by itself.
     is_stream: inputs are one batch; otherwise the whole epoch, the same for all steps.
   """
+
   steps: int
   fetch: Callable[..., Batch]
   specs: tuple[P, ...]
@@ -87,8 +97,14 @@ class Feed(NamedTuple):
   is_stream: bool
 
 
-def make_feed(split: Arrays | Stream, mesh: Mesh, batch_size: int, key: jax.Array | None = None, *, at_once: int = 1
-              ) -> Feed:
+def make_feed(
+  split: Arrays | Stream,
+  mesh: Mesh,
+  batch_size: int,
+  key: jax.Array | None = None,
+  *,
+  at_once: int = 1,
+) -> Feed:
   """The data of a split, in an order that `key` and the epoch decide; without a key in its own order.
 
   A stream has a seed of its own, and comes one step at a time, whatever `at_once`.
@@ -117,7 +133,9 @@ def make_feed(split: Arrays | Stream, mesh: Mesh, batch_size: int, key: jax.Arra
 
 
 def _stream_feed(stream: Stream, mesh: Mesh, batch_size: int, steps: int) -> Feed:
-  to_devices = functools.partial(jax.make_array_from_process_local_data, NamedSharding(mesh, P(AXIS)))
+  to_devices = functools.partial(
+    jax.make_array_from_process_local_data, NamedSharding(mesh, P(AXIS))
+  )
 
   def epochs(epoch: int, first_step: int) -> Iterator[tuple[int, tuple]]:
     batches = stream.epoch(epoch, first_step, batch_size, *_share(mesh))
@@ -139,15 +157,20 @@ def _share(mesh: Mesh) -> tuple[int, int]:
   """
   if STAGE not in mesh.axis_names:
     return jax.process_index(), jax.process_count()
-  here = [any(device.process_index == jax.process_index() for device in row) for row in mesh.devices]
+  here = [
+    any(device.process_index == jax.process_index() for device in row) for row in mesh.devices
+  ]
   return here.index(True) // sum(here), len(here) // sum(here)
 
 
-def make_gradient(algorithm: Algorithm, mesh: Mesh, feed: Feed) -> Callable[..., tuple[PyTree, dict[str, Any]]]:
+def make_gradient(
+  algorithm: Algorithm, mesh: Mesh, feed: Feed
+) -> Callable[..., tuple[PyTree, dict[str, Any]]]:
   """`gradient(state, key, *inputs) -> (grads, aux)` of the global batch; aux has 'examples', their number.
 
   The algorithm must be made with AXIS as its axis_name.
   """
+
   def local_gradient(state: TrainState, key: jax.Array, *inputs: Any) -> tuple[PyTree, dict]:
     batch = feed.fetch(*inputs, state.step % feed.steps)
     examples = jax.lax.psum(batch.weight.sum(), AXIS)
@@ -160,11 +183,14 @@ def make_gradient(algorithm: Algorithm, mesh: Mesh, feed: Feed) -> Callable[...,
 
   # check_vma=False: else jax.grad inside would sum over devices by itself, as parameters are the same on all,
   # but jax.jvp along a tangent would not; without the check no rule does, and the one psum above serves all.
-  return jax.shard_map(local_gradient, mesh=mesh, in_specs=(P(), P(), *feed.specs), out_specs=P(), check_vma=False)
+  return jax.shard_map(
+    local_gradient, mesh=mesh, in_specs=(P(), P(), *feed.specs), out_specs=P(), check_vma=False
+  )
 
 
-def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Mesh, feed: Feed
-                ) -> Callable[..., TrainState]:
+def make_update(
+  algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Mesh, feed: Feed
+) -> Callable[..., TrainState]:
   """`update(state, key, steps, *inputs) -> state` after so many steps; takes over the memory of its first argument."""
   gradient = make_gradient(algorithm, mesh, feed)
 
@@ -177,9 +203,13 @@ def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, m
     is_first = state.step % feed.steps == 0
     params = optax.apply_updates(state.params, updates)
     return TrainState(
-        state.step + 1, params, algorithm.advance(state.rest, params, aux), opt_state,
-        add_to_sums(state.sums, means, examples, is_first),
-        jnp.where((state.bad_step < 0) & ~is_finite, state.step + 1, state.bad_step))
+      state.step + 1,
+      params,
+      algorithm.advance(state.rest, params, aux),
+      opt_state,
+      add_to_sums(state.sums, means, examples, is_first),
+      jnp.where((state.bad_step < 0) & ~is_finite, state.step + 1, state.bad_step),
+    )
 
   def update(state: TrainState, key: jax.Array, steps: jax.Array, *inputs: Any) -> TrainState:
     if feed.at_once == 1:
@@ -189,8 +219,9 @@ def make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, m
   return jax.jit(update, donate_argnums=0, out_shardings=NamedSharding(mesh, P()))
 
 
-def add_to_sums(sums: dict[str, jax.Array], means: dict[str, jax.Array], examples: jax.Array,
-                is_first: jax.Array) -> dict[str, jax.Array]:
+def add_to_sums(
+  sums: dict[str, jax.Array], means: dict[str, jax.Array], examples: jax.Array, is_first: jax.Array
+) -> dict[str, jax.Array]:
   """An epoch's sums with those of a batch of so many examples; the epoch's first begins anew."""
   new = {**{name: mean * examples for name, mean in means.items()}, 'examples': examples}
   return {name: jnp.where(is_first, 0, sums[name]) + value for name, value in new.items()}
@@ -198,21 +229,31 @@ def add_to_sums(sums: dict[str, jax.Array], means: dict[str, jax.Array], example
 
 def make_error(algorithm: Algorithm, mesh: Mesh, feed: Feed) -> Callable[[TrainState], float]:
   """`error(state)`: part of the examples of a whole split, each counted once, that are classified wrongly."""
-  def local_count(params: PyTree, rest: dict[str, PyTree], steps_S: jax.Array, *inputs: Any) -> jax.Array:
+
+  def local_count(
+    params: PyTree, rest: dict[str, PyTree], steps_S: jax.Array, *inputs: Any
+  ) -> jax.Array:
     def add(counts: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
       batch = feed.fetch(*inputs, step)
       logits_BxK = algorithm.predict({'params': params, **rest}, jnp.asarray(batch.image))
       wrong_B = logits_BxK.argmax(-1) != batch.label
-      return counts + jnp.stack([jnp.where(wrong_B, batch.weight, 0).sum(), batch.weight.sum()]), None
+      return counts + jnp.stack(
+        [jnp.where(wrong_B, batch.weight, 0).sum(), batch.weight.sum()]
+      ), None
 
     return jax.lax.psum(jax.lax.scan(add, jnp.zeros(2), steps_S)[0], AXIS)
 
-  count = jax.jit(jax.shard_map(local_count, mesh=mesh, in_specs=(P(), P(), P(), *feed.specs), out_specs=P(),
-                                check_vma=False))
+  count = jax.jit(
+    jax.shard_map(
+      local_count, mesh=mesh, in_specs=(P(), P(), P(), *feed.specs), out_specs=P(), check_vma=False
+    )
+  )
 
   def error(state: TrainState) -> float:
     if feed.is_stream:
-      counts = sum(count(state.params, state.rest, jnp.arange(1), *inputs) for _, inputs in feed.epoch(0, 0))
+      counts = sum(
+        count(state.params, state.rest, jnp.arange(1), *inputs) for _, inputs in feed.epoch(0, 0)
+      )
     else:
       _, inputs = next(feed.epoch(0, 0))
       counts = count(state.params, state.rest, jnp.arange(feed.steps), *inputs)

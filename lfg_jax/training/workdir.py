@@ -19,10 +19,21 @@ from lfg_jax.training import configs, optimizers, processes, run_log
 
 # When a run resumes. Where the data is, not which; how often the run is looked at and saved; in what
 # parts the same sums are taken, which changes their rounding.
-MAY_DIFFER = ('data_dir', 'distributed', 'lost_after', 'profile', 'eval_every', 'checkpoint_every', 'keep',
-              'steps_per_dispatch', 'micro_batch', 'stages', 'workers')
+MAY_DIFFER = (
+  'data_dir',
+  'distributed',
+  'lost_after',
+  'profile',
+  'eval_every',
+  'checkpoint_every',
+  'keep',
+  'steps_per_dispatch',
+  'micro_batch',
+  'stages',
+  'workers',
+)
 LOCK = 'lock'
-OWN = {LOCK, processes.TOKEN, 'config.json.tmp'}    # left by a run that was killed at once
+OWN = {LOCK, processes.TOKEN, 'config.json.tmp'}  # left by a run that was killed at once
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -88,24 +99,32 @@ def stored(folder: pathlib.Path) -> dict[str, Any]:
   try:
     return dict(configs.flatten(json.loads(path.read_text())))
   except (ValueError, AttributeError) as error:
-    raise UserError(f'{path} is not a config that this program wrote; name another folder') from error
+    raise UserError(
+      f'{path} is not a config that this program wrote; name another folder'
+    ) from error
 
 
 def _compare(folder: pathlib.Path, config: ConfigDict) -> None:
   """Raises UserError when the stored config's run cannot go on as `config`."""
   there = stored(folder)
   here = dict(configs.flatten(json.loads(configs.to_json(config))))
-  differing = [field for field in sorted({*here, *there} - {*MAY_DIFFER})
-               if here.get(field) != there.get(field)]
+  differing = [
+    field
+    for field in sorted({*here, *there} - {*MAY_DIFFER})
+    if here.get(field) != there.get(field)
+  ]
   if differing == ['epochs'] and there['epochs'] < here['epochs']:
     if config.optimizer.schedule in optimizers.ENDLESS:
       return
-    raise UserError(f'{folder} has a run of {there["epochs"]} epochs, on which its '
-                    f'{config.optimizer.schedule} schedule depends, so that {here["epochs"]} are another '
-                    f'run; it may start from this one: --config.init_from={folder}, and another folder')
+    raise UserError(
+      f'{folder} has a run of {there["epochs"]} epochs, on which its '
+      f'{config.optimizer.schedule} schedule depends, so that {here["epochs"]} are another '
+      f'run; it may start from this one: --config.init_from={folder}, and another folder'
+    )
   if differing:
-    changes = ', '.join(f'{field} is {there.get(field)!r} there, {here.get(field)!r} here'
-                        for field in differing)
+    changes = ', '.join(
+      f'{field} is {there.get(field)!r} there, {here.get(field)!r} here' for field in differing
+    )
     raise UserError(f'{folder} has a run of another config ({changes}); name another folder')
 
 
@@ -131,13 +150,16 @@ def _lock(folder: pathlib.Path) -> Iterator[None]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      raise UserError(f'{folder} is in use by {_owner(file)}; wait for its end, or name another folder'
-                      ) from error
+      raise UserError(
+        f'{folder} is in use by {_owner(file)}; wait for its end, or name another folder'
+      ) from error
     except OSError as error:
       if error.errno not in NO_LOCKS:
         raise
-      print(f'warning: the file system of {folder} has no locks; do not start this run twice',
-            file=sys.stderr)
+      print(
+        f'warning: the file system of {folder} has no locks; do not start this run twice',
+        file=sys.stderr,
+      )
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}')
     file.flush()
@@ -163,10 +185,15 @@ def file_errors(folder: pathlib.Path) -> Iterator[None]:
     if number is None:
       raise
     if number == errno.EPIPE:
-      raise UserError('nobody reads the output any more; the same command goes on from the last checkpoint') from error
+      raise UserError(
+        'nobody reads the output any more; the same command goes on from the last checkpoint'
+      ) from error
     place = getattr(error, 'filename', None) or folder
-    advice = ('; what was saved before is kept, and the same command goes on from there when there is room'
-              if number in FULL else '')
+    advice = (
+      '; what was saved before is kept, and the same command goes on from there when there is room'
+      if number in FULL
+      else ''
+    )
     raise UserError(f'{place}: {os.strerror(number)}{advice}') from error
 
 
