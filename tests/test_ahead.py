@@ -222,6 +222,10 @@ def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, 
       {'model__size': 'S/1/2'},
       'the next block, and the model has one block; allowed: False, or more',
     ),
+    (
+      {'algorithm': 'LG-FG-W', 'estimator__credit': 'paper'},
+      "estimator.credit='paper' credits a layer",
+    ),
     ({'stages': 2}, 'losses.head_ahead=True lets every block learn from the next one; allowed: 1'),
   ],
 )

@@ -28,7 +28,7 @@ def check(rule: Rule, options: Options, model: StagedModel) -> None:
       "allowed with them: 'float32'"
     )
   if options.head_ahead:
-    _ahead(rule, model)
+    _ahead(rule, options, model)
   if model.contrast and independent:
     raise ValueError(
       "estimator.sharing='independent' perturbs weights per example, and "
@@ -36,7 +36,7 @@ def check(rule: Rule, options: Options, model: StagedModel) -> None:
     )
 
 
-def _ahead(rule: Rule, model: StagedModel) -> None:
+def _ahead(rule: Rule, options: Options, model: StagedModel) -> None:
   """Raises ValueError, in one line, where heads cannot look ahead."""
   if not rule.local or rule.feedback or rule.finite:
     names = ', '.join(
@@ -45,6 +45,11 @@ def _ahead(rule: Rule, model: StagedModel) -> None:
     raise ValueError(
       'losses.head_ahead=True is for rules with local losses, but not for feedback alignment or finite '
       f'differences; allowed: False, or one of {names}'
+    )
+  if rule.estimator == 'weight' and options.credit == 'paper':
+    raise ValueError(
+      "estimator.credit='paper' credits a layer with its own group's losses, but with "
+      "losses.head_ahead=True they depend on all groups; allowed: 'exact'"
     )
   if model.mixes_examples:
     raise ValueError(
