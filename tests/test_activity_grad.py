@@ -193,6 +193,7 @@ def test_cross_entropy_of_integer_labels_keeps_the_examples_apart():
   assert relative_error(grads, objective(fun)(W)[1]) < 3e-6
 
 
+@pytest.mark.slow
 def test_a_fused_loss_is_local_by_its_derivative_rule():
   """Its value mixes patches and groups; its derivative, on which the credit rests, does not."""
   keys = jax.random.split(jax.random.key(1), 4)

@@ -70,6 +70,7 @@ def of_mixer(params, ahead):
   return oracle.objective(params, tokens, *TARGETS, 2, local=True, cut=True, ahead=ahead)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FIELDS)
 def test_the_exact_gradient_is_that_of_the_blocks_one_by_one(name):
   variables = composed(name, 'LG-BP', **AHEAD)[1]
@@ -107,6 +108,7 @@ def keep_credit(monkeypatch):
   monkeypatch.setattr(algorithms, 'look_ahead', kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'rule', 'passes'),
   [
@@ -167,6 +169,7 @@ def test_contrastive_heads_can_look_ahead():
 # --- the average ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
   config = tiny(
     algorithm='LG-BP', losses__head_ahead=True, losses__head_average=0.9, steps_per_dispatch=1

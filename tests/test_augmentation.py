@@ -117,6 +117,7 @@ def test_boxes(min_area):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('field', 'chance'),
   [('flip', 0.5), ('jitter', 0.8), ('grey', 0.2), ('blur', 0.1), ('solarise', 0.2)],

@@ -149,6 +149,7 @@ def test_stages_of_several_blocks(options, plan):
     assert relative_error(grads, expected) < TOLERANCE[jnp.float64]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['FA', 'L-FA', 'LG-FA'])
 def test_feedback_alignment_with_transposed_forward_matrices_is_backprop(name):
   s = small()
@@ -191,6 +192,7 @@ def naive_loss_and_gradient():
   return jax.jit(jax.value_and_grad(loss))(s.variables['params'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(rules.REGISTRY))
 def test_values_and_read_out_are_those_of_backprop(name):
   (grads, aux), (loss, exact) = with_any_feedback(name), naive_loss_and_gradient()

@@ -130,6 +130,7 @@ def estimate(name, key=KEYS[6], **options):
   return jax.jit(lambda w, key: step(w, key=key))(WEIGHTS, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(set(NETWORKS) - {'bare', 'equinox'}))
 @pytest.mark.parametrize(
   'options',
@@ -154,6 +155,7 @@ def test_layers_that_no_scanned_tap_disturbs_are_exact(name):
   assert relative_error(grads['mix'], exact['mix']) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NETWORKS)
 def test_unbiased(name):
   exact = jax.jit(jax.grad(lambda w: NETWORKS[name](w).sum() / BATCH))(WEIGHTS)

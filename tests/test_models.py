@@ -82,6 +82,7 @@ def unrolled(name, params, *, greedy, cut):
   return value + (cross_entropy(logits, targets) * targets.weight_B).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FIELDS)
 @pytest.mark.parametrize(
   ('rule', 'greedy', 'cut'),

@@ -148,6 +148,7 @@ def test_unbiased_with_joint_taps_and_with_batch_norm_and_dropout(name):
     assert relative_error(updates['batch_stats'], updates_0['batch_stats']) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('devices', [2, 8])
 def test_the_same_estimate_on_any_number_of_devices(devices):
   x, target = jax.random.normal(jax.random.key(5), (8, 3)), jnp.ones((8, 5))

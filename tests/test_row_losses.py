@@ -98,6 +98,7 @@ def test_hidden_heads_can_be_mapped_over_tangents_and_examples():
   np.testing.assert_allclose(one, loss(x, targets), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_feedback_matrices_take_the_kernels_place_in_both_layers():
   heads = KINDS['hidden']
   (x, head), _, targets, feedback = case(heads)

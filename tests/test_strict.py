@@ -63,6 +63,7 @@ def dataset():
   return data.load('digits')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', CASES)
 def test_steps_are_traced(case, dataset):
   """Nothing is compiled. What is in mixed precision mixes dtypes by intention."""

@@ -50,6 +50,7 @@ def test_rows_of_table_1(kind, p, q, batch):
   assert abs(score) < ROW < abs(wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('law', ['coordinate', 'haar', 'hadamard'])
 def test_orthogonal_passes_between_one_and_all(law):
   """Excess d/K - 1: of 8 dimensions, with 2 passes 3, with 8 none."""
