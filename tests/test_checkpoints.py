@@ -250,6 +250,7 @@ def test_nothing_is_removed_when_nothing_can_be_read(kept, tmp_path):
   assert {folder.name for folder in directory.iterdir()} == {'3', '5', '6'}
 
 
+@pytest.mark.slow
 def test_evaluations_may_be_rarer(tmp_path):
   config = tiny(epochs=3, eval_every=2, checkpoint_every=2, keep=1)
   summary = train.train(train.prepare(config), tmp_path / 'run')

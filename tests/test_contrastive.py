@@ -127,6 +127,7 @@ def test_fused_loss_equals_naive_on_any_number_of_devices(dtype, stop, cut):
       assert np.isfinite(value).all() and np.isfinite(tangent).all()
 
 
+@pytest.mark.slow
 def test_displaced_replicas_are_the_naive_ones_with_frozen_copies():
   (f, kernel, bias), (step, *_), _ = case(jnp.float32, Contrast(), Cut())
   moved = f + 0.3 * step

@@ -206,6 +206,7 @@ def test_initial_weights(kind, fan_in, scale):
   np.testing.assert_allclose(w.std(), scale, rtol=5 / np.sqrt(2 * 40_000))
 
 
+@pytest.mark.slow
 def test_read_out_heads_and_biases_start_at_zero():
   spec = mixer_spec('S/2/4', image_shape=(4, 4, 1), classes=3, channels=16)
   params = LocalMixer(spec).init(jax.random.key(0), jnp.zeros((1, 4, 4)))['params']
