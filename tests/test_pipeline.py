@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from lfg_jax import data
-from lfg_jax.training import algorithms, configs, hlo, optimizers, pipeline, stage_plan, update
+from lfg_jax.training import (
+  algorithms,
+  configs,
+  hlo,
+  optimizers,
+  pipeline,
+  pipeline_plan,
+  stage_plan,
+  update,
+)
 from tests.runs import STEPS, tiny
 
 BATCH = 64
@@ -55,7 +64,11 @@ def build(config, devices, stages, feed=None):
     return feed, before, update.make_update(algorithm, optimizer, mesh, feed)
   spans = stage_plan.spans(algorithm.made_of, stages)
   batch = update.batch_like(dataset.image_shape, BATCH)
-  return feed, before, pipeline.make(algorithm, optimizer, mesh, feed, spans, before, batch)
+  return (
+    feed,
+    before,
+    pipeline.make(pipeline_plan.make(algorithm, optimizer, mesh, feed, spans, before, batch)),
+  )
 
 
 def after(config, devices, stages, steps):

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from lfg_jax import data
-from lfg_jax.training import optimizers, pipeline, stage_plan, train, update
+from lfg_jax.training import optimizers, pipeline, pipeline_plan, stage_plan, train, update
 from tests.runs import tiny
 
 CASES = {
@@ -94,7 +94,9 @@ def trace_steps(fields, dataset):
 def trace_stages(job, optimizer, feed, state, inputs):
   spans = stage_plan.spans(job.algorithm.made_of, job.config.stages)
   batch = update.batch_like(job.dataset.image_shape, job.config.batch_size)
-  made = pipeline.make(job.algorithm, optimizer, job.mesh, feed, spans, state, batch)
+  made = pipeline.make(
+    pipeline_plan.make(job.algorithm, optimizer, job.mesh, feed, spans, state, batch)
+  )
   after = jax.eval_shape(
     made.dispatch, jax.eval_shape(made.begin, state), jax.random.key(0), 2, 2, *inputs
   )

@@ -17,7 +17,16 @@ from ml_collections import ConfigDict
 
 from lfg_jax import data
 from lfg_jax.errors import UserError, one_of
-from lfg_jax.training import algorithms, hlo, optimizers, pipeline, stage_plan, stage_work, update
+from lfg_jax.training import (
+  algorithms,
+  hlo,
+  optimizers,
+  pipeline,
+  pipeline_plan,
+  stage_plan,
+  stage_work,
+  update,
+)
 from lfg_jax.training.update import AXIS, STAGE, Feed, TrainState
 
 PyTree = Any
@@ -114,7 +123,7 @@ def cost(config: ConfigDict, devices: int) -> Cost:
     step = made.lower(state, key, number, inputs)
     return _cost(step.compile(), _size(whole.params), state)
   spans = stage_plan.spans(algorithm.made_of, config.stages)
-  made = pipeline.make(algorithm, optimizer, on, feed, spans, whole, batch)
+  made = pipeline.make(pipeline_plan.make(algorithm, optimizer, on, feed, spans, whole, batch))
   state = jax.eval_shape(made.begin, whole)
   state = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lfg_jax.data import Dataset
-from lfg_jax.training import optimizers, pipeline, stage_plan, update
+from lfg_jax.training import optimizers, pipeline, pipeline_plan, stage_plan, update
 from lfg_jax.training.algorithms import Algorithm
 from lfg_jax.training.update import Feed, TrainState
 
@@ -51,14 +51,9 @@ def build(
   state = update.init_state(algorithm, optimizer, init_key, mesh)
   if config.stages > 1:
     spans = stage_plan.spans(algorithm.made_of, config.stages)
+    batch = update.batch_like(dataset.image_shape, config.batch_size)
     stages = pipeline.make(
-      algorithm,
-      optimizer,
-      mesh,
-      feed,
-      spans,
-      state,
-      update.batch_like(dataset.image_shape, config.batch_size),
+      pipeline_plan.make(algorithm, optimizer, mesh, feed, spans, state, batch)
     )
     return Functions(
       feed,

@@ -13,22 +13,20 @@ Filling and draining take S - 1 ticks, once per epoch, however many steps are di
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lfg_jax.data.streams import Batch
 from lfg_jax.training import packing, pipeline_plan, stage_work, update
-from lfg_jax.training.algorithms import Algorithm
 from lfg_jax.training.packing import Rows
 from lfg_jax.training.pipeline_plan import PipelineState, Plan
 from lfg_jax.training.stage_work import Message
-from lfg_jax.training.update import STAGE, Feed, TrainState
+from lfg_jax.training.update import STAGE, TrainState
 
 Carry = tuple[Rows, Message, dict[str, jax.Array], jax.Array]
 
@@ -60,25 +58,9 @@ class Pipeline(NamedTuple):
     return self.dispatch(state, key, self.stages - 1, 0, *inputs)
 
 
-def make(
-  algorithm: Algorithm,
-  optimizer: optax.GradientTransformation,
-  mesh: Mesh,
-  feed: Feed,
-  spans: Sequence[range],
-  like: TrainState,
-  batch: Batch,
-) -> Pipeline:
-  """The functions of a run in stages.
-
-  Args:
-    algorithm: made with `update.AXIS` as its axis_name.
-    mesh: with the axes `update.AXIS` and `update.STAGE`.
-    spans: each stage's greedy stages, see `stage_plan`.
-    like: shapes of the run's state.
-    batch: shapes of a global batch.
-  """
-  plan = pipeline_plan.make(algorithm, optimizer, mesh, feed, spans, like, batch)
+def make(plan: Plan) -> Pipeline:
+  """The functions of a run in stages, of which `pipeline_plan.make` has the plan."""
+  mesh = plan.mesh
   everywhere, of_stage = cast(Any, P()), cast(Any, P(STAGE))
   specs = PipelineState(
     everywhere, of_stage, pipeline_plan.message_specs(plan), everywhere, everywhere
@@ -86,7 +68,7 @@ def make(
   ticks = jax.shard_map(
     functools.partial(_dispatch, plan),
     mesh=mesh,
-    in_specs=(specs, P(), P(), P(), *feed.specs),
+    in_specs=(specs, P(), P(), P(), *plan.feed.specs),
     out_specs=specs,
     check_vma=False,
   )
@@ -94,7 +76,7 @@ def make(
     lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda spec: isinstance(spec, P)
   )
   return Pipeline(
-    len(spans),
+    len(plan.stages),
     place,
     jax.jit(functools.partial(pipeline_plan.begin, plan), out_shardings=place),
     jax.jit(ticks, donate_argnums=0),

@@ -77,6 +77,15 @@ def make(
   like: TrainState,
   batch: Batch,
 ) -> Plan:
+  """The plan of a run in stages.
+
+  Args:
+    algorithm: made with `update.AXIS` as its axis_name.
+    mesh: with the axes `update.AXIS` and `update.STAGE`.
+    spans: each stage's greedy stages, see `stage_plan`.
+    like: shapes of the run's state.
+    batch: shapes of a global batch.
+  """
   made_of = algorithm.made_of
   stages = stage_work.make_stages(made_of, spans)
   own = [
