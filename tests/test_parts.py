@@ -46,4 +46,5 @@ def test_batch_norm_takes_the_whole_batch():
 def test_automatic_size_keeps_an_activity_in_cache():
   assert parts.number_of_parts(128, 0, 2**17) == (16 if jax.default_backend() == 'cpu' else 1)
   assert parts.number_of_parts(127, 0, 2**17) == 1  # 127 parts of one example would be slower
+  assert parts.number_of_parts(128, 0, 0) == 1  # convolutions
   assert parts.number_of_parts(5, 0, 2**30) == (5 if jax.default_backend() == 'cpu' else 1)

@@ -93,7 +93,8 @@ class StagedModel:
       groups with losses of their own, or None; see `weight.weight_perturbation`.
     mixes_examples: whether the losses of one example depend on others by batch norm.
     rounds: whether blocks compute in fewer digits than finite differences need.
-    activity_bytes: of the largest activity, per example.
+    activity_bytes: of the largest activity, per example: CPUs work on as many at once as fit in their
+      cache. 0: on the whole batch, as suits convolutions.
     contrast: of contrastive losses; None: heads classify.
     ahead: `params -> params`, by stack those of the block after each, through an average of which
       heads look, see `ahead`; None: heads read the output of their own block.

@@ -7,6 +7,10 @@ of 64, 128, 256 and 512 channels give ResNet-18.
 
 Convolutions carry an activity to other patches, so a perturbation of the first layer is credited
 with all losses of the example, and its noise grows with the size of the whole image.
+
+**On a CPU**, XLA compiles gradients of convolutions in a loop without its fast kernels, 14 times
+slower in this model (jax issue 12868). So a batch stays whole here. `micro_batch`, more than one
+`steps_per_dispatch` and stages of two blocks or more are loops too.
 """
 
 import functools
@@ -80,7 +84,7 @@ def make(
     taps=TAPS,
     guessed={'first': 'second'},
     boundary=('second', 'second'),
-    activity_bytes=4 * images.shape[0] * images.shape[1] * fields['channels'],
+    activity_bytes=0,  # parts are a loop: see above
     contrast=contrast,
     project=functional.projection(contrast) if contrast and project else None,
   )
