@@ -17,6 +17,7 @@ from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.info_nce import Contrast
 from lfg_jax.losses.replicated import Cut
 from lfg_jax.losses.row_losses import cross_entropy
+from lfg_jax.losses.staged import Place
 from lfg_jax.losses.targets import Targets
 from lfg_jax.training import algorithms, configs, functions, start
 from lfg_jax.training.checkpoints import Checkpoints
@@ -51,13 +52,11 @@ def one_by_one(name, params, ahead):
   for stack, after in zip(model.stacks, next_stacks(model.stacks), strict=True):
     for n in range(stack.count):
       own = nth(stack, params[stack.name], n)
-      block = functools.partial(
-        stack.block, {'params': own}, jax.lax.stop_gradient(x), TARGETS, name='', last=False
-      )
-      x, losses, _ = block(cut=None if after else Cut())
+      at = Place('', None if after else Cut())
+      x, losses, _ = stack.block({'params': own}, jax.lax.stop_gradient(x), TARGETS, at)
       if after:
         through = {**nth(stack, ahead[stack.name], n), 'head': own['head']}
-        _, losses, _ = after.block({'params': through}, x, TARGETS, name='', cut=Cut(), last=False)
+        _, losses, _ = after.block({'params': through}, x, TARGETS, Place('', Cut()))
       value += losses.sum()
   x = jax.lax.stop_gradient(x)
   logits, _, _ = model.read_out({'params': params['readout']}, x, TARGETS.weight_B)
@@ -236,3 +235,16 @@ def test_what_cannot_look_ahead_is_one_line(fields, message):
   with pytest.raises(UserError, match=message) as caught:
     prepare(tiny(**{'model__size': 'S/2/2', 'losses__head_ahead': True, **fields}))
   assert '\n' not in str(caught.value)
+
+
+def test_a_model_without_parameters_called_head_is_one_line():
+  mlp = model_of('mlp')
+
+  def init(key):
+    params = dict(mlp.init(key)['params'])
+    return {'params': {**params, 'stem': {'hidden': params['stem']['hidden']}}}
+
+  with pytest.raises(
+    ValueError, match=r"needs parameters 'head' in every block; stem has hidden; "
+  ):
+    look_ahead(dataclasses.replace(mlp, init=init))

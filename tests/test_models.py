@@ -14,7 +14,7 @@ from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.info_nce import Contrast
 from lfg_jax.losses.replicated import Cut
 from lfg_jax.losses.row_losses import cross_entropy
-from lfg_jax.losses.staged import own
+from lfg_jax.losses.staged import Place, own
 from lfg_jax.losses.targets import Targets
 from lfg_jax.models import registry
 from lfg_jax.models.registry import Images
@@ -41,7 +41,7 @@ def model_of(name, heads=Heads()):
   defaults = {
     f: None if isinstance(v, type) else v for f, v in registry.find(name).DEFAULTS.items()
   }
-  return registry.find(name).make({**defaults, **FIELDS[name]}, IMAGES, heads)
+  return registry.build(registry.find(name), {**defaults, **FIELDS[name]}, IMAGES, heads)
 
 
 def composed(name, rule, axis_name=None, heads=Heads(), views=None, **options):
@@ -75,7 +75,7 @@ def unrolled(name, params, *, greedy, cut):
       if stack.is_stacked:
         variables = jax.tree.map(lambda leaf, n=n: leaf[n], variables)
       x = jax.lax.stop_gradient(x) if greedy else x
-      x, losses, _ = stack.block(variables, x, targets, name='b', cut=cut, last=greedy)
+      x, losses, _ = stack.block(variables, x, targets, Place('b', cut, greedy))
       value += 0.0 if losses is None else losses.sum()
   x = jax.lax.stop_gradient(x) if cut else x
   logits, _, _ = model.read_out(own({'params': params}, 'readout'), x, targets.weight_B)

@@ -15,7 +15,7 @@ one. For a single block it is the first of the next stack. A single block at the
 has nothing to look through, and its head reads its own output.
 
 **Credit.** f̄ mixes channels, and most blocks mix patches: every activity of the block influences
-the losses of *all* patches and groups. Its taps must say so, which they do with `last=False`. It is
+the losses of *all* patches and groups. Its taps must say so, which they do where they are not `at.last`. It is
 different for an estimator that stops at the model's boundary (see `estimators.boundary`). That one
 has the exact signal s of the block's end y, and takes s·y in place of the true losses: one part for
 each patch and group of y. An activity influences y, and so these parts, in its own patch and group
@@ -30,8 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.estimators.traced import without_taps
-from lfg_jax.losses.replicated import Cut
-from lfg_jax.losses.staged import Block, Stack, StagedModel, Variables
+from lfg_jax.losses.staged import Block, Outcome, Place, Stack, StagedModel, Variables
 from lfg_jax.losses.targets import Targets
 
 PyTree = Any
@@ -44,7 +43,7 @@ def look_ahead(model: StagedModel, *, bounded: bool = False) -> StagedModel:
     bounded: whether the estimator that it is for stops at the model's boundary; see "Credit".
 
   Raises:
-    ValueError: no block has one to look through.
+    ValueError: no block has one to look through, or a block has no parameters 'head'.
 
   >>> from lfg_jax.models import registry
   >>> images = registry.Images((8, 8, 1), 10, (0.5,), (0.3,))
@@ -60,6 +59,7 @@ def look_ahead(model: StagedModel, *, bounded: bool = False) -> StagedModel:
       'losses.head_ahead looks through the next block, and the model has one block; '
       'allowed: False, or more blocks'
     )
+  _check_heads(model)
   stacks = tuple(
     dataclasses.replace(stack, block=_looking(stack.block, after.block, bounded))
     if after
@@ -99,6 +99,16 @@ def following(stacks: Sequence[Stack], params: PyTree) -> PyTree:
   return found
 
 
+def _check_heads(model: StagedModel) -> None:
+  params = jax.eval_shape(model.init, jax.random.key(0))['params']
+  for stack in model.stacks:
+    if 'head' not in params[stack.name]:
+      raise ValueError(
+        f"losses.head_ahead needs parameters 'head' in every block; {stack.name} has "
+        f'{", ".join(params[stack.name])}; allowed: False, or a head of that name'
+      )
+
+
 def _shifted(leaf: jax.Array) -> jax.Array:
   """Of blocks in front, each one's successor; the last stays."""
   return jnp.concatenate([leaf[1:], leaf[-1:]])
@@ -122,17 +132,15 @@ def _with_heads(stacks: Sequence[Stack], params: PyTree) -> PyTree:
 def _looking(block: Block, after: Block, bounded: bool) -> Block:
   """`block`, whose losses are those of its own head in the place of `after`'s."""
 
-  def looking(
-    variables: Variables, x: jax.Array, targets: Targets, *, name: str, cut: Cut | None, last: bool
-  ) -> tuple[jax.Array, jax.Array | None, Variables]:
+  def looking(variables: Variables, x: jax.Array, targets: Targets, at: Place) -> Outcome:
     own = {kind: tree for kind, tree in variables.items() if kind != 'ahead'}
-    y, _, updates = block(own, x, targets, name=name, cut=None, last=last and bounded)
-    if cut is None:
+    y, _, updates = block(own, x, targets, Place(at.name, last=at.last and bounded))
+    if at.cut is None:
       return y, None, updates
 
     @without_taps
     def losses(params: PyTree, y: jax.Array) -> jax.Array | None:
-      return after({'params': params}, y, targets, name=name, cut=cut, last=False)[1]
+      return after({'params': params}, y, targets, Place(at.name, at.cut))[1]
 
     through = {**variables['ahead'], 'head': own['params']['head']}
     return y, losses(through, y), updates

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from lfg_jax.estimators.boundary import Estimator
 from lfg_jax.estimators.guesses import Learned
 from lfg_jax.losses.replicated import Cut
-from lfg_jax.losses.staged import Block, Stack, StagedModel, Variables, merge, own
+from lfg_jax.losses.staged import Block, Place, Stack, StagedModel, Variables, merge, own
 from lfg_jax.losses.targets import Targets
 
 PyTree = Any
@@ -38,10 +38,8 @@ def stage_loss(blocks: Sequence[Block], cut: Cut) -> Callable:
     updates: Variables = {}
     losses = None
     for name, block in zip(names, blocks, strict=True):
-      is_last = name == 'last'
-      x, losses, new = block(
-        own(variables, name), x, targets, name=name, last=is_last, cut=cut if is_last else None
-      )
+      at = Place(name, cut, last=True) if name == 'last' else Place(name)
+      x, losses, new = block(own(variables, name), x, targets, at)
       outputs.append(x)
       merge(updates, name, new)
     return losses, {'outputs': tuple(outputs), **updates}

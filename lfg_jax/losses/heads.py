@@ -25,12 +25,15 @@ class Heads(NamedTuple):
     fused: losses have a derivative of their own, at the cost of one plain loss. Finite differences
       see no derivative: for them every replica is written out, with the others' features behind a
       stop-gradient.
+    project: whether a projection at the end of the network takes their place, for contrastive
+      learning without local losses.
   """
 
   row_loss: RowLoss = cross_entropy
   hidden: int = 0
   contrast: Contrast | None = None
   fused: bool = True
+  project: bool = False
 
   def outputs(self, classes: int) -> int:
     """Of a head: classes, or projected dimensions."""

@@ -8,7 +8,7 @@ prepared, behind the last there is a read-out. `models/mlp.py` is the model to r
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,31 +21,36 @@ PyTree = Any
 Variables = dict[str, PyTree]  # 'params', and where used 'batch_stats', 'feedback', 'ahead'
 
 
+Outcome = tuple[jax.Array, jax.Array | None, Variables]  # output, losses, updated variables
+
+
+class Place(NamedTuple):
+  """Where a block stands.
+
+  Attributes:
+    name: goes in front of the names of its taps: `tap(z, f'{at.name}/hidden')`.
+    cut: how its local losses are replicated: an axis that is not cut has size 1. None: there are no
+      losses.
+    last: whether the output goes to these losses only, so that activities may be credited with
+      those of their own patch and group.
+  """
+
+  name: str
+  cut: Cut | None = None
+  last: bool = False
+
+
 class Block(Protocol):
   """One block as a pure function."""
 
-  def __call__(
-    self,
-    variables: Variables,
-    x: jax.Array,
-    targets: Targets,
-    /,
-    *,
-    name: str,
-    cut: Cut | None,
-    last: bool,
-  ) -> tuple[jax.Array, jax.Array | None, Variables]:
-    """Returns (output, losses [B, P, G], updated variables).
+  def __call__(self, variables: Variables, x: jax.Array, targets: Targets, at: Place, /) -> Outcome:
+    """Returns (output, losses [B, P, G] times the examples' weights, updated variables).
 
     Args:
       variables: this block's own: {'params': …} and where used 'batch_stats' and 'feedback'. The
         parameters of its local head are under the key 'head'.
       x: [B, ...], the output of the block before.
-      name: goes in front of the names of its taps: `tap(z, f'{name}/hidden')`.
-      cut: how its local losses are replicated: an axis that is not cut has size 1. None: there are
-        no losses. They are multiplied by the examples' weights.
-      last: whether the output goes to these losses only, so that activities may be credited with
-        those of their own patch and group.
+      at: where it stands.
     """
 
 
@@ -69,6 +74,11 @@ class Stack:
   flop: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
+def no_variant(**changes: bool) -> Any:
+  """Stands for the variants of a model that has not been built by `registry.build`."""
+  raise ValueError('this model has no variants; allowed: one made by registry.build')
+
+
 @dataclasses.dataclass(frozen=True)
 class StagedModel:
   """A network of stacks of blocks.
@@ -79,9 +89,6 @@ class StagedModel:
     prepare: images [B, H, W, C] of pixels 0 … 255 → the first block's input.
     read_out: `(variables, x, weight_B) -> (logits [B, classes], features [B, C], updates)`, with
       its own variables.
-    variant: `(train=…, fused=…) -> StagedModel`: the same network in training or evaluation (where
-      batch norm does not look at the batch), and with local losses fused or written out (for
-      finite differences; see `replicated`).
     input_shape: of the first block's input, without the axis of examples.
     classes: of the read-out.
     taps: names of a block's taps, without the block's.
@@ -100,13 +107,15 @@ class StagedModel:
       heads look, see `ahead`; None: heads read the output of their own block.
     project: `(variables, x, weight_B) -> (anchors [B, K], candidates [B, K], updates)`, at the end
       of a network that learns contrastively without local losses; its parameters are under 'head'.
+    variant: `(train=True, fused=True, project=False) -> StagedModel`: the same network in training
+      or evaluation, where batch norm does not look at the batch, and with other `Heads`.
+      `registry.build` adds it to models without batch norm.
   """
 
   stacks: tuple[Stack, ...]
   init: Callable[[jax.Array], Variables]
   prepare: Callable[[jax.Array], jax.Array]
   read_out: Callable[[Variables, jax.Array, jax.Array], tuple[jax.Array, jax.Array, Variables]]
-  variant: Callable[..., Any]
   input_shape: tuple[int, ...]
   classes: int
   taps: tuple[str, ...]
@@ -119,6 +128,7 @@ class StagedModel:
   contrast: Contrast | None = None
   ahead: Callable[[PyTree], PyTree] | None = None
   project: Callable[..., tuple[jax.Array, jax.Array, Variables]] | None = None
+  variant: Callable[..., Any] = no_variant
 
   @property
   def depth(self) -> int:
@@ -164,9 +174,7 @@ def apply(
   for stack in model.stacks:
 
     def body(x: jax.Array, block_variables: Variables, stack: Stack = stack) -> tuple:
-      y, losses, new = stack.block(
-        block_variables, x, targets, name=stack.name, cut=cut, last=False
-      )
+      y, losses, new = stack.block(block_variables, x, targets, Place(stack.name, cut))
       return y, (losses, new)
 
     step = functools.partial(jax.lax.scan, body) if stack.is_stacked else body

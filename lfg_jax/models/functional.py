@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.losses.heads import Heads
-from lfg_jax.losses.info_nce import Contrast
+from lfg_jax.losses.replicated import Cut
+from lfg_jax.losses.staged import Variables
+from lfg_jax.losses.targets import Targets
 from lfg_jax.models import layers
 
 Params = dict[str, jax.Array]
@@ -57,15 +59,39 @@ def affine(linear: Callable, params: Params, x: jax.Array, feedback: Any = None)
   return out + jnp.expand_dims(bias, tuple(range(out.ndim - bias.ndim)))
 
 
+def layer(variables: Variables, name: str, linear: Callable, x: jax.Array) -> jax.Array:
+  """A block's layer `name`, as `affine`, with its feedback matrices if there are any."""
+  feedback = variables.get('feedback', {}).get(name)
+  return affine(linear, variables['params'][name], x, feedback)
+
+
+def losses(
+  variables: Variables, heads: Heads, features: jax.Array, targets: Targets, cut: Cut | None
+) -> jax.Array | None:
+  """Those of a block's features [B, P, G, C], see `Heads.losses`; None without a cut."""
+  if cut is None:
+    return None
+  feedback = variables.get('feedback', {}).get('head')
+  return heads.losses(features, variables['params']['head'], targets, cut, feedback)
+
+
+def init_read_out(key: jax.Array, width: int, classes: int) -> dict[str, Params]:
+  """Parameters of `read_out`: zeros."""
+  return {'linear': init(key, (width, classes), (classes,), width, 'zero')}
+
+
 def read_out(
-  variables: dict[str, Any], x_BxPxC: jax.Array, weight_B: jax.Array
-) -> tuple[jax.Array, jax.Array, dict]:
-  """Mean over patches → norm → linear. Returns logits, features [B, C] and no updates."""
+  variables: Variables, x: jax.Array, weight_B: jax.Array
+) -> tuple[jax.Array, jax.Array, Variables]:
+  """Mean over positions → norm → linear. Returns logits, features [B, C] and no updates."""
   del weight_B
-  features = layers.layer_norm(x_BxPxC.mean(1))
-  feedback = variables.get('feedback', {}).get('linear')
-  logits = affine(layers.dense, variables['params']['linear'], features, feedback)
-  return logits, features, {}
+  features = _mean_feature(x)
+  return layer(variables, 'linear', layers.dense, features), features, {}
+
+
+def _mean_feature(x: jax.Array) -> jax.Array:
+  """[B, C] of [B, ..., C]."""
+  return layers.layer_norm(x.reshape(x.shape[0], -1, x.shape[-1]).mean(1))
 
 
 def stacked(init_one: Callable[[jax.Array], Any], key: jax.Array, count: int) -> Any:
@@ -73,22 +99,25 @@ def stacked(init_one: Callable[[jax.Array], Any], key: jax.Array, count: int) ->
   return jax.vmap(init_one)(jax.random.split(key, count))
 
 
-def init_projection(key: jax.Array, width: int, contrast: Contrast) -> Any:
-  """Parameters of `projection`."""
-  outputs = contrast.projections
-  return {'linear': init(key, (width, outputs), (outputs,), width)}
+def init_projection(key: jax.Array, width: int, heads: Heads) -> dict[str, Any]:
+  """{'head': parameters of `projection`}, or nothing where there is none."""
+  if not (heads.contrast and heads.project):
+    return {}
+  outputs = heads.contrast.projections
+  return {'head': {'linear': init(key, (width, outputs), (outputs,), width)}}
 
 
-def projection(contrast: Contrast) -> Callable:
-  """Mean over positions → linear, for `StagedModel.project`."""
+def projection(heads: Heads) -> Callable | None:
+  """Mean over positions → norm → linear, for `StagedModel.project`; None where there is none."""
+  contrast = heads.contrast
+  if not (contrast and heads.project):
+    return None
 
   def project(
-    variables: dict[str, Any], x: jax.Array, weight_B: jax.Array
-  ) -> tuple[jax.Array, jax.Array, dict]:
+    variables: Variables, x: jax.Array, weight_B: jax.Array
+  ) -> tuple[jax.Array, jax.Array, Variables]:
     del weight_B
-    mean_BxC = layers.layer_norm(x.reshape(x.shape[0], -1, x.shape[-1]).mean(1))
-    feedback = variables.get('feedback', {}).get('linear')
-    z_BxK = affine(layers.dense, variables['params']['linear'], mean_BxC, feedback)
+    z_BxK = layer(variables, 'linear', layers.dense, _mean_feature(x))
     return z_BxK, jax.lax.stop_gradient(z_BxK) if contrast.stop_gradient else z_BxK, {}
 
   return project

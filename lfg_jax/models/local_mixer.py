@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.replicated import Cut
-from lfg_jax.losses.staged import Block, Stack, StagedModel, Variables
+from lfg_jax.losses.staged import Block, Outcome, Place, Stack, StagedModel, Variables
 from lfg_jax.losses.targets import Targets
 from lfg_jax.models.block import BOUNDARY, NORMS, TAPS, BlockSpec, LocalBlock, Style
 from lfg_jax.models.mixer import LocalMixer, MixerSpec, Projection, ReadOut, Run
@@ -57,14 +57,11 @@ def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> Stag
   return staged(spec, functools.partial(patches, side=side, mean=images.mean, std=images.std))
 
 
-def staged(
-  spec: MixerSpec, prepare: Callable[[jax.Array], jax.Array], *, project: bool = False
-) -> StagedModel:
+def staged(spec: MixerSpec, prepare: Callable[[jax.Array], jax.Array]) -> StagedModel:
   """The staged model with these sizes.
 
   Args:
     prepare: images → patches [B, P, D].
-    project: whether a projection follows at the end, for contrastive learning without local losses.
 
   >>> from lfg_jax.models.sizes import mixer_spec
   >>> model = staged(mixer_spec('M/8/16', image_shape=(32, 32, 3), classes=10), lambda image: image)
@@ -75,7 +72,7 @@ def staged(
 
   def init(key: jax.Array) -> Variables:
     tokens = jnp.zeros((1, stem.tokens, stem.inputs))
-    variables = LocalMixer(spec, project=project).init(key, tokens)
+    variables = LocalMixer(spec).init(key, tokens)
     return {kind: tree for kind, tree in dict(variables).items() if kind in KINDS}
 
   def read_out(
@@ -94,8 +91,9 @@ def staged(
     return z, candidates, dict(updates)
 
   def variant(*, train: bool = True, fused: bool = True, project: bool = False) -> StagedModel:
-    changed = style._replace(train=train, heads=style.heads._replace(fused=fused))
-    return staged(dataclasses.replace(spec, style=changed), prepare, project=project)
+    heads = style.heads._replace(fused=fused, project=project)
+    changed = style._replace(train=train, heads=heads)
+    return staged(dataclasses.replace(spec, style=changed), prepare)
 
   digits = 2 if style.dtype else 4
   return StagedModel(
@@ -114,7 +112,7 @@ def staged(
     rounds=style.dtype is not None,
     activity_bytes=digits * max(run.spec.tokens * run.spec.channels for run in spec.runs),
     contrast=style.heads.contrast,
-    project=to_space if project else None,
+    project=to_space if style.heads.project else None,
   )
 
 
@@ -126,12 +124,12 @@ def _stack(spec: MixerSpec, run: Run) -> Stack:
 
 
 def _block(spec: MixerSpec, block_spec: BlockSpec) -> Block:
-  def block(
-    variables: Variables, x: jax.Array, targets: Targets, *, name: str, cut: Cut | None, last: bool
-  ) -> tuple[jax.Array, jax.Array | None, Variables]:
-    module = LocalBlock(block_spec, spec.style, spec.classes, cut or Cut(), last, name=name)
+  def block(variables: Variables, x: jax.Array, targets: Targets, at: Place) -> Outcome:
+    cut = at.cut or Cut()
+    module = LocalBlock(block_spec, spec.style, spec.classes, cut, at.last, name=at.name)
+    shown = None if at.cut is None else targets
     (y, losses), updates = module.apply(
-      variables, x, None if cut is None else targets, targets.weight_B, mutable=('batch_stats',)
+      variables, x, shown, targets.weight_B, mutable=('batch_stats',)
     )
     return y, losses, dict(updates)
 

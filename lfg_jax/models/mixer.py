@@ -87,7 +87,6 @@ class LocalMixer(nn.Module):
 
   Attributes:
     cut: how the local heads' losses are replicated.
-    project: whether a `Projection` follows at the end, as `head`.
 
   >>> from lfg_jax.models.sizes import mixer_spec
   >>> model = LocalMixer(mixer_spec('M/8/16', image_shape=(32, 32, 3), classes=10))
@@ -98,7 +97,6 @@ class LocalMixer(nn.Module):
 
   spec: MixerSpec
   cut: Cut = Cut(patch=False, group=False)
-  project: bool = False
 
   @nn.compact
   def __call__(
@@ -106,7 +104,7 @@ class LocalMixer(nn.Module):
   ) -> tuple[jax.Array, dict[str, Any]]:
     """Returns logits [B, classes] and every stack's local losses [n, B, P, G] (None if no targets).
 
-    With `project`, the latter also have the projections, as `head`.
+    With `heads.project`, the latter also have the projections, as `head`.
     """
     x, stem = tokens_BxPxD, self.spec.runs[0].spec
     chex.assert_shape(
@@ -126,7 +124,7 @@ class LocalMixer(nn.Module):
         run.spec, self.spec.style, self.spec.classes, self.cut, name=run.name
       )
       x, local[run.name] = block(x, targets, weight_B)
-    if self.project:
+    if self.spec.style.heads.project:
       local['head'] = Projection(self.spec.style, self.spec.runs[-1].spec.groups, name='head')(
         x, weight_B
       )

@@ -4,6 +4,7 @@ A model is a Python module with `DEFAULTS`, the fields of config.model and their
 stands for a field that may be None); `TAPS`, the names of its taps; and `make`, see `Model`.
 """
 
+import dataclasses
 import importlib
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from lfg_jax import user_files
 from lfg_jax.errors import UserError
 from lfg_jax.losses.heads import Heads
-from lfg_jax.losses.staged import StagedModel
+from lfg_jax.losses.staged import StagedModel, no_variant
 
 MODELS = {'mixer': 'local_mixer', 'mlp': 'mlp', 'resnet': 'resnet'}
 
@@ -74,6 +75,24 @@ def find(name: str, path: str | None = None) -> Model:
     return importlib.import_module(f'lfg_jax.models.{MODELS[name]}')  # type: ignore[return-value]
   own: Any = user_files.load('model.module', path, ('DEFAULTS', 'TAPS', 'make'))
   return own
+
+
+def build(
+  model: Model, fields: dict[str, Any], images: Images, heads: Heads = Heads()
+) -> StagedModel:
+  """`model.make(…)`, with its variants; what a model without batch norm does is the same in evaluation.
+
+  >>> fields, images = {'blocks': 3, 'channels': 8, 'groups': 2}, Images((8, 8, 1), 10, (0.5,), (0.3,))
+  >>> build(find('mlp'), fields, images).variant(train=False).depth
+  3
+  """
+  made = model.make(fields, images, heads)
+
+  def variant(*, train: bool = True, fused: bool = True, project: bool = False) -> StagedModel:
+    del train
+    return build(model, fields, images, heads._replace(fused=fused, project=project))
+
+  return made if made.variant is not no_variant else dataclasses.replace(made, variant=variant)
 
 
 def pixels(image_BxHxWxC: jax.Array, images: Images) -> jax.Array:

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 
 from lfg_jax.estimators.taps import tap
 from lfg_jax.losses.heads import Heads
-from lfg_jax.losses.replicated import Cut
-from lfg_jax.losses.staged import Block, Stack, StagedModel, Variables
+from lfg_jax.losses.staged import Block, Outcome, Place, Stack, StagedModel, Variables
 from lfg_jax.losses.targets import Targets
 from lfg_jax.models import functional, layers
 from lfg_jax.models.registry import Images, check_divides, check_range, pixels
@@ -31,9 +30,7 @@ DEFAULTS: dict[str, Any] = {'stages': (1, 1, 1), 'channels': 16, 'groups': 4, 'p
 TAPS = ('first', 'second')
 
 
-def make(
-  fields: dict[str, Any], images: Images, heads: Heads = Heads(), project: bool = False
-) -> StagedModel:
+def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> StagedModel:
   """The model for the images of a data set; see `registry.Model`.
 
   Fields:
@@ -44,7 +41,6 @@ def make(
   """
   _check(fields, images)
   G, side = fields['groups'], fields['patches']
-  contrast = heads.contrast
   shapes = list(_shapes(fields, images))
   new_block = functools.partial(_block, G, side, heads)
   stacks = tuple(
@@ -59,34 +55,22 @@ def make(
       one = functools.partial(_init_block, C=C, D=D, G=G, classes=images.classes, heads=heads)
       params[name] = functional.stacked(one, k, count) if name.startswith('rest') else one(k)
     D = shapes[-1][4]
-    params['readout'] = {
-      'linear': functional.init(readout, (D, images.classes), (images.classes,), D, 'zero')
-    }
-    if contrast and project:
-      params['head'] = functional.init_projection(head, D, contrast)
-    return {'params': params}
-
-  def read_out(variables: Variables, x: jax.Array, weight_B: jax.Array) -> tuple:
-    return functional.read_out(variables, x.reshape(x.shape[0], -1, x.shape[-1]), weight_B)
-
-  def variant(*, train: bool = True, fused: bool = True, project: bool = False) -> StagedModel:
-    del train  # no running statistics
-    return make(fields, images, heads._replace(fused=fused), project)
+    params['readout'] = functional.init_read_out(readout, D, images.classes)
+    return {'params': {**params, **functional.init_projection(head, D, heads)}}
 
   return StagedModel(
     stacks=stacks,
     init=init,
     prepare=functools.partial(pixels, images=images),
-    read_out=read_out,
-    variant=variant,
+    read_out=functional.read_out,
     input_shape=images.shape,
     classes=images.classes,
     taps=TAPS,
     guessed={'first': 'second'},
     boundary=('second', 'second'),
     activity_bytes=0,  # parts are a loop: see above
-    contrast=contrast,
-    project=functional.projection(contrast) if contrast and project else None,
+    contrast=heads.contrast,
+    project=functional.projection(heads),
   )
 
 
@@ -137,29 +121,17 @@ def _init_block(key: jax.Array, C: int, D: int, G: int, classes: int, heads: Hea
 def _block(G: int, side: int, heads: Heads, stride: int) -> Block:
   first, second = (functools.partial(layers.convolution, stride=s) for s in (stride, 1))
 
-  def block(
-    variables: Variables,
-    x_BxHxWxC: jax.Array,
-    targets: Targets,
-    *,
-    name: str,
-    cut: Cut | None,
-    last: bool,
-  ) -> tuple[jax.Array, jax.Array | None, Variables]:
-    del last  # convolutions and norms carry an activity to all patches and groups
-    params, feedback = variables['params'], variables.get('feedback', {})
-    y = functional.affine(first, params['first'], x_BxHxWxC, feedback.get('first'))
+  def block(variables: Variables, x_BxHxWxC: jax.Array, targets: Targets, at: Place) -> Outcome:
+    # Convolutions and norms carry an activity to all patches and groups: credit as `at.last` allows
+    # would be too narrow.
+    y = functional.layer(variables, 'first', first, x_BxHxWxC)
     h = _group_norm(y, G)
-    h = jax.nn.relu(tap(h, f'{name}/first', active=h > 0))
-    y = functional.affine(second, params['second'], h, feedback.get('second'))
-    y = _group_norm(tap(y, f'{name}/second'), G)
+    h = jax.nn.relu(tap(h, f'{at.name}/first', active=h > 0))
+    y = functional.layer(variables, 'second', second, h)
+    y = _group_norm(tap(y, f'{at.name}/second'), G)
     out = jax.nn.relu(y + _shortcut(x_BxHxWxC, y.shape[-1], stride))
-    if cut is None:
-      return out, None, {}
-    losses = heads.losses(
-      layers.layer_norm(_patches(out, side, G)), params['head'], targets, cut, feedback.get('head')
-    )
-    return out, losses, {}
+    features = layers.layer_norm(_patches(out, side, G))
+    return out, functional.losses(variables, heads, features, targets, at.cut), {}
 
   return block
 

@@ -138,7 +138,7 @@ def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorit
   fields = dict(config.model)
   module = registry.find(fields.pop('name'), fields.pop('module'))
   images = Images(dataset.image_shape, dataset.classes, dataset.mean, dataset.std, axis_name)
-  model = module.make(fields, images, Heads(row_loss, hidden, contrast))
+  model = registry.build(module, fields, images, Heads(row_loss, hidden, contrast))
   views = functools.partial(augmentation.views, min_area=config.contrastive.min_area)
   return compose(REGISTRY[config.algorithm], options, model, axis_name, views)
 

@@ -167,7 +167,7 @@ def output_shapes(made_of: Composition, variables: PyTree, image: Any) -> dict[s
     for stack in model.stacks:
       mine = staged.own(variables, stack.name)
       mine = jax.tree.map(lambda leaf: leaf[0], mine) if stack.is_stacked else mine
-      x = stack.block(mine, x, targets, name=stack.name, cut=None, last=False)[0]
+      x = stack.block(mine, x, targets, staged.Place(stack.name))[0]
       found[stack.name] = x
     return found
 
