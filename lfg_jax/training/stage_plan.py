@@ -24,7 +24,7 @@ def spans(made_of: Composition, number: int) -> tuple[range, ...]:
   >>> from lfg_jax.training import algorithms, rules
   >>> images = registry.Images((8, 8, 1), 10, (0.5,), (0.3,))
   >>> fields = {'blocks': 5, 'channels': 8, 'groups': 2}
-  >>> model = registry.find('mlp').make(fields, images)
+  >>> model = registry.build(registry.find('mlp'), fields, images)
   >>> made_of = algorithms.compose(rules.REGISTRY['LG-BP'], rules.Options(), model).made_of
   >>> spans(made_of, 2)
   (range(0, 1), range(1, 5))
