@@ -22,7 +22,7 @@ from lfg_jax.errors import as_user_errors
 from lfg_jax.losses.staged import StagedModel
 from lfg_jax.models import local_mixer
 from lfg_jax.models.sizes import mixer_spec, parse, patches
-from lfg_jax.training import algorithms, command_line, results, rules, timing
+from lfg_jax.training import algorithms, command_line, plots, results, rules, timing
 
 Row = dict[str, Any]
 
@@ -97,14 +97,20 @@ def draw(path: pathlib.Path, rows: list[Row]) -> None:
     ('compile_seconds', 1, 'compile time, s'),
     ('ms_gradient', 1, 'gradient, ms'),
   )
+  names = list(dict.fromkeys(row['algorithm'] for row in rows))
   for axes, (key, scale, label) in zip(figure.subplots(1, 3), panels, strict=True):
-    for name in dict.fromkeys(row['algorithm'] for row in rows):
+    ends = []
+    for colour, name in zip(plots.COLOURS, names, strict=False):
       own = [row for row in rows if row['algorithm'] == name]
-      axes.plot([row['blocks'] for row in own], [scale * row[key] for row in own], 'o-', label=name)
+      values = [scale * row[key] for row in own]
+      axes.plot([row['blocks'] for row in own], values, 'o-', color=colour)
+      ends.append(values[-1])
     axes.set(xlabel='blocks', ylabel=label, ylim=(0, None))
+    counts = sorted({row['blocks'] for row in rows})
     axes.set_xscale('log', base=2)
+    axes.set_xticks(counts, map(str, counts))
     axes.grid(alpha=0.3)
-    axes.legend()
+    plots.name_lines(axes, names, ends)
   figure.savefig(path, dpi=120)
 
 

@@ -4,7 +4,6 @@ import pathlib
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from lfg_jax.training import plots
 
@@ -34,11 +33,6 @@ def draw(path: pathlib.Path, rows: list[Row]) -> None:
 def _panel(axes: Any, rows: list[Row], names: list[str]) -> dict[str, Any]:
   """Lines through the numbers of passes; returns what the legend must explain."""
   handles, exact = {}, []
-  axes.set(xscale='log', yscale='log')
-  for axis in (axes.xaxis, axes.yaxis):
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter('{x:g}')
-    axis.set_minor_formatter(NullFormatter())
   for colour, name in zip(plots.COLOURS, names, strict=False):
     for law in dict.fromkeys(row['law'] for row in rows if row['variant'] == name):
       every = [row for row in rows if (row['variant'], row['law']) == (name, law)]
@@ -58,8 +52,10 @@ def _panel(axes: Any, rows: list[Row], names: list[str]) -> dict[str, Any]:
         linewidth=1.2,
         linestyle='none' if allocated else STYLES.get(law, 'none'),
       )
-  axes.grid(which='major', alpha=0.3)
-  axes.tick_params(which='both', labelsize='x-small')
+  for axis in (axes.xaxis, axes.yaxis) if axes.lines else ():
+    plots.logarithmic(axis)
+  axes.grid(alpha=0.3)
+  axes.tick_params(labelsize='x-small')
   note = '\nexact, so not drawn:\n' + '\n'.join(dict.fromkeys(exact)) if exact else ''
   axes.set_xlabel('ms per step' + note, fontsize='small')
   return handles

@@ -26,6 +26,7 @@ from lfg_jax.training import (
   command_line,
   configs,
   optimizers,
+  plots,
   results,
   rules,
   timing,
@@ -34,6 +35,7 @@ from lfg_jax.training import (
 
 Row = dict[str, Any]
 PRECISIONS = ('float32', 'tensorfloat32', 'bfloat16')
+_, BLUE, ORANGE, *_ = plots.COLOURS
 DEFAULT = 'BP,LG-BP,FG-A,LG-FG-W,LG-FG-A'
 
 
@@ -172,20 +174,20 @@ def draw(path: pathlib.Path, rows: list[Row]) -> None:
   figure = Figure(figsize=(9, 3.5), layout='constrained')
   time_axes, memory_axes = figure.subplots(1, 2)
   names, places = [r['algorithm'] for r in rows], range(len(rows))
-  for offset, key in ((-0.2, 'ms_gradient'), (0.2, 'ms_update')):
-    time_axes.bar(
-      [x + offset for x in places], [r[key] for r in rows], 0.4, label=key.removeprefix('ms_')
-    )
+  for offset, key, colour in ((-0.2, 'ms_gradient', BLUE), (0.2, 'ms_update', ORANGE)):
+    heights, label = [r[key] for r in rows], key.removeprefix('ms_')
+    time_axes.bar([x + offset for x in places], heights, 0.4, color=colour, label=label)
   floor = [r['ms_gradient'] / r['ratio_to_floor'] for r in rows]
   time_axes.hlines(floor, [x - 0.4 for x in places], [x + 0.4 for x in places], 'k', label='floor')
-  memory_axes.bar(places, [r['temporaries_bytes'] / 2**20 for r in rows])
+  memory_axes.bar(places, [r['temporaries_bytes'] / 2**20 for r in rows], color=BLUE)
   time_axes.set(ylabel='ms')
   time_axes.margins(y=0.3)  # room for the legend
   memory_axes.set(ylabel='temporaries of the gradient, MiB')
   for axes in (time_axes, memory_axes):
-    axes.set_xticks(places, names, rotation=30)
+    axes.set_xticks(places, names, rotation=20)
+    axes.set_axisbelow(True)
     axes.grid(axis='y', alpha=0.3)
-  time_axes.legend()
+  time_axes.legend(frameon=False, ncols=3, loc='upper center')
   figure.savefig(path, dpi=120)
 
 

@@ -24,10 +24,12 @@ from lfg_jax.losses import info_nce
 from lfg_jax.losses.replicated import replicated_loss
 from lfg_jax.losses.row_losses import cross_entropy
 from lfg_jax.losses.targets import Targets
-from lfg_jax.training import command_line, results, timing
+from lfg_jax.training import command_line, plots, results, timing
 
 Row = dict[str, Any]
 OUTPUTS = {'supervised': 10, 'contrastive': 128}
+KINDS = [(kind, form) for kind in OUTPUTS for form in ('naive', 'fused')]
+COLOURS = [plots.COLOURS[1]] * 2 + [plots.COLOURS[2]] * 2  # one for each kind
 
 
 def main(arguments: list[str]) -> None:
@@ -139,24 +141,22 @@ def draw(path: pathlib.Path, rows: list[Row]) -> None:
       (('temporaries_bytes', 2**-20, 'temporaries, MiB'), ('ms', 1, 'ms'))
     ):
       axes = grid[line, column]
-      for kind, colour in (('supervised', 'C0'), ('contrastive', 'C1')):
-        for form, style in (('naive', 'o--'), ('fused', 'o-')):
-          own = [
-            row
-            for row in rows
-            if (row['sweep'], row['kind'], row['form']) == (sweep, kind, form) and row['ms']
-          ]
-          axes.plot(
-            [row[sweep] for row in own],
-            [scale * row[key] for row in own],
-            style,
-            color=colour,
-            label=f'{kind}, {form}',
-          )
-      axes.set(xlabel=sweep, ylabel=label, yscale='log')
+      ends = []
+      for (kind, form), colour, style in zip(KINDS, COLOURS, ('--', '-') * 2, strict=True):
+        own = [
+          row
+          for row in rows
+          if (row['sweep'], row['kind'], row['form']) == (sweep, kind, form) and row['ms']
+        ]
+        values = [scale * row[key] for row in own]
+        axes.plot([row[sweep] for row in own], values, style, marker='o', color=colour)
+        ends.append(values[-1])
+      axes.set(xlabel=sweep, ylabel=label)
       axes.set_xscale('log', base=2)
+      axes.xaxis.set_major_formatter('{x:g}')
+      plots.logarithmic(axes.yaxis)
       axes.grid(alpha=0.3)
-  grid[0, 0].legend()
+      plots.name_lines(axes, [', '.join(names) for names in KINDS], ends, COLOURS)
   figure.savefig(path, dpi=120)
 
 

@@ -1,32 +1,41 @@
 """The figures of variance.py, one for each of its parts, from the part's rows."""
 
+from collections.abc import Callable
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lfg_jax.training import plots
+from lfg_jax.training.plots import COLOURS
+
 Row = dict[str, Any]
+RELATIVE = 'squared error / |gradient|²'
+CUTS = {'none': '--', 'block': ':', 'block+patch': '-.', 'block+group': '--', 'all': '-'}
 
 
 def table1(figure: Figure, rows: list[Row]) -> None:
   """Measured over predicted, and the z-scores."""
   left, right = figure.subplots(1, 2)
-  for index, estimator in enumerate(('weight', 'activity')):
+  limits = [min(r['predicted'] for r in rows), max(r['predicted'] for r in rows)]
+  left.plot(limits, limits, color='0.6', linewidth=0.8, zorder=0)
+  for colour, estimator in zip(COLOURS[1:], ('weight', 'activity'), strict=False):
     for law, marker in (('normal', 'o'), ('rademacher', 'x')):
       own = [r for r in rows if (r['estimator'], r['law']) == (estimator, law)]
-      left.loglog(
+      left.plot(
         [r['predicted'] for r in own],
         [r['measured'] for r in own],
         marker,
-        color=f'C{index}',
+        color=colour,
+        markersize=4,
         label=f'{estimator}, {law}',
-        alpha=0.6,
       )
-  limits = [min(r['predicted'] for r in rows), max(r['predicted'] for r in rows)]
-  left.plot(limits, limits, 'k-', linewidth=0.5)
-  left.set(xlabel='predicted variance per entry', ylabel='measured')
-  left.legend()
+  left.set(xlabel='variance per entry, predicted', ylabel='measured')
+  for axis in (left.xaxis, left.yaxis):
+    plots.logarithmic(axis)
+  left.legend(frameon=False, fontsize='small')
   z = [(r['measured'] - r['predicted']) / r['standard_error'] for r in rows]
-  right.hist(z, bins=30)
+  right.hist(z, bins=30, color=COLOURS[1])
   right.set(
     xlabel='(measured - predicted) / standard error',
     ylabel='rows',
@@ -37,26 +46,22 @@ def table1(figure: Figure, rows: list[Row]) -> None:
 def laws(figure: Figure, rows: list[Row]) -> None:
   """Variance by passes."""
   axes = figure.subplots()
-  for index, law in enumerate(dict.fromkeys(r['law'] for r in rows)):
+  names = list(dict.fromkeys(r['law'] for r in rows))
+  ends = []
+  for colour, law in zip(COLOURS, names, strict=False):
     own = [r for r in rows if r['law'] == law]
-    axes.errorbar(
-      [r['passes'] for r in own],
-      [r['measured'] for r in own],
-      [3 * r['standard_error'] for r in own],
-      fmt='o',
-      color=f'C{index}',
-      label=law,
-      capsize=3,
-    )
-    axes.plot(
-      [r['passes'] for r in own], [r['predicted'] for r in own], color=f'C{index}', linewidth=0.8
-    )
+    counts = [r['passes'] for r in own]
+    bars = [3 * r['standard_error'] for r in own]
+    axes.errorbar(counts, [r['measured'] for r in own], bars, fmt='o', color=colour, capsize=3)
+    axes.plot(counts, [r['predicted'] for r in own], color=colour, linewidth=0.8)
+    ends.append(own[-1]['predicted'])
   axes.set(
     xlabel='passes, of 8 dimensions',
     ylabel='variance per entry (points: measured, ± 3 s.e.; lines: predicted)',
     ylim=(0, None),
   )
-  axes.legend()
+  axes.margins(x=0.02)
+  plots.name_lines(axes, names, ends)
 
 
 def _layers(rows: list[Row]) -> list[str]:
@@ -64,91 +69,106 @@ def _layers(rows: list[Row]) -> list[str]:
 
 
 def mlp(figure: Figure, rows: list[Row]) -> None:
-  """Relative error by passes, a panel for every layer."""
+  """Relative error by passes, a panel for every layer: a colour for estimator and taps."""
+  figure.set_size_inches(11, 4)
   panels = figure.subplots(1, len(_layers(rows)), sharey=True)
+  handles: dict[str, Any] = {}
   for axes, layer in zip(panels, _layers(rows), strict=True):
-    for index, (name, taps) in enumerate(dict.fromkeys((r['estimator'], r['taps']) for r in rows)):
+    kinds = dict.fromkeys((r['estimator'], r['taps']) for r in rows)
+    for colour, (name, taps) in zip(COLOURS[1:], kinds, strict=False):
       for law, style in (('normal', ':'), ('rademacher', '--'), ('haar', '-'), ('hadamard', '-')):
         own = [
-          r
+          (r['passes'], max(r['relative_error'], 1e-6))
           for r in rows
           if (r['estimator'], r['taps'], r['law'], r['layer']) == (name, taps, law, layer)
         ]
         if own:
-          axes.loglog(
-            [r['passes'] for r in own],
-            [max(r['relative_error'], 1e-6) for r in own],
-            style,
-            marker='.',
-            color=f'C{index}',
-            label=f'{name}, {taps}, {law}',
-          )
+          marker = 'o' if law == 'haar' else '.'
+          handles[f'{name}, {taps}, {law}'] = axes.plot(
+            *zip(*own, strict=True), style, marker=marker, markersize=4, color=colour
+          )[0]
     axes.set(title=layer, xlabel='passes')
-  panels[0].set(ylabel='squared error / |gradient|²')
-  panels[-1].legend(fontsize='x-small')
+    _grid(axes)
+  panels[0].set_ylabel(RELATIVE)
+  figure.legend(handles.values(), handles.keys(), loc='outside right upper', fontsize='small')
+
+
+def _grid(axes: Axes) -> None:
+  for axis in (axes.xaxis, axes.yaxis):
+    plots.logarithmic(axis)
+  axes.grid(alpha=0.3)
 
 
 def mixer(figure: Figure, rows: list[Row]) -> None:
   """Left: relative error of every algorithm and cut, by layer. Right: cosine against time."""
-  figure.set_size_inches(13, 6)
+  figure.set_size_inches(13, 5)
   left, right = figure.subplots(1, 2)
-  layers = _layers(rows)
-  single = [
-    r for r in rows if r['passes'] == 1 and r['taps'] == 'joint' and r['law'] == 'rademacher'
-  ]
-  for index, (name, cut) in enumerate(dict.fromkeys((r['estimator'], r['cut']) for r in single)):
-    own = {
-      r['layer']: r['relative_error'] for r in single if (r['estimator'], r['cut']) == (name, cut)
-    }
-    left.semilogy(
-      [own[layer] for layer in layers],
-      'os'[name.endswith('W')] + '-',
-      color=f'C{index}',
-      label=f'{name}, {cut}',
-    )
-  left.set_xticks(range(len(layers)), layers, rotation=60, fontsize='small')
-  left.set(ylabel='squared error / |gradient|², one Rademacher pass')
-  left.legend(fontsize='x-small', loc='upper center', bbox_to_anchor=(0.5, -0.22), ncols=3)
+  _by_layer(left, [r for r in rows if (r['passes'], r['taps']) == (1, 'joint')])
   many = [
     r
     for r in rows
-    if (r['estimator'], r['cut']) == ('LG-FG-A-paper', 'all')
-    and r['layer'] == 'blocks/group'
+    if (r['estimator'], r['cut'], r['layer']) == ('LG-FG-A-paper', 'all', 'blocks/group')
     and r['law'] != 'normal'
   ]
-  for law, taps in dict.fromkeys((r['law'], r['taps']) for r in many):
-    own = sorted(
-      ((r['ms'], r['cosine'], r['passes']) for r in many if (r['law'], r['taps']) == (law, taps)),
-      key=lambda point: point[2],
-    )
-    right.semilogx([o[0] for o in own], [o[1] for o in own], 'o-', label=f'{law}, {taps}')
-    for ms, cosine, count in own:
-      right.annotate(str(count), (ms, cosine), fontsize='x-small')
-  ticks = (32, 64, 128, 256, 512, 1024)
-  right.set_xticks(ticks, map(str, ticks))
-  right.minorticks_off()
+  kinds, ends = list(dict.fromkeys((r['law'], r['taps']) for r in many)), []
+  for colour, kind in zip(COLOURS, kinds, strict=False):
+    own = sorted((r for r in many if (r['law'], r['taps']) == kind), key=lambda r: r['passes'])
+    right.plot([r['ms'] for r in own], [r['cosine'] for r in own], 'o-', color=colour)
+    ends.append(own[-1]['cosine'])
+    if kind[1] == 'separate':  # the others have as many
+      for r in own:
+        point = (r['ms'], r['cosine'])
+        right.annotate(f'{r["passes"]}', point, (-4, 5), textcoords='offset points', ha='right')
   right.set(
     xlabel='ms (numbers: passes)',
     ylabel='cosine to the true gradient',
     title='grouped layers of blocks 1 to 3',
   )
-  right.legend(fontsize='small')
+  plots.logarithmic(right.xaxis)
+  right.grid(alpha=0.3)
+  plots.name_lines(right, [f'{law}, {taps}' for law, taps in kinds], ends)
+
+
+def _by_layer(axes: Axes, rows: list[Row]) -> None:
+  """A colour for every algorithm, a line style for every cut."""
+  layers, own_law = _layers(rows), [r for r in rows if r['law'] == 'rademacher']
+  kinds = list(dict.fromkeys((r['estimator'], r['cut']) for r in own_law))
+  rules = list(dict.fromkeys(name for name, _ in kinds))
+  colours, ends = [COLOURS[rules.index(name) % len(COLOURS)] for name, _ in kinds], []
+  for colour, kind in zip(colours, kinds, strict=True):
+    errors = {
+      r['layer']: r['relative_error'] for r in own_law if (r['estimator'], r['cut']) == kind
+    }
+    heights = [errors[layer] for layer in layers]
+    axes.plot(range(len(layers)), heights, CUTS[kind[1]], marker='.', color=colour)
+    ends.append(heights[-1])
+  axes.set_xticks(range(len(layers)), layers, fontsize='small')
+  axes.set(ylabel=f'{RELATIVE}, one pass', xlim=(-0.1, len(layers) - 1))
+  plots.logarithmic(axes.yaxis)
+  axes.grid(alpha=0.3)
+  plots.name_lines(axes, [f'{name}, {cut}' for name, cut in kinds], ends, colours)
 
 
 def passes(figure: Figure, rows: list[Row]) -> None:
   """Time relative to one pass, and memory."""
-  left, right = figure.subplots(1, 2)
-  for law, chunk in dict.fromkeys((r['law'], r['chunk']) for r in rows):
-    own = [r for r in rows if (r['law'], r['chunk']) == (law, chunk)]
-    label = f'{law}, ' + (f'chunks of {chunk}' if chunk else 'at once')
-    left.loglog(
-      [r['passes'] for r in own], [r['relative_to_one_pass'] for r in own], 'o-', label=label
-    )
-    right.loglog(
-      [r['passes'] for r in own], [r['temporaries_bytes'] / 2**20 for r in own], 'o-', label=label
-    )
+  figure.set_size_inches(11, 4)
+  panels = figure.subplots(1, 2)
+  kinds = list(dict.fromkeys((r['law'], r['chunk']) for r in rows))
+  names = [f'{law}, ' + (f'chunks of {chunk}' if chunk else 'at once') for law, chunk in kinds]
   counts = sorted({r['passes'] for r in rows})
-  left.loglog(counts, [(1 + 2 * K) / 3 for K in counts], 'k:', label='(1 + 2 K) / 3')
-  left.set(xlabel='passes', ylabel='time / time of one pass')
-  right.set(xlabel='passes', ylabel='temporaries, MiB')
-  left.legend()
+  panels[0].plot(counts, [(1 + 2 * K) / 3 for K in counts], ':', color='0.4')
+  panels[0].set_title('dotted: (1 + 2 K) / 3', fontsize='small')
+  values: tuple[Callable[[Row], float], ...] = (
+    lambda r: r['relative_to_one_pass'],
+    lambda r: r['temporaries_bytes'] / 2**20,
+  )
+  labels = ('time / time of one pass', 'temporaries, MiB')
+  for axes, value, label in zip(panels, values, labels, strict=True):
+    ends = []
+    for colour, kind in zip(COLOURS, kinds, strict=False):
+      own = [r for r in rows if (r['law'], r['chunk']) == kind]
+      axes.plot([r['passes'] for r in own], [value(r) for r in own], 'o-', color=colour)
+      ends.append(value(own[-1]))
+    axes.set(xlabel='passes, K', ylabel=label)
+    _grid(axes)
+    plots.name_lines(axes, names, ends)

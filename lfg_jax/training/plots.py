@@ -6,8 +6,15 @@ import statistics
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import (
+  LogFormatterMathtext,
+  LogLocator,
+  MaxNLocator,
+  NullLocator,
+  StrMethodFormatter,
+)
 
 from lfg_jax.training.run_log import Row
 
@@ -80,16 +87,35 @@ def logarithmic_errors(axes: Axes) -> None:
   )
 
 
-def name_lines(axes: Axes, names: Sequence[str], ends: Sequence[float]) -> None:
+def logarithmic(axis: Axis) -> None:
+  """Makes an axis with something on it logarithmic, with a few ticks that are easy to read.
+
+  Ticks are at 1, 2, 5, 10 … over less than two decades, otherwise at powers of ten.
+  """
+  axes = axis.axes
+  (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)('log')
+  axes.autoscale_view()
+  low, high = axis.get_view_interval()
+  is_short = high < 100 * low
+  written_out = is_short or (low > 1e-4 and high < 1e5)
+  axis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_short else (1,), numticks=7))
+  axis.set_minor_locator(NullLocator())
+  axis.set_major_formatter(StrMethodFormatter('{x:g}') if written_out else LogFormatterMathtext())
+
+
+def name_lines(
+  axes: Axes, names: Sequence[str], ends: Sequence[float], colours: Sequence[str] = COLOURS
+) -> None:
   """Writes names beside the axes, in the order of the lines' ends, none over another."""
   axes.autoscale_view()  # the limits, which are else not known before the figure is drawn
   to_axes = axes.transData + axes.transAxes.inverted()
   heights = [float(to_axes.transform((0, end))[1]) for end in ends]
   figure = axes.get_figure(root=True)
   assert figure
-  gap = 0.19 / figure.get_size_inches()[1]
+  spec = axes.get_subplotspec()
+  gap = 0.19 * (spec.get_gridspec().nrows if spec else 1) / figure.get_size_inches()[1]
   for index, place in enumerate(spread(heights, gap)):
-    colour = COLOURS[index % len(COLOURS)]
+    colour = colours[index % len(colours)]
     arrow = {
       'arrowstyle': '-',
       'color': colour,
