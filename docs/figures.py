@@ -1,6 +1,6 @@
 """Draws the figures of the page "The idea", from measurements on tiny problems.
 
-    python docs/figures.py [--out=docs/figures]
+    python docs/figures.py [--out=docs/figures] [--only NAME]
 
 Every point is measured by the library; lines without points are theory. The files are part of the
 repository: the site is then built without training anything, and a change of a picture is seen in
@@ -46,12 +46,13 @@ STYLE = {
 }
 
 
-def main(out: pathlib.Path) -> None:
+def main(out: pathlib.Path, only: str | None = None) -> None:
+  """Draws all figures, or one."""
   out.mkdir(parents=True, exist_ok=True)
   with matplotlib.rc_context(STYLE):
-    for name, draw in FIGURES.items():
+    for name in [only] if only else FIGURES:
       figure = Figure((7.6, 3.1), layout='constrained')
-      draw(figure)
+      FIGURES[name](figure)
       figure.savefig(out / f'{name}.svg', metadata={'Date': None})
 
 
@@ -271,4 +272,6 @@ FIGURES = {
 if __name__ == '__main__':
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path(__file__).parent / 'figures')
-  main(parser.parse_args().out)
+  parser.add_argument('--only', choices=FIGURES)
+  options = parser.parse_args()
+  main(options.out, options.only)

@@ -166,6 +166,14 @@ def test_wrong_commands_are_noticed(command, problem):
   assert wrong(command) == problem
 
 
+@pytest.mark.slow
+def test_figures_of_the_page_of_the_idea_can_be_drawn(tmp_path):
+  """The quickest and the one that uses most of the library."""
+  for name in ('forward_derivative', 'less_noise'):
+    figures.main(tmp_path, name)
+    assert '<svg' in (tmp_path / f'{name}.svg').read_text()
+
+
 def test_figures_are_measured():
   excess = measurements.tangents.hadamard.excess(16, 4)
   assert measurements.error_of_direction(16, 4) == pytest.approx(excess, rel=0.2)
