@@ -81,8 +81,8 @@ def logarithmic_errors(axes: Axes) -> None:
 
 
 def name_lines(axes: Axes, names: Sequence[str], ends: Sequence[float]) -> None:
-  """Writes names beside the axes, in the order of the lines' ends, without overlap."""
-  axes.autoscale_view()  # sets the limits, which are otherwise unknown until the figure is drawn
+  """Writes names beside the axes, in the order of the lines' ends, none over another."""
+  axes.autoscale_view()  # the limits, which are else not known before the figure is drawn
   to_axes = axes.transData + axes.transAxes.inverted()
   heights = [float(to_axes.transform((0, end))[1]) for end in ends]
   figure = axes.get_figure(root=True)
