@@ -1,25 +1,26 @@
-"""Heads that look ahead: a block's losses are read behind a slow average of the next block.
+"""Heads that look ahead: a block's losses are read after a slow average of the next block.
 
-The head of block n sees the features that the block after it makes of block n's output:
+The head of block n sees the features that the next block makes of block n's output:
 
     losses_n = head_n(f̄(f_n(x))),    f̄ = block n+1 with an average of its parameters.
 
-The average moves after every step and is constant within one: no gradient goes into it. What block
-n learns is thus what block n+1 can make use of, without waiting for a gradient from there. f̄ lies
-behind the block's last tap, and its own taps are taken out. So it adds nothing to what is
-perturbed; where the last tap is exact, the exact signal comes back through f̄ by reverse mode.
+The average moves after every step and is constant within a step: no gradient flows into it. So
+block n learns what block n+1 can use, without waiting for a gradient from block n+1. f̄ comes after
+the block's last tap, and its own taps are removed. So it adds nothing to what is perturbed. If the
+last tap is exact, the exact signal comes back through f̄ by reverse mode.
 
-**Which block is next.** In a stack of scanned blocks the one after; for the last of them, whose
-output has its input's shape, its own average stands in for a further block, so that the scan stays
-one. For a single block it is the first of the next stack. A single block at the end of the network
-has nothing to look through, and its head reads its own output.
+**Which block is next.** In a stack of scanned blocks, it is the following block. The last block of
+the stack uses its own average as the next block; this is possible because its output has its
+input's shape, and it keeps the stack one scan. For a single block, the next block is the first of
+the next stack. A single block at the end of the network has nothing to look through, and its head
+reads its own output.
 
-**Credit.** f̄ mixes channels, and most blocks mix patches: every activity of the block influences
-the losses of *all* patches and groups. Its taps must say so, which they do where they are not `at.last`. It is
-different for an estimator that stops at the model's boundary (see `estimators.boundary`). That one
-has the exact signal s of the block's end y, and takes s·y in place of the true losses: one part for
-each patch and group of y. An activity influences y, and so these parts, in its own patch and group
-only. Credited with them, it has no more noise than without f̄.
+**Credit.** f̄ mixes channels, and most blocks mix patches. So every activity of the block
+influences the losses of *all* patches and groups. The block's taps must say so, and they do if they
+are not `at.last`. An estimator that stops at the model's boundary (see `estimators.boundary`) is
+different. It has the exact signal s at the block's end y, and takes s·y in place of the true
+losses: one part for each patch and group of y. An activity influences y, and so these parts, only
+in its own patch and group. Credited with these parts only, it has no more noise than without f̄.
 """
 
 import dataclasses
@@ -37,13 +38,13 @@ PyTree = Any
 
 
 def look_ahead(model: StagedModel, *, bounded: bool = False) -> StagedModel:
-  """The model with heads that look ahead. Its blocks need 'ahead' among their variables.
+  """Returns the model with heads that look ahead. Its blocks need 'ahead' among their variables.
 
   Args:
-    bounded: whether the estimator that it is for stops at the model's boundary; see "Credit".
+    bounded: whether the estimator stops at the model's boundary; see "Credit".
 
   Raises:
-    ValueError: no block has one to look through, or a block has no parameters 'head'.
+    ValueError: no block has a next block to look through, or a block has no parameters 'head'.
 
   >>> from lfg_jax.models import registry
   >>> images = registry.Images((8, 8, 1), 10, (0.5,), (0.3,))
@@ -82,7 +83,7 @@ def look_ahead(model: StagedModel, *, bounded: bool = False) -> StagedModel:
 
 
 def next_stacks(stacks: Sequence[Stack]) -> list[Stack | None]:
-  """For every stack the one with the block that its heads look through; None: there is none."""
+  """For every stack, the stack with the block that its heads look through; None: no such block."""
   return [
     stack if stack.is_stacked else after
     for stack, after in zip(stacks, [*stacks[1:], None], strict=True)
@@ -90,7 +91,7 @@ def next_stacks(stacks: Sequence[Stack]) -> list[Stack | None]:
 
 
 def following(stacks: Sequence[Stack], params: PyTree) -> PyTree:
-  """By stack, the parameters of the block after each of its blocks, without heads."""
+  """By stack, the parameters (without heads) of the block that follows each of its blocks."""
   found: dict[str, PyTree] = {}
   for stack, after in zip(stacks, next_stacks(stacks), strict=True):
     if after:
@@ -110,17 +111,17 @@ def _check_heads(model: StagedModel) -> None:
 
 
 def _shifted(leaf: jax.Array) -> jax.Array:
-  """Of blocks in front, each one's successor; the last stays."""
+  """Replaces each block's part, along the leading axis, by the next block's; the last one stays."""
   return jnp.concatenate([leaf[1:], leaf[-1:]])
 
 
 def _first(stack: Stack, tree: PyTree) -> PyTree:
-  """What is the first block's."""
+  """The first block's part of a stack's tree."""
   return jax.tree.map(lambda leaf: leaf[0], tree) if stack.is_stacked else tree
 
 
 def _with_heads(stacks: Sequence[Stack], params: PyTree) -> PyTree:
-  """Every block with a head of the shape that the features of its next block ask for."""
+  """Gives every block a head whose shape fits the features of its next block."""
   heads = {
     stack.name: _first(after, params[after.name]['head'])
     for stack, after in zip(stacks, next_stacks(stacks), strict=True)
@@ -130,7 +131,7 @@ def _with_heads(stacks: Sequence[Stack], params: PyTree) -> PyTree:
 
 
 def _looking(block: Block, after: Block, bounded: bool) -> Block:
-  """`block`, whose losses are those of its own head in the place of `after`'s."""
+  """`block`, with the losses of `after`, in which `block`'s own head replaces that of `after`."""
 
   def looking(variables: Variables, x: jax.Array, targets: Targets, at: Place) -> Outcome:
     own = {kind: tree for kind, tree in variables.items() if kind != 'ahead'}

@@ -1,7 +1,8 @@
-"""Greedy training: the network in stages, each learning from its own local losses, with nothing flowing back.
+"""Greedy training: each stage of the network learns from its own local losses only.
 
-A stage is one block (or k blocks, or overlapping pairs) with the losses at its end. Any estimator serves a stage,
-and each stage is done with before the next begins: equal stages are scanned, so memory does not grow with depth.
+A stage is one block (or k blocks, or an overlapping pair of blocks) with the losses at its end. No
+gradient flows back to earlier stages. Any estimator can serve a stage. Each stage finishes before
+the next begins. Equal stages are scanned, so memory does not grow with depth.
 """
 
 import dataclasses
@@ -22,11 +23,12 @@ PyTree = Any
 
 
 def stage_loss(blocks: Sequence[Block], cut: Cut) -> Callable:
-  """The loss function of consecutive blocks with local losses after the last.
+  """Returns the loss function of consecutive blocks with local losses after the last.
 
   Returns:
-    `(fixed, params, x, targets) -> (losses [B, P, G], aux)`: params and the other variables `fixed`
-    have the blocks by name; aux has the blocks' 'outputs', and what of `fixed` they update.
+    `(fixed, params, x, targets) -> (losses [B, P, G], aux)`. `params` and the other variables,
+    `fixed`, have one entry per block, by `block_names`. aux has the blocks' 'outputs' and the
+    variables that they update.
   """
   names = block_names(len(blocks))
 
@@ -48,17 +50,17 @@ def stage_loss(blocks: Sequence[Block], cut: Cut) -> Callable:
 
 
 def block_names(size: int) -> list[str]:
-  """Names of a stage's blocks: `inner_0`, …, and `last`, the one under the losses."""
+  """Names of a stage's blocks: `inner_0`, …, and `last` for the block below the losses."""
   return [*(f'inner_{i}' for i in range(size - 1)), 'last']
 
 
 class Stages(NamedTuple):
-  """Equal stages in a row.
+  """Consecutive equal stages.
 
   Attributes:
-    blocks: for every stage, the positions in the network of its blocks.
-    advance: how many of its blocks the next stage's input has passed.
-    taken: those of the stages that are run.
+    blocks: for every stage, the positions of its blocks in the network.
+    advance: number of a stage's blocks that the next stage's input has passed through.
+    taken: which of the stages are run.
   """
 
   blocks: tuple[tuple[int, ...], ...]
@@ -67,12 +69,13 @@ class Stages(NamedTuple):
 
 
 def stages(depth: int, every: int = 1, overlap: bool = False) -> list[tuple[tuple[int, ...], int]]:
-  """(blocks, advance) of every stage.
+  """Returns (blocks, advance) for every stage, as in `Stages`.
 
   Args:
     depth: number of blocks.
-    every: blocks per stage; the last stage takes what is left.
-    overlap: pairs of neighbours, so that a block also learns from the next block's losses (Xiong et al. 2020).
+    every: blocks per stage; the last stage takes the remaining ones.
+    overlap: whether stages are pairs of neighbours, so that a block also learns from the next
+      block's losses (Xiong et al. 2020).
 
   >>> stages(4)
   [((0,), 1), ((1,), 1), ((2,), 1), ((3,), 1)]
@@ -90,7 +93,7 @@ def stages(depth: int, every: int = 1, overlap: bool = False) -> list[tuple[tupl
 def _grouped(
   homes: Sequence[tuple[Stack, int]], plan: Sequence[tuple[tuple[int, ...], int]]
 ) -> list[Stages]:
-  """Consecutive stages of equal blocks together, if they can be scanned."""
+  """Groups consecutive stages of equal blocks, if they can be scanned."""
   groups: list[Stages] = []
   signature = None
   for blocks, advance in plan:
@@ -104,7 +107,7 @@ def _grouped(
 
 
 def _within(plan: Sequence[Stages], span: range) -> list[Stages]:
-  """The same groups, of which the stages in `span` are taken."""
+  """The same groups, but only the stages in `span` are taken."""
   begins = [sum(len(group.blocks) for group in plan[:n]) for n in range(len(plan))]
   return [
     group._replace(taken=slice(max(span.start - begin, 0), max(span.stop - begin, 0)))
@@ -113,7 +116,7 @@ def _within(plan: Sequence[Stages], span: range) -> list[Stages]:
 
 
 def owned(model: StagedModel, span: range, every: int = 1) -> dict[str, range]:
-  """By a stack's name those of its blocks that are in the stages of `span`, which do not overlap.
+  """Returns, by stack, the blocks in the stages of `span`. Stages must not overlap.
 
   >>> from lfg_jax.models import registry
   >>> images = registry.Images((8, 8, 1), 10, (0.5,), (0.3,))
@@ -129,7 +132,7 @@ def owned(model: StagedModel, span: range, every: int = 1) -> dict[str, range]:
 
 
 class Member(NamedTuple):
-  """The blocks of a stack that stand at one position in each of several equal stages."""
+  """The blocks of a stack that are at the same position in each of several equal stages."""
 
   stack: Stack
   indices: list[int]
@@ -139,13 +142,13 @@ class Member(NamedTuple):
     return self.indices == list(range(self.stack.count))
 
   def take(self, tree: PyTree) -> PyTree:
-    """Their part of the stack's variables, stacked."""
+    """Returns these blocks' part of the stack's variables, stacked."""
     if not self.stack.is_stacked:
       return jax.tree.map(lambda leaf: leaf[None], tree)
     return tree if self._whole else jax.tree.map(lambda leaf: leaf[jnp.array(self.indices)], tree)
 
   def add_to(self, tree: PyTree | None, part: PyTree) -> PyTree:
-    """The stack's gradients (None: zero so far) with `part` added at these blocks."""
+    """Returns the stack's gradients `tree` (None: zero), with `part` added at these blocks."""
     if not self.stack.is_stacked:
       part = jax.tree.map(lambda leaf: leaf[0], part)
     elif not self._whole:
@@ -156,7 +159,7 @@ class Member(NamedTuple):
     return part if tree is None else jax.tree.map(jnp.add, tree, part)
 
   def put_in(self, tree: PyTree, part: PyTree) -> PyTree:
-    """The stack's tree with `part` at these blocks."""
+    """Returns the stack's tree, with `part` in place of these blocks."""
     if not self.stack.is_stacked:
       return jax.tree.map(lambda leaf: leaf[0], part)
     return jax.tree.map(lambda leaf, new: leaf.at[jnp.array(self.indices)].set(new), tree, part)
@@ -171,16 +174,18 @@ def greedy(
   overlap: bool = False,
   span: range | None = None,
 ) -> Callable:
-  """Gradients of all blocks, stage by stage.
+  """Returns a function that computes the gradients of all blocks, stage by stage.
 
   Args:
-    span: the stages that are run; the variables then have their blocks only, see `owned`. None: all.
+    span: the stages to run; the variables then have only the blocks of these stages, see `owned`.
+      None: all stages.
 
   Returns:
-    `(variables, key, x, targets) -> (x, losses_B, grads, updates)`: the last block's output, the
-    sum over stages of the mean local loss (weighted, per example), gradients of all stacks, and
-    further trees of the variables' structure: 'batch_stats', batch norm's updated statistics, and
-    'guess_gradient', of what guesses learn.
+    `(variables, key, x, targets) -> (x, losses_B, grads, updates)`. x is the last block's output.
+    losses_B has each example's weighted local loss, averaged over patches and groups and summed
+    over stages. grads has the gradients of all stacks. updates has further trees by stack:
+    'batch_stats', the updated statistics of batch norm, and 'guess_gradient', the gradient of the
+    guesses' weights.
   """
   homes = [(stack, i) for stack in model.stacks for i in range(stack.count)]
   plan = _grouped(homes, stages(model.depth, every, overlap))
@@ -227,7 +232,7 @@ def greedy(
           guess_grads[member.stack.name] = member.add_to(
             guess_grads.get(member.stack.name), guess_part[name]
           )
-      # Of overlapping stages a block is in two: its statistics are those of its own losses' stage.
+      # With overlap, a block is in two stages. The one with its own losses gives its statistics.
       for name in {'last'} if overlap else set(named):
         if name in new_stats:
           stack = named[name].stack.name
@@ -238,7 +243,7 @@ def greedy(
 
 
 def _gathered(tree: PyTree, members: Mapping[str, Member]) -> PyTree:
-  """By a stage's names the parts of a kind of variables that are its blocks'."""
+  """One kind of variables, restricted to a stage's blocks and keyed by their names in the stage."""
   return {
     name: member.take(tree[member.stack.name])
     for name, member in members.items()
@@ -247,7 +252,7 @@ def _gathered(tree: PyTree, members: Mapping[str, Member]) -> PyTree:
 
 
 def _stage_body(estimator: Estimator, loss: Callable, targets: Targets, advance: int) -> Callable:
-  """One stage, for `jax.lax.scan`. Carries the next stage's input and the last block's output."""
+  """The body of a scan over stages; carries the next stage's input and the last block's output."""
 
   def body(
     carry: tuple[jax.Array, jax.Array], inputs: tuple
@@ -277,7 +282,7 @@ def _stage_body(estimator: Estimator, loss: Callable, targets: Targets, advance:
 def _scan(
   body: Callable, x: jax.Array, inputs: PyTree, length: int
 ) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
-  """`jax.lax.scan`; a single stage may change the shape of x."""
+  """Like `jax.lax.scan`, but a single stage may change the shape of x."""
   if length > 1:
     return jax.lax.scan(body, (x, x), inputs)
   carry, out = body((x, x), jax.tree.map(lambda leaf: leaf[0], inputs))

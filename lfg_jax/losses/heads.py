@@ -1,4 +1,4 @@
-"""Local heads: what the losses of a block are, and what they share with those of other blocks."""
+"""Local heads: the losses of a block, and the settings that all blocks share."""
 
 from typing import Any, NamedTuple
 
@@ -14,18 +14,18 @@ Params = dict[str, Any]
 
 
 class Heads(NamedTuple):
-  """What all local heads of a network are.
+  """The settings of all local heads of a network.
 
   A head is one linear layer on a block's mean feature, or two with a ReLU between them.
 
   Attributes:
-    row_loss: of the outputs, see `row_losses`.
+    row_loss: loss of the outputs, see `row_losses`.
     hidden: channels of the hidden layer; 0: there is none.
-    contrast: of the contrastive loss, in place of `row_loss`; None: heads classify.
-    fused: losses have a derivative of their own, at the cost of one plain loss. Finite differences
-      see no derivative: for them every replica is written out, with the others' features behind a
-      stop-gradient.
-    project: whether a projection at the end of the network takes their place, for contrastive
+    contrast: options of the contrastive loss, which replaces `row_loss`; None: heads classify.
+    fused: whether losses have a derivative rule of their own, at the cost of one plain loss. Finite
+      differences do not use derivative rules. For them, every replica is written out, with the
+      other replicas' features behind a stop-gradient.
+    project: whether a projection at the end of the network replaces the heads, for contrastive
       learning without local losses.
   """
 
@@ -36,7 +36,7 @@ class Heads(NamedTuple):
   project: bool = False
 
   def outputs(self, classes: int) -> int:
-    """Of a head: classes, or projected dimensions."""
+    """Number of a head's outputs: classes, or dimensions of the projection."""
     return self.contrast.projections if self.contrast else classes
 
   def losses(
@@ -47,14 +47,15 @@ class Heads(NamedTuple):
     cut: Cut,
     feedback: Params | None = None,
   ) -> jax.Array:
-    """[B, P, G] weighted losses of a block (1 in place of an axis that is not cut).
+    """Returns the weighted losses [B, P, G] of a block (size 1 for an axis that is not cut).
 
-    The head learns from the mean of the replicas, while the block takes their sum.
+    The head learns from the mean of the replicas, but the block learns from their sum.
 
     Args:
       features_BxPxGxC: normalised output of the block, in groups.
-      head: its parameters, and `feedback` its feedback matrices; see `replicated.replicated_loss`.
-      targets: of each example.
+      head: the head's parameters. `feedback` has its feedback matrices; see
+        `replicated.replicated_loss`.
+      targets: targets of the examples.
       cut: how losses are replicated.
 
     >>> x, head = jax.numpy.ones((2, 4, 3, 5)), {'kernel': jax.numpy.zeros((3, 5, 10)),

@@ -1,16 +1,16 @@
-"""What a network learns from, and how an estimator is led through it.
+"""Objectives: what a network learns from, and how an estimator is applied to it.
 
 | | losses | gradient flows between blocks |
 |---|---|---|
 | `end_to_end` | the read-out's, and with `local=True` all local ones | yes |
 | `stage_by_stage` | local ones; the read-out learns on top, detached | no |
 
-With the contrastive loss, the local losses are contrastive, and where there are none, that of a projection at the
-end of the network. The read-out is always detached.
+In contrastive learning, the local losses are contrastive. If there are none, a projection at the
+end of the network has the contrastive loss. The read-out is then always detached.
 
-Both return `run(variables, key, x, targets) -> (grads, aux)`; aux has 'batch_stats', stage by stage
-also 'guess_gradient' (see `greedy`), and the sums over this device's examples of
-'loss', 'error' and, where there is one, 'contrastive_loss'.
+Both functions return `run(variables, key, x, targets) -> (grads, aux)`. aux has the sums over this
+device's examples of 'loss', 'error' and, in contrastive learning, 'contrastive_loss'. It also has
+'batch_stats' and, stage by stage, 'guess_gradient' (see `greedy`).
 """
 
 from collections.abc import Callable
@@ -33,7 +33,11 @@ _UNCUT = Cut(patch=False, group=False)
 
 
 def end_to_end(model: StagedModel, estimator: Estimator, *, local: bool) -> Run:
-  """The whole network as one loss function: the read-out's loss, or detached and all local ones."""
+  """The whole network as one loss function.
+
+  It has the read-out's loss. With `local`, it also has all local losses, and the read-out is
+  detached.
+  """
   contrast = model.contrast
   project = contrast is not None and not local
 
@@ -74,7 +78,7 @@ def end_to_end(model: StagedModel, estimator: Estimator, *, local: bool) -> Run:
 def stage_by_stage(
   model: StagedModel, estimator: Estimator, cut: Cut, *, every: int = 1, overlap: bool = False
 ) -> Run:
-  """Stage after stage by their local losses, then the read-out on what comes out."""
+  """Every stage in turn learns from its local losses; then the read-out learns from the output."""
   run_stages = greedy(estimator, model, cut, every=every, overlap=overlap)
 
   def run(
@@ -95,13 +99,13 @@ def with_read_out(
   grads: PyTree,
   updates: PyTree,
 ) -> dict[str, Any]:
-  """The read-out learns on top of the last block's output x, detached.
+  """Adds the read-out, which learns from the last block's output x, detached.
 
   Args:
-    grads, updates: of `greedy`; those of the read-out are put among them.
+    grads, updates: results of `greedy`, to which the read-out's are added in place.
 
   Returns:
-    The updates, and the sums over this device's examples of 'loss' and 'error'.
+    The updates, and the sums of 'loss' and 'error' over this device's examples.
   """
   stats = updates['batch_stats']
   readout = own(variables, 'readout')
@@ -122,14 +126,14 @@ def with_read_out(
 def local_metrics(
   model: StagedModel, local_loss_B: jax.Array, every: int = 1, overlap: bool = False
 ) -> dict[str, jax.Array]:
-  """The contrastive loss, if that is what stages learn from: the mean over them."""
+  """The contrastive loss, as a mean over stages; nothing if stages do not learn from it."""
   if model.contrast is None:
     return {}
   return {'contrastive_loss': local_loss_B.sum() / len(stages(model.depth, every, overlap))}
 
 
 def _summary(logits_BxK: jax.Array, targets: Targets) -> dict[str, jax.Array]:
-  """Weighted loss and error of the read-out, per example, and the loss's derivative by the logits."""
+  """The read-out's weighted loss and error per example, and the loss's derivative by the logits."""
   label_B, weight_B = targets
   one_hot_BxK = jax.nn.one_hot(label_B, logits_BxK.shape[-1], dtype=logits_BxK.dtype)
   return {
@@ -140,5 +144,5 @@ def _summary(logits_BxK: jax.Array, targets: Targets) -> dict[str, jax.Array]:
 
 
 def _sums(aux: dict[str, Any]) -> dict[str, jax.Array]:
-  """Over this device's examples."""
+  """Sums loss and error over this device's examples."""
   return {'loss': aux['loss'].sum(), 'error': aux['error'].sum()}

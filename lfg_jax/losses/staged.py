@@ -1,8 +1,8 @@
 """Staged models: all that rules, greedy stages, the trainer and the cost model know of a network.
 
-A staged model is stacks of equal blocks in a row. A block is a pure function with taps
-(`lfg_jax.tap`) that gives its output and its local losses. Before the first block images are
-prepared, behind the last there is a read-out. `models/mlp.py` is the model to read first.
+A staged model is a sequence of stacks of equal blocks. A block is a pure function with taps
+(`lfg_jax.tap`) that returns its output and its local losses. Images are prepared before the first
+block, and a read-out follows the last. `models/mlp.py` is the model to read first.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ Outcome = tuple[jax.Array, jax.Array | None, Variables]  # output, losses, updat
 
 
 class Place(NamedTuple):
-  """Where a block stands.
+  """A block's place in the network.
 
   Attributes:
-    name: goes in front of the names of its taps: `tap(z, f'{at.name}/hidden')`.
-    cut: how its local losses are replicated: an axis that is not cut has size 1. None: there are no
-      losses.
-    last: whether the output goes to these losses only, so that activities may be credited with
-      those of their own patch and group.
+    name: prefix of the names of the block's taps: `tap(z, f'{at.name}/hidden')`.
+    cut: how the block's local losses are replicated; an axis that is not cut has size 1. None:
+      there are no losses.
+    last: whether only these losses use the output. If so, activities may be credited with only the
+      losses of their own patch and group.
   """
 
   name: str
@@ -47,24 +47,24 @@ class Block(Protocol):
     """Returns (output, losses [B, P, G] times the examples' weights, updated variables).
 
     Args:
-      variables: this block's own: {'params': …} and where used 'batch_stats' and 'feedback'. The
-        parameters of its local head are under the key 'head'.
-      x: [B, ...], the output of the block before.
-      at: where it stands.
+      variables: this block's own variables: {'params': …} and, where used, 'batch_stats' and
+        'feedback'. The parameters of its local head are under the key 'head'.
+      x: [B, ...], the output of the previous block.
+      at: the block's place.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-  """Equal blocks in a row.
+  """Consecutive equal blocks.
 
   Attributes:
-    name: of the subtree of the variables that is theirs.
-    count: how many; more than one only if they are stacked.
-    block: what one of them does.
-    is_stacked: every leaf of their variables has the blocks in front; the output of a block has the
-      shape of its input. They are then scanned.
-    flop: floating-point operations per example of a block's linear maps, by the tap behind each.
+    name: name of the blocks' subtree of the variables.
+    count: number of blocks; more than one only if they are stacked.
+    block: the function that one block computes.
+    is_stacked: whether the blocks are scanned. If so, every leaf of their variables has a leading
+      axis of blocks, and a block's output has the shape of its input.
+    flop: floating-point operations per example of each linear map in a block, by the tap after it.
   """
 
   name: str
@@ -75,7 +75,7 @@ class Stack:
 
 
 def no_variant(**changes: bool) -> Any:
-  """Stands for the variants of a model that has not been built by `registry.build`."""
+  """Raises ValueError, in place of the variants of a model that `registry.build` has not built."""
   raise ValueError('this model has no variants; allowed: one made by registry.build')
 
 
@@ -84,31 +84,34 @@ class StagedModel:
   """A network of stacks of blocks.
 
   Attributes:
-    stacks: from the input to the output.
-    init: `key -> variables`, {'params': {stack: …, 'readout': …}} and where used 'batch_stats'.
+    stacks: the stacks, from the input to the output.
+    init: `key -> variables`: {'params': {stack: …, 'readout': …}} and, where used, 'batch_stats'.
     prepare: images [B, H, W, C] of pixels 0 … 255 → the first block's input.
-    read_out: `(variables, x, weight_B) -> (logits [B, classes], features [B, C], updates)`, with
-      its own variables.
-    input_shape: of the first block's input, without the axis of examples.
-    classes: of the read-out.
-    taps: names of a block's taps, without the block's.
-    guessed: of those that can have a learned guess, the layer in `params` through whose feedback
-      matrix it comes, the nearest to the loss first. See `guesses`.
-    boundary: name of a last block's tap behind which exact signals are cheap (see `boundary`), and
-      of the tap behind it, which then needs no perturbation; None: there is none.
+    read_out: `(variables, x, weight_B) -> (logits [B, classes], features [B, C], updates)`. It gets
+      only its own variables.
+    input_shape: shape of the first block's input, without the axis of examples.
+    classes: number of the read-out's outputs.
+    taps: names of a block's taps, without the block's name.
+    guessed: the taps that can have a learned guess, the nearest to the loss first. Each has the
+      name of a layer in `params`: the guess comes through this layer's feedback matrix. See
+      `guesses`.
+    boundary: names of two taps. The first is a tap of a last block, after which exact signals are
+      cheap (see `boundary`). The second is the tap that then needs no perturbation; it may be the
+      same. None: there is no boundary.
     group_axis: `(path in a block's params, credit) -> axis`: the axis of a weight that runs over
       groups with losses of their own, or None; see `weight.weight_perturbation`.
-    mixes_examples: whether the losses of one example depend on others by batch norm.
-    rounds: whether blocks compute in fewer digits than finite differences need.
-    activity_bytes: of the largest activity, per example: CPUs work on as many at once as fit in their
-      cache. 0: on the whole batch, as suits convolutions.
-    contrast: of contrastive losses; None: heads classify.
-    ahead: `params -> params`, by stack those of the block after each, through an average of which
-      heads look, see `ahead`; None: heads read the output of their own block.
-    project: `(variables, x, weight_B) -> (anchors [B, K], candidates [B, K], updates)`, at the end
-      of a network that learns contrastively without local losses; its parameters are under 'head'.
-    variant: `(train=True, fused=True, project=False) -> StagedModel`: the same network in training
-      or evaluation, where batch norm does not look at the batch, and with other `Heads`.
+    mixes_examples: whether batch norm makes the losses of one example depend on other examples.
+    rounds: whether blocks compute with fewer digits than finite differences need.
+    activity_bytes: size of the largest activity, per example. CPUs work on as many examples at once
+      as fit in their cache. 0: on the whole batch, which suits convolutions.
+    contrast: options of the contrastive losses; None: heads classify.
+    ahead: `params -> params`: by stack, the parameters of the block after each block. Heads look
+      through an average of them, see `ahead`. None: heads read the output of their own block.
+    project: `(variables, x, weight_B) -> (anchors [B, K], candidates [B, K], updates)`: the
+      projection at the end of a network that learns contrastively without local losses. Its
+      parameters are under 'head'.
+    variant: `(train=True, fused=True, project=False) -> StagedModel`: the same network for training
+      or for evaluation, where batch norm does not look at the batch, and with other `Heads`.
       `registry.build` adds it to models without batch norm.
   """
 
@@ -137,7 +140,7 @@ class StagedModel:
 
 
 def own(variables: Variables, name: str) -> Variables:
-  """Those variables that belong to one stack, the read-out or the head.
+  """Returns the variables that belong to one stack, the read-out or the head.
 
   >>> own({'params': {'a': 1, 'b': 2}, 'batch_stats': {'b': 3}}, 'b')
   {'params': 2, 'batch_stats': 3}
@@ -146,7 +149,7 @@ def own(variables: Variables, name: str) -> Variables:
 
 
 def in_block(tap_name: str) -> str:
-  """A tap's name without its block's.
+  """Returns a tap's name without its block's name.
 
   >>> in_block('blocks/after_token')
   'after_token'
@@ -155,7 +158,7 @@ def in_block(tap_name: str) -> str:
 
 
 def merge(updates: Variables, name: str, new: Variables) -> None:
-  """Puts the updated variables of one block, stack or layer among the others'."""
+  """Adds the updated variables of one block, stack or layer to `updates`, in place."""
   for kind, tree in new.items():
     updates.setdefault(kind, {})[name] = tree
 
@@ -163,11 +166,11 @@ def merge(updates: Variables, name: str, new: Variables) -> None:
 def apply(
   model: StagedModel, variables: Variables, x: jax.Array, targets: Targets, cut: Cut | None
 ) -> tuple[jax.Array, list[jax.Array], Variables]:
-  """All blocks, one after the other.
+  """Applies all blocks, one after the other.
 
   Returns:
     The last block's output, the local losses [n, B, P, G] of every stack (none without a cut), and
-    the updated variables, those that no block updates left out.
+    the updated variables. Variables that no block updates are left out.
   """
   local: list[jax.Array] = []
   updates: Variables = {}
@@ -186,7 +189,7 @@ def apply(
 
 
 def evaluate(model: StagedModel, variables: Variables, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Logits [B, classes] and the features [B, C] that the read-out's linear layer sees."""
+  """Returns logits [B, classes], and features [B, C], the input of the read-out's linear layer."""
   targets = Targets(jnp.zeros(x.shape[0], jnp.int32), jnp.ones(x.shape[0]))
   x, _, _ = apply(model, variables, x, targets, None)
   logits, features, _ = model.read_out(own(variables, 'readout'), x, targets.weight_B)

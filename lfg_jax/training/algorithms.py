@@ -1,7 +1,8 @@
-"""Algorithms put together from a rule, options and a model: an estimator × the objective it serves.
+"""Builds an algorithm from a rule, options and a model: an estimator combined with an objective.
 
-Rules are in `lfg_jax.training.rules`, estimators in `lfg_jax.estimators`, objectives (end to end, or stage by stage)
-in `lfg_jax.losses.objectives`. With the contrastive loss the batch has two views of every image.
+`lfg_jax.training.rules` has the rules, `lfg_jax.estimators` the estimators, and
+`lfg_jax.losses.objectives` the objectives (end to end, or stage by stage). With the contrastive
+loss, a batch holds two views of every image.
 """
 
 import functools
@@ -42,7 +43,7 @@ LOSSES = ('supervised', 'contrastive')
 
 
 class Composition(NamedTuple):
-  """What an algorithm is made of; `options` and `model` are as the rule has them."""
+  """The parts of an algorithm, with `options` and `model` as adapted to the rule."""
 
   rule: Rule
   options: Options
@@ -51,11 +52,11 @@ class Composition(NamedTuple):
   views: Callable | None
 
   def keys(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of a step: the estimator's and that of the views, if there are views."""
+    """Returns a step's keys of the estimator and of the views; without views, both are `key`."""
     return tuple(jax.random.split(key)) if self.model.contrast and self.views else (key, key)
 
   def seen(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, Targets]:
-    """Images with their targets; in contrastive learning two views of each."""
+    """Returns the images and their targets; in contrastive learning, two views of each image."""
     image, label, weight = map(jnp.asarray, batch)
     if self.model.contrast and self.views:
       ids_B = tangents.example_ids(len(label), self.axis_name)
@@ -64,7 +65,7 @@ class Composition(NamedTuple):
     return image, Targets(label, weight)
 
   def known(self, variables: Variables) -> Variables:
-    """What objectives see of the variables."""
+    """Returns the variables that objectives use."""
     guessed = self.options.guessed_taps(self.model)
     used = (
       'params',
@@ -81,31 +82,33 @@ class Composition(NamedTuple):
     return {name: variables[name] for name in used if name in variables}
 
   def estimator(self, variables: Variables, part: Part) -> Estimator:
-    """`build_estimator` for a part of the batch."""
+    """Builds the rule's estimator for a part of the batch."""
     return build_estimator(self.rule, self.options, self.model, self.axis_name, variables, part)
 
   def parts(self, examples: int) -> int:
-    """In how many parts a device takes its share, of so many examples, of the batch."""
+    """Number of parts into which a device splits its share of a batch, `examples` rows."""
     if compatible.depends_on_others(self.model):
       return 1
     return parts.number_of_parts(examples, self.options.micro_batch, self.model.activity_bytes)
 
 
 class Algorithm(NamedTuple):
-  """What training needs of a rule and a model; pure functions.
+  """The pure functions that training needs, for a rule and a model.
 
   Attributes:
-    init: `key -> variables` ('params', and where used 'batch_stats', 'feedback', 'ahead', 'guess',
-      'guess_optimizer').
-    gradient: `(variables, key, batch) -> (grads, aux)`. The batch's weights sum to 1 over the global batch; when
-      the batch is sharded over a mesh axis, the sum over devices of grads and of aux's 'loss' and 'error' is the
-      result, and of aux['guess_gradient']. aux['batch_stats'] is the same on all devices.
-    advance: `(variables, params, aux) -> variables`, those of them, without 'params', after a step to new `params`.
+    init: `key -> variables`: 'params' and, where used, 'batch_stats', 'feedback', 'ahead', 'guess'
+      and 'guess_optimizer'.
+    gradient: `(variables, key, batch) -> (grads, aux)`. The batch's weights must sum to 1 over the
+      global batch. If the batch is sharded over a mesh axis, sum grads, the `metrics` in aux and
+      aux['guess_gradient'] over devices. aux['batch_stats'] is already the same on all devices.
+    advance: `(variables, params, aux) -> variables`: the variables other than 'params', after a
+      step to new `params`.
     predict: `(variables, image [B, H, W, C]) -> logits [B, classes]`.
-    features: `(variables, image [B, H, W, C]) -> [B, C]`, what the read-out's linear layer sees.
-    made_of: rule, options and model.
-    metrics: the scalars in aux that are means over the global batch.
-    flop: operations per example of the batch that the gradient cannot do without; None: the model does not tell.
+    features: `(variables, image [B, H, W, C]) -> [B, C]`, the input of the read-out's linear layer.
+    made_of: the rule, options and model.
+    metrics: names of the scalars in aux that are means over the global batch.
+    flop: operations per example that the gradient needs at least; None: the model does not state
+      the operations of all its blocks.
   """
 
   init: Callable[[jax.Array], dict[str, PyTree]]
@@ -119,10 +122,10 @@ class Algorithm(NamedTuple):
 
 
 def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorithm:
-  """The algorithm that a config names, on the model that it names, for images of a data set.
+  """Builds the algorithm and the model that a config names, for the images of a data set.
 
   Raises:
-    ValueError: one line naming the field, the value and what is allowed.
+    ValueError: one line with the field, its value and what is allowed.
   """
   one_of('algorithm', config.algorithm, REGISTRY)
   options = Options.read(config)
@@ -162,10 +165,10 @@ def compose(
   axis_name: str | None = None,
   views: Callable | None = None,
 ) -> Algorithm:
-  """`Rule` × options × model.
+  """Combines a rule, options and a model into an algorithm.
 
-  With contrastive heads, `views` is `(key [B], image [B, H, W, C]) -> [2B, H, W, C]`, views of an
-  example one after the other.
+  With contrastive heads, `views` is `(key [B], image [B, H, W, C]) -> [2B, H, W, C]`. The two views
+  of an example are in consecutive rows.
   """
   compatible.check(rule, options, model)
   contrast = model.contrast
@@ -248,7 +251,7 @@ def _flop(rule: Rule, options: Options, model: StagedModel) -> int | None:
 
 
 def _guess_weights(params: PyTree, model: StagedModel, guessed: tuple[str, ...]) -> PyTree:
-  """Zeros, the guess of nothing, for the kernels of the layers through which guesses come."""
+  """Zeros, which guess nothing, for the kernels of the layers through which guesses come."""
   weights: dict[str, PyTree] = {}
   for stack in model.stacks:
     own = params[stack.name]
@@ -258,7 +261,10 @@ def _guess_weights(params: PyTree, model: StagedModel, guessed: tuple[str, ...])
 
 
 def _tap_matrices(key: jax.Array, model: StagedModel, variables: Variables) -> PyTree:
-  """Fixed matrices [*scan, K, ...] for every tap, scaled so that a signal is about as long as the error."""
+  """Fixed random matrices [*scan, K, ...], one per tap.
+
+  They are scaled so that a signal is about as long as the error.
+  """
   x = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.result_type(float))
   taps = Traced(functools.partial(staged.evaluate, model), variables, x).taps
   outputs = model.contrast.projections if model.contrast else model.classes

@@ -1,4 +1,4 @@
-"""Checkpoints in WORKDIR/checkpoints, by Orbax: written while training goes on, renamed when complete."""
+"""Orbax checkpoints in WORKDIR/checkpoints, written during training and renamed when complete."""
 
 import contextlib
 import gc
@@ -25,28 +25,29 @@ def _test_error(metrics: dict[str, float]) -> float:
 
 
 class Checkpoints:
-  """Saves and restores `(state, clock)`; a context manager that waits for the last write.
+  """Saves and restores `(state, clock)`. As a context manager, it waits for the last write.
 
-  `clock` has seconds by name: how long the run took, and for what.
-  Keeps the newest `keep` checkpoints and the one with the smallest test error.
+  `clock` maps names to seconds: how long the run took, and on what it spent the time. The newest
+  `keep` checkpoints are kept, and the one with the smallest test error.
   """
 
   def __init__(self, directory: pathlib.Path, keep: int) -> None:
-    logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax tells of every step and file
+    logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax logs every step and file
     self._directory = directory.absolute()
     self._keep = keep
     self._manager: ocp.CheckpointManager | None = None
 
   def restore(self, like: PyTree) -> tuple[PyTree, dict[str, float]] | None:
-    """The newest checkpoint that can be read, with shapes and sharding of `like`; None when there is none.
+    """Returns the newest readable checkpoint, or None if there are no checkpoints.
 
-    One that cannot be read, newer than one that can, is passed over with a warning, and removed, because its
-    step will be saved again.
+    It has the shapes and sharding of `like`. Newer checkpoints that cannot be read are skipped with
+    a warning. They are also deleted, because their steps will be saved again.
 
     Raises:
-      UserError: there are checkpoints, and none can be read: they may be of another version of the program.
+      UserError: there are checkpoints, but none can be read. They may be from another version of
+        the program.
     """
-    # Without reading all metadata at once: one file cut short would keep every checkpoint from being read.
+    # Do not read all metadata at once: one truncated file would make every checkpoint unreadable.
     options = ocp.CheckpointManagerOptions(
       lightweight_initialize=True, cleanup_tmp_directories=True
     )
@@ -75,7 +76,7 @@ class Checkpoints:
   def save(
     self, step: int, state: PyTree, clock: dict[str, float], test_error: float | None
   ) -> None:
-    """Starts to save; returns as soon as `state` may change."""
+    """Starts saving, unless `step` is already saved; on return, `state` may be overwritten."""
     if self._manager is None:
       best = BestN(
         get_metric_fn=_test_error, reverse=True, n=1, keep_checkpoints_without_metrics=False
@@ -89,7 +90,7 @@ class Checkpoints:
       )
     if step in self._manager.all_steps():
       return
-    # The next update takes over the buffers of `state`, while Orbax still reads.
+    # The next update reuses the buffers of `state` while Orbax still reads.
     state = jax.tree.map(jnp.copy, state)
     self._manager.save(
       step,
@@ -109,7 +110,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-    # A write that is not done waits for its part from every process.
+    # An unfinished write waits for every process, and so forever for a lost one.
     if kind is not processes.Lost:
       self.close()
 
@@ -121,7 +122,7 @@ class Checkpoints:
   def _read(
     self, manager: ocp.CheckpointManager, step: int, like: PyTree
   ) -> tuple[PyTree, dict[str, float]]:
-    manager.metrics(step)  # read again by `save`: must not be damaged
+    manager.metrics(step)  # `save` reads them again, so they must be intact
     restored = manager.restore(
       step,
       args=ocp.args.Composite(state=ocp.args.StandardRestore(like), clock=ocp.args.JsonRestore()),
@@ -130,9 +131,9 @@ class Checkpoints:
 
 
 def _ignore_closed_loops() -> None:
-  """Keeps parts of a failed write from printing a traceback each, up to the end of the program.
+  """Suppresses the tracebacks of the parts of a failed write, until the program ends.
 
-  They are done after Orbax has given up, and closed the event loop that they report to.
+  These parts finish after Orbax has given up and closed the event loop to which they report.
   """
   hook = sys.unraisablehook
 
@@ -147,7 +148,7 @@ def _ignore_closed_loops() -> None:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-  """Keeps what was not finished when a read or write failed from reporting itself, besides the exception."""
+  """Suppresses reports of unfinished parts of a failed read or write; the exception stays."""
   hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
   logger = logging.getLogger('asyncio')
   level = logger.level
@@ -155,6 +156,6 @@ def silence() -> Iterator[None]:
   try:
     yield
   finally:
-    gc.collect()  # it is now that they report
+    gc.collect()  # makes unfinished parts report now
     sys.unraisablehook = hook
     logger.setLevel(level)

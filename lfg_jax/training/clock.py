@@ -1,4 +1,4 @@
-"""Where the time of a run goes, over all stops."""
+"""Measures what a run spends its time on, across interruptions."""
 
 import contextlib
 import time
@@ -9,11 +9,11 @@ import jax
 
 Item = TypeVar('Item')
 PARTS = ('compiling', 'input', 'steps', 'evaluation', 'checkpoints')
-_spans: list[tuple[float, float]] = []  # of compilation, in order, none inside another
+_spans: list[tuple[float, float]] = []  # of compilation, in order and disjoint
 
 
 def _compiled(event: str, start_time: float, end_time: float, **_: str | int) -> None:
-  """JAX tells of what was inside first."""
+  """Records a compilation span. JAX reports inner spans before the span around them."""
   if event.startswith('/jax/core/compile/'):
     while _spans and _spans[-1][0] >= start_time:
       _spans.pop()
@@ -24,35 +24,35 @@ jax.monitoring.register_event_time_span_listener(_compiled)
 
 
 def compiling() -> float:
-  """Seconds in which this process has traced and compiled so far."""
+  """Seconds that this process has spent on tracing and compiling so far."""
   return sum(end - begin for begin, end in _spans)
 
 
 class Clock:
-  """Seconds since a run began, were it without stops, and what they were spent on.
+  """Seconds since a run began, excluding interruptions, and what they were spent on.
 
-  Input counts while the program waits for it, when up to two dispatches may be at work.
+  Input counts only while the program waits for it. Up to two dispatches may run in the meantime.
   """
 
   def __init__(self, begin: float) -> None:
-    """`begin`: by `time.monotonic`."""
+    """Starts the clock at `begin`, a time of `time.monotonic`."""
     self._begin = begin
     self._compiled = compiling()
     self._parts = dict.fromkeys(PARTS, 0.0)
 
   def go_on(self, stored: dict[str, float]) -> None:
-    """Adds what a checkpoint stored; one of an older version has no parts."""
+    """Adds the times stored in a checkpoint; one from an older version has no parts."""
     self._begin -= stored['seconds']
     self._parts = {part: value + stored.get(part, 0) for part, value in self._parts.items()}
 
   def read(self) -> dict[str, float]:
-    """'seconds' in all, and those of every part."""
+    """Returns the total 'seconds', and the seconds of every part."""
     compiled = self._parts['compiling'] + compiling() - self._compiled
     return {'seconds': time.monotonic() - self._begin, **self._parts, 'compiling': compiled}
 
   @contextlib.contextmanager
   def on(self, part: str) -> Iterator[None]:
-    """What is done while this is entered counts for `part`, but for compilation."""
+    """Counts the time inside the context for `part`, except for compilation."""
     begin, compiled = time.monotonic(), compiling()
     try:
       yield
@@ -60,7 +60,7 @@ class Clock:
       self._parts[part] += time.monotonic() - begin - (compiling() - compiled)
 
   def waiting(self, items: Iterable[Item]) -> Iterator[Item]:
-    """The items; the time that they take counts as input."""
+    """Yields the items, and counts the time to get them as input."""
     left, none = iter(items), object()
     while True:
       with self.on('input'):

@@ -1,4 +1,4 @@
-"""Command lines: `--config.field=value`, and the options of scripts, each mistake one line."""
+"""Command lines: `--config.field=value` and the options of scripts; one-line errors."""
 
 import argparse
 import ast
@@ -20,7 +20,7 @@ from lfg_jax.training import config_checks, configs, fields, guard
 
 
 class Parser(argparse.ArgumentParser):
-  """A parser whose mistakes are `UserError`s; it shows the description as it is written."""
+  """A parser that raises `UserError` for mistakes and shows its description verbatim."""
 
   def __init__(self, description: str | None = None) -> None:
     super().__init__(
@@ -30,23 +30,23 @@ class Parser(argparse.ArgumentParser):
     )
 
   def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-    """Keeps the arguments, which `--help`, one of them, must know."""
+    """Parses, and keeps the arguments, because the text of `--help` depends on them."""
     self._arguments = list(args or ())
     return super().parse_known_args(args, namespace)
 
   def format_help(self) -> str:
-    """With the config's fields, those of the chosen model, where the program has a config."""
+    """Appends the config's fields, with those of the chosen model, if there is a --config."""
     text = super().format_help()
     if '--config' not in self._option_string_actions:
       return text
     return f'{text}\n{fields.table(_with_model(configs.base(), self._arguments))}'
 
   def error(self, message: str) -> NoReturn:
-    """Called by argparse, which else prints the usage and exits."""
+    """Raises UserError, where argparse would print the usage and exit."""
     raise UserError(message)
 
   def option(self, name: str, default: Any, meaning: str = '', **more: Any) -> None:
-    """Adds --NAME, whose help tells the default."""
+    """Adds --NAME, with its default in the help text."""
     told = '' if default in (None, '') else f'default: {default}'
     self.add_argument(
       f'--{name}', default=default, help='; '.join(filter(None, [meaning, told])), **more
@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
     kind: type = int,
     **more: Any,
   ) -> None:
-    """Adds an option that is a number, `least` or more."""
+    """Adds an option for a number of at least `least`."""
     self.option(name, default, meaning, type=functools.partial(_number, name, least, kind), **more)
 
   def numbers(
@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
     least: float = 1,
     kind: type = int,
   ) -> None:
-    """Adds an option that is a list of numbers, each `least` or more."""
+    """Adds an option for a list of numbers, each at least `least`."""
     self.option(name, default, meaning, type=functools.partial(_numbers, name, least, kind))
 
   def names(
@@ -85,12 +85,12 @@ class Parser(argparse.ArgumentParser):
     meaning: str = 'names, with commas',
     **more: Any,
   ) -> None:
-    """Adds an option that is a list of names."""
+    """Adds an option for a list of names from `allowed`."""
     self.option(name, default, meaning, type=functools.partial(_names, name, allowed), **more)
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
-  """Runs a program; a `UserError` ends in its line."""
+  """Runs a program and exits. A `UserError` is printed as one line."""
   try:
     main(sys.argv[1:])
   except UserError as error:
@@ -101,10 +101,12 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
 def parse(
   parser: argparse.ArgumentParser, arguments: list[str]
 ) -> tuple[argparse.Namespace, ConfigDict]:
-  """The options of `parser`, which has --config, and the config with the command line's changes.
+  """Returns the options of `parser` and the config with the command line's changes.
+
+  `parser` must have the option --config.
 
   Raises:
-    UserError: an unknown option, file or field, or a value of another type.
+    UserError: an unknown option, file or field, or a value of the wrong type.
   """
   options, rest = parser.parse_known_args(arguments)
   known = re.findall(r'--\w+', parser.format_usage())
@@ -112,17 +114,17 @@ def parse(
 
 
 def override(config: ConfigDict, arguments: list[str], known: Iterable[str] = ()) -> ConfigDict:
-  """A copy of the config with the changes of a command line.
+  """Returns a copy of the config with the changes of a command line.
 
   Args:
-    config: to be changed.
+    config: the config to copy.
     arguments: `--config.field=value` or `--config.field value`; for a bool also `--config.field`
-      and `--noconfig.field`. A tuple is read with brackets and quotes or without; None is nothing,
-      where a field may be None.
-    known: further options of the program, to suggest for an unknown one.
+      and `--noconfig.field`. A tuple may be written with or without brackets and quotes. None sets
+      a field to None if the field may be None.
+    known: further options of the program, as suggestions for an unknown one.
 
   Raises:
-    UserError: an unknown option or field, or a value of another type.
+    UserError: an unknown option or field, or a value of the wrong type.
 
   >>> override(configs.base(), ['--config.model.norms=head,readout']).model.norms
   ('head', 'readout')
@@ -154,7 +156,7 @@ def override(config: ConfigDict, arguments: list[str], known: Iterable[str] = ()
 
 
 def _with_model(config: ConfigDict, arguments: list[str]) -> ConfigDict:
-  """The config with the fields of the model that flags choose, of which others may speak."""
+  """Gives the config the fields of the model that flags choose, for other flags to set."""
   chosen: dict[str, str] = {}
   for argument, following in itertools.pairwise([*arguments, '']):
     if match := re.fullmatch(r'--?config\.model\.(name|module)(?:=(.*))?', argument, re.DOTALL):
@@ -168,7 +170,7 @@ def _with_model(config: ConfigDict, arguments: list[str]) -> ConfigDict:
 
 
 def _explained(error: Exception, config: ConfigDict) -> UserError:
-  """absl's error in one line; about a value, with what is allowed."""
+  """absl's error as one line; for a wrong value, with what is allowed."""
   if match := re.match(r'flag --config\.([^=]+)=(.*?): ', str(error), re.DOTALL):
     dotted, text = match.groups()
     node, field = _find(config, dotted)
@@ -186,7 +188,7 @@ def _unexpected(argument: str, known: Iterable[str]) -> UserError:
 
 
 def _find(config: ConfigDict, dotted: str) -> tuple[ConfigDict, str]:
-  """The part of the config that has the field that a flag names, and the field's name in it."""
+  """The part of the config that holds the field named by a flag, and the field's name in it."""
   node: Any = config
   *parents, last = names = dotted.split('.')
   for i, field in enumerate(names):
@@ -204,7 +206,7 @@ def _find(config: ConfigDict, dotted: str) -> tuple[ConfigDict, str]:
 
 
 def _items(text: str) -> tuple:
-  """The items of a list, with brackets and quotes or without.
+  """The items of a list, written with or without brackets and quotes.
 
   >>> _items('1, 2.5'), _items("('a', b)"), _items('[a]'), _items('')
   ((1, 2.5), ('a', 'b'), ('a',), ())
@@ -226,7 +228,7 @@ def _item(text: str) -> Any:
 
 
 def _number(option: str, least: float, kind: type, text: str) -> Any:
-  """A number, `least` or more; else a UserError.
+  """Parses a number of at least `least`; raises UserError otherwise.
 
   >>> _number('batch', 1, int, '64')
   64
@@ -235,13 +237,13 @@ def _number(option: str, least: float, kind: type, text: str) -> Any:
     found = kind(text)
   except ValueError as error:
     raise UserError(f'--{option} is {text!r}; allowed: numbers, {least} or more') from error
-  if not found >= least:  # nan, too
+  if not found >= least:  # also rejects nan
     raise UserError(f'--{option} is {found}; allowed: {least} or more')
   return found
 
 
 def _numbers(option: str, least: float, kind: type, text: str) -> list[Any]:
-  """A list of numbers, with commas between them, each `least` or more; else a UserError.
+  """Parses comma-separated numbers, each at least `least`; raises UserError otherwise.
 
   >>> _numbers('seeds', 0, int, '0,3')
   [0, 3]
@@ -256,7 +258,7 @@ def _numbers(option: str, least: float, kind: type, text: str) -> list[Any]:
 
 
 def _names(option: str, allowed: Collection[str], text: str) -> list[str]:
-  """A list of names, with commas between them; a UserError for one that is not allowed.
+  """Parses comma-separated names; raises UserError for one that is not allowed.
 
   >>> _names('algorithms', ('BP', 'FA', 'DFA'), 'BP,FA')
   ['BP', 'FA']

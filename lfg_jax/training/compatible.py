@@ -1,11 +1,11 @@
-"""Which rules and options do not go together with which models."""
+"""Checks that a rule and its options fit a model."""
 
 from lfg_jax.losses.staged import StagedModel
 from lfg_jax.training.rules import REGISTRY, Options, Rule
 
 
 def check(rule: Rule, options: Options, model: StagedModel) -> None:
-  """Raises ValueError, in one line, for a rule and options that the model makes impossible."""
+  """Raises a one-line ValueError if the model does not allow the rule or its options."""
   independent = rule.estimator == 'weight' and options.sharing == 'independent'
   if model.mixes_examples and independent:
     raise ValueError(
@@ -37,7 +37,7 @@ def check(rule: Rule, options: Options, model: StagedModel) -> None:
 
 
 def _ahead(rule: Rule, options: Options, model: StagedModel) -> None:
-  """Raises ValueError, in one line, where heads cannot look ahead."""
+  """Raises a one-line ValueError if heads cannot look ahead."""
   if not rule.local or rule.feedback or rule.finite:
     names = ', '.join(
       name for name, r in REGISTRY.items() if r.local and not r.feedback and not r.finite
@@ -59,5 +59,5 @@ def _ahead(rule: Rule, options: Options, model: StagedModel) -> None:
 
 
 def depends_on_others(model: StagedModel) -> bool:
-  """Whether the losses of one example depend on others, so that a batch is more than its parts."""
+  """Whether an example's losses depend on other examples, so that the batch must stay whole."""
   return model.mixes_examples or model.contrast is not None

@@ -1,4 +1,4 @@
-"""What a config may contain: names, types and ranges of its fields."""
+"""Checks what a config contains: the names, types and ranges of its fields."""
 
 import difflib
 import math
@@ -63,10 +63,10 @@ _RANGES: dict[str, tuple[Any, str]] = {
 
 
 def validate(config: ConfigDict) -> None:
-  """Checks names, types and ranges of all fields that no other module checks itself.
+  """Checks the names and types of all fields, and those ranges that no other module checks.
 
   Raises:
-    UserError: what is wrong, what was given, what is allowed.
+    UserError: a field is unknown, missing or wrong. The line says what is allowed.
   """
   _same_fields(config, _base_of(config), '')
   given = dict(configs.flatten(config))
@@ -84,7 +84,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def _base_of(config: ConfigDict) -> ConfigDict:
-  """The defaults, with those of the config's own model."""
+  """The defaults of all fields, including those of the config's own model."""
   wanted = configs.base()
   model = config.get('model')
   if (
@@ -97,7 +97,7 @@ def _base_of(config: ConfigDict) -> ConfigDict:
 
 
 def _same_fields(config: Any, wanted: ConfigDict, prefix: str) -> None:
-  """Compares names and types of fields with those of `wanted`."""
+  """Raises UserError if names or types of fields differ from those of `wanted`."""
   for field in config:
     if field not in wanted:
       raise unknown(prefix + field, wanted)
@@ -120,13 +120,13 @@ def _same_fields(config: Any, wanted: ConfigDict, prefix: str) -> None:
 
 
 def _line(value: Any) -> str:
-  """A value of whatever type as one line, which is not long."""
+  """A value of any type as one short line."""
   text = ' '.join(repr(value).split())
   return text if len(text) <= 80 else f'{text[:80]}…'
 
 
 def unknown(field: str, wanted: ConfigDict) -> UserError:
-  """The error about a field, by its dotted name, that is not among those `wanted` in its place."""
+  """Returns the error for an unknown field (dotted name); `wanted` has the fields allowed there."""
   known = [name for name, _ in configs.flatten(configs.base())]
   near = difflib.get_close_matches(field, known, 1, 0.75)
   last = {name.rpartition('.')[2]: name for name in known}

@@ -1,8 +1,8 @@
-"""The config: its fields with their defaults, how it is read, and what it may contain.
+"""The config: its fields with their defaults, and how it is read.
 
-A file in `configs/` has a function `get_config()` that changes fields of `base()`; the command line changes
-further ones (`--config.optimizer.learning_rate=0.1`, see `command_line`). `config_checks` finds what is wrong
-before any long work. `fields` has what every field means.
+A file in `configs/` has a function `get_config()` that changes fields of `base()`. The command line
+changes further fields (`--config.optimizer.learning_rate=0.1`, see `command_line`). `config_checks`
+finds mistakes before any long work starts. `fields` collects the meanings of all fields.
 """
 
 import difflib
@@ -22,44 +22,57 @@ from lfg_jax.models import registry
 def base() -> ConfigDict:
   """All fields, with their defaults.
 
-  The docstrings of `rules.Options` explain those of estimator and losses, a model's `make` its own (`sizes.mixer_spec`
-  and `block.Style` those of the mixer), `model_fields` those that every model has, `info_nce.Contrast` those of the
-  contrastive loss. What is left is explained here; `--help` prints all.
+  Other docstrings explain some of the fields:
+
+  - `rules.Options`: estimator and losses.
+  - `row_losses.find`: the loss of local heads, and your own file with one.
+  - `info_nce.Contrast`: the contrastive loss.
+  - `datasets.load`: your own file with a data set.
+  - `model_fields`: what every model has.
+  - A model's `make`: the model's own. For the mixer, `sizes.mixer_spec` and `block.Style`.
+
+  The others are explained here. `--help` prints them all.
 
   Attributes:
-    algorithm: a rule of the paper or ours, of `rules.REGISTRY`.
-    loss: 'supervised' or 'contrastive'. With the latter a batch has two views of each of its images.
-    dataset: 'digits', 'mnist', 'fashion_mnist', 'cifar10', 'imagenet2012', or another name of TFDS.
-    data_dir: where the data sets are; None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    algorithm: a learning rule of the paper or our own, one of `rules.REGISTRY`.
+    loss: 'supervised' or 'contrastive'. With 'contrastive', a batch has two views of each image.
+    dataset: 'digits', 'mnist', 'fashion_mnist', 'cifar10', 'imagenet2012', or the name of another
+      TFDS data set.
+    data_dir: folder of the data sets; None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
     image_size: height and width of streamed images; None: the data set's own.
-    images: how many to train on, the first so many; None: all.
-    workers: processes that read and decode a stream; 0: threads.
-    init_from: folder of a run whose parameters are the first; None: random ones.
-    row: what local heads learn: 'cross_entropy', 'squared_error' or 'margin'; the read-out learns the cross-entropy.
-    head_hidden: channels of a hidden layer in every local head; 0: none, heads are linear.
-    min_area: of a view's crop, as a part of the image's.
+    images: number of training images to use, counted from the first; None: all.
+    workers: number of processes that read and decode a stream; 0: threads.
+    init_from: folder of a run from whose parameters this run starts; None: random parameters.
+    row: loss of the local heads: 'cross_entropy', 'squared_error' or 'margin'. The read-out always
+      has the cross-entropy.
+    head_hidden: channels of a hidden layer in every local head; 0: heads are linear.
+    min_area: smallest area of a view's crop, as a fraction of the image's area.
     name: 'sgd', 'adam', 'adamw' or 'lars'.
-    learning_rate: the highest, after the warm-up.
-    scale_with_batch: whether rates are those of a batch of 256 and grow in proportion to it.
-    momentum: also Adam's b1.
-    weight_decay: of kernels only; for sgd and adam as L2 regularisation.
-    schedule: of the learning rate: 'constant', 'linear', 'staircase' or 'cosine'.
-    warmup_epochs: in which the rate rises from 0.
-    staircase_epochs: at which a staircase falls.
-    staircase_factor: by which it does.
-    readout_multiplier, head_multiplier: of the updates of the read-out, and of local heads.
-    epochs: how often all examples are learnt from.
-    batch_size: of all devices together.
+    learning_rate: the highest learning rate, reached after the warm-up.
+    scale_with_batch: whether the learning rate is for a batch of 256 and grows in proportion to the
+      batch size.
+    momentum: momentum, and Adam's b1.
+    weight_decay: weight decay of kernels only; for sgd and adam, it is L2 regularisation.
+    schedule: schedule of the learning rate: 'constant', 'linear', 'staircase' or 'cosine'.
+    warmup_epochs: number of epochs in which the learning rate rises from 0.
+    staircase_epochs: epochs at which the learning rate of a staircase falls.
+    staircase_factor: factor by which a staircase multiplies the learning rate each time.
+    readout_multiplier, head_multiplier: factors on the updates of the read-out and of local heads.
+    epochs: number of passes over the training examples.
+    batch_size: number of examples in a batch, over all devices.
     micro_batch: most examples computed at once on a device; 0: what suits the machine.
-    steps_per_dispatch: steps that a device does by itself; signals and progress wait for them.
-    stages: of the block pipeline: groups of devices with blocks of their own, see `pipeline`.
-    seed: of parameters, order and tangents.
-    eval_every: epochs between test errors.
+    steps_per_dispatch: number of steps that a device takes at a time, without the host; signals and
+      progress wait for them.
+    stages: number of stages of the block pipeline, groups of devices with their own blocks; see
+      `pipeline`.
+    seed: random seed of parameters, order and tangents.
+    eval_every: epochs between measurements of the test error.
     checkpoint_every: epochs between checkpoints.
-    keep: how many checkpoints; the one with the best test error stays too.
-    distributed: several processes: calls jax.distributed.initialize().
-    profile: 'FIRST:LAST', steps of which jax.profiler writes a trace into the run's folder; None: no trace.
-    lost_after: seconds of silence after which a process counts as lost, and the others end.
+    keep: number of newest checkpoints to keep; the one with the best test error is kept too.
+    distributed: whether there are several processes; if so, calls jax.distributed.initialize().
+    profile: 'FIRST:LAST', the steps for which jax.profiler writes a trace into the run's folder;
+      None: no trace.
+    lost_after: seconds of silence after which a process counts as lost and the others end.
   """
   return ConfigDict(
     {
@@ -135,11 +148,11 @@ def base() -> ConfigDict:
 
 
 def model_fields(name: str, module: str | None = None) -> dict[str, Any]:
-  """The fields of config.model: those of the model of this name, or of the one in a file.
+  """Returns the fields of config.model, for the model with this name or the one in a file.
 
   Attributes:
-    name: of the model: 'mixer', 'mlp' or 'resnet'; each has further fields of its own.
-    module: a Python file with a model of your own; None: the one of that name.
+    name: name of the model: 'mixer', 'mlp' or 'resnet'; each has further fields of its own.
+    module: a Python file with your own model; None: the model with that name.
 
   Raises:
     UserError: there is no such model.
@@ -154,7 +167,7 @@ def model_fields(name: str, module: str | None = None) -> dict[str, Any]:
 def use_model(
   config: ConfigDict, name: str = 'mixer', module: str | None = None, **fields: Any
 ) -> None:
-  """Another model for the config, with the defaults of its fields but for those that are given.
+  """Sets the config's model, with its default fields except for those given.
 
   >>> config = base()
   >>> use_model(config, 'mlp', blocks=2)
@@ -169,7 +182,7 @@ def use_model(
 
 
 def may_be_none(field: str, config: ConfigDict) -> bool:
-  """Whether a field, by its dotted name, may be left open in a config with this model.
+  """Whether a field, by its dotted name, may be None in a config with this model.
 
   >>> may_be_none('model.hidden', base()), may_be_none('model.size', base())
   (True, False)
@@ -182,7 +195,7 @@ def may_be_none(field: str, config: ConfigDict) -> bool:
 
 
 def flatten(config: ConfigDict | dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
-  """All (dotted name, value).
+  """Yields (dotted name, value) for every field.
 
   >>> dict(flatten({'a': 1, 'b': {'c': 2}}))
   {'a': 1, 'b.c': 2}
@@ -195,25 +208,25 @@ def flatten(config: ConfigDict | dict[str, Any], prefix: str = '') -> Iterator[t
 
 
 def to_json(config: ConfigDict) -> str:
-  """A text that two configs share just when they are equal."""
+  """Canonical JSON: equal if and only if the configs are equal."""
   return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
 
 
 def folder() -> pathlib.Path:
-  """Where the config files of this package are: inside an installed package, beside it in the repository."""
+  """The folder of the config files: inside an installed package, beside it in the repository."""
   package = pathlib.Path(__file__).parent.parent
   inside = package / 'configs'
   return inside if inside.is_dir() else package.parent / 'configs'
 
 
 def load(path: str) -> ConfigDict:
-  """What `get_config()` of a file returns.
+  """Returns the config that `get_config()` of a file returns.
 
   Args:
-    path: of a file, or the name of one in `folder()`: 'digits'.
+    path: path of a file, or the name of one in `folder()`, such as 'digits'.
 
   Raises:
-    UserError: no such file, or an error in it.
+    UserError: the file does not exist, or has an error.
   """
   path = str(_find(path))
   try:

@@ -1,8 +1,8 @@
-"""What a training step would take of N devices: compiled for as many virtual ones, not run.
+"""The cost of a training step on N devices: compiled for N virtual devices, but not run.
 
-Parameters and images are shapes only, so that a model of any size is compiled without its memory.
-A step is an update of all devices; in stages it is a tick, in which one batch enters and one
-leaves.
+Parameters and images are only shapes, so a model of any size compiles without the memory to run it.
+A step is one update by all devices. With pipeline stages it is one tick, in which one batch enters
+and one leaves.
 """
 
 import functools
@@ -30,18 +30,18 @@ from lfg_jax.training import (
 from lfg_jax.training.update import AXIS, STAGE, Feed, TrainState
 
 PyTree = Any
-STEPS = 1000  # of an epoch: only schedules look at it
+STEPS = 1000  # per epoch; only schedules use it
 
 
 class Cost(NamedTuple):
-  """Of one step, on the device that has the most of each.
+  """The cost of one step. Each number is that of the device with the most.
 
   Attributes:
-    parameters: how many numbers.
-    state: bytes of parameters, optimizer and all else that stays.
+    parameters: number of parameters.
+    state: bytes of the parameters, the optimizer and everything else that persists.
     temporaries: bytes that the step needs besides its arguments, as XLA lays it out for CPUs.
-    flop: of matrix products and convolutions.
-    collectives: what is sent, by kind.
+    flop: floating-point operations of matrix products and convolutions.
+    collectives: what is sent, by kind of collective.
   """
 
   parameters: int
@@ -52,19 +52,21 @@ class Cost(NamedTuple):
 
   @property
   def sent(self) -> int:
-    """Bytes."""
+    """Bytes sent by all collectives."""
     return sum(kind.sent for kind in self.collectives.values())
 
   def seconds(self, flops: float, link: float) -> float:
-    """Of a step, for so many operations and *bits* per second, one after the other."""
+    """Seconds per step at `flops` operations and `link` *bits* per second, without overlap."""
     return self.flop / flops + 8 * self.sent / link
 
 
 def virtual_devices(count: int) -> None:
-  """Makes the CPU so many devices, before it is used; where XLA_FLAGS says how many, they must do.
+  """Splits the CPU into `count` virtual devices. Must be called before JAX uses the CPU.
+
+  If XLA_FLAGS already sets a number of devices, that number must suffice.
 
   Raises:
-    UserError: there are fewer.
+    UserError: there are fewer devices.
   """
   if 'device_count' not in os.environ.get('XLA_FLAGS', ''):
     jax.config.update('jax_platforms', 'cpu')
@@ -74,7 +76,7 @@ def virtual_devices(count: int) -> None:
 
 
 def mesh(devices: int, stages: int = 1) -> Mesh:
-  """So many of the devices that there are."""
+  """Returns a mesh of the first `devices` devices, with an axis of stages if there are several."""
   shape, axes = (
     ((devices // stages, stages), (AXIS, STAGE)) if stages > 1 else ((devices,), (AXIS,))
   )
@@ -84,7 +86,7 @@ def mesh(devices: int, stages: int = 1) -> Mesh:
 
 
 def images_of(config: ConfigDict) -> data.Dataset:
-  """The data set of a config, without its images."""
+  """The data set of a config, without its images (digits has them)."""
   if config.dataset == 'digits':
     return data.load('digits')
   one_of('dataset', config.dataset, data.NAMES)
@@ -96,7 +98,7 @@ def images_of(config: ConfigDict) -> data.Dataset:
 
 
 def cost(config: ConfigDict, devices: int) -> Cost:
-  """Of a step of a config's run on so many devices.
+  """Returns the cost of a step of a config's run on `devices` devices.
 
   Raises:
     ValueError: the config's stages or batch do not fit the devices, the rule or the model.
@@ -157,7 +159,7 @@ def _size(tree: PyTree) -> int:
 
 
 def _largest(made_of: algorithms.Composition, spans: tuple[range, ...], whole: TrainState) -> int:
-  """Parameters of the stage with the most."""
+  """Number of parameters of the stage with the most parameters."""
   return max(
     _size(
       jax.eval_shape(functools.partial(stage_work.own, stage=stage, made_of=made_of), whole).params

@@ -1,4 +1,4 @@
-"""What every field of the config means, read from the docstrings that say it."""
+"""The meanings of all config fields, read from the docstrings that explain them."""
 
 import inspect
 import re
@@ -12,7 +12,7 @@ from lfg_jax.losses import info_nce, row_losses
 from lfg_jax.models import registry
 from lfg_jax.training import configs, rules
 
-# Who explains the fields of a part of the config; what they do not explain, `configs.base` does.
+# Whose docstrings explain the fields of a part of the config. `configs.base` explains the rest.
 EXPLAINED: dict[str, tuple[Any, ...]] = {
   'data': (datasets.load,),
   'losses': (rules.Options, row_losses.find),
@@ -23,7 +23,7 @@ _ENTRY = re.compile(r'^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)', re.M)
 
 
 def explained(thing: Any) -> dict[str, str]:
-  """The entries `name: text` of a docstring's lists.
+  """Returns the entries `name: text` of a docstring's lists.
 
   >>> explained(rules.Options)['step']
   'ε of finite differences.'
@@ -37,7 +37,7 @@ def explained(thing: Any) -> dict[str, str]:
 
 
 def meanings(config: ConfigDict) -> dict[str, str]:
-  """By dotted name; a tap's number of passes is explained with the others'."""
+  """Returns all fields' meanings, by dotted name. Fields of `tap_passes` share one meaning."""
   found, rest = {}, explained(configs.base)
   module = registry.find(config.model.name, config.model.module)
   of_model = (*getattr(module, 'EXPLAINED', (module.make,)), configs.model_fields)
@@ -53,7 +53,7 @@ def meanings(config: ConfigDict) -> dict[str, str]:
 
 
 def table(config: ConfigDict, width: int = 100) -> str:
-  """All fields of a config with their values, its defaults, and meanings, as text for `--help`."""
+  """Returns the text for `--help`: all fields of a config, with values (defaults) and meanings."""
   lines = [
     'config fields, as --config.FIELD=VALUE (defaults are of configs.base(); '
     'a config file may set others, which',

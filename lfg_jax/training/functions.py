@@ -1,4 +1,4 @@
-"""What a run does again and again, jitted: steps, one after the other or in stages, and the test error."""
+"""The jitted functions of a run: training steps, sequential or in stages, and the test error."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,19 +12,20 @@ from lfg_jax.training import optimizers, pipeline, pipeline_plan, stage_plan, up
 from lfg_jax.training.algorithms import Algorithm
 from lfg_jax.training.update import Feed, TrainState
 
-State = Any  # TrainState, in stages PipelineState
+State = Any  # TrainState, or PipelineState in stages
 
 
 class Functions(NamedTuple):
-  """What a run does again and again.
+  """The functions that a run calls repeatedly.
 
   Attributes:
     feed: the training data.
-    steps: `(state, how many, inputs of the feed) -> state`.
+    steps: `(state, number of steps, inputs of the feed) -> state`.
     test_error: `TrainState -> float`.
-    begin: `TrainState -> state`, what `steps` go on from: in stages every device has a part of it.
-    finish: `(state, inputs) -> state` with all steps done that have begun.
-    whole: `state -> TrainState`, after `finish`.
+    begin: `TrainState -> state`: the state with which `steps` continues. In stages, every device
+      has a part of it.
+    finish: `(state, inputs) -> state`: completes all steps that have begun.
+    whole: `state -> TrainState`, to be called after `finish`.
   """
 
   feed: Feed
@@ -38,7 +39,7 @@ class Functions(NamedTuple):
 def build(
   config: ConfigDict, dataset: Dataset, algorithm: Algorithm, mesh: Mesh
 ) -> tuple[Functions, TrainState]:
-  """Jitted functions of a run, and its state before the first step."""
+  """Builds the jitted functions of a run, and its state before the first step."""
   init_key, order_key, noise_key = jax.random.split(jax.random.key(config.seed), 3)
   feed = update.make_feed(
     dataset.train, mesh, config.batch_size, order_key, at_once=config.steps_per_dispatch

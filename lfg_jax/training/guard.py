@@ -1,7 +1,8 @@
-"""Processes under guard: each works in a child, and its guard tells in one line how it ended.
+"""Processes under guard: a child does the work, and its guard reports in one line how it ended.
 
-When one process of a run is lost, JAX ends the others from C++, with a page of text and SIGABRT,
-which nothing inside them can catch. So a forked child does the work, and the guard reads its text.
+When one process of a run is lost, JAX ends the others from C++, with a page of text and SIGABRT.
+Nothing inside them can catch this. So a forked child does the work, and the guard reads the child's
+text.
 """
 
 import contextlib
@@ -23,18 +24,18 @@ _RECORD = re.compile(r'[IWEF]\d{4} [\d:.]+ +\d+ ([\w.]+):\d+\] ')
 _SERVICE = re.compile(r'coordination_|preemption_|client\.h|service\.cc|distributed')
 _MISSING = re.compile(r'unhealthy \(stopped sending heartbeats\):\s*([\d, ]+)')
 _POLL_SECONDS = 0.1
-_LAST = '\x02'  # begins a child's last line
+_LAST = '\x02'  # marks a child's last line
 
 
 def guard(numbers: Sequence[int | None], grace: float) -> int | None:
-  """Forks a child for each number, in which this returns that number. The guard never returns.
+  """Forks a child for each number, and returns that number in the child.
 
-  It ends with the worst exit code of its children. SIGTERM and Ctrl-C become SIGTERM to them.
-  To be called before JAX has looked for devices.
+  The guard itself never returns. It exits with the worst exit code of its children, and passes
+  SIGTERM and Ctrl-C on to them as SIGTERM. Must be called before JAX has looked for devices.
 
   Args:
-    numbers: of the processes; None where only the cluster knows it.
-    grace: seconds in which the others are to end when one has failed, before they are killed.
+    numbers: the numbers of the processes; None where only the cluster knows the number.
+    grace: seconds that the other children have to end after one has failed, before they are killed.
   """
   children = []
   for place, number in enumerate(numbers):
@@ -51,8 +52,8 @@ def guard(numbers: Sequence[int | None], grace: float) -> int | None:
 
 
 def _be_child(parent: int, pipe: int, *, speaks: bool) -> None:
-  """C++ text goes to the pipe, Python's where it went; all text of processes but the first too."""
-  os.setpgid(0, 0)  # Ctrl-C reaches the guard alone
+  """Sends C++ text to the pipe. Python's text goes there too, except in the first process."""
+  os.setpgid(0, 0)  # Ctrl-C then reaches only the guard
   if speaks:
     sys.stdout, sys.stderr = (os.fdopen(os.dup(file), 'w', buffering=1) for file in (1, 2))
   for file in (1, 2):
@@ -62,19 +63,19 @@ def _be_child(parent: int, pipe: int, *, speaks: bool) -> None:
 
 
 def _end_with(parent: int) -> None:
-  """A guard that was killed takes its child along."""
+  """Ends this child if its guard has been killed."""
   while os.getppid() == parent:
     time.sleep(_POLL_SECONDS)
   os._exit(128 + signal.SIGKILL)
 
 
 class Text(threading.Thread):
-  """The text that a child writes from C++, without the records of JAX's distributed service.
+  """Reads a child's text from its pipe, and hides the records of JAX's distributed service.
 
   Attributes:
     hidden: those records.
-    held: what is to be shown if the child fails in its own way; empty when it is shown at once.
-    told: whether the child has said its last line, and needs none from its guard.
+    held: text to show if the child fails in a way of its own; empty if text is shown at once.
+    told: whether the child has printed its last line and needs none from its guard.
   """
 
   def __init__(self, pipe: int, *, shown: bool) -> None:
@@ -86,7 +87,7 @@ class Text(threading.Thread):
     self.start()
 
   def run(self) -> None:
-    """Reads to the end of the pipe."""
+    """Reads the pipe to its end."""
     hides = False
     with os.fdopen(self._pipe, errors='replace') as lines:
       for line in lines:
@@ -109,7 +110,7 @@ class Text(threading.Thread):
 
 
 def lost_by(text: str) -> str | None:
-  """Whom the records of JAX's distributed service miss; None: they are about something else.
+  """Says which process is lost, from records of JAX's distributed service; None: they do not tell.
 
   >>> lost_by('The following tasks are unhealthy (stopped sending heartbeats):\\n1\\n')
   'process 1 is gone'
@@ -132,14 +133,14 @@ class Child(NamedTuple):
 
 
 def _watch(children: Sequence[Child], grace: float) -> NoReturn:
-  """Waits for all children, and ends with the worst of their codes."""
+  """Waits for all children, and exits with the worst of their exit codes."""
   _pass_on(children)
   codes: dict[int, int] = {}
   patience_ends = float('inf')
   while left := [child for child in children if child.pid not in codes]:
     if time.monotonic() > patience_ends:
       _send(signal.SIGKILL, left)
-    for child in left:  # one by one: the first process of a container inherits those of others
+    for child in left:  # by pid: the first process of a container inherits others' children
       pid, status = os.waitpid(child.pid, os.WNOHANG)
       if pid:
         codes[pid] = _code(child, os.waitstatus_to_exitcode(status))
@@ -154,7 +155,7 @@ def _watch(children: Sequence[Child], grace: float) -> NoReturn:
 
 
 def _pass_on(children: Sequence[Child]) -> None:
-  """Signals to the guard become SIGTERM to its children."""
+  """Passes signals to the guard on to its children, as SIGTERM."""
 
   def pass_on(number: int, frame: FrameType | None) -> None:
     _send(signal.SIGTERM, children)
@@ -170,7 +171,10 @@ def _send(number: int, children: Iterable[Child]) -> None:
 
 
 def _code(child: Child, code: int) -> int:
-  """A child's exit code as a shell has it; one that could say nothing itself gets its line here."""
+  """Returns a child's exit code as a shell would give it.
+
+  Also prints the last line of a child that a signal ended before it could print its own.
+  """
   child.text.join(timeout=1)
   if code >= 0:
     return code
@@ -185,13 +189,13 @@ def _code(child: Child, code: int) -> int:
 
 
 def complain(error: UserError) -> int:
-  """Prints a program's last line; returns its exit code."""
+  """Prints a program's last line, and returns its exit code."""
   print(_line(error), file=sys.stderr)
   return error.exit_code
 
 
 def tell(error: UserError) -> int:
-  """A child's `complain`, by way of its guard: JAX may end the child before it has ended itself."""
+  """Like `complain`, for a child: its guard prints the line, even if JAX then ends the child."""
   os.write(2, f'{_LAST}{_line(error)}\n'.encode())
   return error.exit_code
 

@@ -1,8 +1,8 @@
-"""What a compiled program computes and sends, read from XLA's text of it, which is for one device.
+"""What a compiled program computes and sends, counted in XLA's text, which is for one device.
 
-A loop whose number of rounds is written in the text counts so often; any other, such as the steps
-of a dispatch, once. Of a conditional the branch with the most counts: a stage of a pipeline takes
-one.
+The body of a loop counts once per round if the text states the number of rounds, and otherwise
+once, as for the steps of a dispatch. A conditional has the largest counts of its branches, because
+a stage of a pipeline takes only one of them.
 """
 
 import collections
@@ -44,7 +44,7 @@ _ROUNDS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
 
 class Instruction(NamedTuple):
-  """One line: the shape of its result, the names of its operands, and the whole line."""
+  """One instruction: `shape` is its result's, `operands` are names, `line` is the whole line."""
 
   name: str
   shape: str
@@ -54,8 +54,13 @@ class Instruction(NamedTuple):
 
 
 class Sent(NamedTuple):
-  """By one kind of collective: how many operations, the bytes they are given, and the bytes that a
-  device sends for them (a ring's)."""
+  """What all collectives of one kind send.
+
+  Attributes:
+    operations: number of operations.
+    payload: bytes of their operands.
+    sent: bytes that a device sends for them, if they run in a ring.
+  """
 
   operations: int
   payload: int
@@ -66,7 +71,7 @@ Counts = collections.Counter[str]
 
 
 def computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-  """Instructions by name, of every computation; and the name of the entry."""
+  """Returns the instructions (by name) of every computation, and the name of the entry."""
   found: dict[str, dict[str, Instruction]] = {}
   name = entry = ''
   for line in text.splitlines():
@@ -83,7 +88,7 @@ def computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
 
 
 def sizes(shape: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-  """(dtype, dimensions) of every array in a shape.
+  """Yields (dtype, dimensions) for every array in a shape.
 
   >>> list(sizes('(f32[2,3]{1,0}, s32[])'))
   [('f32', (2, 3)), ('s32', ())]
@@ -93,7 +98,7 @@ def sizes(shape: str) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def size_bytes(shape: str) -> int:
-  """Of all arrays in a shape.
+  """Total bytes of all arrays in a shape.
 
   >>> size_bytes('(f32[2,3]{1,0}, s32[])')
   28
@@ -102,7 +107,7 @@ def size_bytes(shape: str) -> int:
 
 
 def collectives(text: str) -> dict[str, Sent]:
-  """What a device sends, by kind of collective; groups of one device send nothing."""
+  """Returns what a device sends, by kind of collective. Groups of one device send nothing."""
   counts = _count(text, _sent)
   return {
     kind: Sent(*(counts[f'{kind} {what}'] for what in Sent._fields))
@@ -112,14 +117,14 @@ def collectives(text: str) -> dict[str, Sent]:
 
 
 def flop(text: str) -> int:
-  """Floating-point operations of matrix products and convolutions; no others are counted."""
+  """Number of floating-point operations in matrix products and convolutions only."""
   return _count(text, _products).get('flop', 0)
 
 
 def _count(
   text: str, of: Callable[[Instruction, Mapping[str, Instruction]], dict[str, int]]
 ) -> Counts:
-  """The sum of what `of` says of every instruction and those of its computation."""
+  """Sums `of(instruction, instructions of its computation)` over all instructions."""
   found, entry = computations(text)
   known: dict[str, Counts] = {}
 
@@ -135,7 +140,7 @@ def _count(
     line = instruction.line
     if instruction.op == 'conditional' and (match := _BRANCHES.search(line)):
       branches = [total(name) for name in re.findall(r'%([\w.\-]+)', match[0])]
-      return functools.reduce(operator.or_, branches)  # of counters: the larger
+      return functools.reduce(operator.or_, branches)  # of counters: the elementwise maximum
     if instruction.op not in ('fusion', 'call', 'while', 'async-start'):
       return collections.Counter()
     rounds = _ROUNDS.search(line) if instruction.op == 'while' else None
@@ -165,7 +170,7 @@ def _sent(instruction: Instruction, near: Mapping[str, Instruction]) -> dict[str
 
 
 def _group(line: str) -> int:
-  """Number of devices that take part together.
+  """Number of devices in each group of a collective.
 
   >>> _group('replica_groups={{0,2},{1,3}}'), _group('replica_groups=[2,4]<=[8]')
   (2, 4)
@@ -192,7 +197,7 @@ def _products(instruction: Instruction, near: Mapping[str, Instruction]) -> dict
   if instruction.op == 'dot':
     match = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.line)
     inner = math.prod(shapes[1][int(d)] for d in match[1].split(',') if d) if match else 1
-  else:  # every output sums over all of the kernel but its axis of outputs, 'o' in dim_labels
+  else:  # every output sums over the kernel's axes except that of outputs, 'o' in dim_labels
     labels = re.search(r'dim_labels=\w+_(\w+)->', instruction.line)
     inner = math.prod(shapes[2]) // shapes[2][labels[1].index('o')] if labels else 1
   return {'flop': 2 * math.prod(shapes[0]) * inner}

@@ -1,4 +1,4 @@
-"""How a program becomes one of several processes: options, variables, or a rehearsal."""
+"""Makes a program one of several processes: by options, environment variables or a rehearsal."""
 
 import os
 import re
@@ -15,15 +15,15 @@ from lfg_jax.training import guard
 from lfg_jax.training.processes import Place
 
 VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
-# A process that fails alone waits so long for the others to fail too.
+# How long a process that has failed waits for the others to fail too.
 ALONE_SECONDS = 10
 
 
 def find_place(given: Place, environment: Mapping[str, str]) -> Place | None:
-  """Where this process stands, by options or else by environment variables; None: neither tells.
+  """Returns this process's place, from options or else environment variables; None: not given.
 
   Raises:
-    UserError: what they tell is not whole, or makes no sense.
+    UserError: the place is incomplete, or makes no sense.
 
   >>> find_place(Place(process=1), {'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_NUM_PROCESSES': '2'})
   Place(coordinator='a:1', processes=2, process=1)
@@ -47,14 +47,14 @@ def find_place(given: Place, environment: Mapping[str, str]) -> Place | None:
 
 
 def free_address() -> str:
-  """HOST:PORT on this machine that nobody uses."""
+  """Returns an unused HOST:PORT on this machine."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     return f'localhost:{free.getsockname()[1]}'
 
 
 def rehearse(count: int, lost_after: int) -> Place:
-  """Forks so many processes on this machine's CPUs, and returns in each of them."""
+  """Forks `count` processes on this machine's CPUs. Each of them returns its own place."""
   address = free_address()
   jax.config.update('jax_platforms', 'cpu')
   number = guard.guard(range(count), grace=lost_after + ALONE_SECONDS)
@@ -62,7 +62,7 @@ def rehearse(count: int, lost_after: int) -> Place:
 
 
 def run(work: Callable[[], None]) -> NoReturn:
-  """Ends this process after `work`: with the others, or alone if they do not end."""
+  """Does `work` and exits: together with the other processes, or alone if they do not end."""
   code = 0
   try:
     work()
@@ -72,7 +72,7 @@ def run(work: Callable[[], None]) -> NoReturn:
     sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
     code = 1
   if code and code != LOST:
-    # A barrier; a process that waits in a collective operation for this one never comes to it.
+    # A barrier. A process that waits for this one in a collective operation never reaches it.
     end = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     end.start()
     end.join(ALONE_SECONDS)

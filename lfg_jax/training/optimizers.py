@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by name, all of them optax's."""
+"""Optimizers and learning-rate schedules of optax, by name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,17 +12,18 @@ from lfg_jax import promotion
 PyTree = Any
 OPTIMIZERS = ('sgd', 'adam', 'adamw', 'lars')
 SCHEDULES = ('constant', 'linear', 'staircase', 'cosine')
-ENDLESS = ('constant', 'staircase')  # do not depend on how many epochs there are
+ENDLESS = ('constant', 'staircase')  # do not depend on the number of epochs
 
 
 def schedule(
   config: Any, steps_per_epoch: int, epochs: int, batch_size: int = 256
 ) -> optax.Schedule:
-  """Learning rate by step: a linear warm-up from 0, then what config.schedule names.
+  """Returns the learning rate by step: a linear warm-up from 0, then config.schedule.
 
-  'linear' and 'cosine' fall to 0 at the last step; 'staircase' is multiplied by config.staircase_factor at
-  each of config.staircase_epochs, which count from the start of training. With config.scale_with_batch, rates
-  are those of a batch of 256, and grow in proportion to it.
+  'linear' and 'cosine' fall to 0 at the last step. 'staircase' is multiplied by
+  config.staircase_factor at each of config.staircase_epochs, which count from the start of
+  training. With config.scale_with_batch, config.learning_rate is for a batch of 256, and the rate
+  grows in proportion to the batch size.
   """
   warmup = round(config.warmup_epochs * steps_per_epoch)
   rest = max(epochs * steps_per_epoch - warmup, 1)
@@ -44,12 +45,12 @@ def schedule(
 
 
 def make(config: Any, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-  """The optimizer that config.name names.
+  """Builds the optimizer that config.name names.
 
-  Decay acts on kernels only. For sgd and adam it is L2 regularisation, added to the gradient; adamw's is
-  decoupled from it; lars adds it before its trust ratio, which it takes of kernels (a stack of scanned blocks
-  is one kernel). `momentum` is adam's b1 as well. The updates of the read-out and of the local heads are
-  multiplied by numbers of their own.
+  Weight decay acts on kernels only. For sgd and adam it is L2 regularisation, added to the
+  gradient. For adamw it is decoupled from the gradient. lars adds it before its trust ratio, which
+  applies to kernels only; a stack of scanned blocks is one kernel. `momentum` is also the b1 of
+  adam and adamw. The updates of the read-out and of the local heads have their own multipliers.
   """
   decay, momentum = config.weight_decay, config.momentum
   l2 = optax.add_decayed_weights(decay, mask=kernels)
@@ -66,10 +67,11 @@ def make(config: Any, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
 
 
 def adam_of_guesses(rate: float) -> optax.GradientTransformation:
-  """Adam, rounded alike however many leaves there are, so that stages of a pipeline may share them out.
+  """Adam whose rounding does not depend on the number of leaves.
 
-  optax divides the moments by 1 - bⁿ, which XLA turns into a product for one leaf and not for two.
-  Here those numbers are part of the rate.
+  So the stages of a pipeline can share out the leaves and get the same result. optax divides the
+  moments by 1 - bⁿ. XLA turns this division into a product for one leaf, but not for two. Here
+  these divisors are part of the learning rate.
   """
   b1, b2, eps = 0.9, 0.999, 1e-8
   plain = optax.scale_by_adam(b1, b2, eps)
@@ -86,7 +88,7 @@ def adam_of_guesses(rate: float) -> optax.GradientTransformation:
 
 
 def lenient(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-  """The optimizer, one of optax's, where the user has forbidden silent promotion."""
+  """Makes an optax optimizer work where the user has forbidden silent promotion."""
 
   def update(*args: Any) -> tuple[PyTree, PyTree]:
     with promotion.allowed():
@@ -96,7 +98,7 @@ def lenient(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def kernels(params: PyTree) -> PyTree:
-  """True for the leaves that are called 'kernel'.
+  """Returns a tree of bools: True for leaves named 'kernel'.
 
   >>> kernels({'linear': {'kernel': 0, 'bias': 0}})
   {'linear': {'bias': False, 'kernel': True}}
@@ -105,7 +107,7 @@ def kernels(params: PyTree) -> PyTree:
 
 
 def _multiply(multipliers: dict[str, float]) -> optax.GradientTransformation:
-  """Multiplies the updates in subtrees of given names."""
+  """Multiplies the updates in the subtrees with these names."""
 
   def scale(names: list[str], update: jax.Array) -> jax.Array:
     for name, multiplier in multipliers.items():

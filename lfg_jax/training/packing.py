@@ -1,8 +1,8 @@
-"""The state of a run, stage by stage: whose is which part, and unequal parts as equal rows.
+"""Splits the state of a run by stage, and packs the unequal parts into equal rows.
 
-All devices run one program, so what they hold has equal shapes. Every stage's part of the state is
-therefore one vector per dtype, as long as the longest, and the stages' vectors are the rows of one
-array, of which a device holds its own.
+All devices run one program, so their arrays must have equal shapes. Every stage's part of the state
+is therefore one vector per dtype, padded to the longest stage's length. The vectors of all stages
+are the rows of one array, and a device holds its stage's row.
 """
 
 import math
@@ -15,17 +15,19 @@ import numpy as np
 
 PyTree = Any
 Rows = dict[str, jax.Array]  # by dtype
-Owned = Mapping[str, range]  # by a stack's name, or 'readout', the blocks that a stage has
+Owned = Mapping[str, range]  # the blocks that a stage has, by stack's name or 'readout'
 
 
 def take(tree: PyTree, owned: Owned, names: frozenset[str], stacked: frozenset[str]) -> PyTree:
-  """The part of a tree that belongs to a stage; what is not by stack, a counter say, is everyone's.
+  """Returns the part of a tree that belongs to a stage.
+
+  Whatever is not by stack, such as a counter, belongs to every stage.
 
   Args:
-    tree: in which every dict with keys among `names` is by stack, in whatever it is nested.
-    owned: what the stage has.
-    names: of all stacks, and 'readout'.
-    stacked: of those stacks whose leaves have the blocks in front.
+    tree: any nested tree. A dict in it is by stack if all its keys are among `names`.
+    owned: the blocks that the stage has.
+    names: names of all stacks, and 'readout'.
+    stacked: names of the stacks whose leaves have a leading axis of blocks.
 
   >>> tree = {'count': 3, 'params': {'stem': jnp.ones(2), 'blocks': jnp.arange(4)}}
   >>> names = frozenset({'stem', 'blocks'})
@@ -46,7 +48,7 @@ def take(tree: PyTree, owned: Owned, names: frozenset[str], stacked: frozenset[s
 
 
 def join(trees: Sequence[PyTree], names: frozenset[str], stacked: frozenset[str]) -> PyTree:
-  """The tree of which these are the parts that `take` gives, stage by stage.
+  """Joins the parts that `take` returns, in order of the stages, into the whole tree.
 
   >>> parts = [{'a': jnp.arange(2)}, {'a': jnp.arange(1), 'b': jnp.ones(())}]
   >>> whole = join(parts, frozenset({'a', 'b'}), frozenset({'a'}))
@@ -80,7 +82,7 @@ def _slice(tree: PyTree, blocks: range) -> PyTree:
 
 
 def widths(trees: Sequence[PyTree]) -> dict[str, int]:
-  """Numbers by dtype in the largest of trees of arrays, or of their shapes.
+  """Returns, by dtype, the most elements that any of the trees (of arrays or shapes) has.
 
   >>> widths([{'a': np.zeros((2, 3), np.float32)}, {'b': np.zeros(4, np.float32)}])
   {'float32': 6}
@@ -95,7 +97,7 @@ def widths(trees: Sequence[PyTree]) -> dict[str, int]:
 
 
 def pack(tree: PyTree, width: Mapping[str, int]) -> Rows:
-  """All numbers of a tree in one vector per dtype, filled up with zeros.
+  """Packs all numbers of a tree into one vector per dtype, padded with zeros to its width.
 
   >>> pack({'a': jnp.ones((1, 2), jnp.float32)}, {'float32': 3})['float32'].tolist()
   [1.0, 1.0, 0.0]
@@ -112,7 +114,7 @@ def _filled(parts: Sequence[jax.Array], kind: str, size: int) -> jax.Array:
 
 
 def unpack(rows: Rows, like: PyTree) -> PyTree:
-  """The tree, with the shapes of `like`, that `pack` made vectors of.
+  """Unpacks the vectors of `pack` into a tree with the shapes of `like`.
 
   >>> unpack({'float32': jnp.arange(3.)}, {'a': jnp.ones((1, 2), jnp.float32)})['a'].tolist()
   [[0.0, 1.0]]

@@ -1,14 +1,14 @@
-"""The block pipeline: blocks on different devices work at once, on consecutive batches.
+"""The block pipeline: blocks on different devices work at the same time, on consecutive batches.
 
-A stage that has passed its output on is done with the batch: no gradient comes back. At tick t,
+Once a stage has passed on its output, it is done with the batch: no gradient comes back. At tick t,
 stage s has batch t - s. It computes the gradient of its own losses, updates its own blocks, and
-hands its output with the targets to the next stage; the read-out is at the end. Every stage sees
-the weights that the sequential update would have used, so the result is the sequential one's. The
-mesh has a second axis, `stage`; each stage may have several devices along `data`.
+hands its output and the targets to the next stage. The last stage also has the read-out. Every
+stage sees the weights that the sequential update would use, so the result is the same. The mesh has
+a second axis, `stage`; each stage may have several devices along `data`.
 
-A device holds its stage's part of the state only, as vectors (see `packing`). Within a tick it
-sends one activity, with its targets, to its neighbour, and sums its gradients over `data`.
-Filling and draining take S - 1 ticks, once per epoch, however many steps are dispatched at once.
+A device holds only its stage's part of the state, as vectors (see `packing`). In each tick it sends
+one activity, with its targets, to its neighbour, and sums its gradients over `data`. Filling and
+draining the pipeline takes S - 1 ticks, once per epoch, however many steps are dispatched at once.
 """
 
 import functools
@@ -32,15 +32,15 @@ Carry = tuple[Rows, Message, dict[str, jax.Array], jax.Array]
 
 
 class Pipeline(NamedTuple):
-  """Jitted functions of a run.
+  """The jitted functions of a run in stages.
 
   Attributes:
-    stages: how many.
-    place: where the state's arrays are, a tree of shardings.
-    begin: `TrainState -> PipelineState`, with no batch on its way.
-    dispatch: `(state, key, ticks, fresh, *inputs of the feed) -> state` after so many ticks, in the
-      first `fresh` of which a batch enters. Takes over the memory of `state`.
-    whole: `PipelineState -> TrainState`, with no batch on its way.
+    stages: number of stages.
+    place: shardings of the state's arrays, as a tree.
+    begin: `TrainState -> PipelineState`, with no batch in the pipeline.
+    dispatch: `(state, key, ticks, fresh, *inputs of the feed) -> state` after `ticks` ticks. A
+      batch enters in each of the first `fresh` ticks. Reuses the memory of `state`.
+    whole: `PipelineState -> TrainState`, if no batch is in the pipeline.
   """
 
   stages: int
@@ -50,16 +50,16 @@ class Pipeline(NamedTuple):
   whole: Callable[[PipelineState], TrainState]
 
   def steps(self, state: PipelineState, key: jax.Array, count: int, inputs: tuple) -> PipelineState:
-    """So many batches enter."""
+    """Lets `count` batches enter."""
     return self.dispatch(state, key, count, count, *inputs)
 
   def finish(self, state: PipelineState, key: jax.Array, inputs: tuple) -> PipelineState:
-    """All batches that have entered leave; of the inputs only the shapes matter."""
+    """Lets all batches in the pipeline leave. Only the shapes of `inputs` matter."""
     return self.dispatch(state, key, self.stages - 1, 0, *inputs)
 
 
 def make(plan: Plan) -> Pipeline:
-  """The functions of a run in stages, of which `pipeline_plan.make` has the plan."""
+  """Builds the functions of a run in stages, from a plan of `pipeline_plan.make`."""
   mesh = plan.mesh
   everywhere, of_stage = cast(Any, P()), cast(Any, P(STAGE))
   specs = PipelineState(
@@ -87,7 +87,7 @@ def make(plan: Plan) -> Pipeline:
 def _dispatch(
   plan: Plan, state: PipelineState, key: jax.Array, ticks: jax.Array, fresh: jax.Array, *inputs: Any
 ) -> PipelineState:
-  """So many ticks of one device; in the first `fresh` of them a batch enters."""
+  """Does `ticks` ticks on one device. A batch enters in each of the first `fresh` ticks."""
   mine = jax.tree.map(lambda x: x[0], (state.own, state.message))
 
   def tick(t: jax.Array, carry: Carry) -> Carry:
@@ -112,7 +112,7 @@ def _dispatch(
     onward = [(s, s + 1) for s in range(len(plan.stages) - 1)]
     return own, jax.lax.ppermute(output, STAGE, onward), sums, bad
 
-  # Stages find bad steps in any order; as an unsigned number, -1 (none) is the largest.
+  # Stages find bad steps in any order, so the least is kept; unsigned, -1 (none) is the largest.
   begin = (*mine, state.sums, state.bad_step.astype(jnp.uint32))
   own, message, sums, bad = jax.lax.fori_loop(0, ticks, tick, begin)
   own, message = jax.tree.map(lambda x: x[None], (own, message))
@@ -124,7 +124,7 @@ def _fetch(plan: Plan, message: Message, inputs: tuple) -> Batch:
 
 
 def _nothing(plan: Plan, own: Rows, message: Message, inputs: tuple) -> tuple[Rows, Rows, Message]:
-  """What a stage without a batch does."""
+  """Stands in for `_gradient` in a stage without a batch."""
   zeros = lambda trees: packing.pack({}, packing.widths(trees))
   return zeros(plan.summed), zeros(plan.stats), message
 
@@ -132,7 +132,7 @@ def _nothing(plan: Plan, own: Rows, message: Message, inputs: tuple) -> tuple[Ro
 def _gradient(
   plan: Plan, s: int, key: jax.Array, own: Rows, message: Message, inputs: tuple
 ) -> tuple[Rows, Rows, Message]:
-  """What stage s sums over devices, its new statistics, and what it hands on."""
+  """What stage s sums over devices, its new statistics, and its message to the next stage."""
   made_of, key = plan.algorithm.made_of, jax.random.fold_in(key, message.number)
   seen = message
   if s == 0:
@@ -167,7 +167,7 @@ def _updated(
   stats: Rows,
   message: Message,
 ) -> tuple[Rows, dict[str, jax.Array], jax.Array]:
-  """The rows of stage s after the step; and of the last stage the metrics."""
+  """Stage s after the step: its rows, the sums (which the last stage changes) and the bad step."""
   own, sums, bad = now
   total = packing.unpack(summed, plan.summed[s])
   new, is_finite = stage_work.updated(
@@ -187,7 +187,7 @@ def _updated(
 def _told(
   stages: int, sums: dict[str, jax.Array], bad: jax.Array
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-  """For every stage the last one's sums, and the first bad step of all: round the ring."""
+  """Sends the last stage's sums and the first bad step of any stage round the ring, to all."""
   ring = [(s, (s + 1) % stages) for s in range(stages)]
   is_last = jax.lax.axis_index(STAGE) == stages - 1
 

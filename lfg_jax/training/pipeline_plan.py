@@ -1,7 +1,7 @@
-"""What a pipeline of blocks knows and holds: the shapes of its stages, and its state.
+"""The plan of a block pipeline, with the shapes of its stages; and the pipeline's state.
 
-`make` finds the shapes. `begin` lays the sequential run's state out in stages, `whole` puts it
-together again.
+`make` finds the shapes. `begin` splits the sequential run's state into stages, and `whole` joins it
+again.
 """
 
 import functools
@@ -26,13 +26,13 @@ PyTree = Any
 
 
 class PipelineState(NamedTuple):
-  """What the pipeline goes on from.
+  """The state from which the pipeline continues.
 
   Attributes:
-    step: batches that have entered.
-    own: of every stage its part of the state, [S, n] by dtype; a device has its stage's row.
-    message: to every stage, [S, ...]: what it is to work on in the next tick.
-    sums, bad_step: as in `TrainState`, of the batches that have left.
+    step: number of batches that have entered.
+    own: every stage's part of the run's state, [S, n] by dtype; a device has its stage's row.
+    message: the message to every stage, [S, ...], for its work in the next tick.
+    sums, bad_step: as in `TrainState`, for the batches that have left.
   """
 
   step: jax.Array
@@ -43,13 +43,13 @@ class PipelineState(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """What the functions of a pipeline know; shapes stage by stage.
+  """What the functions of a pipeline need to know. Lists have one entry per stage.
 
   Attributes:
-    own: of each stage's part of the state.
-    summed, stats: of what `stage_work.gradient` gives.
-    ends: of each stage's output, but the last's.
-    between: of a message between stages, on one device.
+    own: shapes of each stage's part of the state.
+    summed, stats: shapes of what `stage_work.gradient` returns under these names.
+    ends: shapes of each stage's output, except the last stage's.
+    between: shapes of a message between stages, on one device.
   """
 
   algorithm: Algorithm
@@ -64,7 +64,7 @@ class Plan(NamedTuple):
   between: Message
 
   def total(self, x: PyTree) -> PyTree:
-    """The sum over devices with other examples."""
+    """Sums x over the devices that have different examples."""
     return jax.lax.psum(x, AXIS) if self.mesh.shape[AXIS] > 1 else x
 
 
@@ -77,12 +77,12 @@ def make(
   like: TrainState,
   batch: Batch,
 ) -> Plan:
-  """The plan of a run in stages.
+  """Makes the plan of a run in stages.
 
   Args:
-    algorithm: made with `update.AXIS` as its axis_name.
-    mesh: with the axes `update.AXIS` and `update.STAGE`.
-    spans: each stage's greedy stages, see `stage_plan`.
+    algorithm: an algorithm made with `update.AXIS` as its axis_name.
+    mesh: a mesh with the axes `update.AXIS` and `update.STAGE`.
+    spans: the greedy stages of each pipeline stage, see `stage_plan`.
     like: shapes of the run's state.
     batch: shapes of a global batch.
   """
@@ -109,7 +109,7 @@ def make(
 def _between(
   algorithm: Algorithm, stages: Sequence[Stage], like: TrainState, batch: Batch, devices: int
 ) -> tuple[list[Any], Message]:
-  """Shapes of every stage's output but the last's, and of a message that has room for each."""
+  """Shapes of every stage's output except the last's, and of a message with room for each."""
   made_of = algorithm.made_of
   of_device = lambda x: jax.ShapeDtypeStruct((x.shape[0] // devices, *x.shape[1:]), x.dtype)
   seeing = made_of._replace(axis_name=None).seen
@@ -135,7 +135,7 @@ def message_specs(plan: Plan) -> Message:
 
 
 def begin(plan: Plan, state: TrainState) -> PipelineState:
-  """Every stage's part in its row; no batch is on its way."""
+  """Packs every stage's part of the state into its row. No batch is in the pipeline."""
   made_of, width = plan.algorithm.made_of, packing.widths(plan.own)
   own = [packing.pack(stage_work.own(state, stage, made_of), width) for stage in plan.stages]
   devices, stages = plan.mesh.shape[AXIS], len(plan.stages)
@@ -155,7 +155,7 @@ def begin(plan: Plan, state: TrainState) -> PipelineState:
 
 
 def whole(plan: Plan, state: PipelineState) -> TrainState:
-  """The sequential run's state."""
+  """Joins the stages' parts into the sequential run's state."""
   rows = [jax.tree.map(lambda x, s=s: x[s], state.own) for s in range(len(plan.stages))]
   own = [packing.unpack(row, like) for row, like in zip(rows, plan.own, strict=True)]
   whole: Own = packing.join(own, *stage_work.names(plan.algorithm.made_of))

@@ -1,4 +1,4 @@
-"""One style for all figures: error curves by epoch, each line named where it ends."""
+"""One style for all figures: error curves by epoch, with a name at the end of each line."""
 
 import itertools
 import pathlib
@@ -18,7 +18,7 @@ from matplotlib.ticker import (
 
 from lfg_jax.training.run_log import Row
 
-# Of Okabe and Ito: colour-blind people tell them apart. Yellow is left out: it is faint on white.
+# Okabe and Ito: colour-blind people can tell them apart. Yellow is left out: it is faint on white.
 COLOURS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 STYLES = ('-', '--', ':')
 FLOOR = 0.01  # %: a logarithmic axis has no zero
@@ -27,11 +27,11 @@ Line = tuple[str, Sequence[float], Sequence[float]]  # name, x, y
 
 
 def curves(path: pathlib.Path, runs: dict[str, Sequence[Sequence[Row]]]) -> None:
-  """Draws test and training error by epoch, means over repeated runs, into a PNG file.
+  """Draws test and training errors by epoch into a PNG file, as means over repeated runs.
 
   Args:
-    path: of the file.
-    runs: by name, which gets a colour, the rows of one or more runs.
+    path: path of the file.
+    runs: for each name, the rows of one or more runs. Each name gets a colour.
   """
   figure = Figure(figsize=(11, 4), layout='constrained')
   for axes, key in zip(figure.subplots(1, 2), ('test_error', 'train_error'), strict=True):
@@ -41,7 +41,7 @@ def curves(path: pathlib.Path, runs: dict[str, Sequence[Sequence[Row]]]) -> None
 
 
 def means(runs: Sequence[Sequence[Row]], key: str, scale: float) -> tuple[list[int], list[float]]:
-  """Epochs, and means over runs where all of them have a value.
+  """Returns the epochs in which all runs have a value of `key`, and `scale` × their means there.
 
   >>> means([[{'epoch': 1, 'e': 0.5}], [{'epoch': 1, 'e': 0.25}, {'epoch': 2, 'e': 0.1}]], 'e', 100)
   ([1], [37.5])
@@ -54,10 +54,10 @@ def means(runs: Sequence[Sequence[Row]], key: str, scale: float) -> tuple[list[i
 
 
 def panel(axes: Axes, lines: Sequence[Line], *, errors: bool) -> None:
-  """Lines over epochs. A dotted one goes on from the end of a shorter line to its name.
+  """Draws lines over epochs. A dotted line leads from the end of a shorter line to its name.
 
   Args:
-    errors: values are errors in %: the axis is logarithmic where they differ much.
+    errors: whether values are errors in %. If so, the axis is logarithmic if they differ widely.
   """
   values = [value for _, _, own in lines for value in own]
   last = max(epochs[-1] for _, epochs, _ in lines)
@@ -78,7 +78,7 @@ def panel(axes: Axes, lines: Sequence[Line], *, errors: bool) -> None:
 
 
 def logarithmic_errors(axes: Axes) -> None:
-  """A logarithmic axis of errors, with ticks at 1, 2, 5, 10 … written out."""
+  """Makes the axis of errors logarithmic, with ticks at 1, 2, 5, 10 … written out."""
   axes.set_yscale('log')
   axes.yaxis.set(
     major_locator=LogLocator(subs=(1, 2, 5)),
@@ -138,7 +138,7 @@ def name_lines(
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-  """Places near these heights, at least a gap apart, and not above 1 where they fit below.
+  """Returns places near these heights, at least a gap apart, and not above 1 if they fit below.
 
   >>> spread([0.5, 0.5, 1.0], 0.25)
   [0.5, 0.75, 1.0]

@@ -1,10 +1,10 @@
-"""Downloads a data set and writes it as array_record files, which training reads without TensorFlow.
+"""Downloads a data set and writes array_record files, which training reads without TensorFlow.
 
     pip install tensorflow
     lfg-prepare-data --dataset=cifar10 --data_dir=DIR
 
-ImageNet cannot be downloaded: put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (of
-https://image-net.org/download-images, after registration) in the folder that --manual_dir names.
+ImageNet must be downloaded by hand: register at https://image-net.org/download-images, and put
+ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar in the folder that --manual_dir names.
 """
 
 import difflib
@@ -21,7 +21,7 @@ TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
 
 
 def check(dataset: str, manual_dir: str | None) -> None:
-  """Raises UserError for an unknown name, or something missing that the user has to provide."""
+  """Raises UserError if the name is unknown or something that the user must provide is missing."""
   known = tfds.list_builders(with_community_datasets=False)
   if dataset not in known:
     near = difflib.get_close_matches(dataset, known, 1)
