@@ -106,8 +106,8 @@ def logarithmic(axis: Axis) -> None:
 def name_lines(
   axes: Axes, names: Sequence[str], ends: Sequence[float], colours: Sequence[str] = COLOURS
 ) -> None:
-  """Writes names beside the axes, in the order of the lines' ends, none over another."""
-  axes.autoscale_view()  # the limits, which are else not known before the figure is drawn
+  """Writes names beside the axes, in the order of the lines' ends, without overlaps."""
+  axes.autoscale_view()  # sets the limits, which otherwise wait until the figure is drawn
   to_axes = axes.transData + axes.transAxes.inverted()
   heights = [float(to_axes.transform((0, end))[1]) for end in ends]
   figure = axes.get_figure(root=True)
