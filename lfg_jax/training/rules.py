@@ -74,14 +74,14 @@ class Options:
     combine: how passes are combined: their 'mean', or a 'projection' onto their span; see
       `sampling.combine`.
     taps: whether activity perturbation perturbs all taps at once ('joint') or one by one
-      ('separate'). 'auto', here and below: the rule decides.
+      ('separate'); 'auto': the rule decides.
     last_tap: what happens at the last tap of a block under a local loss: 'perturbed', or 'exact',
-      which lets the exact signal through. Only a norm, a ReLU and the head lie between this tap and
-      the loss and, if the head looks ahead, the next block.
+      which lets the exact signal through; 'auto': the rule decides. Between this tap and the loss
+      lie only a norm, a ReLU, the head and, if the head looks ahead, the next block.
     guess: which taps have a learned guess (see `guesses`): 'none', the name of the first tap for
-      which the model has one, or 'all'. In the LocalMixer, the first is 'after_channel': its guess
-      comes back through the grouped layer. The guess for 'after_token' comes back through that
-      layer and the one before it.
+      which the model has one, or 'all'; 'auto': the rule decides. In the LocalMixer, the first is
+      'after_channel': its guess comes back through the grouped layer. The guess for 'after_token'
+      comes back through that layer and the one before it.
     guess_rate: Adam's learning rate for the matrices through which guesses come back.
     tap_passes: number of passes for each tap by name, if taps are separate; 0: `passes`.
     sharing: 'paper' (the batch shares tangents of weights, but not those of activities), 'shared'
@@ -96,7 +96,7 @@ class Options:
     overlap: whether greedy stages are overlapping pairs of blocks.
     head_ahead: whether the head of a block sees the block's output through a slow average of the
       next block; see `lfg_jax.losses.ahead`.
-    head_average: the fraction of its old value that this average keeps in a step.
+    head_average: the fraction of its old value that the average for `head_ahead` keeps in a step.
     micro_batch: the most examples whose gradients are computed at once; 0: as many as suit the
       hardware, see `parts`.
   """
