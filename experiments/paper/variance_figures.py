@@ -1,4 +1,4 @@
-"""The figures of variance.py: one for each of its parts, drawn from the part's rows."""
+"""The figures of variance.py, one for each of its parts, from the part's rows."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ Row = dict[str, Any]
 
 
 def table1(figure: Figure, rows: list[Row]) -> None:
-  """Measured against predicted variance, and the z-scores."""
+  """Measured over predicted, and the z-scores."""
   left, right = figure.subplots(1, 2)
   for index, estimator in enumerate(('weight', 'activity')):
     for law, marker in (('normal', 'o'), ('rademacher', 'x')):
@@ -35,7 +35,7 @@ def table1(figure: Figure, rows: list[Row]) -> None:
 
 
 def laws(figure: Figure, rows: list[Row]) -> None:
-  """Variance against the number of passes."""
+  """Variance by passes."""
   axes = figure.subplots()
   for index, law in enumerate(dict.fromkeys(r['law'] for r in rows)):
     own = [r for r in rows if r['law'] == law]
@@ -64,7 +64,7 @@ def _layers(rows: list[Row]) -> list[str]:
 
 
 def mlp(figure: Figure, rows: list[Row]) -> None:
-  """Relative error against the number of passes, with a panel for every layer."""
+  """Relative error by passes, a panel for every layer."""
   panels = figure.subplots(1, len(_layers(rows)), sharey=True)
   for axes, layer in zip(panels, _layers(rows), strict=True):
     for index, (name, taps) in enumerate(dict.fromkeys((r['estimator'], r['taps']) for r in rows)):
@@ -136,7 +136,7 @@ def mixer(figure: Figure, rows: list[Row]) -> None:
 
 
 def passes(figure: Figure, rows: list[Row]) -> None:
-  """Time relative to one pass, and memory, against the number of passes."""
+  """Time relative to one pass, and memory."""
   left, right = figure.subplots(1, 2)
   for law, chunk in dict.fromkeys((r['law'], r['chunk']) for r in rows):
     own = [r for r in rows if (r['law'], r['chunk']) == (law, chunk)]
