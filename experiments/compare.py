@@ -1,10 +1,11 @@
-"""Trains several algorithms with several seeds, and writes a table and a figure of them.
+"""Trains several algorithms with several seeds; writes a table and a figure that compare them.
 
     python experiments/compare.py --algorithms=BP,LG-FG-A [--config=NAME or FILE] [--seeds=0,1]
         [--out=runs/NAME-comparison] [--config.field=value …]
 
---out gets a folder for every run, comparison.md, comparison.json and curves.png. Run again with the
-same arguments, it goes on where it stopped; with more algorithms or seeds, it adds them.
+--out gets a folder for every run, comparison.md, comparison.json and curves.png. If run again with
+the same arguments, the program continues where it stopped; with more algorithms or seeds, it adds
+them.
 """
 
 import copy
@@ -21,7 +22,7 @@ NAME = 'comparison'
 
 
 def main(arguments: list[str]) -> None:
-  """Trains and compares."""
+  """Trains all algorithms with all seeds, and compares them."""
   parser = results.parser(__doc__, out=None, config='digits', seeds='0')
   parser.names('algorithms', None, rules.REGISTRY, required=True)
   options, config = command_line.parse(parser, arguments)
@@ -76,7 +77,7 @@ def report(folder: results.Folder, runs: list[tuple[str, int]]) -> None:
 
 
 def summarize(algorithm: str, summaries: list[dict[str, Any]]) -> dict[str, Any]:
-  """A row; what all seeds have in common is taken from the first."""
+  """A row for one algorithm; what all its seeds have in common is taken from the first."""
   return {
     'algorithm': algorithm,
     'seeds': len(summaries),
@@ -86,7 +87,7 @@ def summarize(algorithm: str, summaries: list[dict[str, Any]]) -> dict[str, Any]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-  """In markdown."""
+  """The rows as a Markdown table."""
   first = rows[0]
   cells = [
     [

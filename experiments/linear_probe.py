@@ -1,13 +1,15 @@
-"""Linear read-out of a finished run's features, trained offline: logistic regression on what the checkpoint computes.
+"""Fits a linear read-out to a finished run's features, offline: logistic regression.
 
-    python experiments/linear_probe.py --workdir=DIR [--data_dir=DIR] [--images=N] [--pairs=N] [--l2=1e-4]
-        [--iterations=300]
+    python experiments/linear_probe.py --workdir=DIR [--data_dir=DIR] [--images=N] [--pairs=N]
+        [--l2=1e-4] [--iterations=300]
 
-Features are those the online read-out sees: the mean over tokens of the last block, normalised. The network is not
-touched. A contrastive run's read-out learns from pairs of augmented views, and so does the probe with --pairs: that
-many of every image. DIR gets features.npz (train_x [N, C], train_y, test_x, test_y) and linear_probe.json: errors of
-probe and of online read-out, with the standard error of a test error. It refuses a folder that is no run, or has no
-checkpoint.
+The features are those that the online read-out sees: the normalised mean over tokens of the last
+block, computed from the newest checkpoint. The network does not change. In a contrastive run, the
+online read-out learns from pairs of augmented views; so does the probe with --pairs=N, from N pairs
+of every image. DIR gets features.npz (train_x [N, C], train_y, test_x, test_y) and
+linear_probe.json, which has the errors of the probe and of the online read-out, and the standard
+error of the probe's test error. The program refuses a folder that is not that of a run, or that has
+no checkpoint.
 """
 
 import argparse
@@ -31,7 +33,7 @@ BATCH = 500
 
 
 def main(arguments: list[str]) -> None:
-  """Exports features, fits, reports."""
+  """Computes the features, fits the probe and reports its errors."""
   parser = command_line.Parser(description=__doc__)
   parser.option('workdir', None, 'of a run', type=pathlib.Path, required=True)
   parser.option('data_dir', None, 'of TFDS; default: as the run had it')
@@ -59,7 +61,7 @@ def main(arguments: list[str]) -> None:
 
 
 def probe(job: Job, variables: dict, options: argparse.Namespace) -> dict[str, Any]:
-  """Errors of the fit and of the online read-out; writes the features into the run's folder."""
+  """Errors of the probe and of the online read-out; writes the features into the run's folder."""
   train_x, train_y = (
     view_features(job, variables, options.pairs)
     if options.pairs
@@ -87,7 +89,7 @@ def probe(job: Job, variables: dict, options: argparse.Namespace) -> dict[str, A
 
 
 def features(job: Job, variables: dict, split: data.Arrays) -> tuple[np.ndarray, np.ndarray]:
-  """Of the images of a split, some at a time: [N, C], and labels [N]."""
+  """Features [N, C] and labels [N] of a split, computed BATCH images at a time."""
   image_NxHxWxC, label_N = split
   run = jax.jit(lambda image: job.algorithm.features(variables, image))
   return np.concatenate(
@@ -96,9 +98,9 @@ def features(job: Job, variables: dict, split: data.Arrays) -> tuple[np.ndarray,
 
 
 def view_features(job: Job, variables: dict, pairs: int) -> tuple[np.ndarray, np.ndarray]:
-  """Of augmented views of the training images: [N · pairs · 2, C], and labels."""
+  """Features [N · pairs · 2, C] and labels of augmented views of the training images."""
   image_NxHxWxC, label_N = job.dataset.train
-  # Training has taken the first three.
+  # Training uses the first three keys.
   key = jax.random.split(jax.random.key(job.config.seed), 4)[3]
   key_RxN = jax.random.split(key, (pairs, len(label_N)))
   views = functools.partial(augmentation.views, min_area=job.config.contrastive.min_area)
@@ -114,7 +116,10 @@ def view_features(job: Job, variables: dict, pairs: int) -> tuple[np.ndarray, np
 def fit(
   x_NxC: np.ndarray, y_N: np.ndarray, classes: int, l2: float, iterations: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Logistic regression by L-BFGS on all examples: the minimum of mean cross-entropy + l2 |W|²/2."""
+  """Kernel and bias of a logistic regression, fitted by L-BFGS on all examples.
+
+  They minimise mean cross-entropy + l2 |W|²/2.
+  """
   x, y = jnp.asarray(x_NxC), jnp.asarray(y_N)
 
   def loss(params: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Small networks as bare functions, with something in the middle, shared by the tests."""
+"""Small networks as bare functions, with an exchangeable middle, shared by the tests."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def square(out):
 
 
 def bare(w, middle):
-  """A network with something in the middle."""
+  """The losses of a network of two layers with `middle` between them."""
   h = middle(w['b'], layer(w['a'], X, 'a'))
   return square(layer(w['c'], h, 'c'))
 
@@ -46,7 +46,7 @@ def rematted(w, h):
 
 
 def branched(w, h):
-  """One branch that is taken, one that is not, and a tap in each."""
+  """Conditionals with a branch that is taken and one that is not, with a tap in each."""
   h = jax.lax.cond(h.sum() > -1e9, lambda h: layer(w, h, 'yes'), lambda h: layer(w, h, 'no'), h)
   return jax.lax.cond(h.sum() > 1e9, lambda h: layer(w, h, 'rare'), lambda h: h, h)
 

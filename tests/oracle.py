@@ -1,4 +1,4 @@
-"""Straightforward, slow forms of what the library computes cleverly; written from the paper's equations."""
+"""Straightforward, slow versions of the library's computations, from the paper's equations."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ def layer_norm(x):
 def naive_replicated_loss(
   features_BxPxGxC, kernel_GxCxK, bias_K, label_B, cut_patch=True, cut_group=True
 ):
-  """P·G copies of the features, all but one entry of each behind a stop-gradient."""
+  """The replicated loss from P·G copies of the features, each with all but one entry stopped."""
   _, P, G, _ = features_BxPxGxC.shape
   same_patch = jnp.eye(P, dtype=bool) if cut_patch else jnp.ones((1, P), bool)
   same_group = jnp.eye(G, dtype=bool) if cut_group else jnp.ones((1, G), bool)
@@ -26,12 +26,12 @@ def naive_replicated_loss(
 
 
 def norm(name, without, x):
-  """`layer_norm`, where it is not left out."""
+  """`layer_norm`, unless the norm with this name is left out."""
   return x if name == without else layer_norm(x)
 
 
 def mixed(x_BxPxC, kernel):
-  """Tokens mixed by a P×P matrix, or channel by channel by a k×k convolution of their square grid."""
+  """Mixes tokens by a P×P matrix, or per channel by a k×k convolution on their square grid."""
   if kernel.ndim == 2:
     return jnp.einsum('bpc,pq->bqc', x_BxPxC, kernel)
   B, P, C = x_BxPxC.shape
@@ -44,7 +44,7 @@ def mixed(x_BxPxC, kernel):
 
 
 def block(params, x, groups, mix, without=None):
-  """One LocalMixer block (spec: LN → linear → LN → ReLU …) in one breath; returns the output [B, P, C]."""
+  """The output [B, P, C] of one LocalMixer block (spec: LN → linear → LN → ReLU …)."""
   h = x
   if mix:
     h = mixed(norm('token_in', without, h), params['token']['kernel']) + params['token']['bias']
@@ -58,7 +58,7 @@ def block(params, x, groups, mix, without=None):
 
 
 def logits(params, x, groups, without=None):
-  """Of the whole network, from its tokens."""
+  """The logits of the whole network, from its tokens."""
   for n, p in enumerate(unstack(params)):
     x = block(p, x, groups, mix=n > 0, without=without)
   linear = params['readout']['linear']
@@ -87,9 +87,10 @@ def objective(
   without=None,
   ahead=None,
 ):
-  """What LG-BP (local, cut), L-BP (local) and BP descend: sum over replicas, weighted sum over examples.
+  """The objective of LG-BP (local, cut), L-BP (local) or BP.
 
-  `ahead` has the block through which each head looks, by stack; None: heads read their own block's output.
+  It is a sum over replicas, and a weighted sum over examples. `ahead` has the block through which
+  each head looks, by stack; None: heads read their own block's output.
   """
   x, value = tokens, 0.0
   for n, p in enumerate(unstack(params)):

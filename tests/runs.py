@@ -1,4 +1,4 @@
-"""A run small enough to be started many times, shared by the tests of training."""
+"""A run small enough to start many times, shared by the tests of training."""
 
 import os
 import pathlib
@@ -18,7 +18,7 @@ STEPS = 23  # of an epoch: 1,438 images, 64 at a time
 
 
 def tiny(**fields: Any) -> Any:
-  """configs/digits.py with a small model; `fields` have dots as double underscores."""
+  """configs/digits.py with a small model; in the names of `fields`, `__` stands for a dot."""
   config = configs.load(str(ROOT / 'configs' / 'digits.py'))
   changes = {'model.size': 'S/1/2', 'model.channels': 16, 'epochs': 2, 'batch_size': 64}
   config.update_from_flattened_dict(
@@ -31,7 +31,7 @@ FLAGS = ['--config.model.size=S/1/2', '--config.model.channels=16', '--config.ba
 
 
 def script(name: str) -> dict[str, Any]:
-  """What experiments/NAME.py defines; modules beside it are found, as when it is started."""
+  """The definitions in experiments/NAME.py, which can import the modules beside it."""
   path = ROOT / 'experiments' / f'{name}.py'
   if str(path.parent) not in sys.path:
     sys.path.append(str(path.parent))
@@ -39,7 +39,7 @@ def script(name: str) -> dict[str, Any]:
 
 
 def start(script: str, *arguments: Any) -> subprocess.Popen:
-  """A process of experiments/SCRIPT, on one device. It takes what was compiled before, as all tests do."""
+  """Starts experiments/SCRIPT on one device; it uses the compilation cache, as all tests do."""
   environment = {
     **os.environ,
     'CI': '1',
@@ -58,7 +58,7 @@ def start(script: str, *arguments: Any) -> subprocess.Popen:
 
 
 def state(workdir: pathlib.Path, part: str | None = None) -> list[np.ndarray]:
-  """All numbers of the newest checkpoint, or those of a part of the state."""
+  """All arrays in the newest checkpoint, or only those of one part of the state."""
   newest = max((workdir / 'checkpoints').iterdir(), key=lambda folder: int(folder.name))
   with ocp.StandardCheckpointer() as checkpointer:
     stored = checkpointer.metadata(newest / 'state').item_metadata.tree

@@ -23,9 +23,10 @@ class Small(NamedTuple):
 
 @functools.cache
 def small(side=2, groups=4, channels=16, blocks=3, batch=4, classes=5, dtype=jnp.float32, **style):
-  """Random parameters everywhere (heads and read-out start at zero, which would hide errors); and random guesses.
+  """A small model with random parameters and guesses, and a batch.
 
-  The same model for the same arguments, which nobody changes.
+  Heads and read-out are random too: zero, their usual start, would hide errors. Calls with the same
+  arguments share one model, which nobody may change.
   """
   image_shape = (2 * side, 2 * side, 1)
   spec = mixer_spec(
@@ -68,7 +69,7 @@ def compose(s, name, **options):
 
 
 def gradient(s, name, key=None, **options):
-  """Gradient of the algorithm `name` on the small model; exact ones are computed once for all tests."""
+  """Gradient of the algorithm `name` on the small model; all tests share exact ones."""
   key = jax.random.key(0) if key is None else key
   run = lambda: jax.jit(compose(s, name, **options).gradient)(s.variables, key, s.batch)[0]
   if name not in ('BP', 'L-BP', 'LG-BP'):
@@ -83,15 +84,15 @@ _exact: dict[tuple, tuple] = {}
 
 
 def keep_kernels(tree):
-  """The part of a parameter tree that feedback matrices stand for."""
+  """The part of a parameter tree that feedback matrices replace: its kernels."""
   kept = {k: keep_kernels(v) if isinstance(v, dict) else v for k, v in tree.items()}
   return {k: v for k, v in kept.items() if k == 'kernel' or (isinstance(v, dict) and v)}
 
 
 def relative_error(a, b, floor=0.01):
-  """max over leaves of |a - b| / |b|, |b| being at least `floor` times the norm of the whole tree.
+  """Maximum over leaves of |a - b| / |b|, where |b| is at least `floor` times the norm of the tree.
 
-  (A bias before a norm that removes it has a gradient of exactly zero.)
+  The floor is for leaves with a gradient of exactly zero, such as a bias that a norm removes.
   """
   leaves = [
     (np.asarray(a, np.float64), np.asarray(b, np.float64))

@@ -1,6 +1,6 @@
-"""Telling a bias from noise: how the tests measure in standard errors, and all thresholds, in σ.
+"""Tells a bias from noise: measurements in standard errors, and all thresholds of the tests, in σ.
 
-Seeds are fixed: a test that passes once always does, until something changes what is drawn.
+Seeds are fixed: a test that passes once always passes, until something changes the draws.
 """
 
 import jax
@@ -12,28 +12,30 @@ ROW = 3.0  # one number, where the test must see twice the value as wrong: once 
 SIGMAS = 4.5  # the largest of up to 1,000 numbers: once in 150
 LARGEST = 5.5  # the largest of all M parameters of a small network: with probability M·4e-8
 LEAF = 6.0  # an r.m.s. z over n numbers, which is 1 ± 1/√(2n)
-SKEWNESS = 0.1  # added to 1 there: the law of a mean of estimates is not quite normal (2nd order in 1/√draws)
+# Added to 1 there: a mean of estimates is not quite normal, to 2nd order in 1/√draws.
+SKEWNESS = 0.1
 RMS = 1.5  # an r.m.s. z over all numbers of a small network
 
 DRAWS, CHUNK = 20_480, 256
-# Joins the standard error. Where gradient and estimates are zero but for float32's last bits (a bias before a norm that
-# removes it, a head's exact gradient), the mean of the rounding errors is no bias. Real standard errors are above 1e-4.
+# Added to the standard error. Gradient and estimates may be zero up to float32's last bits (for a
+# bias before a norm that removes it, or a head's exact gradient). Then the mean of the rounding
+# errors is not a bias. Real standard errors are above 1e-4.
 ROUNDING = 1e-6
 
 
 def standard_error(samples):
-  """Of the mean over the first axis."""
+  """Standard error of the mean over the first axis."""
   return np.asarray(samples).std(0, ddof=1) / len(samples) ** 0.5
 
 
 def z_of_mean(samples, expected, rounding=1e-9):
-  """|mean over the first axis - expected| in standard errors, number by number; `rounding` joins the error."""
+  """|mean over the first axis - expected| of every entry, in standard errors plus `rounding`."""
   samples = np.asarray(samples)
   return np.abs(samples.mean(0) - np.asarray(expected)) / (standard_error(samples) + rounding)
 
 
 def is_mean(samples, expected, sigmas=SINGLE, slack=0.0):
-  """Whether means are as expected, up to `sigmas` standard errors, and `slack` for rounding."""
+  """Whether means equal `expected` up to `sigmas` standard errors, plus `slack` for rounding."""
   samples = np.asarray(samples)
   return bool(
     (
@@ -69,9 +71,10 @@ def z_scores(run, target):
 
 
 def verdict(scores):
-  """Names of leaves that look biased. Numbers without gradient and noise (z = 0 in all draws) do not count.
+  """Names of the leaves that look biased.
 
-  A leaf must have an r.m.s. z within LEAF of its standard errors, and no number beyond LARGEST.
+  An unbiased leaf has an r.m.s. z within LEAF of its standard errors, and no entry beyond LARGEST.
+  Entries without gradient and noise (z = 0 in all draws) do not count.
   """
   bad = []
   for path, z in jax.tree_util.tree_leaves_with_path(scores):
@@ -85,6 +88,6 @@ def verdict(scores):
 
 
 def is_unbiased(measured, exact):
-  """No bias of a `variance.Measured`, and a test that sees one of a third of the gradient."""
+  """Asserts that there is no bias, and that a bias of a third of the gradient would be seen."""
   assert measured.bias_z(exact) < RMS
   assert measured.bias_z(jax.tree.map(lambda g: 1.3 * g, exact)) > RMS

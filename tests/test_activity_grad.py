@@ -1,4 +1,4 @@
-"""`value_and_activity_grad` of any function: exact where it can be, and called as `jax.grad`."""
+"""`value_and_activity_grad` of any function: exact where possible, and called like `jax.grad`."""
 
 import functools
 
@@ -91,7 +91,7 @@ def test_identity_under_the_transformations_of_jax():
 
 
 def test_grad_and_vmap_of_the_whole():
-  """Of an estimate that is exact: the derivative of its square is that of the gradient's."""
+  """The estimate is exact, so its square has the same derivative as the square of the gradient."""
   fun = functools.partial(bare, middle=MIDDLES['nothing'])
   size = lambda gradient: lambda w: sum((g**2).sum() for g in jax.tree.leaves(gradient(w)))
   second = jax.jit(jax.grad(size(lambda w: value_and_activity_grad(fun)(w, key=KEYS[5])[0])))(W)
@@ -142,7 +142,7 @@ def test_the_function_is_traced_once():
 
 @pytest.mark.slow
 def temporaries(f, layers):
-  """Bytes that XLA needs besides the arguments, of a deep network whose layers have taps."""
+  """Bytes that XLA needs besides the arguments, for a deep network with a tap in every layer."""
 
   def fun(ws, x):
     for n, w in enumerate(ws):
@@ -219,7 +219,7 @@ def test_a_fused_loss_is_local_by_its_derivative_rule():
 
 
 def test_a_guess_knows_the_activities_of_all_taps():
-  """Also of one that is not perturbed. Here the guess is the gradient, and nothing is left to estimate."""
+  """It also knows a tap that is not perturbed. Here the guess is the gradient, so it is exact."""
   x, first, second = (
     jax.random.normal(key, shape)
     for key, shape in zip(

@@ -1,4 +1,4 @@
-"""What `value_and_activity_grad` refuses, each in a line that names it."""
+"""Everything that `value_and_activity_grad` refuses, with a line that names the reason."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Activity perturbation of any function has no bias; examples that mix are noticed."""
+"""Activity perturbation of any function is unbiased; it notices if examples mix."""
 
 import functools
 
@@ -55,14 +55,14 @@ def test_unbiased_with_every_option(options):
 
 
 def contrast(w):
-  """Example i is to resemble example i + 1 more than the others."""
+  """A loss by which example i should resemble example i + 1 more than the others."""
   out = layer(w['c'], layer(w['a'], X, 'a'), 'c')
   logits = out @ out.T - 1e9 * jnp.eye(BATCH)
   return -jax.nn.log_softmax(logits)[jnp.arange(BATCH), (jnp.arange(BATCH) + 1) % BATCH]
 
 
 def ensemble(w):
-  """Mapped over three scales, as many as examples: the tap's first axis is not theirs."""
+  """A network mapped over three scales: the tap's first axis is not that of the three examples."""
   h = jax.vmap(lambda scale: tap(X @ (scale * w['a']), 'a'))(jnp.arange(1.0, 4.0))
   return square(jnp.tanh(h).sum(0) @ w['c'])
 
@@ -85,7 +85,7 @@ def test_examples_that_mix_are_noticed(fun):
 
 
 def test_one_tangent_for_examples_that_mix_is_refused():
-  """It would credit every example with the sum over examples of their gradients."""
+  """It would credit every example with the sum of all examples' gradients."""
   with pytest.raises(ValueError, match="tap 'a' influences the losses of other examples, and one"):
     value_and_activity_grad(contrast, shared=True)(W, key=KEYS[5])
 

@@ -46,7 +46,7 @@ def nth(stack, tree, n):
 
 
 def one_by_one(name, params, ahead):
-  """The objective of LG-BP: each block, then the one that its head looks through, with the head."""
+  """The objective of LG-BP: each block, followed by the one that its head looks through."""
   model, value = model_of(name), 0.0
   x = model.prepare(BATCH.image)
   for stack, after in zip(model.stacks, next_stacks(model.stacks), strict=True):
@@ -64,7 +64,7 @@ def one_by_one(name, params, ahead):
 
 
 def of_mixer(params, ahead):
-  """From the equations, with a copy of the features for every patch and group."""
+  """The mixer's objective from the equations, with copies of the features per patch and group."""
   tokens = model_of('mixer').prepare(BATCH.image)
   return oracle.objective(params, tokens, *TARGETS, 2, local=True, cut=True, ahead=ahead)
 
@@ -86,7 +86,7 @@ def test_the_exact_gradient_is_that_of_the_blocks_one_by_one(name):
 
 @pytest.mark.parametrize('name', FIELDS)
 def test_the_taps_are_those_of_the_block_itself(name):
-  """The average's are not among them, so nothing perturbs it."""
+  """The average's taps are not among them, so nothing perturbs the average."""
   plain = model_of(name)
   params = jax.eval_shape(look_ahead(plain).init, KEYS[0])['params']
   ahead = jax.eval_shape(look_ahead(plain).ahead, params)
@@ -102,7 +102,7 @@ def test_the_taps_are_those_of_the_block_itself(name):
 
 
 def keep_credit(monkeypatch):
-  """Activities are credited with their own patch and group only, as without the average."""
+  """Credits activities with their own patch and group only, as without the average."""
   kept = lambda model, bounded: look_ahead(model, bounded=True)
   monkeypatch.setattr(algorithms, 'look_ahead', kept)
 
@@ -117,7 +117,7 @@ def keep_credit(monkeypatch):
   ],
 )
 def test_as_many_orthogonal_tangents_as_dimensions_are_exact(name, rule, passes):
-  """Of the whole example where all taps are perturbed; of patch and group if the last is exact."""
+  """They span the example if all taps are perturbed, a patch and group if the last is exact."""
   exact = gradient(name, 'LG-BP')
   estimate = gradient(name, rule, taps='separate', law='hadamard', passes=passes)
   assert relative_error(estimate, exact) < 3e-5
@@ -132,9 +132,9 @@ def judge(rule):
 @pytest.mark.slow
 @pytest.mark.parametrize(('rule', 'noisy'), [('LG-FG-A', "['hidden']"), ('LG-FG-W', '')])
 def test_unbiased(rule, noisy):
-  """Over 20,480 draws: a leaf's r.m.s. z within 6 σ of 1, no number beyond 5.5 σ.
+  """Over 20,480 draws, every leaf has an r.m.s. z within 6 σ of 1, and no entry beyond 5.5 σ.
 
-  What is exact but for rounding has no standard error: the test above sees it.
+  Leaves that are exact up to rounding have no standard error; the test above covers them.
   """
   assert not [line for line in judge(rule) if noisy in line]
 
@@ -179,7 +179,7 @@ def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, 
   inputs = next(run.feed.epoch(0, 0))[1]
 
   def following(params):
-    """By hand: of each block the next; the last stands in for a further one."""
+    """The next block of each block, by hand; the last block stands in for its own successor."""
     blocks = {layer: params['blocks'][layer] for layer in ('hidden', 'out')}
     at = lambda *n: jax.tree.map(lambda leaf: leaf[jnp.array(n)], blocks)
     return {'stem': jax.tree.map(lambda leaf: leaf[0], blocks), 'blocks': at(1, 1)}

@@ -123,7 +123,7 @@ def test_boxes(min_area):
   [('flip', 0.5), ('jitter', 0.8), ('grey', 0.2), ('blur', 0.1), ('solarise', 0.2)],
 )
 def test_how_often_a_view_is_changed(field, chance):
-  """With a crop of everything and one possible change."""
+  """The crop is the whole image, and only one change is possible."""
   image = jnp.asarray(floats(photograph('china.jpg', 20)))
   chances = NEVER._replace(**{field: chance})
   view = lambda key: augmentation.one_view(key, image, 1.0, chances)

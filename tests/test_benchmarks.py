@@ -1,4 +1,4 @@
-"""The benchmarks run and write their rows. (Times are looked at where they are run, not here.)"""
+"""The benchmarks run and write their rows. (The tests do not look at times.)"""
 
 import json
 import os
@@ -136,7 +136,7 @@ time.sleep(0.2)
 
 
 def test_torture(tmp_path, monkeypatch):
-  """A stub takes the place of training: what is tried are signals, exit codes and the report."""
+  """A stub replaces training: this tests signals, exit codes and the report."""
   main, compared = runs.script('bench/torture')['main'], []
   (tmp_path / 'stub.py').write_text(STUB)
   for name, value in {

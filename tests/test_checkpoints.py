@@ -1,4 +1,4 @@
-"""Runs that go on after every kind of stop, and end as if they had not been stopped."""
+"""Runs continue after every kind of stop, and end as if they had never been stopped."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from tests.runs import FLAGS, STEPS, start, state, tiny
 
 
 def rows(workdir):
-  """Without what depends on the clock."""
+  """The rows without values that depend on the clock."""
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   return [
     {name: value for name, value in line.items() if name != 'examples_per_second'} for line in lines
@@ -77,7 +77,7 @@ def test_files_of_a_run(whole):
 
 @pytest.mark.slow
 def test_killed_run_ends_as_if_it_had_not_been(whole, tmp_path):
-  """Killed before anything was saved, while a checkpoint is written, and just after a row."""
+  """It is killed before the first save, while a checkpoint is written, and just after a row."""
   workdir = tmp_path / 'run'
 
   def being_written():
@@ -105,7 +105,7 @@ def test_sigterm_saves_first(whole, tmp_path):
 
 
 def interrupt_at(monkeypatch, step):
-  """Ctrl-C during the given step, or those that are dispatched with it."""
+  """Presses Ctrl-C during the given step, or during those dispatched with it."""
   original = train._epoch
 
   def epoch(functions, state, *rest):
@@ -179,7 +179,7 @@ def streamed(dataset):
 
 @pytest.fixture(scope='module')
 def kept(tmp_path_factory):
-  """A folder with checkpoints of the steps 1 … 6, whose best is the third."""
+  """A folder with checkpoints of steps 1 … 6, of which the third is the best."""
   directory = tmp_path_factory.mktemp('kept') / 'checkpoints'
   with Checkpoints(directory, keep=2) as checkpoints:
     for step in range(1, 7):
@@ -233,7 +233,7 @@ def test_a_damaged_checkpoint_is_passed_over(name, how, kept, tmp_path, capfd):
   'error, closes', [(processes.Lost('gone'), False), (UserError('other'), True)]
 )
 def test_a_write_is_not_waited_for_when_a_process_was_lost(error, closes, tmp_path, monkeypatch):
-  """Its part would never come."""
+  """The lost process would never write its part."""
   closed = []
   monkeypatch.setattr(Checkpoints, 'close', lambda self: closed.append(self))
   with pytest.raises(type(error)), Checkpoints(tmp_path, keep=2):

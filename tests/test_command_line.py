@@ -1,4 +1,4 @@
-"""Values on a command line: what they are read as."""
+"""How values on a command line are read."""
 
 import pytest
 

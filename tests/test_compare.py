@@ -1,4 +1,4 @@
-"""A comparison, and what it does when it is started again."""
+"""A comparison, and what it does if it is started again."""
 
 import json
 

@@ -20,7 +20,7 @@ REAL_N = jnp.arange(16) < 14  # the last example pads the batch
 
 
 def naive(features, kernel, bias, real_N, contrast, cut):
-  """P·G copies of all features and of the whole comparison of the batch; in each, one patch and group moves."""
+  """The loss from P·G copies of all features; in each copy, only one patch and group moves."""
   N, patches, G, _ = features.shape
   stop = jax.lax.stop_gradient
 
@@ -63,7 +63,7 @@ def mesh(devices):
 
 
 def case(dtype, contrast, cut):
-  """Point, direction, cotangent; no loss of the padding counts."""
+  """Point, direction and cotangent; the cotangent is zero for padding."""
   shapes = [(16, 4, 3, 2), (3, 2, 5), (5,)]
   keys = iter(jax.random.split(jax.random.key(3), 7))
   point, direction = ([jax.random.normal(next(keys), s, dtype) for s in shapes] for _ in range(2))
@@ -142,7 +142,7 @@ def test_displaced_replicas_are_the_naive_ones_with_frozen_copies():
 
 
 def test_memory_does_not_grow_with_the_number_of_replicas():
-  """64 rows, 1,024 replicas: one [64, 64] float32 array for each would be 16 MiB; the features are 1 MiB."""
+  """A [64, 64] array for each of 1,024 replicas would take 16 MiB; the features take 1 MiB."""
   for stop in (True, False):
     contrast = Contrast(stop_gradient=stop)
     loss = lambda f, w: replicated(f, w, jnp.zeros(16), jnp.ones(64, bool), contrast)  # noqa: B023

@@ -1,4 +1,4 @@
-"""The algorithms that learn from the contrastive loss, against the equations with a naive one."""
+"""The algorithms with the contrastive loss, against the equations with a naive loss."""
 
 import functools
 
@@ -31,7 +31,7 @@ def noisy_views(key_B, image):
 
 @pytest.fixture
 def float64():
-  """Normalised projections of few, similar examples are badly conditioned."""
+  """Enables float64: normalised projections of few, similar examples are badly conditioned."""
   with jax.enable_x64(True):
     yield
 
@@ -48,7 +48,7 @@ def composed(s, name, **options):
 
 
 def randomised(s, name, **options):
-  """The algorithm, and its variables: random, with the same parameters for all rules that have the same."""
+  """The algorithm, and random variables; rules with equal shapes get equal parameters."""
   algorithm = composed(s, name, **options)
   # By shape alone: compiling the network's own initialisation takes seconds.
   shapes = jax.eval_shape(algorithm.init, jax.random.key(0))
@@ -61,7 +61,7 @@ def randomised(s, name, **options):
 
 
 def inputs(s, key):
-  """Tokens and criterion that the algorithm makes of the batch."""
+  """The tokens and targets that the algorithm makes from the batch."""
   _, view_key = jax.random.split(key)
   image = noisy_views(
     jax.vmap(lambda i: jax.random.fold_in(view_key, i))(jnp.arange(4)), s.batch.image
@@ -70,7 +70,7 @@ def inputs(s, key):
 
 
 def objective(params, s, key, name, contrast):
-  """What a backprop rule descends, with the naive loss; and the values that it reports."""
+  """The objective of a backprop rule with the naive loss, and the values that the rule reports."""
   x, (label, weight) = inputs(s, key)
   cut, local, value = name == 'LG-BP', name != 'BP', 0.0
   loss = functools.partial(naive, contrast=contrast, cut=Cut(False, False))
@@ -124,7 +124,7 @@ ELEVEN = ['BP', 'L-BP', 'LG-BP', 'FA', 'L-FA', 'LG-FA', 'DFA', 'FG-W', 'FG-A', '
 
 @functools.cache
 def naive_parts(local):
-  """What all rules with local losses, or all without, have in common: from the equations, in float64."""
+  """The gradient and values that all rules with (or without) local losses share, in float64."""
   s, contrast = contrastive_small(), Contrast(projections=6)
   name = 'LG-BP' if local else 'BP'
   variables = randomised(s, name)[1]
@@ -136,7 +136,7 @@ def naive_parts(local):
 @pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize('name', ELEVEN)
 def test_exact_parts_of_all_algorithms(name):
-  """Values, and gradients of heads and read-out, do not depend on how the rest is estimated."""
+  """Values and the gradients of heads and read-out do not depend on the estimator."""
   wanted, reported = naive_parts(rules.REGISTRY[name].local)
   s = contrastive_small()
   algorithm, variables = randomised(s, name)
@@ -215,7 +215,7 @@ def test_direct_feedback_sends_the_error_of_the_projection():
 
 
 def test_views_share_perturbations_or_not():
-  """With equal views, their anchors' derivatives are equal, and so are the signals of a shared perturbation."""
+  """Both views of an example have the same perturbation if `rows` is 2, else independent ones."""
   tap = Tap((8, 3, 40), jnp.float32, 3, 1)
   shared = draw_at_tap(Sampling(rows=2), jax.random.key(0), tap, Passes(1))[0]
   own = draw_at_tap(Sampling(rows=1), jax.random.key(0), tap, Passes(1))[0]

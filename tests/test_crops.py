@@ -1,4 +1,4 @@
-"""Crops of streamed images, decoded at the scale that they need; and examples that cannot be read, which are named."""
+"""Crops of streamed images are decoded at the scale they need; unreadable examples are named."""
 
 import io
 
@@ -89,7 +89,7 @@ def smooth(width, height, mode='RGB'):
 
 
 def fully(file, box, size):
-  """The crop of the picture decoded at its own size."""
+  """The crop of the picture, decoded at its full size."""
   picture = Image.open(io.BytesIO(file)).convert('RGB')
   return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box)).astype(int)
 
@@ -107,7 +107,7 @@ def fully(file, box, size):
   ],
 )
 def test_a_crop_is_decoded_at_the_scale_that_it_needs(mode, box, scale):
-  """The two differ by less than JPEG itself changes."""
+  """It differs from the crop at full size by less than JPEG changes the picture."""
   file = smooth(905, 703, mode)
   picture = Image.open(io.BytesIO(file))
   crop = streams.cropped(picture, box, 32)

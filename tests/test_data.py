@@ -1,4 +1,4 @@
-"""Data sets by name, exact epochs, and one clear line at once for what is not there."""
+"""Data sets by name, exact epochs, and an immediate one-line error for missing data."""
 
 import functools
 import importlib.util
@@ -28,7 +28,7 @@ def prepared():
 
 
 def write(data_dir, version='3.0.1', file_format='array_record', splits=('train', 'test'), count=4):
-  """What an mnist of 28×28 images leaves in its folder, with empty files of examples."""
+  """Writes the folder of an mnist with 28×28 images, with empty files of examples."""
   folder = data_dir / 'mnist' / version
   folder.mkdir(parents=True)
   features = tfds.features.FeaturesDict(
@@ -59,7 +59,7 @@ def write(data_dir, version='3.0.1', file_format='array_record', splits=('train'
 
 
 def nearest_mean_accuracy(dataset):
-  """Of the classifier that gives a test image the label of the nearest class mean."""
+  """Accuracy of the classifier that labels a test image by the nearest class mean."""
   train, test = (
     split.image_NxHxWxC.reshape(split.examples, -1) / np.float32(255) for split in dataset[-2:]
   )
@@ -82,7 +82,7 @@ def test_digits_are_all_there_and_stratified():
 
 
 def test_digits_look_like_their_labels():
-  """A nearest-mean classifier is right on nine out of ten: images and labels belong together."""
+  """A nearest-mean classifier is right on nine out of ten, so images and labels match."""
   digits = data.load('digits')
   assert nearest_mean_accuracy(digits) > 0.87
 
@@ -138,7 +138,7 @@ def test_take_under_shard_map_takes_each_devices_part():
 
 
 def refusal(error, *args, **kwargs):
-  """The message with which `load` refuses: one line, at once."""
+  """The message with which `load` refuses; it must be one line, and come at once."""
   start = time.monotonic()
   with pytest.raises(error) as caught:
     data.load(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""`diagnose` names a tap that is declared too local, finds planted biases, accuses nothing else."""
+"""`diagnose` names a tap declared too local and finds planted biases, with no false alarms."""
 
 import functools
 
@@ -30,7 +30,7 @@ def diagnose(fun, *args, num_tangents=(8,), draws=1000, key=KEY, **options):
 
 
 def patches(v, x, mix=0.0, **options):
-  """Losses [B, P] of patches, which share a part of their mean."""
+  """Losses [B, P] of patches; `mix` is the share of an activity that is their mean."""
   h = tap(x @ v['a'], 'h', **options)
   if mix:
     h = (1 - mix) * h + mix * h.mean(1, keepdims=True)
@@ -97,7 +97,7 @@ def test_signals_a_tenth_too_long_are_found():
 
 
 def leaky(w):
-  """The second of two taps says that a ReLU is off where a tenth comes through."""
+  """The second of two taps declares a ReLU inactive where a tenth of the signal passes."""
   z = jnp.tanh(tap(X[:3, 0, :4] @ w['a'], 'right')) @ w['b']
   z = tap(z, 'wrong', active=z > 0)
   return square(jnp.where(z > 0, z, 0.1 * z) @ w['c'])
@@ -151,7 +151,7 @@ def test_what_is_zero_by_accident_is_not_called_right():
 
 
 def test_a_gradient_that_is_zero_but_for_rounding_and_one_that_is_not_finite():
-  """What is subtracted again by the norm of the batch, and a root of negative numbers."""
+  """An offset that the batch mean removes again, and a root of negative numbers."""
 
   def fun(w, x):
     h = tap(x @ w['a'] + w['offset'], 'h')
@@ -177,7 +177,7 @@ def test_losses_that_are_not_seen_are_named():
 
 
 def dropped(x, w, bias, *, key, size):
-  """Two taps and a mark, all of other kinds, and aux that is no array."""
+  """A function with two taps and a checkpoint name, and an aux that is not an array."""
   x = jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x, 0)
   h = tap(checkpoint_name(x @ w['a'], 'h'), 'h')
   out = tap(jnp.tanh(h @ w['b']) + bias, 'out')
@@ -227,7 +227,7 @@ def test_table_and_plot():
 
 
 def test_statistics_of_draws_with_an_uneven_covariance():
-  """Noise of variances 1, 1/2, …, 1/8 around a mean that is off by a fifth, across the truth.
+  """Noise has variances 1, 1/2, …, 1/8, and the mean is off by a fifth, orthogonal to the truth.
 
   A second leaf has 400 dimensions with equal noise.
   """

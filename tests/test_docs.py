@@ -1,4 +1,4 @@
-"""The documentation builds without a warning, what it names exists, and the notebooks run."""
+"""The documentation builds without warnings, the things it names exist, and the notebooks run."""
 
 import ast
 import os

@@ -1,4 +1,4 @@
-"""The dry run, held to the compiled program: what is sent, what is computed, what is kept."""
+"""The dry run against the compiled program: bytes sent, operations and memory."""
 
 import json
 

@@ -110,7 +110,7 @@ def test_backprop_rules_equal_jax_grad_of_the_naive_network(name, side, groups, 
 
 
 def objective_of_stages(params, s, groups, plan):
-  """LG-BP with stages of several blocks: losses at the end of each stage, gradient through its blocks."""
+  """LG-BP's objective with several blocks per stage, whose losses are at the stage's end."""
   blocks = oracle.unstack(params)
   inputs = [s.prepare(s.batch.image)]
   for n, p in enumerate(blocks):
@@ -167,7 +167,7 @@ def test_feedback_alignment_with_transposed_forward_matrices_is_backprop(name):
 
 
 def with_any_feedback(name):
-  """Gradient and aux of a rule; feedback matrices, where it has some, are all ones."""
+  """Gradient and aux of a rule; its feedback matrices, if any, are all ones."""
   s = small()
   algorithm = compose(s, name)
   shapes = jax.eval_shape(algorithm.init, jax.random.key(3))
@@ -178,7 +178,7 @@ def with_any_feedback(name):
 
 @functools.cache
 def naive_loss_and_gradient():
-  """Of the loss at the end, from the equations."""
+  """The loss at the end of the network and its gradient, from the equations."""
   s = small()
   loss = functools.partial(
     oracle.objective,

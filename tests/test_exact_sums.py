@@ -1,4 +1,4 @@
-"""Products are right on CPUs, whatever XLA computes them with."""
+"""Products are right on CPUs, whatever XLA uses to compute them."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from lfg_jax.estimators.tangents import rademacher
 
 
 def test_vmapped_estimates_in_a_scan_are_those_of_one_key_after_the_other():
-  """With jaxlib 0.11.2 as it is, off by a factor of 10⁴."""
+  """With an unmodified jaxlib 0.11.2, they are off by a factor of 10⁴."""
   layer = linear_layer.random_layer(jax.random.key(0), 2, 64)
   estimate = layer.estimate('activity', Sampling(rademacher, 1, shared=True), 128)
   keys = jax.random.split(jax.random.key(1), (2, 100))
@@ -35,7 +35,7 @@ def test_the_flag_is_set_where_it_is_needed():
 
 
 def test_too_late_is_told(monkeypatch):
-  """JAX has looked for its devices: the flags were read."""
+  """Once JAX has looked for its devices, flags no longer have an effect."""
   jax.devices()
   monkeypatch.setattr(exact_sums.jaxlib, '__version__', '0.11.2')
   monkeypatch.setenv('XLA_FLAGS', '')

@@ -1,4 +1,4 @@
-"""`forward_grad`: the shape of `jax.grad`, under every transformation."""
+"""`forward_grad` has the interface of `jax.grad`, under every transformation."""
 
 import functools
 
@@ -141,7 +141,7 @@ def test_the_function_is_traced_once_for_all_passes():
 
 
 def test_ema_of_optax_divides_the_error_by_what_its_memory_says():
-  """A running average with decay β over independent estimates has (1 - β) / (1 + β) of their squared error."""
+  """An average of independent estimates, with decay β, has (1 - β) / (1 + β) of their error."""
   decay, run, exact = 0.8, forward_grad(loss), jax.grad(loss)(PARAMS, X)['w']
   average = optax.ema(decay)
 
@@ -162,7 +162,7 @@ def test_ema_of_optax_divides_the_error_by_what_its_memory_says():
 
 @pytest.mark.parametrize('chunk', [None, 1])
 def test_every_leaf_has_its_own_dtype(chunk):
-  """So that a scan over steps keeps its carry; and the estimate is exact up to rounding."""
+  """So a scan over steps keeps the types of its carry. The estimate is exact up to rounding."""
   f = lambda p: (p['low'].astype(jnp.float32) ** 2).sum() + 3 * p['high'].sum() + p['number']
   params = {'low': jnp.ones(2, jnp.bfloat16), 'high': jnp.ones((1, 1)), 'number': 1.0}
   run = forward_grad(f, law=tangents.hadamard, passes=4, chunk=chunk)

@@ -1,4 +1,4 @@
-"""experiments/bench/frontier.py and time_to_accuracy.py: what they write of small models."""
+"""experiments/bench/frontier.py and time_to_accuracy.py: what they write for small models."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ LAYERS = ['stem/channel', 'stem/group']
 
 
 def frontier(out, *arguments):
-  """Rows by variant, passes and layer, of the last point; and the whole content."""
+  """The last point's rows, by variant, passes and layer; and the whole content of the file."""
   run('bench/frontier', *FRONTIER, '--laws=hadamard', *arguments, f'--out={out}')
   content = json.loads((out / 'frontier.json').read_text())
   return {(row['variant'], row['passes'], row['layer']): row for row in content['rows']}, content

@@ -1,4 +1,4 @@
-"""Odd values in all fields: each is good, or ends in one line."""
+"""Odd values in all fields: each is accepted, or refused with one line."""
 
 import random
 
@@ -87,7 +87,7 @@ FIELDS = [name for name, _ in configs.flatten(configs.base()) if name != 'distri
 
 
 def outcome(make):
-  """'good', or the line that says what is not; raises what is no UserError."""
+  """'good', or the message of a UserError; raises all other errors."""
   try:
     train.prepare(make())
   except UserError as error:
@@ -96,7 +96,7 @@ def outcome(make):
 
 
 def test_command_lines():
-  """One to three fields at a time, which may contradict each other."""
+  """Sets one to three fields at a time, which may contradict each other."""
   rng = random.Random(0)
   outcomes = []
   for _ in range(COUNT):
@@ -109,7 +109,7 @@ def test_command_lines():
 
 
 def test_config_files():
-  """Values of any type, as a file can set them."""
+  """Sets values of any type, as a file can."""
   rng = random.Random(1)
   for _ in range(COUNT):
     field, value = rng.choice(FIELDS), rng.choice(OBJECTS)

@@ -1,4 +1,4 @@
-"""Guards: how children end, and what is shown of their text."""
+"""Guards: how children end, and which of their output is shown."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ F1127 04:59:12.2  25584 client.h:80] Terminating process because the JAX distrib
 
 
 def guarded(work, children=1, grace=0.5):
-  """Exit code, lines and seconds of a guard whose children do `work`, where `i` is their number."""
+  """Exit code, lines and seconds of a guard; child number `i` executes the code `work`."""
   code = f"""
 import os, signal, sys, time
 from lfg_jax.training import guard

@@ -1,4 +1,4 @@
-"""Guesses of taps' gradients: no bias whatever they say, the error that theory has, and what is learned of them."""
+"""Guesses of taps' gradients: they add no bias, leave the predicted error, and can be learned."""
 
 import functools
 
@@ -22,7 +22,7 @@ def with_guess(s, weights):
 
 
 def kernels(s):
-  """Feedback weights with which a guess is the gradient itself."""
+  """The feedback weights with which a guess equals the gradient."""
   return jax.tree.map(
     lambda _, kernel: kernel,
     s.variables['guess'],
@@ -79,7 +79,7 @@ def test_unbiased_whatever_the_guess(weights, options):
   ids=str,
 )
 def test_exact_with_the_kernels_for_feedback_and_behind_the_boundary_with_any(style):
-  """One pass. The grouped layer's gradient is exact in any case; with the right guesses all are."""
+  """With one pass, the grouped layer is always exact, and with the right guesses all layers are."""
   s = small(groups=2, **style)
   exact = gradient(s, 'LG-BP')
   estimate = jax.jit(compose(s, 'LG-FG-A', guess='all').gradient)
@@ -95,7 +95,7 @@ def test_exact_with_the_kernels_for_feedback_and_behind_the_boundary_with_any(st
 
 @pytest.mark.slow
 def test_no_kernel_is_read_backwards():
-  """With feedback weights of zero a guess is zero: the estimate is that without one, draw by draw."""
+  """Feedback weights of zero give a guess of zero: every draw is the same as without a guess."""
   s = model()
   without = gradient(s, 'LG-FG-A', guess='none')
   estimate = jax.jit(compose(s, 'LG-FG-A', guess='all').gradient)
@@ -109,7 +109,7 @@ def test_no_kernel_is_read_backwards():
 
 @pytest.mark.slow
 def test_the_regression_follows_the_gradient_of_what_is_left():
-  """On average over tangents; as many orthogonal ones as dimensions have that average."""
+  """This holds on average over tangents, and so for a full set of orthogonal tangents."""
   s = model()
   exact = compose(
     s, 'LG-FG-A', guess='all', law='hadamard', passes=4, tap_passes={'after_token': 8}
@@ -130,7 +130,7 @@ def test_the_regression_follows_the_gradient_of_what_is_left():
 
 @pytest.mark.slow
 def test_guesses_are_learned():
-  """From nothing, with the network held fixed: the noise falls to a hundredth and less of what it was."""
+  """They start at zero. With a fixed network, the noise falls to a hundredth or less."""
   s = small(groups=2, channels=16, batch=16)
   algorithm = compose(s, 'LG-FG-A', guess='all', guess_rate=1e-2)
   exact = gradient(s, 'LG-BP')
@@ -193,7 +193,7 @@ def estimates(guess, draws=20_000, **options):
 
 @pytest.mark.slow
 def test_a_users_guess_leaves_the_error_that_theory_has():
-  """Of the signal, which the gradient of the first layer's bias sums over the examples."""
+  """The error is that of the signal; the first layer's bias sums the signal over the examples."""
   params = VARIABLES['params']
   z = X @ params['first']['kernel'] + params['first']['bias']
   g = signal(params, z)
@@ -214,7 +214,7 @@ def bias_z(samples, target):
 
 
 def test_a_guess_that_sees_the_tangent_is_biased_and_the_test_sees_it():
-  """It steals the key that the estimator splits over the taps, in the order of evaluation."""
+  """The guess steals the key that the estimator splits over the taps in the order of evaluation."""
   params = VARIABLES['params']
   target = signal(params, X @ params['first']['kernel'] + params['first']['bias']).sum(0)
   a = jnp.cos(jnp.arange(8.0))
@@ -238,7 +238,7 @@ def test_a_guess_that_sees_the_tangent_is_biased_and_the_test_sees_it():
 
 
 def test_predicted_variance_with_a_guess():
-  """Table 1 with the share of the squared gradient that the guess leaves."""
+  """Table 1, with `left` as the share of the squared gradient that the guess leaves."""
   known = functools.partial(
     variance.predicted,
     'activity',
@@ -282,7 +282,7 @@ def test_guesses_of_a_wrong_shape_or_together_are_refused():
 
 @pytest.mark.slow
 def test_what_the_names_stand_for():
-  """The paper's estimator and ours, by one switch; what a user sets is kept."""
+  """One name is the paper's estimator, one is ours; options set by the user are kept."""
   ours, paper = (
     rules.Options().of(rules.REGISTRY[name], model().model) for name in ('LG-FG-A', 'LG-FG-A-paper')
   )

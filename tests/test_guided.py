@@ -1,4 +1,4 @@
-"""Guided tangents: biased or unbiased as their docstrings say."""
+"""Guided tangents are biased or unbiased as their docstrings say."""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def test_within_is_unbiased_for_gradients_of_the_span(law):
 
 
 def network_and_guide(kind):
-  """Gradient of a two-layer network as a flat vector, and a direction known without backprop through it."""
+  """Loss and flat weights of a two-layer network, and a guide that needs no backprop through it."""
   rng = np.random.default_rng(0)
   x, y = rng.normal(size=(32, 6)), rng.integers(0, 3, 32)
   one_hot = np.eye(3)[y]
@@ -83,7 +83,7 @@ def network_and_guide(kind):
 
 @pytest.mark.parametrize('kind', ['local gradient', 'momentum', 'direct feedback'])
 def test_a_network_with_a_guide(kind):
-  """Unbiased, with the error of the part of the gradient that the guide does not see; less than without a guide."""
+  """It is unbiased; its error is that of the part of the gradient orthogonal to the guide."""
   loss, w, guide = network_and_guide(kind)
   gradient = np.asarray(jax.grad(loss)(w))
   run = forward_grad(loss, law=guided.mixed(guide), passes=2)

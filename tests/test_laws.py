@@ -96,7 +96,7 @@ def estimate(s, options, name='LG-FG-A-paper', key=0):
 
 @pytest.mark.slow
 def test_as_many_orthogonal_passes_as_dimensions_give_the_exact_gradient():
-  """Each tap by itself, 16 / 4 channels in a group (16 after token mixing, which feeds all groups)."""
+  """Taps are separate. Groups have 16 / 4 channels; token mixing feeds all 16 channels."""
   options = {'taps': 'separate', 'passes': 4, 'tap_passes': {'after_token': 16}}
   s = small(blocks=2)
   assert (

@@ -1,4 +1,4 @@
-"""The order in which the package is read: a folder imports only from those above it."""
+"""The package has an order for reading: a folder imports only from those above it."""
 
 import ast
 import pathlib
@@ -14,7 +14,7 @@ ORDER = ('errors', 'promotion', 'user_files', 'estimators', 'losses', 'models', 
 
 
 def imported(path):
-  """Dotted names of all that a file imports, also inside functions."""
+  """Dotted names of everything that a file imports, also inside functions."""
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
@@ -45,7 +45,7 @@ def test_no_public_function_has_the_name_of_its_module():
 
 
 def test_all_is_reachable_after_one_import():
-  """In a fresh interpreter; folders that are not needed are not imported."""
+  """This is so in a fresh interpreter, which does not import folders that are not needed."""
   code = """
 import sys, lfg_jax
 assert 'lfg_jax.training' not in sys.modules and 'lfg_jax.data' not in sys.modules

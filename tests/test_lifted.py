@@ -1,4 +1,4 @@
-"""Layers behind Flax's lifted transforms, `nn.jit`, `nn.remat` and `nn.cond`, whose traces are kept."""
+"""Layers inside Flax's lifted transforms `nn.jit`, `nn.remat` and `nn.cond`, which cache traces."""
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ from tests.test_modules import estimator, exact, images, init
 
 
 class Tied(nn.Module):
-  """One layer, called twice behind a lifted transform."""
+  """One layer, called twice inside a lifted transform."""
 
   lift: str
 
@@ -62,7 +62,7 @@ class WithJitNormed(nn.Module):
 
 @pytest.mark.slow
 def test_batch_norm_is_noticed_in_a_trace_that_nn_jit_has_kept():
-  """It was traced without marks before, then with the same marks, then with others."""
+  """It is traced without marks first, then twice with the same marks, then with others."""
   model, x = WithJitNormed(), images(4)
   variables = init(model, x, {})
   grads_0 = exact(model, variables, x, {})[1]

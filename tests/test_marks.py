@@ -1,4 +1,4 @@
-"""One network written four times (bare, linen, NNX, Equinox): equal estimates, right ones."""
+"""One network written four times (bare, linen, NNX, Equinox): the estimates are equal and right."""
 
 import equinox as eqx
 import flax.linen as nn
@@ -25,7 +25,7 @@ WEIGHTS = {
 
 
 def attend(h_TxD):
-  """Every position looks at all others."""
+  """Self-attention: every position attends to all positions."""
   return jax.nn.softmax(h_TxD @ jnp.swapaxes(h_TxD, -1, -2)) @ h_TxD
 
 
@@ -84,7 +84,7 @@ def nnx_model(w):
 
 
 class Equinox(eqx.Module):
-  """Of one example, channels first."""
+  """The network for one example, with channels first."""
 
   conv: eqx.nn.Conv1d
   mix: eqx.nn.Linear
@@ -146,7 +146,7 @@ def test_equal_keys_give_equal_estimates(name, options):
 
 @pytest.mark.parametrize('name', NETWORKS)
 def test_layers_that_no_scanned_tap_disturbs_are_exact(name):
-  """With as many orthogonal passes as dimensions, each tap by itself."""
+  """Taps are separate, with as many orthogonal passes as dimensions."""
   options = {'separate': True, 'law': tangents.haar, 'passes': 16}
   exact = jax.jit(jax.grad(lambda w: NETWORKS[name](w).sum() / BATCH))(WEIGHTS)
   grads = estimate(name, **options)[1]

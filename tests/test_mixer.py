@@ -1,4 +1,4 @@
-"""LocalMixer: the sizes of the paper, and what each of its options does."""
+"""LocalMixer: the paper's sizes, and the effect of every option."""
 
 import functools
 
@@ -44,7 +44,7 @@ def test_parameter_counts_of_the_paper(size, image_shape, count):
 
 
 def test_parameter_count_of_the_imagenet_size():
-  """Published as 17.3 M: without the read-out, and cut rather than rounded (or without the 19,968 biases)."""
+  """The paper says 17.3 M: without the read-out, and truncated (or without the 19,968 biases)."""
   spec = mixer_spec('L/32/64', image_shape=IMAGENET, classes=1000, heads=Heads(contrast=Contrast()))
   assert parameters(spec) - 2049 * 1000 == 17_360_384
 
@@ -120,7 +120,7 @@ def test_hidden_width():
 
 @pytest.mark.parametrize('norm', NORMS)
 def test_every_norm_can_be_left_out(norm):
-  """It, and no other."""
+  """This norm is left out, and no other."""
   s = small(blocks=2, norms=tuple(n for n in NORMS if n != norm))
   if norm != 'head':
     np.testing.assert_allclose(logits(s), expected_logits(s, without=norm), rtol=1e-4, atol=1e-5)
@@ -142,7 +142,10 @@ def test_every_norm_can_be_left_out(norm):
 
 
 def test_derivative_of_layer_norm_along_several_tangents():
-  """At the size of real activities; jaxlib 0.10.2 on CPUs is 26 % off here (github.com/jax-ml/jax/issues/39103)."""
+  """Activities have a realistic size.
+
+  Here jaxlib 0.10.2 is 26 % off on CPUs (github.com/jax-ml/jax/issues/39103).
+  """
   rng = np.random.default_rng(0)
   x, dx = rng.normal(size=(4096, 32)), rng.normal(size=(4, 4096, 32))
   found = jax.jit(jax.vmap(lambda d: jax.jvp(layers.layer_norm, (jnp.float32(x),), (d,))[1]))(
@@ -217,14 +220,14 @@ def test_read_out_heads_and_biases_start_at_zero():
 
 @pytest.mark.slow
 def test_signal_straight_through_the_norm():
-  """Without the norm's derivative, estimates differ, exact gradients do not."""
+  """Without the norm's derivative, estimates change but exact gradients do not."""
   with_it, without = small(), small(norm_derivative=False)
   assert relative_error(gradient(without, 'LG-BP'), gradient(with_it, 'LG-BP')) < 1e-6
   assert relative_error(gradient(without, 'LG-FG-A'), gradient(with_it, 'LG-FG-A')) > 0.01
 
 
 def test_every_block_of_a_stage_updates_its_statistics():
-  """Batch norm's, in stages of two blocks: also in the one that is not under the losses."""
+  """With batch norm and stages of two blocks, so does the block that is not under the losses."""
   s = small(norm='batch', blocks=4)
   _, aux = jax.jit(compose(s, 'LG-BP', every=2).gradient)(s.variables, jax.random.key(0), s.batch)
   moved = jax.tree.map(

@@ -1,4 +1,4 @@
-"""What every staged model must keep to, whichever it is; and a model from outside the package."""
+"""The rules that every staged model must obey, and a model from outside the package."""
 
 import math
 
@@ -45,7 +45,7 @@ def model_of(name, heads=Heads()):
 
 
 def composed(name, rule, axis_name=None, heads=Heads(), views=None, **options):
-  """An algorithm, and random variables (heads start at zero, which would hide errors)."""
+  """An algorithm and random variables. (Heads of zero, the usual start, would hide errors.)"""
   algorithm = algorithms.compose(
     rules.REGISTRY[rule], rules.Options(**options), model_of(name, heads), axis_name, views
   )
@@ -66,7 +66,7 @@ def gradient(name, rule, key=KEYS[2], **options):
 
 
 def unrolled(name, params, *, greedy, cut):
-  """The objective, block by block in a plain loop: local losses, and that of the read-out."""
+  """The objective from a plain loop over blocks: local losses, and the loss of the read-out."""
   model, targets = model_of(name), Targets(BATCH.label, BATCH.weight)
   x, value = model.prepare(BATCH.image), 0.0
   for stack in model.stacks:
@@ -98,7 +98,7 @@ def test_exact_rules_are_the_gradient_of_the_blocks_one_by_one(name, rule, greed
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FIELDS)
 def test_as_many_orthogonal_tangents_as_dimensions_are_exact(name):
-  """With the paper's estimator, one tap at a time; and what ours lets through is exact by itself."""
+  """This holds for the paper's estimator, tap by tap; in ours, the last layers are exact anyway."""
   exact = gradient(name, 'LG-BP')
   passes = {'mixer': 8, 'mlp': 4, 'resnet': 64}[name]
   options = {'taps': 'separate', 'law': 'hadamard', 'passes': passes}
@@ -113,7 +113,7 @@ def test_as_many_orthogonal_tangents_as_dimensions_are_exact(name):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FIELDS)
 def test_a_guess_through_the_kernels_leaves_nothing(name):
-  """Then one pass is exact in the layers behind which there is a guess."""
+  """With such guesses at all taps, one pass is exact."""
   algorithm, variables = composed(name, 'LG-FG-A', guess='all')
   for stack, layers in variables['guess'].items():
     variables['guess'][stack] = {
@@ -126,7 +126,7 @@ def test_a_guess_through_the_kernels_leaves_nothing(name):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FIELDS)
 def test_an_example_has_its_noise_wherever_it_is_computed(name):
-  """Two devices with half of the batch each: the same gradient."""
+  """Two devices with half of the batch each compute the same gradient as one."""
   algorithm, variables = composed(name, 'LG-FG-A', axis_name='data')
   halves = jax.tree.map(lambda leaf: leaf.reshape(2, 2, *leaf.shape[1:]), BATCH)
   run = lambda batch: algorithm.gradient(variables, KEYS[2], batch)[0]

@@ -1,4 +1,4 @@
-"""Linen modules that the library knows nothing about: estimates of their gradients, from layers that are only named."""
+"""Gradient estimates of Linen modules that the library does not know, from named layers only."""
 
 import functools
 
@@ -24,7 +24,7 @@ class MLP(nn.Module):
 
 
 class ConvNet(nn.Module):
-  """With batch norm and dropout."""
+  """A convolutional network with batch norm and dropout."""
 
   @nn.compact
   def __call__(self, x, train=True):
@@ -35,7 +35,7 @@ class ConvNet(nn.Module):
 
 
 class Transformer(nn.Module):
-  """One layer, whose embedding is its output layer as well."""
+  """A transformer of one layer, whose embedding is also its output layer."""
 
   @nn.compact
   def __call__(self, token):
@@ -53,7 +53,7 @@ class GRU(nn.Module):
 
 
 class OwnTaps(nn.Module):
-  """A tap in the module itself, and a loss for each of two halves."""
+  """A module with a tap of its own, and with a loss for each of two halves."""
 
   @nn.compact
   def __call__(self, x):
@@ -116,7 +116,7 @@ def estimator(
 @pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(set(CASES) - {'gru'}))
 def test_all_orthogonal_passes_of_each_tap_give_the_exact_gradient(name):
-  """Passes are whole sets: a multiple of the dimensions of every tap. (A scanned tap has one for every time.)"""
+  """The number of passes is a multiple of the dimensions of every tap, at every scanned step."""
   model, x, layers, kwargs = CASES[name]
   variables = init(model, x, kwargs)
   step = estimator(model, variables, x, layers, kwargs, separate=True, law=tangents.haar, passes=32)

@@ -1,4 +1,4 @@
-"""Data sets that TFDS writes, of any name, and arrays of one's own: read as they were written, or refused."""
+"""Data sets written by TFDS under any name, and own arrays: read as they were, or refused."""
 
 import io
 import sys
@@ -51,7 +51,7 @@ def test_small_sets_are_read_as_written(name, tmp_path):
 
 
 def labelled(name, tmp_path, shape=(6, 5, 3), splits=('train', 'validation'), **features):
-  """Prepares images of TFDS's form with labels 0 … 2 as some data set; returns the images."""
+  """Prepares a TFDS data set of labelled images with labels 0 … 2; returns the images."""
   features = {
     'image': tfds.features.Image(shape=shape),
     'label': tfds.features.ClassLabel(num_classes=3),

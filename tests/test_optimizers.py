@@ -105,7 +105,7 @@ def test_schedule_reaches_the_optimizer():
 
 @pytest.mark.parametrize('scaled, factor', [(True, 8.0), (False, 1.0)])
 def test_rates_grow_with_the_batch_if_asked(scaled, factor):
-  """Those of LARS in the contrastive configs: 0.1 × batch / 256, with a warm-up to the scaled rate."""
+  """LARS in the contrastive configs has rate 0.1 × batch / 256, and warms up to it."""
   fields = config(name='lars', schedule='cosine', warmup_epochs=1.0, scale_with_batch=scaled)
   rate = optimizers.schedule(fields, steps_per_epoch=10, epochs=3, batch_size=2048)
   close(

@@ -1,4 +1,4 @@
-"""A model, a local loss, a tangent law and a data set from outside: the files of the pages."""
+"""Own models, local losses, tangent laws and data sets: the files on the documentation's pages."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ PAGES = {
 
 @pytest.fixture
 def files(tmp_path):
-  """The first Python file of each page, written down."""
+  """Writes the first Python file of each page to disk."""
   paths = {}
   for part, page in PAGES.items():
     text = (ROOT / 'docs' / f'{page}.md').read_text()
@@ -50,7 +50,7 @@ def arguments(files):
 @pytest.mark.slow
 @pytest.mark.parametrize('rule', ['LG-FG-A', 'LG-BP', 'BP', 'FG-W', 'LG-FA'])
 def test_all_parts_from_outside_train_together(files, tmp_path, rule):
-  """Stripes in four directions: chance is 75 %, with a standard error of 4 %."""
+  """The images are stripes in four directions: chance is 75 % error, standard error 4 %."""
   main = script('train')['main']
   of_taps = ['--config.estimator.tap_passes.hidden=2'] * (rule == 'LG-FG-A')
   main([*arguments(files), *of_taps, f'--config.algorithm={rule}', f'--workdir={tmp_path / "run"}'])

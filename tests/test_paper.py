@@ -1,4 +1,4 @@
-"""experiments/paper: the paper's numbers, a study that is started again, its table, the index."""
+"""experiments/paper: the paper's numbers, a restarted study, its table, and the index."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ def start(out, *arguments):
 
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
-  """A folder with the two kinds of LG-FG-A; the second seed of the paper's came last."""
+  """A folder with both LG-FG-A rules; the second seed of the paper's was added last."""
   out = tmp_path_factory.mktemp('paper') / 'out'
   start(out, '--rules=LG-FG-A-paper')
   start(out, '--rules=LG-FG-A')
@@ -215,7 +215,7 @@ def test_mistakes_of_programs(tmp_path, capfd):
 
 
 def test_gpu_script_starts_what_there_is(tmp_path):
-  """Stubs take the places of python, which notes its arguments, and of sleep."""
+  """Stubs replace python, whose stub records its arguments, and sleep."""
   for name, text in (('python', f'echo "$@" >> {tmp_path}/commands'), ('sleep', 'true')):
     (tmp_path / name).write_text(f'#!/bin/sh\n{text}\n')
     (tmp_path / name).chmod(0o755)

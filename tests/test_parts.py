@@ -1,4 +1,4 @@
-"""A batch in parts gives the gradient of the whole."""
+"""A batch processed in parts gives the gradient of the whole batch."""
 
 import jax
 import jax.numpy as jnp

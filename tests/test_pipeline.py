@@ -1,4 +1,4 @@
-"""The block pipeline: equal to the sequential run, neighbours only, and balanced."""
+"""The block pipeline equals the sequential run, talks only to neighbours, and is balanced."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ MIXER = {'model__size': 'S/2/4', 'model__blocks': 4}
 
 
 def perceptron(blocks=8, **fields):
-  """A perceptron of so many blocks; the mixer is what `fields` of the model make of `tiny`."""
+  """A config of a perceptron with `blocks` blocks or, if `fields` has model fields, of a mixer."""
   if any(name.startswith('model__') for name in fields):
     return tiny(**fields)
   config = tiny()
@@ -39,7 +39,7 @@ def perceptron(blocks=8, **fields):
 
 
 def mesh_of(devices, stages):
-  """The first devices, as `update.make_mesh` arranges all."""
+  """A mesh of the first devices, arranged as in `update.make_mesh`."""
   shape, axes = ((devices, stages), ('data', 'stage')) if stages > 1 else ((devices,), ('data',))
   return jax.make_mesh(
     shape,
@@ -50,7 +50,7 @@ def mesh_of(devices, stages):
 
 
 def build(config, devices, stages, feed=None):
-  """(feed, state before the first step, how to make steps): as `train.build`, on some of the devices."""
+  """(feed, state before the first step, steps), as in `functions.build`, on some of the devices."""
   dataset, mesh = data.load('digits'), mesh_of(devices, stages)
   algorithm = algorithms.make(config, dataset, update.AXIS)
   stage_plan.check(config, algorithm.made_of)
@@ -72,7 +72,7 @@ def build(config, devices, stages, feed=None):
 
 
 def after(config, devices, stages, steps):
-  """The state after the last steps of an epoch, of which the very last has padding."""
+  """The state after the last steps of an epoch; the very last batch has padding."""
   feed, before, made = build(config, devices, stages)
   first, key = STEPS - steps, jax.random.key(2)
   before = before._replace(step=jax.device_put(jnp.int32(first), before.step.sharding))
@@ -88,7 +88,7 @@ def after(config, devices, stages, steps):
 
 @functools.cache
 def sequential(text, devices, steps):
-  """As `after`, of the config that is this text."""
+  """`after` without stages, for the config with this text."""
   config = configs_by_text[text]
   return after(config, devices, 1, steps)
 
@@ -97,14 +97,14 @@ configs_by_text = {}
 
 
 def both(config, devices, stages, steps):
-  """The states of the sequential run, which several tests share, and of the pipeline."""
+  """The states of the sequential run, which tests share, and of the pipeline."""
   text = configs.to_json(config)
   configs_by_text[text] = config
   return sequential(text, devices, steps), after(config, devices, stages, steps)
 
 
 def assert_equal(config, devices, stages, steps):
-  """Bit by bit: parameters, optimizer, guesses, metrics."""
+  """Asserts that parameters, optimizer, guesses and metrics are equal bit by bit."""
   one, several = both(config, devices, stages, steps)
   assert one.step == STEPS and one.bad_step == -1 and one.sums['loss'] > 0
   assert_same(several, one)
@@ -121,7 +121,7 @@ def assert_same(state, other):
 @pytest.mark.slow
 @pytest.mark.parametrize('devices, stages, steps', [(1, 4, 20), (2, 2, 8)])
 def test_contrastive_learning_is_equal_but_for_rounding(devices, stages, steps):
-  """XLA sums the slopes of a scanned block's rows in another order than those of a single one."""
+  """XLA sums the slopes of rows in a scanned block in another order than in a single block."""
   config = perceptron(
     4, steps_per_dispatch=7, algorithm='LG-FG-A', loss='contrastive', optimizer__name='sgd'
   )
@@ -159,7 +159,7 @@ def test_equal_with_data_parallelism_beside_it():
 
 @pytest.mark.slow
 def test_batch_norm_has_the_same_statistics():
-  """All but bit by bit: XLA adds the read-out's mean over patches and examples in another order."""
+  """Nearly bit by bit: XLA sums the read-out's mean over patches and examples in another order."""
   config = tiny(algorithm='LG-BP', optimizer__name='sgd', **MIXER, model__norm='batch')
   one, several = both(config, 1, 2, 3)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), several, one)
@@ -192,7 +192,7 @@ def compiled(config, devices, stages):
 
 
 def test_neighbours_send_one_activity_and_nothing_else():
-  """Per tick x, labels, weights, the number of examples and that of the step; then the metrics, round the ring."""
+  """A tick sends x, labels, weights, number of examples and step; metrics then go round once."""
   text = compiled(perceptron(algorithm='LG-BP'), 1, 4).as_text()
   assert set(re.findall(rf' ({"|".join(hlo.COLLECTIVES)})(?:-start)?\(', text)) == {
     'collective-permute'
@@ -213,7 +213,7 @@ def test_a_device_holds_its_own_stage():
 
 @pytest.mark.parametrize('number', [1, 2, 3, 5, 7])
 def test_stages_are_balanced(number):
-  """Against all ways to share out seven parts."""
+  """The split is as good as the best of all splits of seven parts."""
   costs = np.random.default_rng(number).integers(1, 9, 7).tolist()
   slowest = lambda ends: max(sum(costs[a:b]) for a, b in zip((0, *ends), ends, strict=False))
   best = min(slowest((*cuts, 7)) for cuts in itertools.combinations(range(1, 7), number - 1))

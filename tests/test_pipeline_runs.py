@@ -1,4 +1,4 @@
-"""Runs in stages: they go on with other stages, stream, span processes, and are refused where they cannot be."""
+"""Runs in stages: changing stages, streams, several processes, and runs that are refused."""
 
 import functools
 import types
@@ -18,7 +18,7 @@ from tests.test_pipeline import after, assert_same, build, mesh_of, perceptron
 
 @pytest.mark.slow
 def test_goes_on_with_other_stages_in_the_middle_of_an_epoch():
-  """As after a signal: all batches on their way leave, and the whole state goes elsewhere."""
+  """As after a signal, all batches in the pipeline are finished, and the whole state is moved."""
   config, key = perceptron(algorithm='LG-BP', steps_per_dispatch=3), jax.random.key(2)
   one = after(config, 1, 1, 7)
   now = None
@@ -34,7 +34,7 @@ def test_goes_on_with_other_stages_in_the_middle_of_an_epoch():
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_stages(tmp_path, monkeypatch):
-  """One device of data parallelism throughout, so that all is equal bit by bit; test errors too."""
+  """Each stage always has one device, so everything is equal bit by bit, also test errors."""
   fields = {'algorithm': 'LG-BP', 'optimizer__schedule': 'constant', 'steps_per_dispatch': 5}
 
   def go(folder, epochs, stages):
@@ -57,7 +57,7 @@ def test_a_run_goes_on_with_other_stages(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_batches_that_come_one_by_one():
-  """As those of a stream: one tick per dispatch, and the pipeline stays full."""
+  """With batches as from a stream, a dispatch is one tick, and the pipeline stays full."""
   config, steps = perceptron(4, algorithm='LG-BP', steps_per_dispatch=1), 6
   one = after(config, 1, 1, steps)
   feed, before, made = build(config, 1, 4)

@@ -1,4 +1,4 @@
-"""Two processes of one run, on one machine."""
+"""Two processes of one run, on one host."""
 
 import io
 import os
@@ -43,7 +43,7 @@ def until_a_row(both, folder):
 
 
 def ends(both):
-  """Exit codes, and what the program itself said at last."""
+  """Exit codes, and the single line that the program itself printed in each process."""
   try:
     errors = [process.communicate(timeout=120)[1] for process in both]
   finally:
@@ -62,7 +62,10 @@ def assert_same_parameters(folder, other):
 
 
 def noise(count):
-  """Examples as ImageNet's builder yields them. Flat ones would enlarge rounding: norms divide by their variance."""
+  """Examples as from ImageNet's builder.
+
+  They are noise, because norms divide by the variance: flat images would enlarge rounding errors.
+  """
   for i in range(count):
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(i).integers(0, 256, (48, 64, 3), np.uint8)).save(
@@ -74,7 +77,7 @@ def noise(count):
 
 @pytest.mark.slow
 def test_a_signal_to_one_ends_both_with_what_they_saved(tmp_path):
-  """Nine steps are dispatched at once, so that few numbers of steps are looked at."""
+  """Nine steps are dispatched at once, so that processes look for signals at few steps."""
   both = two([tmp_path / 'run'] * 2)
   until_a_row(both, tmp_path / 'run')
   both[1].send_signal(signal.SIGTERM)
@@ -108,7 +111,7 @@ def test_one_that_is_killed_ends_the_other_in_a_line(tmp_path, victim):
 
 @pytest.mark.slow
 def test_one_that_is_silent_counts_as_lost(tmp_path):
-  """The process lives, and its connections with it: only its heartbeats tell."""
+  """The process and its connections stay alive; only its heartbeats are missing."""
   both = two([tmp_path / 'run'] * 2, '--config.lost_after=5')
   until_a_row(both, tmp_path / 'run')
   child = subprocess.run(['pgrep', '-P', str(both[1].pid)], capture_output=True, text=True).stdout
@@ -131,7 +134,10 @@ def test_one_that_is_silent_counts_as_lost(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('loss', ['supervised', 'contrastive'])
 def test_a_rehearsal_is_the_run_of_one_process(tmp_path, loss):
-  """Killed once on the way; its output is that of one. Adam would enlarge the rounding of gradients that are zero."""
+  """It is killed once on the way, and its output is that of one process.
+
+  The optimizer is SGD, because Adam would enlarge the rounding of zero gradients.
+  """
   flags = [
     *FLAGS,
     '--config.epochs=3',
@@ -166,7 +172,7 @@ def test_a_rehearsal_is_the_run_of_one_process(tmp_path, loss):
 
 @pytest.mark.slow
 def test_a_stream_goes_on_within_an_epoch_on_another_number_of_processes(tmp_path):
-  """Eleven images in batches of two: the last batch has padding, and two processes stop the run somewhere."""
+  """Eleven images in batches of two: the last batch has padding. Two processes stop on the way."""
   data_dir = write_imagenet(tmp_path / 'data', noise)
   flags = [
     '--config=imagenet',

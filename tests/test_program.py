@@ -37,7 +37,7 @@ def test_a_field_without_a_meaning_is_noticed():
 
 
 def test_what_docstrings_explain_is_a_field():
-  """So that no explanation outlives its field."""
+  """So no explanation outlives its field."""
   names = {part for dotted, _ in configs.flatten(configs.base()) for part in dotted.split('.')}
   assert set(fields.explained(configs.base)) <= names
 

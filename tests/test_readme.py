@@ -1,4 +1,4 @@
-"""The README's example runs; its links, and those for contributors, lead somewhere."""
+"""The README's example runs; its links and those for contributors have targets."""
 
 import contextlib
 import io

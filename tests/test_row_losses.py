@@ -1,4 +1,4 @@
-"""Row losses and heads with a hidden layer against copies written out; and whole rules."""
+"""Row losses and heads with a hidden layer against explicit copies, and in whole rules."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def case(heads, B=3, P=4, G=3, C=2, K=5):
 
 
 def naive(heads, x, head, targets, cut):
-  """A copy of the features, of the head and of the loss for every patch and group."""
+  """The losses from a copy of features, head and loss for every patch and group."""
   _, P, G, _ = x.shape
 
   def replica(patch, group):
@@ -124,7 +124,7 @@ def test_feedback_matrices_take_the_kernels_place_in_both_layers():
 
 
 def two_views(key_B, image):
-  """The image and its negative, whatever the key."""
+  """The image and its negative; ignores the key."""
   del key_B
   return jnp.stack([image, 255 - image], 1).reshape(-1, *image.shape[1:])
 
@@ -186,7 +186,7 @@ def test_finite_differences_see_the_same_hidden_heads():
 
 
 def test_replication_costs_nothing_with_a_hidden_layer():
-  """64 examples, 1,024 replicas: 64 hidden numbers for each would be 16 MiB; features are 1 MiB."""
+  """64 hidden units for every example and replica would take 16 MiB; features take 1 MiB."""
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   head = {
     'kernel': array(16, 4, 64),

@@ -1,4 +1,4 @@
-"""Streams: exact epochs, resuming, processes; and ImageNet's door, on a small stand-in."""
+"""Streams: exact epochs, resuming, several processes; and ImageNet, with a small stand-in."""
 
 import io
 import sys
@@ -15,7 +15,7 @@ TRAIN, VALIDATION = 11, 5
 
 
 class Pictures:
-  """Examples whose label is their index, and whose reading is recorded."""
+  """Examples whose label is their index; the source records which were read."""
 
   def __init__(self, count):
     rng = np.random.default_rng(0)
@@ -82,7 +82,7 @@ def test_threads_change_nothing():
 
 @pytest.mark.parametrize('first', [0, 2])
 def test_a_process_reads_its_slices_only(first):
-  """Also when it goes on within an epoch that another number of processes began."""
+  """This also holds if another number of processes began the epoch."""
   whole = list(stream(23).epoch(1, 0, 6))
   for count in (1, 2, 3):
     streams_ = [stream(23) for _ in range(count)]
@@ -134,7 +134,7 @@ def test_a_batch_that_processes_do_not_divide_is_refused():
 
 
 def jpegs(count):
-  """Examples as ImageNet's builder yields them, every third grey."""
+  """Examples as from ImageNet's builder; every third one is grey."""
   rng = np.random.default_rng(0)
   for i in range(count):
     file = io.BytesIO()
@@ -145,7 +145,7 @@ def jpegs(count):
 
 
 def write_imagenet(data_dir, images=jpegs):
-  """An imagenet2012 that TFDS itself writes, of other images."""
+  """Writes an imagenet2012 of other images, with TFDS itself."""
   builder = tfds.builder('imagenet2012', data_dir=data_dir, file_format='array_record')
   builder._split_generators = lambda _: {'train': images(TRAIN), 'validation': images(VALIDATION)}
   builder.download_and_prepare()

@@ -1,4 +1,4 @@
-"""What careful users switch on: neither ranks nor dtypes are promoted silently."""
+"""The strict modes of careful users: neither ranks nor dtypes are promoted silently."""
 
 import jax
 import pytest
@@ -66,7 +66,7 @@ def dataset():
 @pytest.mark.slow
 @pytest.mark.parametrize('case', CASES)
 def test_steps_are_traced(case, dataset):
-  """Nothing is compiled. What is in mixed precision mixes dtypes by intention."""
+  """Nothing is compiled. Mixed precision mixes dtypes on purpose."""
   mixed = CASES[case].get('model__precision') == 'bfloat16'
   with jax.numpy_dtype_promotion('standard' if mixed else 'strict'):
     trace_steps(CASES[case], dataset)
@@ -105,7 +105,7 @@ def trace_stages(job, optimizer, feed, state, inputs):
 
 @pytest.mark.slow
 def test_a_run_is_trained(tmp_path):
-  """All of it, the error and checkpoints too."""
+  """The whole run, with evaluation and checkpoints."""
   fields = {'epochs': 1, 'optimizer__warmup_epochs': 0.5}
   assert train.train(train.prepare(tiny(**fields)), tmp_path / 'run')['test_error'] < 0.5
   train.load(tmp_path / 'run')

@@ -1,4 +1,4 @@
-"""Shapes are checked at the public doors, and a training step is traced once."""
+"""The public functions check shapes, and a training step is traced once."""
 
 import chex
 import jax

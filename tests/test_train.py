@@ -1,4 +1,4 @@
-"""The update: on any number of devices, of any batch; the means that it reports."""
+"""The update, on any number of devices and for any batch, and the means that it reports."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def mesh(devices):
 
 
 def updated(config, devices, learning_rate=0.1, first_step=STEPS - 2, steps=2, at_once=1):
-  """The state after the last two steps of an epoch, of which the second has padding."""
+  """The state after some steps; by default, the last two of an epoch, the second with padding."""
   dataset = data.load('digits')
   algorithm = algorithms.make(config, dataset, update.AXIS)
   optimizer = optax.sgd(learning_rate)
@@ -60,7 +60,7 @@ def test_same_steps_however_many_are_dispatched_at_once():
 
 
 def test_update_is_the_gradient_of_the_whole_batch():
-  """Against the algorithm without devices, mesh and optimizer, on examples picked here."""
+  """The reference is the algorithm without mesh and optimizer, on examples picked here."""
   config, dataset = tiny(algorithm='BP'), data.load('digits')
   algorithm = algorithms.make(config, dataset)
   variables = jax.jit(algorithm.init)(jax.random.key(0))
@@ -89,7 +89,7 @@ def test_an_epoch_has_every_example_once():
 
 @pytest.mark.slow
 def test_errors_are_of_the_whole_sets():
-  """With no step to speak of, the running means of an epoch are those of the initial model."""
+  """With a learning rate of 0, an epoch's running means are the initial model's errors."""
   config, dataset = tiny(algorithm='LG-BP'), data.load('digits')
   after = updated(config, 8, learning_rate=0.0, first_step=0, steps=STEPS)
   algorithm = algorithms.make(config, dataset)

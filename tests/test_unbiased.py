@@ -1,7 +1,7 @@
 """Every forward-gradient rule is unbiased for its target, parameter by parameter.
 
-Means over many estimates are compared with the exact gradient (tests/statistics.py). The same test must reject
-estimators that are biased on purpose.
+Means over many estimates are compared with the exact gradient (tests/statistics.py). The same test
+must reject estimators that are biased on purpose.
 """
 
 import functools
@@ -61,7 +61,7 @@ def test_unbiased(name, target, options):
 
 
 def two_views(key_B, image):
-  """The image and its negative, whatever the key: only tangents may differ from draw to draw."""
+  """The image and its negative; ignores the key, so that only tangents differ between draws."""
   del key_B
   return jnp.stack([image, 255 - image], 1).reshape(-1, *image.shape[1:])
 
@@ -92,12 +92,12 @@ def test_contrastive_estimates_are_unbiased(name, shared_views):
 
 
 def test_without_the_stop_gradient_contrastive_activity_estimates_are_biased():
-  """They leave out what an activity does to the losses of other rows: the paper's figure 4."""
+  """They ignore the influence of an activity on the losses of other rows: the paper's figure 4."""
   assert judge_contrastive('LG-FG-A-paper', stop_gradient=False)
 
 
 def test_without_the_stop_gradient_exact_signals_know_of_the_other_rows():
-  """Behind the boundary reverse mode gives the whole gradient, so that ours is unbiased even then."""
+  """Behind the boundary, reverse mode gives the whole gradient, so our estimator stays unbiased."""
   assert judge_contrastive('LG-FG-A', stop_gradient=False) == []
 
 
@@ -112,7 +112,7 @@ def test_the_papers_credit_rule_is_biased_for_the_layer_before_the_groups_only()
 
 
 def test_a_tap_credited_with_its_own_group_only_is_rejected(monkeypatch):
-  """Token mixing feeds every group: crediting its tap with the losses of one group alone is a bias."""
+  """Token mixing feeds every group, so crediting its tap with one group's losses only is biased."""
   right = activity.credit
 
   def wrong(tap, dL, axis_name=None):
@@ -139,7 +139,7 @@ def test_a_gradient_ten_percent_too_long_is_rejected(name):
 
 @pytest.mark.parametrize('name', ['FD-W', 'FD-A', 'LG-FD-W', 'LG-FD-A'])
 def test_finite_differences_follow_the_forward_derivative(name):
-  """With the same tangents, (L(x + εv) - L(x))/ε differs from ∇L·v by O(ε), as measured in float64."""
+  """With the same tangents, (L(x + εv) - L(x))/ε differs from ∇L·v by O(ε), in float64."""
   with jax.enable_x64(True):
     s = model(dtype=jnp.float64)
     exact = gradient(s, {'LG-FD-A': 'LG-FG-A-paper'}.get(name, name.replace('FD', 'FG')))
@@ -148,7 +148,7 @@ def test_finite_differences_follow_the_forward_derivative(name):
 
 
 def test_noise_does_not_depend_on_how_the_batch_is_split():
-  """Half a batch, at its place in the global one, has the tangents that the whole batch gives it."""
+  """Half a batch, at its place in the global batch, gets the tangents of the whole batch."""
   s = model(batch=4)
   algorithm = algorithms.compose(rules.REGISTRY['LG-FG-A'], rules.Options(), s.model, 'data')
   whole = gradient(s, 'LG-FG-A')  # the paper's has the same way of drawing

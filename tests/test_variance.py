@@ -1,4 +1,4 @@
-"""Measured against predicted variance."""
+"""Measured variance against predicted variance."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ ROWS = [
 
 
 def z_score(estimator, law, passes, shared, p, q, batch, draws=1000):
-  """(measured - predicted) / standard error, of a row; and the same held against twice the prediction."""
+  """(measured - predicted) / standard error of a row, and the same with twice the prediction."""
   layer = linear_layer.random_layer(jax.random.key(p + 100 * q), p, q)
   estimate = layer.estimate(estimator, Sampling(LAWS[law], passes, shared), batch)
   at_once = 100 if p * q * batch < 100_000 else 10
@@ -53,7 +53,7 @@ def test_rows_of_table_1(kind, p, q, batch):
 @pytest.mark.slow
 @pytest.mark.parametrize('law', ['coordinate', 'haar', 'hadamard'])
 def test_orthogonal_passes_between_one_and_all(law):
-  """Excess d/K - 1: of 8 dimensions, with 2 passes 3, with 8 none."""
+  """The excess is d/K - 1: for 8 dimensions, 3 with 2 passes and 0 with 8."""
   assert abs(z_score('activity', law, 2, False, 8, 8, 16)[0]) < ROW
   layer = linear_layer.random_layer(jax.random.key(0), 8, 8)
   estimate = lambda law, passes: layer.estimate('activity', Sampling(law, passes), 16)(

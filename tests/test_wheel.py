@@ -43,7 +43,7 @@ def run(*command, cwd, env=None):
 
 @pytest.fixture(scope='module')
 def python(tmp_path_factory):
-  """Of an environment with the wheel, outside the repository, which sees all else from this one."""
+  """The Python of a new environment with the wheel; it sees this one's other packages."""
   folder = tmp_path_factory.mktemp('stranger')
   source = folder / 'source'
   source.mkdir()
@@ -72,7 +72,7 @@ def test_a_stranger_runs_the_example(python):
 
 
 def test_a_stranger_trains(python, tmp_path):
-  """With the console script, outside the repository, by a config that is in the wheel."""
+  """Training uses the console script outside the repository, and a config in the wheel."""
   environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
   program = python.with_name('lfg-train')
   run(program, *FLAGS, '--config.epochs=1', '--config.images=256', cwd=tmp_path, env=environment)

@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time, full disks, more epochs, and new runs from old ones."""
+"""The folder of a run: locks, full disks, more epochs, and new runs that start from old ones."""
 
 import errno
 import fcntl
@@ -27,7 +27,7 @@ def start(folder, **fields):
 
 @pytest.fixture(autouse=True)
 def compiled_once(monkeypatch):
-  """Runs that differ in their number of epochs only, at a constant rate, share what is compiled."""
+  """Lets runs share compiled functions if, at a constant rate, they differ only in their epochs."""
   original = train.build
 
   def build(config, *made):
@@ -42,7 +42,7 @@ def compiled_once(monkeypatch):
 
 
 def rows(folder):
-  """Without what depends on the clock."""
+  """The rows without values that depend on the clock."""
   found = run_log.read_rows(folder / 'metrics.jsonl')
   return [
     {name: value for name, value in row.items() if name != 'examples_per_second'} for row in found
@@ -63,7 +63,7 @@ def finished(tmp_path_factory):
 
 
 def test_a_second_run_of_one_folder_ends_in_one_line(tmp_path, monkeypatch):
-  """Also when the first has only begun, and the folder is not there when the second looks at it."""
+  """So does a run that started when the first had only begun, and its folder did not exist yet."""
   job, folder = train.prepare(tiny(**ENDLESS)), tmp_path / 'run'
   lines = []
 
@@ -146,7 +146,7 @@ def test_what_changes_no_number_may_differ(field, value, finished, tmp_path, mon
 
 
 def test_the_parts_of_a_batch_change_rounding_only(finished, tmp_path):
-  """A batch in parts of another size, as on another number of devices, which 7 divides on none."""
+  """Parts have another size, as on another number of devices; 7 never divides the batch."""
   folder = tmp_path / 'run'
   start(folder, epochs=1, micro_batch=3, **ENDLESS)
   start(folder, epochs=2, micro_batch=7, steps_per_dispatch=1, **ENDLESS)
@@ -198,7 +198,7 @@ def test_a_new_run_needs_the_same_model(fields, message, finished, tmp_path):
 
 
 def test_another_rule_may_start_from_the_parameters(finished, tmp_path):
-  """Feedback alignment begins with matrices of its own."""
+  """Feedback alignment starts with its own matrices."""
   start(tmp_path / 'FA', init_from=str(finished), algorithm='FA', epochs=1, **ENDLESS)
   assert rows(tmp_path / 'FA')[0]['train_error'] < 0.8 * rows(finished)[0]['train_error']
 
@@ -208,7 +208,7 @@ def test_another_rule_may_start_from_the_parameters(finished, tmp_path):
 
 @pytest.fixture
 def no_file_grows():
-  """From its call on, no write to a file succeeds."""
+  """A function after whose call no write to a file succeeds."""
   old = resource.getrlimit(resource.RLIMIT_FSIZE)
   yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, old[1]))
   resource.setrlimit(resource.RLIMIT_FSIZE, old)

@@ -1,10 +1,12 @@
-"""Temporaries, compile time and step time against depth: backprop must keep all activities, a local rule one block's.
+"""Measures the temporaries, compile time and run time of a gradient against depth.
 
-    python experiments/bench/depth.py [--model=M/8/16] [--batch=64] [--micro_batch=0] [--algorithms=BP,LG-FG-A]
-        [--blocks=2,4,8,16,32,64] [--repetitions=3] [--out=DIR]
+    python experiments/bench/depth.py [--model=M/8/16] [--batch=64] [--micro_batch=0]
+        [--algorithms=BP,LG-FG-A] [--blocks=2,4,8,16,32,64] [--repetitions=3] [--out=DIR]
 
-DIR gets depth.json (one row per algorithm and depth) and depth.png. Temporaries are those of the gradient; where a
-batch is taken in parts, one copy of all gradients, the part's own, is among them, and is subtracted.
+Backprop must keep the activities of all blocks, a local rule those of one block. DIR gets
+depth.json (one row per algorithm and depth) and depth.png. Temporaries are those of the gradient.
+If a batch is processed in parts, they include a copy of all gradients, those of a part, which is
+subtracted.
 """
 
 import argparse
@@ -49,7 +51,7 @@ def main(arguments: list[str]) -> None:
 
 
 def model_of(size: str, blocks: int) -> StagedModel:
-  """A model for images of CIFAR-10's size."""
+  """A model with this many blocks, for images of CIFAR-10's size."""
   images = data.TFDS['cifar10']
   spec = mixer_spec(size, image_shape=images.image_shape, classes=images.classes, blocks=blocks)
   prepare = functools.partial(patches, side=parse(size)[1], mean=images.mean, std=images.std)
@@ -90,7 +92,7 @@ def measure(name: str, blocks: int, options: argparse.Namespace) -> Row:
 
 
 def draw(path: pathlib.Path, rows: list[Row]) -> None:
-  """Three panels against the number of blocks."""
+  """Draws three panels against the number of blocks."""
   figure = Figure(figsize=(11, 3.3), layout='constrained')
   panels = (
     ('temporaries_bytes', 2**-20, 'temporaries, MiB'),

@@ -1,13 +1,13 @@
-"""What a training step would take of each of N devices, without them: memory, operations, bytes, time.
+"""Predicts a training step's memory, operations, bytes and time on N devices, without having them.
 
     python experiments/bench/dry_run.py --devices=N[,N …] [--stages=S[,S …]] [--batch_per_device=B]
         [--flops=1e14] [--link=1e11] [--config=NAME or FILE] [--config.field=value …] [--out=DIR]
 
-Compiles the step for N virtual devices on one CPU and runs nothing. The batch is config.batch_size,
-or N·B. Predicted time: operations / --flops (that a device attains per second) + bits sent / --link
-(that it sends per second). Nothing overlaps, and latency is not counted. In stages, a step is a tick
-of the pipeline, whose filling and draining takes S - 1 ticks per epoch. DIR gets dry_run.json and
-dry_run.md.
+The program compiles the step for N virtual devices on one CPU, and runs nothing. The batch has
+config.batch_size examples, or N·B. The predicted time is operations / --flops + bits sent / --link:
+a device attains --flops operations per second and sends --link bits per second. Nothing overlaps,
+and latency is not counted. With several stages, a step is a tick of the pipeline; to fill and drain
+the pipeline takes another S - 1 ticks per epoch. DIR gets dry_run.json and dry_run.md.
 """
 
 import copy
@@ -51,7 +51,7 @@ def row(
   flops: float,
   link: float,
 ) -> Row:
-  """Of one number of devices and of stages."""
+  """The row for one number of devices and one number of stages."""
   config = copy.deepcopy(config)
   config.stages = stages
   if batch_per_device:
@@ -79,7 +79,7 @@ def row(
 
 
 def table(rows: list[Row]) -> str:
-  """In markdown, per device."""
+  """A Markdown table of quantities per device."""
   head = (
     'devices | stages | batch | parameters, M | state, MiB | temporaries, MiB | GFLOP '
     '| sent, MiB | step, ms | steps/s | examples/s'
@@ -107,7 +107,7 @@ def table(rows: list[Row]) -> str:
 
 
 def sent(row: Row) -> str:
-  """MiB of each kind of collective."""
+  """MiB sent by each kind of collective operation."""
   parts = [f'{kind} {found["sent"] / 2**20:.2f}' for kind, found in row['collectives'].items()]
   return ', '.join(parts) or '0'
 

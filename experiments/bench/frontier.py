@@ -4,13 +4,14 @@
         [--workdir=DIR | --epochs=2] [--variants=…] [--laws=normal,rademacher,hadamard]
         [--passes=1,2,4,8,16,32] [--draws=32] [--out=DIR]
 
-All is measured twice: after --warm_up steps of LG-BP ('start'), and after training ('trained'),
-which is the run in --workdir, or else --epochs of LG-FG-A with all guesses, kept in DIR/trained.
-The target is LG-BP's gradient on the same images. Errors are squared and relative to the square
-of the gradient, means over draws and over the blocks of a stack. Theory speaks of the signal at
-the tap behind each layer, which is measured too. All variants are timed in turn. The law `normal`
-is looked at with one pass only. Rows with 'allocated' spend the time that uniform passes take as
-`variance.allocate` says. DIR gets frontier.json, frontier.md and frontier.png.
+Everything is measured twice: after --warm_up steps of LG-BP ('start'), and after training
+('trained'). The trained network is that of the run in --workdir. Without --workdir, the program
+trains LG-FG-A with all guesses for --epochs, in DIR/trained. The target is LG-BP's gradient on the
+same images. Errors are squared, relative to the squared gradient, and averaged over draws and over
+the blocks of a stack. Theory predicts the error of the signal at the tap behind each layer, which
+is also measured. All variants are timed in turn. The law `normal` is measured with one pass only.
+Rows with 'allocated' spend the time of uniform passes as `variance.allocate` says. DIR gets
+frontier.json, frontier.md and frontier.png.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _config(options: argparse.Namespace) -> ConfigDict:
-  """Of the training, and of the model that is measured."""
+  """The config of the training, and of the model that is measured."""
   if not options.workdir:
     config = configs.base()
     config.dataset, config.data_dir = options.dataset, options.data_dir
@@ -85,7 +86,7 @@ def _config(options: argparse.Namespace) -> ConfigDict:
 
 
 def _trained(options: argparse.Namespace, job: train.Job) -> dict[str, Any]:
-  """Variables of the run in --workdir, or of one that is made, or was, in the folder of results."""
+  """Variables of the run in --workdir or, without it, of a run that is made in DIR/trained."""
   workdir = options.workdir or options.out / 'trained'
   if not options.workdir:
     train.train(job, workdir)
@@ -94,7 +95,7 @@ def _trained(options: argparse.Namespace, job: train.Job) -> dict[str, Any]:
 
 
 def table(about: dict[str, Any], rows: list[Row]) -> str:
-  """In markdown: for every point and variant, errors (and cosines) of all layers."""
+  """A Markdown table per point: for every variant, the errors (and cosines) of all layers."""
   layers = list(dict.fromkeys(row['layer'] for row in rows))
   far = [abs(row['z']) for row in rows]
   text = (

@@ -9,11 +9,11 @@ from lfg_jax.training import plots
 
 Row = dict[str, Any]
 STYLES = {'hadamard': '-', 'rademacher': '--'}  # a law with one pass only is a cross
-EXACT = 1e-9  # errors below are rounding
+EXACT = 1e-9  # smaller errors are rounding
 
 
 def draw(path: pathlib.Path, rows: list[Row]) -> None:
-  """Error against time on log axes: a row of panels for every point, a panel for every layer."""
+  """Draws error against time on log axes: a row of panels per point, a column per layer."""
   points, layers = (list(dict.fromkeys(row[key] for row in rows)) for key in ('point', 'layer'))
   figure = Figure(figsize=(3.2 * len(layers) + 2.5, 3.4 * len(points)), layout='constrained')
   panels = figure.subplots(len(points), len(layers), squeeze=False)
@@ -31,7 +31,7 @@ def draw(path: pathlib.Path, rows: list[Row]) -> None:
 
 
 def _panel(axes: Any, rows: list[Row], names: list[str]) -> dict[str, Any]:
-  """Lines through the numbers of passes; returns what the legend must explain."""
+  """Draws lines through the numbers of passes; returns the legend's handles by label."""
   handles, exact = {}, []
   for colour, name in zip(plots.COLOURS, names, strict=False):
     for law in dict.fromkeys(row['law'] for row in rows if row['variant'] == name):

@@ -1,6 +1,6 @@
 """One model and one batch, on which frontier.py compares variants of LG-FG-A.
 
-`Bench` has the variants' errors, what theory says of them, and programs to be timed.
+`Bench` measures the variants' errors, predicts them from theory, and compiles programs to be timed.
 """
 
 import functools
@@ -38,12 +38,12 @@ VARIANTS: dict[str, dict[str, str]] = {
   'guess after_channel': {'taps': 'separate', 'last_tap': 'exact', 'guess': 'after_channel'},
   'guess all': {'taps': 'separate', 'last_tap': 'exact', 'guess': 'all'},
 }
-LAYERS = ('token', 'channel', 'group')  # each has the tap of its name behind it
-ROUNDING = 1e-6  # of float32, in errors relative to a squared gradient
+LAYERS = ('token', 'channel', 'group')  # behind each is the tap of its name
+ROUNDING = 1e-6  # of errors relative to a squared gradient, in float32
 
 
 class Variant(NamedTuple):
-  """A way of estimating; `tap_passes` are (tap, passes) of taps with passes of their own."""
+  """An estimator; `tap_passes` has (tap, passes) for taps with their own number of passes."""
 
   name: str
   law: str
@@ -52,11 +52,11 @@ class Variant(NamedTuple):
 
   @property
   def fields(self) -> dict[str, Any]:
-    """Of config.estimator."""
+    """The variant's fields of config.estimator."""
     return {**VARIANTS[self.name], 'law': self.law, 'passes': self.passes}
 
   def options(self, config: ConfigDict, model: StagedModel) -> Options:
-    """With the config's fields where the variant has none."""
+    """The variant's options; the config's fields where the variant has none."""
     options = Options.read(config, **self.fields, tap_passes=dict(self.tap_passes))
     return options.of(REGISTRY[RULE], model)
 
@@ -65,11 +65,11 @@ class Variant(NamedTuple):
 
 
 class Bench:
-  """A model, and the last `batch` training images."""
+  """A model and the last `batch` training images."""
 
   def __init__(self, config: ConfigDict, dataset: Dataset, batch: int) -> None:
     self.config, self.dataset = config.copy_and_resolve_references(), dataset
-    self.config.estimator.tap_passes.update(dict.fromkeys(TAPS, 0))  # a variant has its own
+    self.config.estimator.tap_passes.update(dict.fromkeys(TAPS, 0))  # variants have their own
     sizes = dict(config.model)
     size, _, _ = (sizes.pop(field) for field in ('size', 'name', 'module'))
     self.spec = mixer_spec(size, image_shape=dataset.image_shape, classes=dataset.classes, **sizes)
@@ -82,14 +82,14 @@ class Bench:
     return any(run.spec.mix for run in self.spec.runs)
 
   def algorithm(self, name: str, **fields: Any) -> algorithms.Algorithm:
-    """The algorithm of a name with changed fields of config.estimator."""
+    """The algorithm with this name, and with changed fields of config.estimator."""
     config = self.config.copy_and_resolve_references()
     config.algorithm = name
     config.estimator.update(fields)
     return algorithms.make(config, self.dataset)
 
   def step(self, name: str, params: PyTree, **fields: Any) -> Callable[[], Any]:
-    """The compiled gradient of an algorithm, with what its guesses learn; a call to be timed."""
+    """A call to be timed: an algorithm's compiled gradient, and the learning of its guesses."""
     algorithm = self.algorithm(name, **fields)
     shapes = jax.eval_shape(algorithm.init, jax.random.key(0))
     rest = {
@@ -107,7 +107,7 @@ class Bench:
     return lambda: program(*arguments)
 
   def exact(self, variables: Variables) -> PyTree:
-    """LG-BP's gradient and what `predict` must know of the taps, by runs of blocks."""
+    """LG-BP's gradient, and what `predict` needs to know about the taps, by run of blocks."""
 
     @jax.jit
     def run(variables: Variables) -> PyTree:
@@ -119,7 +119,7 @@ class Bench:
     return run(variables)
 
   def errors(self, variant: Variant) -> Callable[[Variables, PyTree, jax.Array], PyTree]:
-    """`(variables, exact, keys [N]) -> {layer: {what: [N]}}`: errors of a draw for every key."""
+    """`(variables, exact, keys [N]) -> {layer: {what: [N]}}`: the errors of one draw per key."""
     options = variant.options(self.config, self.model)
     estimator = rule_estimators.build_estimator(REGISTRY[RULE], options, self.model, None, {})
     stages = greedy(frontier_signals.recording(estimator), self.model, options.cut)
@@ -138,7 +138,10 @@ class Bench:
     return lambda variables, exact, keys: compiled(self._used(variables, options), exact, keys)
 
   def predict(self, variant: Variant, exact: PyTree) -> dict[str, float]:
-    """Squared error of the signal at every layer's tap, relative to |signal|², mean over blocks."""
+    """Predicts the squared error of the signal at every layer's tap.
+
+    It is relative to |signal|², and a mean over blocks.
+    """
     options, law, joint = (
       variant.options(self.config, self.model),
       LAWS[variant.law],
@@ -158,7 +161,7 @@ class Bench:
     return predicted
 
   def can(self, variant: str, variables: Variables) -> bool:
-    """Whether `variables` have the guesses of a variant."""
+    """Whether `variables` have the guesses that a variant needs."""
     try:
       self._used(variables, Variant(variant, 'hadamard', 1).options(self.config, self.model))
     except KeyError:
@@ -175,7 +178,7 @@ class Bench:
     ]
 
   def _used(self, variables: Variables, options: Options) -> Variables:
-    """Those variables that the variant's estimator looks at."""
+    """The variables that the variant's estimator uses."""
     used = {'params': variables['params']}
     if options.guessed_taps(self.model):
       like = jax.eval_shape(
@@ -187,14 +190,14 @@ class Bench:
 
 
 def batch_at(dataset: Dataset, first: int, size: int) -> Batch:
-  """Training images from number `first` on, beginning again after the last."""
+  """Training images from number `first` on; the first image follows the last."""
   index = np.arange(first, first + size) % dataset.train.examples
   image, label = (jnp.asarray(np.asarray(array)[index]) for array in dataset.train)
   return Batch(image, label, jnp.full(size, 1 / size))
 
 
 def dims(run: Run) -> dict[str, int]:
-  """Perturbed dimensions of every tap that influence one loss."""
+  """Number of perturbed dimensions at every layer's tap that influence one loss."""
   spec = run.spec
   return {
     'token': spec.inputs,
@@ -204,7 +207,10 @@ def dims(run: Run) -> dict[str, int]:
 
 
 def warm_up(bench: Bench, steps: int, size: int = 64) -> Variables:
-  """Variables after some steps of LG-BP, beside which guesses learn. (Heads start at zero.)"""
+  """Variables after some steps of LG-BP, during which guesses also learn.
+
+  Without these steps, heads would be zero.
+  """
   teacher = bench.algorithm('LG-BP', taps='auto', last_tap='auto', guess='auto')
   learner = bench.algorithm(RULE, **VARIANTS['guess all'])
   optimizer = optax.adam(1e-3)

@@ -1,4 +1,4 @@
-"""Rows of frontier.py: errors of every variant and layer, beside theory and time; allocations."""
+"""Rows of frontier.py: error, theory and time of every variant and layer, and allocated passes."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -14,15 +14,18 @@ from lfg_jax.training import timing
 
 Row = dict[str, Any]
 Steps = dict[Any, Callable[[], Any]]
-SINGLE = 'normal'  # the law that is looked at with one pass only
+SINGLE = 'normal'  # the law that is measured with one pass only
 ALLOCATED = 'guess after_channel'  # the variant whose passes are allocated, and its law
 LAW = 'hadamard'
-BUDGETS = (2, 8, 32)  # of allocations: the time of so many passes of every tap
+BUDGETS = (2, 8, 32)  # of allocations: the time of this many passes at every tap
 WITHIN = 3  # standard errors
 
 
 def measure(bench: Bench, points: dict[str, dict], options: argparse.Namespace) -> list[Row]:
-  """Rows of all variants, then of allocations, at every point: variables by name."""
+  """Rows of all variants, then of allocated passes, at every point.
+
+  `points` has the variables at every point, by its name.
+  """
   variants = [
     Variant(name, law, K)
     for name in options.variants
@@ -74,10 +77,10 @@ def _time(name: Any, ms: dict[Any, float]) -> Row:
 def _rows(
   bench: Bench, variant: Variant, errors: Callable, variables: dict, exact: Any, draws: int
 ) -> list[Row]:
-  """One for every layer.
+  """A row for every layer.
 
-  What lies too far from theory is measured again, with four times the draws: that tells chance
-  from error, whose distance doubles.
+  If a row is too far from theory, the variant is measured again with four times the draws. This
+  tells chance from error: the distance of an error, in standard errors, doubles.
   """
   predicted = bench.predict(variant, exact)
   keys = lambda seed, number: jax.random.split(jax.random.key(seed), number)
@@ -89,7 +92,7 @@ def _rows(
 
 
 def _of_draws(variant: Variant, drawn: Any, predicted: dict[str, float]) -> list[Row]:
-  """Means, with standard errors; z is the distance from theory in standard errors."""
+  """Rows with means and standard errors; z is the distance from theory in standard errors."""
   rows = []
   for layer, theory in predicted.items():
     mean = {name: float(np.mean(value)) for name, value in drawn[layer].items()}
@@ -124,9 +127,9 @@ def _allocated(
   steps: Steps,
   options: argparse.Namespace,
 ) -> Iterator[Row]:
-  """Rows of allocated passes, for budgets that are the times of uniform ones.
+  """Rows of allocated passes; each budget is the time of uniform passes.
 
-  They are timed beside BP and the paper's estimator once more.
+  BP, the paper's estimator and the uniform passes are timed again, in turn with the allocated ones.
   """
   budgets = [K for K in BUDGETS if Variant(ALLOCATED, LAW, K) in steps]
   if not (bench.has_tokens and budgets):
@@ -161,7 +164,7 @@ def _allocated(
 def _costs(
   bench: Bench, params: Any, steps: Steps, most: int, repetitions: int
 ) -> dict[str, float]:
-  """Milliseconds of one pass of each layer's tap, from the times of one pass and of many."""
+  """Milliseconds of one pass at each layer's tap, from the times of one pass and of many."""
   variants = (
     Variant(ALLOCATED, LAW, 1),
     Variant(ALLOCATED, LAW, 1, (('after_token', most),)),
@@ -172,7 +175,7 @@ def _costs(
     repetitions,
   )
   one, tokens, all_ = (ms[variant] for variant in variants)
-  least = 1e-3 * one  # where a pass costs less than the clock's noise
+  least = 1e-3 * one  # if a pass costs less than the clock's noise
   return {
     'token': max((tokens - one) / (most - 1), least),
     'channel': max((all_ - tokens) / (most - 1), least),
@@ -180,10 +183,11 @@ def _costs(
 
 
 def _allocate(bench: Bench, rows: list[Row], costs: dict[str, float], uniform: int) -> Variant:
-  """Passes, at the cost of so many of every tap, that make the layers' errors least.
+  """The variant with the least error for the cost of `uniform` passes at every tap.
 
-  `variance.allocate` minimises the sum of relative errors, given those of some uniform passes. It
-  gives out whole chunks, the passes in memory at once, where the uniform ones are whole chunks.
+  `variance.allocate` minimises the sum of the layers' relative errors, given those of some uniform
+  passes. A chunk is the passes in memory at once. If `uniform` is a whole number of chunks, whole
+  chunks are allocated.
   """
   law, chunk, sizes = LAWS[LAW], bench.config.estimator.chunk or 1, dims(bench.spec.runs[-1])
   norms = [

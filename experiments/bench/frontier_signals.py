@@ -1,6 +1,6 @@
-"""What arrives at the taps of a stage, exactly and as estimated, and how far the two are apart.
+"""The signals at a stage's taps, exact and estimated, and how far they are apart.
 
-`exact` and `recording` stand where a stage's gradient usually does, see `losses.greedy`.
+`exact` and `recording` take the place of a stage's usual estimator; see `losses.greedy`.
 """
 
 import functools
@@ -24,11 +24,12 @@ PyTree = Any
 
 
 def exact(fun: LossFn, learned: Learned) -> GradFn:
-  """For a stage: 'gradient' and the taps' 'signal', both exact, and 'taps', squared norms.
+  """An estimator that returns, for a stage, the exact 'gradient' and 'signal', and 'taps'.
 
-  For every tap these are |g|² ('own'), |g - h|² ('residual', h of the learned guess), and the sum
-  over groups of what |g|² is for the losses of that group alone ('by_group'), which disturbs the
-  other taps when all are perturbed jointly.
+  'taps' has three squared norms for every tap, where g is the tap's signal: |g|² ('own'), |g - h|²
+  with the learned guess h ('residual'), and 'by_group'. The last is the sum over groups of the |g|²
+  that belongs to the losses of that group alone; it disturbs the other taps if all are perturbed
+  jointly.
   """
 
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple, PyTree]:
@@ -61,14 +62,14 @@ def exact(fun: LossFn, learned: Learned) -> GradFn:
 
 
 def recording(estimator: Estimator) -> Estimator:
-  """An estimator that returns, for a stage, 'gradient' and every tap's 'signal'.
+  """An estimator that returns, for a stage, the estimated 'gradient' and every tap's 'signal'.
 
-  What a tap receives is the gradient by a shift of the activity just before the tap.
+  A tap's signal is the gradient with respect to a shift of the activity just before the tap.
   """
 
   def shift_before(eqn: Any, ins: list, shift: jax.Array) -> tuple[list, None]:
     z = ins[0]
-    if 'active' in eqn.params['further']:  # what is off gets no signal, but the shift the whole one
+    if 'active' in eqn.params['further']:  # inactive entries get no signal, the shift all of it
       z = jnp.where(ins[1], z, jax.lax.stop_gradient(z))
     return [tap(z + shift, eqn.params['name'], local_axes=eqn.params['local_axes'])], None
 
@@ -96,7 +97,11 @@ def recording(estimator: Estimator) -> Estimator:
 
 
 def errors(run: Run, layer: str, drawn: PyTree, exact: PyTree) -> dict[str, jax.Array]:
-  """Of one draw, as means over blocks: relative squared errors of kernel and signal, cosine."""
+  """Errors of one draw, as means over blocks.
+
+  They are the relative squared errors of the kernel's gradient and of the signal, and the cosine of
+  the kernel's gradient.
+  """
   flat = lambda leaf: leaf.reshape(leaf.shape[0] if run.spec.stacked else 1, -1)
   dot = lambda a, b: (flat(a) * flat(b)).sum(1)
   grad, truth = drawn['gradient'][layer]['kernel'], exact['gradient'][layer]['kernel']

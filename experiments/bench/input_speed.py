@@ -1,12 +1,12 @@
-"""How fast photographs become batches: decoding alone, streams, and training.
+"""Measures how fast photographs become batches: in decoding alone, in streams, and in training.
 
-    python experiments/bench/input_speed.py [--photos=512] [--width=500] [--height=375] [--workers=0,2]
-        [--out=DIR] [--config=NAME or FILE] [--config.field=value …]
+    python experiments/bench/input_speed.py [--photos=512] [--width=500] [--height=375]
+        [--workers=0,2] [--out=DIR] [--config=NAME or FILE] [--config.field=value …]
 
-The photographs are made here: random ones, about as smooth as natural ones are, in JPEG of quality
-90. DIR gets input_speed.json: images per second, and per second of this process's CPU time, which
-other work on the machine disturbs less. `waiting` is the share of input in the time of input and
-steps of a run of two epochs.
+The program makes the photographs: random ones, about as smooth as natural ones, as JPEG files of
+quality 90. DIR gets input_speed.json, with images per second of wall-clock time and of this
+process's CPU time. The latter is less affected by other work on the machine. `waiting` is the time
+that a run of two epochs waits for input, as a share of its time for input and steps.
 """
 
 import io
@@ -25,13 +25,13 @@ from lfg_jax.data.streams import Stream, decode
 from lfg_jax.training import command_line, results
 from lfg_jax.training.train import prepare, train
 
-DIFFERENT = 32  # photographs, which then come again
+DIFFERENT = 32  # number of different photographs; then they repeat
 BATCH = 64
 CLASSES = 10
 
 
 class Photographs:
-  """A source of so many examples, as a data set on disk would be."""
+  """A source of `count` examples, like a data set on disk."""
 
   def __init__(self, count: int, width: int, height: int) -> None:
     self._count = count
@@ -45,7 +45,7 @@ class Photographs:
 
 
 def photograph(seed: int, width: int, height: int, fall: float = 1.25) -> bytes:
-  """A JPEG file of random phases, whose amplitudes fall with the frequency to the power `fall`."""
+  """A JPEG file with random phases, whose amplitudes are proportional to frequency^-fall."""
   rng = np.random.default_rng(seed)
   frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
   amplitude = np.maximum(frequency, 1 / max(width, height)) ** -fall
@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> None:
 
 
 def rates(work: Callable[[], int]) -> dict[str, float]:
-  """Images per second of what `work` says that it has done."""
+  """Images per second and per CPU second of `work`, which returns their number."""
   wall, cpu = time.perf_counter(), time.process_time()
   done = work()
   return {
@@ -98,7 +98,10 @@ def rates(work: Callable[[], int]) -> dict[str, float]:
 
 
 def stream_rates(stream: Stream) -> dict[str, float]:
-  """Of an epoch after its first batch, for which workers start. Their CPU time is not known."""
+  """Images per second of an epoch after its first batch, during which workers start.
+
+  The CPU time of workers is not known.
+  """
   batches = stream.epoch(0, 0, BATCH)
   next(batches)
   found = rates(lambda: BATCH * len([None for _ in batches]))
@@ -106,7 +109,7 @@ def stream_rates(stream: Stream) -> dict[str, float]:
 
 
 def waiting(config: Any, source: Photographs, size: int, workers: int) -> float:
-  """The share of the time of input and steps that a run waits for input."""
+  """The time that a run waits for input, as a share of its time for input and steps."""
   config.epochs, config.batch_size, config.optimizer.warmup_epochs = 2, BATCH, 0.0
   train_split = Stream(source, size, workers=workers)
   test_split = Stream(Photographs(BATCH, size, size), size, train=False)

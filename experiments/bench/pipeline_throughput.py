@@ -1,21 +1,23 @@
-"""The block pipeline on two processes of one core each, against what the machine can give.
+"""Compares the block pipeline, on two processes of one core each, with what the machine can give.
 
     python experiments/bench/pipeline_throughput.py [--model=M/8/16] [--blocks=N] [--batch=64]
         [--steps=40] [--repetitions=3] [--algorithm=LG-FG-A] [--cores=0,1] [--link=1e9] [--out=DIR]
 
-Three ways to do --steps steps on two cores, in turn, --repetitions times, in processes that stay:
+The program does --steps steps on two cores in three ways. These take turns, --repetitions times, in
+processes that stay alive:
 
-- limit: two processes that know nothing of each other, each with half of the steps. This is what
-  the machine can give: its cores may be two threads of one.
+- limit: two processes that do not communicate, each with half of the steps. This is what the
+  machine can give: its two cores may be two threads of one core.
 - pipeline: two stages, over gloo.
 - data: data parallel, each process with half of every batch, over gloo.
 
-Stages are whole blocks, so one takes longer than the other, and the pipeline goes at its pace. The
-`balance`, an even share over that of the slower stage by the cost model, is all that can be had.
+Stages consist of whole blocks, so one takes longer than the other and sets the pace. Therefore the
+pipeline can reach only a part of the limit, the `balance`: an even share of the cost, divided by
+the slower stage's share, both by the cost model.
 
-Bytes are those of the compiled step (see dry_run). What becomes of the times when the link has
---link bits per second is computed from them: measured time + bits / link, nothing overlapping. DIR
-gets pipeline_throughput.json.
+Bytes are those of the compiled step (see dry_run). From them, the program computes the times on a
+link with --link bits per second: measured time + bits / link, without overlap. DIR gets
+pipeline_throughput.json.
 """
 
 import argparse
@@ -54,7 +56,7 @@ Row = dict[str, Any]
 
 
 def main(arguments: list[str]) -> None:
-  """Measures, prints and writes; or is one of the processes."""
+  """Measures, prints and writes; with --way, works as one of the processes."""
   parser = results.parser(
     __doc__, out='runs/pipeline_throughput', model='M/8/16', batch=64, repetitions=3
   )
@@ -82,7 +84,7 @@ def main(arguments: list[str]) -> None:
 
 
 def config_of(options: argparse.Namespace, way: str) -> ConfigDict:
-  """One epoch of so many steps, dispatched at once."""
+  """A config for one epoch of --steps steps, dispatched at once."""
   config = configs.base()
   config.algorithm, config.model.size, config.batch_size = (
     options.algorithm,
@@ -100,7 +102,7 @@ def config_of(options: argparse.Namespace, way: str) -> ConfigDict:
 
 
 def work(options: argparse.Namespace) -> None:
-  """One process: for every line that it reads, an epoch; it writes the seconds."""
+  """Works as one process: trains an epoch for every line that it reads, and prints the seconds."""
   os.sched_setaffinity(0, {options.cores[options.process]})
   steps = options.steps
   if options.way == 'limit':
@@ -133,7 +135,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, list[float]]:
-  """Seconds of every way and repetition: of the slower process."""
+  """Seconds of every way and repetition, as measured by the slower process."""
   started: dict[str, list[subprocess.Popen]] = {}
   seconds: dict[str, list[float]] = {way: [] for way in WAYS}
   try:
@@ -155,7 +157,7 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, list
 
 
 def start(way: str, arguments: list[str]) -> list[subprocess.Popen]:
-  """Two processes."""
+  """Starts the two processes of a way."""
   address = launch.free_address()
   flags = os.environ.get('XLA_FLAGS', '').split()
   environment = {
@@ -182,7 +184,7 @@ def start(way: str, arguments: list[str]) -> list[subprocess.Popen]:
 
 
 def answer(process: subprocess.Popen) -> float:
-  """Seconds, from the next line that is one; gloo writes lines of its own."""
+  """Seconds from a process's next answer; skips the lines that gloo prints."""
   for line in process.stdout:
     if line.startswith(('go ', 'compile ')):
       return float(line.split()[1])
@@ -199,7 +201,7 @@ def balance(options: argparse.Namespace) -> float:
 
 
 def report(options: argparse.Namespace, seconds: dict[str, list[float]]) -> list[Row]:
-  """Medians per step, against the limit, and at the speed of the link."""
+  """A row for every way: median time per step, measured and on the link, relative to the limit."""
   sent = {
     'limit': 0,
     **{way: dry_run.cost(config_of(options, way), 2).sent for way in ('pipeline', 'data')},

@@ -1,11 +1,12 @@
-"""Time, memory and arithmetic of a training step, algorithm by algorithm, and how near the machine's limit that is.
+"""Measures time, memory and arithmetic of a training step by algorithm, and the machine's limit.
 
-    python experiments/bench/step_time.py [--model=M/8/16] [--batch=64] [--algorithms=BP,LG-BP,LG-FG-A] [--passes=1]
-        [--precision=float32|tensorfloat32|bfloat16] [--repetitions=20] [--out=DIR]
+    python experiments/bench/step_time.py [--model=M/8/16] [--batch=64]
+        [--algorithms=BP,LG-BP,LG-FG-A] [--passes=1] [--precision=float32|tensorfloat32|bfloat16]
+        [--repetitions=20] [--out=DIR]
 
-The floor is the time that the gradient's matmuls alone would take at the rate of a plain matmul, measured in the same
-run and of the same precision; 1 / (× floor) is the utilisation of the machine. DIR gets step_time.json (one
-row per algorithm), step_time.md and step_time.png.
+The floor is the time that the gradient's matmuls alone would take at the rate of a plain matmul of
+the same precision, measured in the same run. 1 / (× floor) is the utilisation of the machine. DIR
+gets step_time.json (one row per algorithm), step_time.md and step_time.png.
 """
 
 import argparse
@@ -40,7 +41,7 @@ DEFAULT = 'BP,LG-BP,FG-A,LG-FG-W,LG-FG-A'
 
 
 class Step(NamedTuple):
-  """One algorithm, compiled: calls of its gradient and of its whole update."""
+  """One compiled algorithm, with calls of its gradient and of its whole update."""
 
   gradient: Callable[[], Any]
   update: Callable[[], Any]
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> None:
   parser.option('precision', 'float32', 'of matmuls', choices=PRECISIONS)
   options = parser.parse_args(arguments)
   folder = results.Folder(options.out, __file__, arguments)
-  # What is not in bfloat16 in a model that is may be computed as the machine likes.
+  # In a bfloat16 model, the rest may be computed in whatever precision suits the machine.
   with jax.default_matmul_precision(None if options.precision == 'bfloat16' else options.precision):
     rows = measure(options)
   folder.write('step_time', rows=rows)
@@ -66,7 +67,7 @@ def main(arguments: list[str]) -> None:
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
-  """One row per algorithm; backprop, which the others are compared with, is always timed."""
+  """One row per algorithm. Backprop is always timed, for comparison with the others."""
   names, batch = options.algorithms, options.batch
   with as_user_errors():
     steps = {name: compile_step(name, options) for name in dict.fromkeys(('BP', *names))}
@@ -103,7 +104,10 @@ def measure(options: argparse.Namespace) -> list[Row]:
 
 
 def compile_step(name: str, options: argparse.Namespace) -> Step:
-  """An algorithm on random images: CIFAR-10's size, or MNIST's when the whole image is one patch."""
+  """Compiles an algorithm on random images.
+
+  They have CIFAR-10's size, or MNIST's if the whole image is one patch.
+  """
   config = configs.base()
   model, batch, passes = options.model, options.batch, options.passes
   config.algorithm, config.model.size, config.estimator.passes = name, model, passes
@@ -142,7 +146,7 @@ def compile_step(name: str, options: argparse.Namespace) -> Step:
 
 
 def table(rows: list[Row]) -> str:
-  """In markdown."""
+  """The rows as a Markdown table."""
   first = rows[0]
   head = (
     'algorithm | gradient, ms | update, ms | examples/s | temporaries, MiB | GFLOP | GFLOP/s '
@@ -170,7 +174,7 @@ def table(rows: list[Row]) -> str:
 
 
 def draw(path: pathlib.Path, rows: list[Row]) -> None:
-  """Times of gradient and update, with the floor, and temporaries, as bars."""
+  """Draws bars: the times of gradient and update with the floor, and the temporaries."""
   figure = Figure(figsize=(9, 3.5), layout='constrained')
   time_axes, memory_axes = figure.subplots(1, 2)
   names, places = [r['algorithm'] for r in rows], range(len(rows))

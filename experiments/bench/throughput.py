@@ -1,9 +1,10 @@
-"""How near training comes to the speed of its bare update: what input, logging and dispatch cost.
+"""Compares training with its bare update in speed: the cost of input, logging and dispatch.
 
     python experiments/bench/throughput.py [--images=1280] [--epochs=3] [--out=DIR]
         [--config=configs/NAME.py] [--config.field=value …]
 
-The update alone is timed before and after training on the first --images images. DIR gets throughput.json.
+The program trains on the first --images images, and times the update alone before and after. DIR
+gets throughput.json.
 """
 
 import pathlib
@@ -77,7 +78,7 @@ class Bare:
     jax.block_until_ready(self.state)
 
   def examples_per_second(self) -> float:
-    """Over as many steps as an epoch has."""
+    """Speed, measured over as many steps as an epoch has."""
     begin = time.perf_counter()
     self._run(self.steps)
     return self.steps * self.batch_size / (time.perf_counter() - begin)

@@ -5,12 +5,13 @@
         [--rates='BP=1e-3|3e-4,LG-FG-A=1e-3'] [--interval=100] [--max_epochs=20] [--out=DIR]
         [--config.field=value …]
 
-The runs of a seed take turns, --interval steps each, so that other work on the machine slows all
-of them. Compilation and evaluation are not counted. Learning rates are constant, as else a run's
-time would depend on its planned length: the config's rate, or those of --rates, of which the best
-counts: the first at the strictest threshold that any of them reaches. A run ends at its last
-threshold, or after --max_epochs. Thresholds, in %, have defaults for MNIST and CIFAR-10. DIR gets
-time_to_accuracy.json, .md and .png. Run again, it keeps the runs that were finished.
+The runs of a seed take turns, --interval steps each, so that other work on the machine slows down
+all of them. Compilation and evaluation are not counted. Learning rates are constant, because a
+run's time would otherwise depend on its planned length. An algorithm has the config's rate, or
+several in --rates. Of these, the best is the first to reach the strictest threshold that any of
+them reaches. A run ends at its last threshold or after --max_epochs. Thresholds are in %, with
+defaults for MNIST and CIFAR-10. DIR gets time_to_accuracy.json, .md and .png. If run again, the
+program keeps the finished runs.
 """
 
 import argparse
@@ -86,7 +87,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
 
 
 def _rates(text: str, names: list[str], default: float) -> dict[str, list[float]]:
-  """Learning rates to be tried, by algorithm."""
+  """The learning rates to try, by algorithm."""
   rates = {name: [default] for name in names}
   for part in text.split(',') if text else ():
     name, _, values = part.partition('=')
@@ -106,9 +107,9 @@ def _variant(config: ConfigDict, algorithm: str, rate: float, seed: int) -> Conf
 
 
 def _settings(config: ConfigDict, options: argparse.Namespace) -> dict[str, Any]:
-  """What runs in one folder have in common."""
+  """The settings that all runs in one folder have in common."""
   fields = json.loads(configs.to_json(_variant(config, '', 0.0, 0)))
-  for field in ('data_dir', 'init_from'):  # where the data is, not which; refused above
+  for field in ('data_dir', 'init_from'):  # says where the data is, not which; refused above
     del fields[field]
   return {'config': fields, 'thresholds': options.thresholds, 'interval': options.interval}
 
@@ -118,7 +119,7 @@ def _case(curve: Curve) -> tuple[str, float, int]:
 
 
 def _kept(path: pathlib.Path, settings: dict[str, Any]) -> list[Curve]:
-  """Curves of finished runs in the file of results, if there is one."""
+  """The curves of finished runs in the file of results; none if there is no such file."""
   if not path.exists():
     return []
   content = json.loads(path.read_text())
@@ -134,11 +135,11 @@ def _write(folder: results.Folder, settings: dict[str, Any], curves: list[Curve]
 
 
 class Training:
-  """One run, compiled, that is advanced by intervals.
+  """One compiled run, which is trained interval by interval.
 
   Attributes:
-    curve: test errors, with the steps and the seconds of training before each; 'finished' once
-      no more will come.
+    curve: test errors, with the steps and the seconds of training before each; 'finished' is True
+      once no more will come.
   """
 
   def __init__(self, job: train.Job, options: argparse.Namespace) -> None:
@@ -148,7 +149,7 @@ class Training:
     self.state = self.functions.begin(state)
     self.total = options.max_epochs * self.functions.feed.steps
     _, inputs = next(self.functions.feed.epoch(0, 0))
-    # The first step compiles. It takes over its argument's memory, which is a copy for that.
+    # The first step compiles. It gets a copy, because it takes over its argument's memory.
     jax.block_until_ready(self.functions.steps(jax.tree.map(jnp.copy, self.state), 1, inputs))
     self.curve = {
       'algorithm': job.config.algorithm,
@@ -161,7 +162,7 @@ class Training:
     }
 
   def advance(self) -> None:
-    """Trains for an interval, which is timed, and evaluates."""
+    """Trains for an interval, timing it, and evaluates."""
     step = self.curve['steps'][-1]
     end = min(step + self.interval, self.total)
     begin = time.perf_counter()

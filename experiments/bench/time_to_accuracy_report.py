@@ -15,10 +15,10 @@ Curve = dict[str, Any]
 
 
 def rows(curves: list[Curve], thresholds: list[float]) -> list[Row]:
-  """One for every algorithm, rate and threshold: medians over seeds, ratios to BP's best rate.
+  """A row per algorithm, rate and threshold: medians over seeds, ratios to BP at its best rate.
 
-  A median is None where half of the seeds or more do not get there. 'best' marks the rows of an
-  algorithm's best rate.
+  A median is None if half of the seeds or more do not reach the threshold. 'best' marks the rows of
+  an algorithm's best rate.
   """
   groups: dict[tuple[str, float], list[Curve]] = {}
   for curve in curves:
@@ -53,7 +53,7 @@ def _row(case: tuple[str, float], curves: list[Curve], threshold: float) -> Row:
 
 
 def _first(curve: Curve, key: str, threshold: float) -> float | None:
-  """What `key` has at the first evaluation whose error is no more than the threshold."""
+  """The value of `key` at the first evaluation with an error of at most the threshold."""
   values = zip(curve[key], curve['test_error'], strict=True)
   return next((value for value, error in values if 100 * error <= threshold), None)
 
@@ -64,14 +64,14 @@ def _median(values: list[float | None]) -> float | None:
 
 
 def _best(own: list[Row]) -> float:
-  """The rate that is first at the strictest threshold that any rate reaches."""
+  """The first rate to reach the strictest threshold that any rate reaches."""
   reached = [row for row in own if row['seconds'] is not None]
   first = min(reached, key=lambda row: (row['threshold'], row['seconds']), default=own[0])
   return first['rate']
 
 
 def table(found: list[Row], origin: dict[str, Any]) -> str:
-  """In markdown: seconds, (times BP), steps."""
+  """A Markdown table: seconds and, in parentheses, the ratio to BP and steps."""
   config, thresholds = (origin['settings'][key] for key in ('config', 'thresholds'))
   settings = (
     f'{config["model"]["size"]} on {config["dataset"]}, batch {config["batch_size"]}, '
@@ -102,7 +102,7 @@ def _cell(row: Row) -> str:
 def draw(
   path: pathlib.Path, curves: list[Curve], found: list[Row], thresholds: list[float]
 ) -> None:
-  """Test error against seconds of training, every seed, at each algorithm's best rate."""
+  """Draws test error against seconds of training, for every seed, at each algorithm's best rate."""
   figure = Figure(figsize=(9, 5), layout='constrained')
   axes = figure.subplots()
   for threshold in thresholds:

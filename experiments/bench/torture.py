@@ -1,11 +1,12 @@
-"""A run of several processes under random SIGTERM and SIGKILL: does it end as if undisturbed?
+"""Tests that a run of several processes ends as if undisturbed, despite SIGTERMs and SIGKILLs.
 
     python experiments/bench/torture.py [--minutes=30] [--seed=0] [--processes=2] [--out=DIR]
         [--config=NAME or FILE] [--config.field=value …]
 
-The run is done once undisturbed, and then, again and again until the time is over, with signals to
-random processes at random moments, after each of which the same command is given again. Parameters
-must be equal bit for bit, and no row of metrics missing or double. DIR gets torture.json.
+The run is done once undisturbed. It is then repeated until the time is over, with signals to random
+processes at random moments. After each signal, the same command is given again. At the end of every
+run, its parameters must be equal to the undisturbed ones bit for bit, and no row of metrics may be
+missing or duplicated. DIR gets torture.json.
 """
 
 import os
@@ -27,22 +28,23 @@ from lfg_jax.training.train import load
 
 TRAIN = pathlib.Path(__file__).parents[1] / 'train.py'
 SIGNALS = (signal.SIGTERM, signal.SIGKILL)
-EARLY = 0.2  # of the signals come while the processes start
-START_SECONDS = 5.0  # in which they do then
-PAUSE = (0.1, 20.0)  # seconds from the begin of training to any other signal, log-uniform
-PATIENCE = 60  # seconds in which all must end after a signal to a run that trains
-START_PATIENCE = 10  # the same while the processes start, and wait for each other
+EARLY = 0.2  # the fraction of signals that come while the processes start
+START_SECONDS = 5.0  # such an early signal comes within this time
+PAUSE = (0.1, 20.0)  # seconds from the start of training to any other signal, log-uniform
+PATIENCE = 60  # seconds in which all processes must end after a signal to a run that trains
+START_PATIENCE = 10  # the same while the processes start and wait for each other
 ALLOWED = (0, LOST, *(128 + number for number in SIGNALS))
 
 
 class Stop(NamedTuple):
-  """One try that a signal ended.
+  """An attempt that a signal ended.
 
   Attributes:
-    signal, victim: which signal, to which process.
+    signal, victim: the signal, and the process that got it.
     codes: exit codes of all processes.
-    seconds: until all had ended.
-    trained: whether the run had begun: before, processes wait for each other as long as JAX does.
+    seconds: time from the signal until all processes had ended.
+    trained: whether the run had begun to train; before that, processes wait for each other as long
+      as JAX does.
   """
 
   signal: str
@@ -53,7 +55,7 @@ class Stop(NamedTuple):
 
 
 def main(arguments: list[str]) -> None:
-  """Tortures, prints and writes."""
+  """Does all runs, prints and writes."""
   parser = results.parser(__doc__, out='runs/torture', config='digits')
   parser.number('minutes', 30, least=0, kind=float)
   parser.number('seed', 0, 'of signals and moments', least=0)
@@ -63,7 +65,7 @@ def main(arguments: list[str]) -> None:
   results.claim(options.out, 'torture', 'a torture')
   shutil.rmtree(options.out)
   folder = results.Folder(options.out, __file__, arguments)
-  folder.write('torture')  # it stays known as the folder of a torture
+  folder.write('torture')  # marks the folder again as that of a torture
   flags = [f'--config={options.config}', *(a for a in arguments if a.startswith('--config.'))]
   whole = options.out / 'whole'
   begin = time.monotonic()
@@ -82,7 +84,7 @@ def main(arguments: list[str]) -> None:
 
 
 def start(workdir: pathlib.Path, processes: int, flags: list[str]) -> list[subprocess.Popen]:
-  """The processes of a run, on CPUs; what they print goes to files beside the folder."""
+  """Starts the processes of a run, on CPUs; their output goes to files beside the folder."""
   address = launch.free_address()
   started = []
   for process in range(processes):
@@ -105,7 +107,10 @@ def start(workdir: pathlib.Path, processes: int, flags: list[str]) -> list[subpr
 
 
 def wait(running: list[subprocess.Popen], patience: float | None) -> list[int]:
-  """Exit codes, as a shell has them; after so many seconds the rest is killed."""
+  """Waits for all processes, and returns their exit codes as a shell reports them.
+
+  After `patience` seconds (None: never), it kills those that still run.
+  """
   end = time.monotonic() + (float('inf') if patience is None else patience)
   while any(process.poll() is None for process in running):
     if time.monotonic() > end:
@@ -119,7 +124,7 @@ def wait(running: list[subprocess.Popen], patience: float | None) -> list[int]:
 def torment(
   workdir: pathlib.Path, processes: int, flags: list[str], rng: random.Random, end: float
 ) -> list[Stop]:
-  """A run to its end, with signals until the time `end`."""
+  """Takes a run to its end, with signals until the time `end`; returns the stops."""
   stops: list[Stop] = []
   while True:
     running = start(workdir, processes, flags)
@@ -142,7 +147,7 @@ def torment(
 def await_moment(
   running: list[subprocess.Popen], workdir: pathlib.Path, rng: random.Random, end: float
 ) -> bool:
-  """Waits for a random moment, at most until the time `end`; returns whether the run trains then."""
+  """Waits for a random moment or the time `end`; returns whether the run then trains."""
   begin, rows = time.time(), workdir / 'metrics.jsonl'
   goes_on = lambda: time.monotonic() < end and running[0].poll() is None
   trains = lambda: rows.exists() and rows.stat().st_mtime > begin
@@ -157,7 +162,7 @@ def await_moment(
 
 
 def same(whole: pathlib.Path, other: pathlib.Path) -> None:
-  """Raises UserError when two finished runs differ."""
+  """Raises UserError if two finished runs differ."""
   rows = [
     [
       {name: value for name, value in row.items() if name != 'examples_per_second'}
@@ -174,7 +179,7 @@ def same(whole: pathlib.Path, other: pathlib.Path) -> None:
 
 
 def report(stops: list[Stop]) -> dict[str, Any]:
-  """How many stops of each kind there were, and how long the ends took."""
+  """The number of stops by signal and while training, the slowest end, and all stops."""
   trained = [stop for stop in stops if stop.trained]
   counts = {kind.name: sum(stop.signal == kind.name for stop in stops) for kind in SIGNALS}
   return {

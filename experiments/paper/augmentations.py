@@ -1,10 +1,10 @@
-"""A contact sheet of the two views: to look at what contrastive learning is told not to see.
+"""Draws a contact sheet of views, to show which changes contrastive learning must ignore.
 
     python experiments/paper/augmentations.py [--dataset=cifar10] [--data_dir=DIR] [--images=8]
         [--draws=3] [--min_area=0.08] [--out=DIR]
 
-DIR gets augmentations.png. Columns: images. First row: the image; then pairs of rows: view 1,
-view 2.
+DIR gets augmentations.png. Every column shows one image: the image itself in the first row, then
+pairs of rows with view 1 and view 2.
 """
 
 import jax
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
 
 
 def sheet(image_RxNxHxWxC: np.ndarray) -> Figure:
-  """Rows of images, with the name of the view at the left."""
+  """A figure with rows of images, and the name of the view to the left of each row."""
   rows, columns = image_RxNxHxWxC.shape[:2]
   figure = Figure(figsize=(columns, rows), layout='constrained')
   for row, panels in enumerate(figure.subplots(rows, columns, squeeze=False)):

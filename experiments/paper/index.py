@@ -1,9 +1,9 @@
-"""Writes experiments/results/README.md: where the number of every table and figure comes from.
+"""Writes experiments/results/README.md: the origin of the numbers in every table and figure.
 
     python experiments/paper/index.py [--results=DIR]
 
-It reads all JSON files of the results: reports of reproduce.py, which have a 'study'; other files
-with a 'commit'; and older ones, which OLD_RUNS and OLD_FILES know.
+The program reads all JSON files of the results: reports of reproduce.py, which have a 'study';
+other files with a 'commit'; and older files, whose origins are in OLD_RUNS and OLD_FILES.
 """
 
 import fnmatch
@@ -42,14 +42,14 @@ class OldRun(NamedTuple):
   """A run that was stored without its origin.
 
   Attributes:
-    study: it belongs to.
-    label: by today's names of the rules.
+    study: the study that it belongs to.
+    label: its label, with today's names of the rules.
     paper: the paper's name of the rule; None: the paper has no number.
-    path: of its file.
-    key: of its rows there.
-    command: None: the file has it.
-    images: that it was trained on.
-    note: about its epochs.
+    path: path of its file.
+    key: key of its rows in the file; empty: the file has only one run.
+    command: the command that made it; None: the file has the command.
+    images: number of images that it was trained on; None: all.
+    note: a remark about its epochs.
   """
 
   study: str
@@ -119,12 +119,12 @@ _ON_MNIST = _LAWS + '--config=configs/mnist.py --config.model.size=S/1/1 --confi
 
 
 def _passes(law: str) -> tuple[tuple[str, str], ...]:
-  """Ends of file names, and fields."""
+  """Pairs of the end of a file's name and the fields that its runs had."""
   one = f'--config.estimator.law={law}'
   return ('_1', one), ('8', f'{one} --config.estimator.passes=8 --config.estimator.taps=separate')
 
 
-# Pattern of a path: command.
+# Commands, by a pattern of the file's path.
 OLD_FILES = {
   'variance/table1.json': f'{REPRODUCE} table1',
   'replicated_losses/*.json': f'{REPRODUCE} figure5',
@@ -170,7 +170,7 @@ def main(arguments: list[str]) -> None:
 
 
 def index(folder: pathlib.Path) -> str:
-  """All of the README."""
+  """The text of the README."""
   files = {
     path.relative_to(folder).as_posix(): json.loads(path.read_text())
     for path in folder.rglob('*.json')
@@ -184,7 +184,7 @@ def index(folder: pathlib.Path) -> str:
 
 
 def runs(files: dict[str, Any], study: str) -> str:
-  """New and old runs of a study."""
+  """A table of a study's new and old runs."""
   rows = [*new_rows(files, study), *old_rows(files, study)]
   return results.in_table(
     'run | here | paper | epochs | images | seeds | device | commit | file | command', rows
@@ -192,7 +192,7 @@ def runs(files: dict[str, Any], study: str) -> str:
 
 
 def new_rows(files: dict[str, Any], study: str) -> Iterator[list[str]]:
-  """Of reports."""
+  """Table rows of a study's runs, from reports."""
   for path, content in files.items():
     if isinstance(content, dict) and content.get('study') == study:
       for row in content['rows']:
@@ -201,7 +201,7 @@ def new_rows(files: dict[str, Any], study: str) -> Iterator[list[str]]:
 
 
 def old_rows(files: dict[str, Any], study: str) -> Iterator[list[str]]:
-  """Of OLD_RUNS."""
+  """Table rows of a study's runs, from OLD_RUNS."""
   for run in OLD_RUNS:
     if run.study == study and run.path in files:
       content = files[run.path]
@@ -223,12 +223,12 @@ def old_rows(files: dict[str, Any], study: str) -> Iterator[list[str]]:
 
 
 def named_today(command: str, label: str) -> str:
-  """A stored command of the paper's LG-FG-A, which was the default then."""
+  """A stored command, with today's name of the paper's LG-FG-A, which was the default then."""
   return f'{command} --config.algorithm={label}' if label == 'LG-FG-A-paper' else command
 
 
 def measurements(files: dict[str, Any], study: str | None) -> str:
-  """Files that are no runs: those of one of PROGRAMS, or those of no study."""
+  """A table of files that are not runs: those of a study in PROGRAMS, or (None) of no study."""
   rows = []
   for path, content in files.items():
     if path in {run.path for run in OLD_RUNS} or (isinstance(content, dict) and 'study' in content):
@@ -243,14 +243,14 @@ def measurements(files: dict[str, Any], study: str | None) -> str:
 
 
 def belongs_to(command: str, path: str) -> str | None:
-  """Which of PROGRAMS has made a file."""
+  """The study in PROGRAMS that a file belongs to; None if there is none."""
   if path.endswith('table1.json'):
     return 'table1'
   return 'figure5' if 'replicated_losses' in command or command.endswith('figure5') else None
 
 
 def old_command(path: str) -> str:
-  """Of a file that does not say it."""
+  """The command that made a file, if the file does not have it."""
   for pattern, command in OLD_FILES.items():
     if fnmatch.fnmatch(path, pattern):
       return command
@@ -258,7 +258,7 @@ def old_command(path: str) -> str:
 
 
 def link(path: str) -> str:
-  """To a file of the results."""
+  """A Markdown link to a file of the results."""
   return f'[{path}]({path})'
 
 

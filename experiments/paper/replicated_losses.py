@@ -1,11 +1,13 @@
-"""Figure 5: memory and time of replicated losses, naive and fused, against the numbers of groups and of patches.
+"""Figure 5: memory and time of replicated losses, naive and fused, against groups and patches.
 
-    python experiments/paper/replicated_losses.py [--batch=16] [--channels=512] [--patches=64] [--groups=16]
-        [--many_groups=1,2,4,8,16,32,64] [--many_patches=1,4,16,64,256] [--limit_gib=8] [--repetitions=5] [--out=DIR]
+    python experiments/paper/replicated_losses.py [--batch=16] [--channels=512] [--patches=64]
+        [--groups=16] [--many_groups=1,2,4,8,16,32,64] [--many_patches=1,4,16,64,256]
+        [--limit_gib=8] [--repetitions=5] [--out=DIR]
 
-Measured is what a forward gradient asks of a loss: its values and their derivatives along one tangent. Naively every
-one of the P·G replicas has its own copy of the features, all of it but one entry behind a stop-gradient. A form whose
-arrays would not fit --limit_gib is not run. The fused form, a thousandth as long, is timed 50 times as often.
+The program measures what a forward gradient needs from a loss: its values, and their derivatives
+along one tangent. In the naive form, each of the P·G replicas has its own copy of the features,
+with all but the replica's own entry behind a stop-gradient. A form is not run if its arrays exceed
+--limit_gib. The fused form takes about a thousandth of the time, and is timed 50 times as often.
 DIR gets replicated_losses.json and replicated_losses.png.
 """
 
@@ -61,7 +63,7 @@ def main(arguments: list[str]) -> None:
 def measure(
   sweep: str, kind: str, form: str, sizes: list[tuple[int, int]], options: argparse.Namespace
 ) -> list[Row]:
-  """A row for every (patches, groups), timed in turn; without a time where it does not fit."""
+  """A row for every (patches, groups); sizes are timed in turn, those that do not fit are not."""
   calls, needs = {}, {}
   for size in sizes:
     run, arguments = compile_derivative(kind, form, *size, options)
@@ -91,7 +93,7 @@ def measure(
 def compile_derivative(
   kind: str, form: str, patches: int, groups: int, options: argparse.Namespace
 ) -> tuple[jax.stages.Compiled, tuple]:
-  """`(x, dx, kernel) -> losses, their derivatives`, and random arguments."""
+  """The compiled `(x, dx, kernel) -> losses, their derivatives`, and random arguments for it."""
   B, C, K = options.batch, options.channels // groups, OUTPUTS[kind]
   keys = jax.random.split(jax.random.key(0), 4)
   x_BxPxGxC, dx_BxPxGxC = (jax.random.normal(key, (B, patches, groups, C)) for key in keys[:2])
@@ -124,7 +126,7 @@ def local_losses(
 
 
 def replicated_outputs(x_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array) -> jax.Array:
-  """[B, P, G, K]: the head on every replica's own copy of the features."""
+  """[B, P, G, K]: the outputs of the head for every replica's own copy of the features."""
   _, P, G, _ = x_BxPxGxC.shape
   own_PxGxPxG = jnp.eye(P * G, dtype=bool).reshape(P, G, P, G)
   one = x_BxPxGxC[:, None, None]
@@ -133,7 +135,7 @@ def replicated_outputs(x_BxPxGxC: jax.Array, kernel_GxCxK: jax.Array) -> jax.Arr
 
 
 def draw(path: pathlib.Path, rows: list[Row]) -> None:
-  """Memory above, time below; against groups on the left, patches on the right."""
+  """Draws memory above and time below, against groups on the left and patches on the right."""
   figure = Figure(figsize=(9, 6), layout='constrained')
   grid = figure.subplots(2, 2)
   for column, sweep in enumerate(('groups', 'patches')):

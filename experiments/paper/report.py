@@ -1,4 +1,4 @@
-"""The report of a study, from the folders of its finished runs: STUDY.json, .md and .png."""
+"""Writes a study's report from the folders of its finished runs: STUDY.json, .md and .png."""
 
 import json
 import pathlib
@@ -24,12 +24,12 @@ PANELS = {
 
 
 def folder(run: Run) -> str:
-  """A name for the folder of a run's epochs and seeds."""
+  """Name of the folder with a run's variants in epochs, images and seeds."""
   return re.sub(r'[^\w+-]+', '-', run.label).strip('-')
 
 
 def write(folder: results.Folder, name: str, study: Study) -> None:
-  """Reports all finished runs of a study in a folder, of this command and of earlier ones."""
+  """Reports all finished runs of a study in a folder, from this command and from earlier ones."""
   rows = collect(folder.path, study)
   folder.write(name, study=name, title=study.title, rows=rows)
   run_log.write_atomically(folder.path / f'{name}.md', table(study.title, rows))
@@ -38,7 +38,7 @@ def write(folder: results.Folder, name: str, study: Study) -> None:
 
 
 def collect(out: pathlib.Path, study: Study) -> list[Row]:
-  """A row for every run and number of epochs and images; its seeds are taken together."""
+  """A row for every run, number of epochs and number of images; each row covers all seeds."""
   rows = []
   for run in study.runs:
     groups: dict[tuple[int, int], list[pathlib.Path]] = {}
@@ -54,7 +54,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def summarize(run: Run, folders: list[pathlib.Path]) -> Row:
-  """A row; what all seeds have in common is taken from the first."""
+  """A row from the folders of all seeds; what they have in common is taken from the first."""
   config = _read(folders[0] / 'config.json')
   summaries, origins = (
     [_read(path / name) for path in folders] for name in ('summary.json', ORIGIN)
@@ -76,14 +76,14 @@ def summarize(run: Run, folders: list[pathlib.Path]) -> Row:
 
 
 def table(title: str, rows: list[Row]) -> str:
-  """In markdown."""
+  """The report in Markdown."""
   jpeg = f'{JPEG}\n\n' if any(row['dataset'] == 'cifar10' for row in rows) else ''
   head = 'run | here | paper | data, model | epochs | images | seeds | device | commit'
   return f'# {title}\n\n{EXPLANATION}\n\n{jpeg}{results.in_table(head, list(map(cells, rows)))}\n'
 
 
 def cells(row: Row) -> list[str]:
-  """A row of the table."""
+  """The cells of a row of the table."""
   together = lambda key: ', '.join(dict.fromkeys(str(origin[key]) for origin in row['origins']))
   return [
     row['label'],
@@ -99,7 +99,7 @@ def cells(row: Row) -> list[str]:
 
 
 def published(row: Row) -> str:
-  """The paper's, and of which estimator."""
+  """The paper's errors, and the estimator that they refer to."""
   if row['paper'] is None:
     return '–'
   note = f' ({row["paper_note"]})' if row['paper_note'] else ''
@@ -107,7 +107,7 @@ def published(row: Row) -> str:
 
 
 def draw(path: pathlib.Path, study: Study, rows: list[Row]) -> None:
-  """Test error on the left; training error or contrastive loss on the right."""
+  """Draws the test error on the left, the training error or contrastive loss on the right."""
   figure = Figure(figsize=(14, max(4, 1 + 0.3 * len(rows))), layout='constrained')
   figure.suptitle(study.title)
   for axes, key in zip(figure.subplots(1, 2), ('test_error', study.loss), strict=True):
@@ -122,7 +122,7 @@ def draw(path: pathlib.Path, study: Study, rows: list[Row]) -> None:
 
 
 def names(rows: list[Row]) -> list[str]:
-  """Labels, which tell more where a run is there with several numbers of epochs or images."""
+  """Labels of the rows, with epochs and images if several rows belong to one run."""
   labels = [row['label'] for row in rows]
   return [
     label

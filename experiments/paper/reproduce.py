@@ -1,4 +1,4 @@
-"""Makes a table or figure of the paper: the missing runs, a table with its numbers, a picture.
+"""Reproduces a table or figure of the paper: does the missing runs, and writes a table and a plot.
 
     python experiments/paper/reproduce.py STUDY [--out=DIR] [--data_dir=DIR] [--rules=BP,LG-FG-A]
         [--epochs=N] [--seeds=0] [--images=N] [--groups=1,4,16,64] [--dry_run]
@@ -8,11 +8,11 @@ STUDY: table1, mnist-S-1-1, mnist-M-1-16, cifar10-M-8-16, imagenet-L-32-64,
 cifar10-contrastive-M-8-16, cifar10-contrastive-L-8-64, imagenet-contrastive-L-32-64, figure4,
 figure5, figure6, figure7.
 
-By default, all runs of a study are made, with its own epochs and images; --groups is of figure7.
-Rule LG-FG-A-paper is the paper's LG-FG-A; rule LG-FG-A is ours. --dry_run prints the commands of
-all runs. DIR gets STUDY.json, STUDY.md and STUDY.png after every run, and a folder for every run.
-Run again, it goes on where it stopped; with more rules, seeds or epochs, it adds them. table1 and
-figure5 take the arguments of the program that makes them.
+By default, the program does all runs of the study, with the study's own epochs and images. --groups
+applies to figure7 only. Rule LG-FG-A-paper is the paper's LG-FG-A; rule LG-FG-A is ours. --dry_run
+prints the commands of all runs. DIR gets a folder for every run, and after every run STUDY.json,
+STUDY.md and STUDY.png. If run again, the program continues where it stopped; with more rules, seeds
+or epochs, it adds them. table1 and figure5 take the arguments of the program that makes them.
 """
 
 import argparse
@@ -35,7 +35,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Plan(NamedTuple):
-  """What is to be trained, and where."""
+  """A run to be trained, with its config, folder and command."""
 
   run: Run
   config: ConfigDict
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
       finish(planned, job, folder.origin)
     except Interrupted:
       raise
-    except UserError as error:  # its loss became infinite, say: the other runs go on
+    except UserError as error:  # for example, an infinite loss: the other runs continue
       errors.append(f'{planned.run.label}: {error}')
     report.write(folder, options.study, study)
   print((out / f'{options.study}.md').read_text())
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> None:
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-  """The options, and what is left: changes of fields, or all arguments of another program."""
+  """The options, and the other arguments: changed fields, or all those of another program."""
   parser = results.parser(__doc__, out=None)
   parser.add_argument('study', metavar='STUDY', choices=[*PROGRAMS, *STUDIES])
   parser.add_argument('--dry_run', action='store_true', help='only print the commands')
@@ -99,7 +99,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def call(options: argparse.Namespace, rest: list[str]) -> None:
-  """Runs the program that makes a study which has no training."""
+  """Runs the program that makes a study without training."""
   out = options.out or pathlib.Path('runs', options.study)
   command = [*PROGRAMS[options.study], f'--out={out}', *rest]
   print(shlex.join(['python', *command]), flush=True)
@@ -110,7 +110,7 @@ def call(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def selected(study: Study, options: argparse.Namespace) -> list[Run]:
-  """The runs of these rules; in figure 7, with these numbers of groups."""
+  """The runs with the given rules and, in figure 7, with the given numbers of groups."""
   if unknown := [number for number in options.groups if number not in GROUPS]:
     raise UserError(f'--groups has {unknown[0]}; allowed: {", ".join(map(str, GROUPS))}')
   sizes = [f'M/8/{number}' for number in options.groups]
@@ -125,7 +125,7 @@ def selected(study: Study, options: argparse.Namespace) -> list[Run]:
 def plan(
   study: Study, run: Run, seed: int, out: pathlib.Path, options: argparse.Namespace, rest: list[str]
 ) -> Plan:
-  """The study's config with the run's fields, the options, and last the fields in `rest`."""
+  """Plans a run: the study's config, changed by the run's fields, the options, and last `rest`."""
   path = f'configs/{study.config}.py'
   original, config = (configs.load(str(ROOT / path)) for _ in range(2))
   epochs = run.epochs if options.epochs is None else options.epochs
@@ -163,7 +163,7 @@ def prepare_all(plans: list[Plan]) -> list[Job]:
 
 
 def finish(planned: Plan, job: Job, origin: dict[str, str | None]) -> None:
-  """Trains to the end; the run's folder then also tells where the run comes from."""
+  """Trains to the end, and records the run's origin in its folder."""
   train(job, planned.folder)
   path = planned.folder / report.ORIGIN
   if not path.exists():

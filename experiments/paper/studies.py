@@ -1,4 +1,4 @@
-"""The paper's tables and figures as data: which runs each needs, and which errors the paper has.
+"""The paper's tables and figures as data: the runs that each needs, and the paper's errors.
 
 Ren, Kornblith, Liao, Hinton: Scaling Forward Gradient With Local Losses, arXiv 2210.03310.
 
@@ -39,10 +39,10 @@ class Run(NamedTuple):
   Attributes:
     rule: the name by which `--rules` selects it.
     label: its name in table and figure.
-    fields: of the config, by dotted names.
-    epochs: the default.
-    paper: its test and training error in %; None: it has none.
-    note: what the paper's errors are of, where that is not plain.
+    fields: changed fields of the config, by dotted names.
+    epochs: default number of epochs.
+    paper: the paper's test and training error in %; None: the paper has none.
+    note: what the paper's errors refer to, where that is not obvious.
   """
 
   rule: str
@@ -57,10 +57,10 @@ class Study(NamedTuple):
   """A column of a table, or a figure.
 
   Attributes:
-    title: of its report.
-    config: the name of a file in `configs/`.
+    title: title of its report.
+    config: name of a file in `configs/`.
     runs: its lines.
-    images: the default number of training images; None: all.
+    images: default number of training images; None: all.
     loss: what the figure's second panel shows: 'train_error', or 'train_contrastive_loss'.
   """
 
@@ -76,9 +76,10 @@ class Column(NamedTuple):
 
   Attributes:
     title: data and model.
-    config: the name of a file in `configs/`.
-    epochs: of backprop, of feedback alignment, and of forward gradients, which learn more slowly.
-    fields: of all its runs.
+    config: name of a file in `configs/`.
+    epochs: numbers of epochs for backprop, for feedback alignment, and for forward gradients, which
+      learn more slowly.
+    fields: changed fields of the config in all its runs.
   """
 
   title: str
@@ -105,7 +106,7 @@ COLUMNS = {
 
 
 def published(column: str, rule: str) -> tuple[float, float]:
-  """The paper's test and training error in %, by its own name of the rule.
+  """The paper's test and training error in %; `rule` is the paper's name for the rule.
 
   >>> published('cifar10-M-8-16', 'LG-FG-A')
   (30.68, 19.39)

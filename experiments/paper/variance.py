@@ -5,14 +5,16 @@
 
 | part | what |
 |---|---|
-| table1 | one linear layer: all rows of Table 1, p, q = 2, 8, 64, batches of 1, 16, 128, normal and Rademacher |
+| table1 | one linear layer: Table 1 for p, q = 2, 8, 64, batch 1, 16, 128, normal and Rademacher |
 | laws | one linear layer: all laws, 1 to 8 passes |
-| mlp | an MLP on the embedded digits, layer by layer, estimators of modules that the library does not know |
-| mixer | M/8/16 on CIFAR-10 (JPEG quality 75, see prepare_data.py), layer by layer: algorithms, cuts, laws, passes |
-| passes | the time and memory of K passes, all at once and in chunks, on M/8/16 |
+| mlp | an MLP on the embedded digits, layer by layer: the estimators for arbitrary modules |
+| mixer | M/8/16 on CIFAR-10, layer by layer: algorithms, cuts, laws, passes |
+| passes | M/8/16: time and memory of K passes, all at once and in chunks |
 
-DIR gets for every part PART.json, with its rows, and PART.png; and table.md. A row of table1 or laws that is not
-within three standard errors of theory is measured again, with other and four times as many draws (`measured_again`).
+CIFAR-10's images have been through JPEG (quality 75, see prepare_data.py). DIR gets table.md and,
+for every part, PART.json with its rows, and PART.png. If a row of table1 or laws is not within
+three standard errors of theory, it is measured again with four times as many new draws
+(`measured_again`).
 """
 
 import argparse
@@ -38,7 +40,7 @@ Row = dict[str, Any]
 
 
 def main(arguments: list[str]) -> None:
-  """Runs the parts."""
+  """Runs the selected parts."""
   parser = results.parser(__doc__, out='runs/variance')
   parser.names('parts', ','.join(PARTS), PARTS)
   parser.option('data_dir', None, 'of TFDS')
@@ -65,7 +67,7 @@ def _short(value: Any) -> Any:
 
 
 def table(out: pathlib.Path) -> str:
-  """All parts there are, in markdown."""
+  """All parts in the folder, as Markdown tables."""
   text = ''
   for path in sorted(out.glob('*.json')):
     content = json.loads(path.read_text())
@@ -76,7 +78,7 @@ def table(out: pathlib.Path) -> str:
   return text.lstrip()
 
 
-# --- one linear layer ---------------------------------------------------------------------------------------------
+# --- one linear layer -----------------------------------------------------------------------------
 
 
 def _linear_row(
@@ -92,7 +94,8 @@ def _linear_row(
   draws, at_once = min(40_000, max(300, 100_000_000 // size)), min(200, max(10, 2_000_000 // size))
   jax.config.update('jax_disable_most_optimizations', True)  # hundreds of programs, each run once
   measured = variance.measure(estimate, layer.truth, jax.random.key(2), draws, at_once=at_once)
-  # Of hundreds of rows one may lie outside by chance. Four times the draws tell chance from error, which doubles.
+  # Of hundreds of rows, one may lie outside by chance. Four times the draws tell chance from error:
+  # the distance of an error, in standard errors, doubles.
   again = bool(abs(measured.squared_error - predicted) > 3 * measured.squared_error_se)
   if again:
     measured = variance.measure(
@@ -118,7 +121,7 @@ def _linear_row(
 
 
 def table1(options: argparse.Namespace) -> Iterator[Row]:
-  """All combinations."""
+  """Rows for all combinations of layer size, batch, estimator, law and sharing."""
   del options
   for p, q, batch in ((p, q, n) for p in (2, 8, 64) for q in (2, 8, 64) for n in (1, 16, 128)):
     for estimator in ('weight', 'activity'):
@@ -128,7 +131,7 @@ def table1(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def laws(options: argparse.Namespace) -> Iterator[Row]:
-  """A square layer of 8, whose activity has 8 dimensions."""
+  """Rows for all laws on an 8 × 8 layer, whose activity has 8 dimensions."""
   del options
   for law in LAWS:
     for passes in (1, 2, 4, 6, 8):

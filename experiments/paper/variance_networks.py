@@ -22,7 +22,7 @@ PASSES = (1, 2, 4, 8, 16, 32)
 
 
 def _by_layer(estimate: Callable, truth: Any, draws: int, at_once: int) -> Iterator[Row]:
-  """For every kernel: error relative to |truth|², cosine, bias."""
+  """A row for every kernel: its error (also relative to |truth|²), cosine and bias."""
   kernels = lambda tree: {
     '/'.join(path[:-1]): leaf for path, leaf in flatten_dict(tree).items() if path[-1] == 'kernel'
   }
@@ -62,7 +62,7 @@ def _by_layer(estimate: Callable, truth: Any, draws: int, at_once: int) -> Itera
 
 
 class MLP(nn.Module):
-  """Three layers."""
+  """A network of three linear layers."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -71,7 +71,10 @@ class MLP(nn.Module):
 
 
 def _predicted_mlp(params: dict, x: jax.Array, y: jax.Array) -> Callable[..., dict[str, float]]:
-  """Squared errors per entry of every kernel, from the norms of the gradients at weights and at activities."""
+  """Makes a function that predicts the squared error per entry of every kernel.
+
+  It uses the norms of the gradients at the weights and at the activities.
+  """
   layers = ('first', 'second', 'third')
 
   def forward(shift: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
@@ -105,7 +108,11 @@ def _predicted_mlp(params: dict, x: jax.Array, y: jax.Array) -> Callable[..., di
 
 
 def mlp(options: argparse.Namespace) -> Iterator[Row]:
-  """A batch of 32 digits; 'weight' is `forward_grad` of the mean loss, 'activity' that of marked layers."""
+  """Rows for an MLP on a batch of 32 digits.
+
+  'weight' is `forward_grad` of the mean loss. 'activity' is `value_and_activity_grad` with marked
+  layers.
+  """
   del options
   train = data.load('digits').train
   x, y = (
@@ -152,7 +159,10 @@ def mlp(options: argparse.Namespace) -> Iterator[Row]:
 
 
 class Mixer:
-  """M/8/16 on a batch of CIFAR-10, after some steps of LG-BP (at the start its heads and so gradients are zero)."""
+  """M/8/16 on a batch of CIFAR-10, after some steps of LG-BP.
+
+  Without these steps, its heads and therefore its gradients would be zero.
+  """
 
   def __init__(self, data_dir: str | None) -> None:
     self.config = configs.base()
@@ -178,7 +188,7 @@ class Mixer:
     self.batch = batch(10_000, BATCH)
 
   def make(self, name: str, **options: Any) -> algorithms.Algorithm:
-    """The algorithm of a name with changed fields of estimator and losses."""
+    """The algorithm with this name, and with changed fields of estimator and losses."""
     config = self.config.copy_and_resolve_references()
     config.algorithm = name
     for field, value in options.items():
@@ -186,11 +196,11 @@ class Mixer:
     return algorithms.make(config, self.dataset)
 
   def estimate(self, name: str, **options: Any) -> Callable:
-    """`key -> gradient`."""
+    """`key -> gradient` of the algorithm with this name."""
     gradient = self.make(name, **options).gradient
 
     def run(key: jax.Array) -> Any:
-      # Behind the barrier the constants are not folded: time and compilation are those of a training step.
+      # The barrier prevents constant folding: time and compilation are those of a training step.
       variables, batch = jax.lax.optimization_barrier((self.variables, self.batch))
       return gradient(variables, key, batch)[0]
 
@@ -220,7 +230,7 @@ def _mixer_runs() -> Iterator[tuple[str, str, dict]]:
 
 
 def mixer(options: argparse.Namespace) -> Iterator[Row]:
-  """Every algorithm and cut; then passes by law and by joint or separate taps."""
+  """Rows for every algorithm and cut, then for numbers of passes by law and kind of taps."""
   model = Mixer(options.data_dir)
   truths: dict[str, Any] = {}
   for name, cut, fields in _mixer_runs():
@@ -245,7 +255,7 @@ def mixer(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def passes(options: argparse.Namespace) -> Iterator[Row]:
-  """Time and temporaries of LG-FG-A-paper; the runs take turns, the quickest of each counts."""
+  """Rows with time and temporaries of LG-FG-A-paper; runs take turns, and the fastest counts."""
   model = Mixer(options.data_dir)
   cases = [
     (law, chunk, K)

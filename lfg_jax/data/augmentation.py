@@ -1,7 +1,7 @@
 """Two random views of every image, on the device: the augmentation of SimCLR and BYOL.
 
-(Chen et al. 2020, appendix A; Grill et al. 2020, appendix B.) A view is a crop of random size and
-shape, with random flips, colour jitter in random order, greyscale, blur and solarisation.
+See Chen et al. 2020, appendix A, and Grill et al. 2020, appendix B. A view is a crop of random size
+and shape, with random flips, colour jitter in random order, greyscale, blur and solarisation.
 Brightness, contrast and saturation blend with black, the image's mean grey and its grey image, as
 in Pillow and torchvision; hue is rotated in HSV.
 
@@ -40,7 +40,7 @@ def views(key_B: jax.Array, image_BxHxWxC: jax.Array, min_area: float = 0.08) ->
   """Two views of every image, one after the other.
 
   Args:
-    key_B: one for every image.
+    key_B: one key for every image.
     image_BxHxWxC: uint8, with three colours or one.
     min_area: the least area of a crop, as a fraction of the image's.
 

@@ -13,7 +13,7 @@ class Facts(NamedTuple):
   """What is known about a data set.
 
   Attributes:
-    mean, std: per colour, for pixels 0 … 1; empty: to be computed.
+    mean, std: statistics per colour, for pixels 0 … 1; empty: to be computed.
     test_split: name of the split on which errors are measured.
   """
 
@@ -31,7 +31,7 @@ def builder(name: str, data_dir: str | None, known: tuple[str, ...]) -> Any:
   ones.
 
   Args:
-    name: of a data set.
+    name: name of a data set.
     data_dir: where TFDS keeps its data sets; None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
     known: names to suggest if TFDS does not know `name`.
 
@@ -39,7 +39,7 @@ def builder(name: str, data_dir: str | None, known: tuple[str, ...]) -> Any:
     FileNotFoundError: the data set is not on disk; the message has the command that prepares it.
     ValueError: TFDS does not know the name either.
   """
-  import tensorflow_datasets as tfds  # here: half a second that `digits` does without
+  import tensorflow_datasets as tfds  # here: it takes half a second, and `digits` does not need it
 
   place = data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
   place = tfds.core.Path(place).expanduser()

@@ -23,7 +23,7 @@ from PIL import Image
 
 RATIO = (3 / 4, 4 / 3)  # width / height of a random crop
 CENTRE = 224 / 256  # side of the test crop, as a fraction of the image's short side
-WORKER_SECONDS = 30  # a worker's life after a SIGTERM, until the program handles its own
+WORKER_SECONDS = 30  # a worker lives on after a SIGTERM, while the program handles its own
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 ATTEMPTS = 10  # to find a random box that fits, before the central one is used
 
@@ -62,7 +62,7 @@ class Stream:
       with central crops.
     min_area: the least area of a random crop, as a fraction of the image's (0.3: ImageNet in Ren et
       al. 2023; 0.08: SimCLR).
-    seed: of shuffling, crops and flips.
+    seed: seed of shuffling, crops and flips.
     threads: number of threads that read and decode, if there are no workers.
     workers: number of processes that read and decode, each one batch at a time; 0: threads of this
       process.
@@ -101,7 +101,7 @@ class Stream:
     Args:
       epoch: number of the epoch, which determines order, crops and flips.
       first_step: number of batches to skip, without reading them.
-      batch_size: of the global batch, B.
+      batch_size: number of examples in the global batch, B.
       process_index, process_count: this process gets the process_index-th of process_count equal,
         contiguous slices of every global batch.
 
@@ -109,12 +109,12 @@ class Stream:
       Numpy batches, images uint8 [B / process_count, image_size, image_size, 3].
 
     Raises:
-      ValueError: when the processes do not divide the batch.
-      BadExample: from the iterator.
+      ValueError: the number of processes does not divide the batch size.
+      BadExample: raised by the iterator, for an unusable example.
     """
     if batch_size < 1 or batch_size % process_count:
       raise ValueError(f'batch size {batch_size} does not divide among {process_count} processes')
-    import grain  # here: a second of start-up, and warnings about jaxlib, that only streams are worth
+    import grain  # here: only streams are worth its second of start-up and warnings about jaxlib
 
     local = batch_size // process_count
     order = grain.MapDataset.range(self.examples)
@@ -142,7 +142,7 @@ class Stream:
     return slots.to_iter_dataset(options).batch(batch_size)
 
   def _by_workers(self, slots: Any, batch_size: int) -> Any:
-    """With n workers, each makes every n-th batch, and is one ahead."""
+    """Each of n workers makes every n-th batch, one batch ahead."""
     import grain
 
     if not flags.FLAGS.is_parsed():

@@ -130,7 +130,13 @@ def row_loss(contrast: Contrast) -> RowLoss:
 def end_losses(
   projected: tuple[jax.Array, jax.Array], weight_N: jax.Array, contrast: Contrast
 ) -> tuple[jax.Array, jax.Array]:
-  """The end-to-end loss: weighted losses [N], and the objective's gradient [N, K] at the output."""
+  """The end-to-end loss: weighted losses [N], and the objective's gradient [N, K] at the output.
+
+  Args:
+    projected: the outputs as anchors and as candidates, both [N, K].
+    weight_N: each row's weight in the objective; 0 for padding.
+    contrast: options of the loss.
+  """
   z_NxK, candidates_NxK = projected
 
   losses = lambda z_NxK, candidates_NxK: (

@@ -94,7 +94,7 @@ def replicate(loss_B: jax.Array, P: int, G: int, cut: Cut) -> jax.Array:
 
 
 class _Form(NamedTuple):
-  """The static part: `loss(outputs_BxK, above, targets) -> [B]`, and how it is replicated."""
+  """The static arguments: `loss(outputs_BxK, above, targets) -> [B]`, and how to replicate it."""
 
   loss: Callable[[jax.Array, PyTree, PyTree], jax.Array]
   cut: Cut
@@ -161,7 +161,7 @@ def _filled(d: jax.Array | SymbolicZero) -> jax.Array:
 def _own_and_others(
   along: Callable[[jax.Array], jax.Array], d_BxPxGxC: jax.Array, backward_GxCxK: jax.Array, cut: Cut
 ) -> jax.Array:
-  """[B, P, G]: the change of each replica's loss by its features in all rows, if rows mix."""
+  """[B, P, G]: the change of each replica's loss due to its own features in all rows."""
   P = d_BxPxGxC.shape[1]
 
   def one_patch(d_BxGxC: jax.Array) -> jax.Array:
@@ -209,8 +209,8 @@ def replicated_loss(
     features_BxPxGxC: normalised output of the block, in groups.
     head: 'kernel' [G, C, K] and 'bias' [K], shared by patches; row g of the kernel belongs to group
       g. With a hidden layer also 'out', with 'kernel' [K, L] and 'bias' [L], after a ReLU.
-    targets: of each example.
-    cut: an axis that is not cut has size 1 in the result.
+    targets: one entry per example.
+    cut: which axes have their own losses; the others have size 1 in the result.
     feedback: fixed kernels that replace the head's in derivatives with respect to their inputs
       (feedback alignment).
     held_BxPxGxC: the value of the copies behind the stop-gradient; by default that of the features.

@@ -38,7 +38,7 @@ def squared_error(outputs_BxK: jax.Array, targets: Targets) -> jax.Array:
 
 
 def margin(outputs_BxK: jax.Array, targets: Targets) -> jax.Array:
-  """[B] by how much the best wrong class comes within 1 of the right one (Crammer, Singer 2001).
+  """[B] by how much the best wrong class violates a margin of 1 (Crammer, Singer 2001).
 
   >>> targets = Targets(jnp.ones(2, int), jnp.ones(2))
   >>> margin(jnp.array([[0., 3., 2.5], [0., 3., 1.]]), targets).tolist()
@@ -69,8 +69,8 @@ def find(row: str, module: str | None = None, outputs: int = 10) -> RowLoss:
     outputs: number of a head's outputs, K.
 
   Raises:
-    ValueError, UserError: there is no such loss or file, or the file's does not return one loss per
-      row.
+    ValueError, UserError: there is no such loss or file, or the file's `row_loss` does not return
+      one loss per row, which depends on that row alone.
 
   >>> find('margin') is margin
   True
@@ -84,7 +84,7 @@ def find(row: str, module: str | None = None, outputs: int = 10) -> RowLoss:
 
 
 def _check(what: str, row_loss: RowLoss, outputs: int) -> None:
-  """Raises ValueError unless each of three rows has one loss that depends on that row alone."""
+  """Raises ValueError unless each of three rows gets one loss that depends on that row alone."""
   outputs_3xK = jnp.linspace(-1, 1, 3 * outputs).reshape(3, outputs)
   targets = Targets(jnp.arange(3) % outputs, jnp.full(3, 1 / 3))
   with user_files.mistakes(what):

@@ -1,4 +1,4 @@
-"""What losses need to know about the examples."""
+"""What a loss needs to know about the examples."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Several processes of one run: how they find each other, and agree on the run's folder."""
+"""Runs of several processes: how they connect, and how they agree on the run's folder."""
 
 import contextlib
 import itertools
@@ -17,17 +17,17 @@ from jax.experimental import multihost_utils
 from lfg_jax.errors import LOST, UserError
 from lfg_jax.training import guard
 
-TOKEN = 'token'  # a file with a number that the first process draws for every start
-PATIENCE_SECONDS = 5  # until a file is seen on another machine
+TOKEN = 'token'  # a file with a random number, which the first process draws at every start
+PATIENCE_SECONDS = 5  # until a file is visible on another host
 _looks = itertools.count(1)
 
 
-# What XLA says when a collective operation misses another process.
+# XLA's message contains one of these if a collective operation has lost another process.
 _MISSED = re.compile('Gloo|NCCL|RCCL|coordination service|UNAVAILABLE')
 
 
 class Place(NamedTuple):
-  """Where a process stands among those of its run; None: as the cluster tells JAX."""
+  """A process's place among the processes of its run; None: JAX asks the cluster."""
 
   coordinator: str | None = None
   processes: int | None = None
@@ -47,11 +47,12 @@ def connect(at: Place = AS_TOLD, lost_after: int = 25) -> None:
   """Connects this process with the others.
 
   Args:
-    at: where it stands among them.
+    at: this process's place among them.
     lost_after: seconds of silence after which a process counts as lost.
 
   Raises:
-    UserError: JAX knows of no cluster, or cannot reach the coordinator; numbers of devices differ.
+    UserError: JAX finds no cluster or cannot reach the coordinator, or the processes have different
+      numbers of devices.
   """
   if jax.distributed.is_initialized():
     return
@@ -66,7 +67,7 @@ def connect(at: Place = AS_TOLD, lost_after: int = 25) -> None:
 
 
 def same_devices(counts: Mapping[int, int]) -> None:
-  """Raises UserError when processes have different numbers of devices, given by process.
+  """Raises UserError if the numbers of devices, given by process, are not all equal.
 
   >>> same_devices({0: 4, 1: 4})
   """
@@ -81,7 +82,7 @@ def same_devices(counts: Mapping[int, int]) -> None:
 
 @contextlib.contextmanager
 def losses() -> Iterator[None]:
-  """What XLA raises when another process was lost, as `Lost`."""
+  """Turns XLA's errors about a lost process into `Lost`."""
   try:
     yield
   except Exception as error:
@@ -94,7 +95,7 @@ def losses() -> Iterator[None]:
 
 
 def is_first() -> bool:
-  """Whether this is the process that speaks and writes."""
+  """Whether this is the first process, which prints and writes files."""
   return jax.process_index() == 0
 
 
@@ -105,10 +106,12 @@ def say(*words: Any, file: TextIO | None = None) -> None:
 
 
 def share_folder(folder: pathlib.Path | None) -> None:
-  """To be called by all processes once the first has claimed the folder, or (None) could not.
+  """Checks that all processes see the folder that the first one has claimed.
+
+  All processes must call this. The first passes None if it could not claim the folder.
 
   Raises:
-    UserError: in all of them, when one does not see the folder of the first; in the others, when the
+    UserError: in all processes, if one does not see the folder of the first; in the others, if the
       first could not claim it.
   """
   if jax.process_count() == 1:
@@ -141,9 +144,10 @@ def _sees(path: pathlib.Path, text: str) -> bool:
 
 
 def terminated() -> bool:
-  """Whether any process had a SIGTERM; the same answer in all, which must call this equally often.
+  """Whether any process has received a SIGTERM; all processes get the same answer.
 
-  JAX agrees on a number that is to come, and every number must be asked about: calls, not steps, of which
-  several may be dispatched at once.
+  All processes must call this equally often. JAX makes them agree on a future number, and must be
+  asked about every number. So the numbers count calls, not steps: one dispatch may have several
+  steps.
   """
   return multihost_utils.reached_preemption_sync_point(next(_looks))

@@ -1,4 +1,4 @@
-"""A trace of chosen steps by jax.profiler: `config.profile=FIRST:LAST`."""
+"""Traces chosen steps with jax.profiler: `config.profile=FIRST:LAST`."""
 
 import pathlib
 import re
@@ -10,7 +10,7 @@ from lfg_jax.errors import UserError
 
 
 def steps_of(text: str | None) -> tuple[int, int] | None:
-  """The first and the last step, counted from 1; None: no trace, or no such text.
+  """First and last step in 'FIRST:LAST', counted from 1; None if there is no valid text.
 
   >>> steps_of('10:19')
   (10, 19)
@@ -22,14 +22,14 @@ def steps_of(text: str | None) -> tuple[int, int] | None:
 
 
 def check(text: str | None, total: int) -> None:
-  """Raises UserError when a run has not so many steps."""
+  """Raises UserError if the last step to trace is after the last of the run's `total` steps."""
   steps = steps_of(text)
   if steps and steps[1] > total:
     raise UserError(f'profile is {text!r}; allowed: 1 … {total}, the steps of the run')
 
 
 class Trace:
-  """Traces the dispatches that have the chosen steps; a context manager. Only when `active`.
+  """A context manager that traces the dispatches with the chosen steps, if `active`.
 
   TensorBoard shows the trace beside the run's curves; ui.perfetto.dev reads its trace.json.gz.
   """
@@ -40,13 +40,13 @@ class Trace:
     self._runs = False
 
   def before(self, step: int, count: int) -> None:
-    """To be called when steps `step` + 1 … `step` + `count` come."""
+    """Must be called before steps `step` + 1 … `step` + `count` are dispatched."""
     if self._steps and not self._runs and step < self._steps[1] and step + count >= self._steps[0]:
       jax.profiler.start_trace(self._folder)
       self._runs = True
 
   def after(self, step: int, result: Any) -> None:
-    """To be called when `result` of so many steps is dispatched."""
+    """Must be called after the steps up to `step`, which compute `result`, are dispatched."""
     if self._steps and self._runs and step >= self._steps[1]:
       jax.block_until_ready(result)
       self._stop()

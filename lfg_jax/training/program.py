@@ -3,7 +3,7 @@
     lfg-train [--config=NAME or FILE] [--workdir=DIR] [--config.field=value …] [--print_config]
         [--coordinator=HOST:PORT --processes=N --process=I | --rehearse=N]
 
-Run again with the same arguments, it goes on where it stopped.
+If run again with the same arguments, it continues where it stopped.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from lfg_jax.training.train import prepare, train
 
 
 def main(arguments: list[str]) -> None:
-  """Trains, and prints the summary."""
+  """Trains a model and prints the summary."""
   parser = command_line.Parser(description=__doc__)
   parser.add_argument(
     '--config', default='digits', help='name of a config that comes with the package, or a file'
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _place(options: argparse.Namespace, config: ConfigDict) -> Place | None:
-  """Among several processes, each in a child of a guard; None: there is one."""
+  """This process's place, now in a child of a guard; None if the run has only one process."""
   given = Place(options.coordinator, options.processes, options.process)
   if options.rehearse is not None:
     if given != Place():

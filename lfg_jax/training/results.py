@@ -1,4 +1,4 @@
-"""What programs that measure have in common: options, and files that say where they come from."""
+"""Shared parts of the measuring programs: options, and result files that record their origin."""
 
 import json
 import pathlib
@@ -28,7 +28,7 @@ def parser(
   seeds: str | None = None,
   repetitions: int | None = None,
 ) -> Parser:
-  """A parser with --out, and those shared options that are given a default."""
+  """A parser with --out and with the shared options for which a default is given."""
   made = Parser(description)
   made.option('out', out and pathlib.Path(out), 'folder of the results', type=pathlib.Path)
   if config:
@@ -47,16 +47,15 @@ def parser(
 
 
 def provenance(script: str, arguments: list[str]) -> dict[str, str | None]:
-  """Where a result comes from; every JSON file of results begins with it.
+  """The origin of a result; every JSON file of results begins with it.
 
   Args:
-    script: its `__file__`.
-    arguments: of its command line.
+    script: the `__file__` of the program that measures.
+    arguments: its command-line arguments.
 
   Returns:
-    'command', as it is typed in the repository's root; 'commit', which ends in '-dirty' when
-    tracked files differ from it and is None outside git; the version of 'jax'; the kind of
-    'device'.
+    'command', as typed in the repository's root; 'commit', which ends in '-dirty' if tracked files
+    differ from it and is None outside git; 'jax', its version; 'device', the kind of device.
   """
   path = pathlib.Path(script).resolve()
   name = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
@@ -69,8 +68,8 @@ def provenance(script: str, arguments: list[str]) -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
-  """Of the repository that this file lies in."""
-  # No tag matches the excluding pattern: what is left is the short hash.
+  """The commit of the repository that contains this file; None outside git."""
+  # --exclude=* excludes all tags, which leaves the short hash.
   command = ['git', 'describe', '--always', '--dirty', '--exclude=*']
   folder = pathlib.Path(__file__).parent
   try:
@@ -84,36 +83,37 @@ class Folder:
   """A folder of results.
 
   Attributes:
-    path: of it.
-    origin: with which its JSON files begin, see `provenance`.
+    path: the folder's path.
+    origin: the entries with which its JSON files begin; see `provenance`.
   """
 
   def __init__(self, path: pathlib.Path, script: str, arguments: list[str]) -> None:
-    """Makes the folder if it is not there."""
+    """Creates the folder if it does not exist."""
     with as_user_errors():
       path.mkdir(parents=True, exist_ok=True)
     self.path, self.origin = path, provenance(script, arguments)
 
   def write(self, name: str, **content: Any) -> None:
-    """Writes NAME.json: the origin, and what is given, usually `rows`."""
+    """Writes NAME.json: the origin, then `content`, usually `rows`."""
     write_json(self.path / f'{name}.json', {**self.origin, **content})
 
   def write_table(self, name: str, text: str) -> None:
-    """Writes NAME.md, and prints it."""
+    """Writes NAME.md and prints it."""
     run_log.write_atomically(self.path / f'{name}.md', text)
     print(text)
 
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-  """Either the old or the new content is there at any moment."""
+  """Writes a JSON file atomically: readers see either the old or the new content."""
   run_log.write_atomically(path, json.dumps(content, indent=1) + '\n')
 
 
 def claim(path: pathlib.Path, name: str, what: str) -> None:
-  """Makes a folder that of NAME.json, which it must be already when it is not empty.
+  """Claims a folder by writing an empty NAME.json, unless the folder already has this file.
 
   Raises:
-    UserError: it is another folder, which is not that of `what`.
+    UserError: `path` is a file, or a folder that is not empty and lacks NAME.json; so it is not the
+      folder of `what`.
   """
   if (path / f'{name}.json').exists():
     return
@@ -124,7 +124,7 @@ def claim(path: pathlib.Path, name: str, what: str) -> None:
 
 
 def in_table(head: str, rows: Sequence[Sequence[str]]) -> str:
-  """In markdown; nothing without rows.
+  """A Markdown table; an empty string if there are no rows.
 
   >>> print(in_table('name | ms', [['BP', '3']]))
   | name | ms |
@@ -140,9 +140,9 @@ def in_table(head: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def over_seeds(summaries: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-  """Means of runs that differ in the seed, from their `summary.json`.
+  """Means over runs that differ only in the seed, from the contents of their `summary.json`.
 
-  The standard error of the test error is None for a single one.
+  The standard error of the test error is None for a single run.
   """
   test = [summary['test_error'] for summary in summaries]
   return {
@@ -156,7 +156,7 @@ def over_seeds(summaries: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def percent(row: dict[str, Any]) -> str:
-  """The test error of `over_seeds`.
+  """The test error from `over_seeds` in %, with its standard error if there is one.
 
   >>> percent({'test_error': 0.0223, 'test_error_se': 0.0043})
   '2.23 ± 0.43'

@@ -1,4 +1,4 @@
-"""The estimator that a rule names, with the options of a config, for the taps of a model."""
+"""Builds the estimator that a rule names, with a config's options, for a model's taps."""
 
 import functools
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def _activity_estimator(
   )
   if options.last_tap == 'perturbed' or not model.boundary:
     return functools.partial(activity, is_perturbed=lambda name: in_block(name) in model.taps)
-  # Of the block under a stage's losses.
+  # The two taps at the boundary of the block right below a stage's losses.
   boundary, behind = (f'last/{tap}' for tap in model.boundary)
   before = functools.partial(
     activity, is_perturbed=lambda name: in_block(name) in model.taps and name != behind
@@ -95,11 +95,14 @@ def _activity_estimator(
 
 
 def _under_a_loss(path: tuple) -> bool:
-  """Heads and the read-out: one linear layer under its loss, whose exact gradient needs no backprop."""
+  """Whether a parameter belongs to a head or the read-out.
+
+  These are single linear layers right below their loss. Their exact gradients need no backprop.
+  """
   return any(p.key in ('head', 'readout') for p in path)
 
 
 def _group_axis(model: StagedModel, credit: str, path: tuple) -> int | None:
-  """The axis of a weight that runs over groups with losses of their own; see `weight_perturbation`."""
+  """A weight's axis over the groups that have their own losses; see `weight_perturbation`."""
   stage, *rest = (part.key for part in path)
   return model.group_axis(tuple(rest), credit) if stage == 'last' else None

@@ -1,6 +1,6 @@
-"""The algorithms of the paper's tables, as a registry of compositions; and the options that vary them.
+"""The registry of the algorithms in the paper's tables, and the options that vary them.
 
-Which name an estimator has is in `Rule`; `lfg_jax.training.algorithms` puts the parts together.
+A `Rule` names the parts of an algorithm; `lfg_jax.training.algorithms` puts them together.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ class Rule(NamedTuple):
   """One row of the registry.
 
   Attributes:
-    estimator: 'backprop', 'weight', 'activity' or 'direct_feedback'.
+    estimator: name of the estimator: 'backprop', 'weight', 'activity' or 'direct_feedback'.
     cut: whether gradients are stopped between blocks (greedy).
     local: whether local losses are used.
     feedback: whether linear layers send gradients back through fixed random matrices.
-    finite: derivatives by finite differences instead of `jax.jvp`.
-    quiet: activity perturbation with less noise at the same cost: what `Options` leaves to the rule is taps that are
-      perturbed one by one, the last under a local loss not at all, and learned guesses. Otherwise it is as in the
-      paper: all taps in one pass.
+    finite: whether derivatives are finite differences instead of `jax.jvp`.
+    quiet: whether activity perturbation has less noise at the same cost. This decides what 'auto'
+      means in `Options`. If True: taps are perturbed one by one, the last tap under a local loss is
+      exact, and guesses are learned. If False, as in the paper: all taps in one pass.
   """
 
   estimator: str
@@ -57,40 +57,48 @@ REGISTRY: dict[str, Rule] = {
 }
 
 
-HEAD_FIELDS = ('row', 'module', 'head_hidden')  # of config.losses: what heads are, and learn
+# Fields of config.losses that say what heads are and what they learn.
+HEAD_FIELDS = ('row', 'module', 'head_hidden')
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Fields of config.estimator, and those of config.losses that say how losses are cut.
+  """The fields of config.estimator, those of config.losses except `HEAD_FIELDS`, and micro_batch.
 
   Attributes:
-    law: name of a tangent law, of `tangents.LAWS`.
-    module: a Python file with a `law` of your own; None: the one of that name.
-    passes: tangents per step.
-    chunk: how many of them are in memory at once; 0: all, which takes more memory and, on CPUs, more time.
-    combine: 'mean' of the passes, or 'projection' on their span; see `sampling.combine`.
-    taps: activity perturbation of all taps at once ('joint') or of each by itself ('separate'). 'auto', here and below:
-      what the rule says.
-    last_tap: of a block under a local loss: 'perturbed', or 'exact', which lets the exact signal through. Between it
-      and the loss are a norm, a ReLU and the head, and no other linear map but those of a block that it looks through.
-    guess: which taps have a learned guess (see `guesses`): 'none', the name of the first that the model has one for, or
-      'all'. In the LocalMixer the first is 'after_channel', guessed through the grouped layer; 'after_token' is guessed
-      through that and the one before.
-    guess_rate: learning rate (Adam's) of what guesses go through.
-    tap_passes: with separate taps, numbers of passes of their own for taps of these names; 0: `passes`.
-    sharing: 'paper' (weights' tangents shared by the batch, activities' not), 'shared' or 'independent'.
-    credit: weight perturbation's rule for groups. 'exact' credits a weight with all the losses it influences.
-      'paper' credits the columns of the linear layer before the grouped one with their own group only, as
-      the authors' program does; biased, because the norm after that layer carries them to every group.
+    law: name of a tangent law, one of `tangents.LAWS`.
+    module: a Python file with your own `law`; None: the law with that name.
+    passes: number of tangents per step.
+    chunk: number of tangents in memory at once; 0: all, which takes more memory and, on CPUs, more
+      time.
+    combine: how passes are combined: their 'mean', or a 'projection' onto their span; see
+      `sampling.combine`.
+    taps: whether activity perturbation perturbs all taps at once ('joint') or one by one
+      ('separate'); 'auto': the rule decides.
+    last_tap: what happens at the last tap of a block under a local loss: 'perturbed', or 'exact',
+      which lets the exact signal through; 'auto': the rule decides. Between this tap and the loss
+      lie only a norm, a ReLU, the head and, if the head looks ahead, the next block.
+    guess: which taps have a learned guess (see `guesses`): 'none', the name of the first tap for
+      which the model has one, or 'all'; 'auto': the rule decides. In the LocalMixer, the first is
+      'after_channel': its guess comes back through the grouped layer. The guess for 'after_token'
+      comes back through that layer and the one before it.
+    guess_rate: Adam's learning rate for the matrices through which guesses come back.
+    tap_passes: number of passes for each tap by name, if taps are separate; 0: `passes`.
+    sharing: 'paper' (the batch shares tangents of weights, but not those of activities), 'shared'
+      or 'independent'.
+    credit: weight perturbation's rule for groups. 'exact' credits a weight with all the losses it
+      influences. 'paper' credits the columns of the linear layer before the grouped one with their
+      own group only, as the authors' program does. This is biased, because the norm after that
+      layer carries them to every group.
     step: ε of finite differences.
     patch, group: whether losses are cut by patch and by group.
-    every: blocks per stage of a greedy rule.
-    overlap: greedy stages are overlapping pairs of blocks.
-    head_ahead: whether the head of a block reads the features that a slow average of the next block makes of its
-      output, see `lfg_jax.losses.ahead`.
-    head_average: what that average keeps of itself in a step.
-    micro_batch: most examples whose gradients are computed at once; 0: what suits the machine, see `parts`.
+    every: number of blocks per stage of a greedy rule.
+    overlap: whether greedy stages are overlapping pairs of blocks.
+    head_ahead: whether the head of a block sees the block's output through a slow average of the
+      next block; see `lfg_jax.losses.ahead`.
+    head_average: the fraction of its old value that the average for `head_ahead` keeps in a step.
+    micro_batch: the most examples whose gradients are computed at once; 0: as many as suit the
+      hardware, see `parts`.
   """
 
   law: str = 'hadamard'
@@ -142,7 +150,7 @@ class Options:
 
   @classmethod
   def read(cls, config: Any, **changes: Any) -> 'Options':
-    """Those of a config, with changes."""
+    """The options in a config, with `changes`."""
     cuts = {field: value for field, value in config.losses.items() if field not in HEAD_FIELDS}
     return cls(**{**config.estimator, **cuts, 'micro_batch': config.micro_batch, **changes})
 
@@ -159,12 +167,13 @@ class Options:
     )
 
   def of(self, rule: Rule, model: StagedModel) -> 'Options':
-    """With the rule's own choice for what is 'auto', as far as the model has it.
+    """The options with the rule's choice in place of 'auto', as far as the model supports it.
 
     Raises:
-      ValueError: fields that contradict each other, or that rule or model have no use for.
+      ValueError: options contradict each other, or the rule or the model has no use for one.
     """
-    # A tap further away needs the guesses of all between: its own alone would come through their kernels.
+    # A tap further from the loss needs the guesses of all taps between: alone, its own guess would
+    # come back through their kernels.
     one_of('estimator.guess', self.guess, ('auto', 'none', *tuple(model.guessed)[:1], 'all'))
     for tap in self.tap_passes:
       one_of('tap of estimator.tap_passes', tap, model.taps)

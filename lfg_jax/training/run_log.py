@@ -1,4 +1,4 @@
-"""What a run writes for people: metrics.jsonl, TensorBoard files, a progress bar or lines."""
+"""The log of a run: metrics.jsonl, TensorBoard files, and a progress bar or printed lines."""
 
 import json
 import os
@@ -16,14 +16,17 @@ Row = dict[str, Any]
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Either the old or the new content is there at any moment."""
+  """Writes a file atomically: readers see either the old or the new content."""
   temporary = path.with_name(path.name + '.tmp')
   temporary.write_text(text)
   os.replace(temporary, path)
 
 
 def read_rows(path: pathlib.Path) -> list[Row]:
-  """All whole rows: a last line without its end was cut short."""
+  """All complete rows of a file; none if it does not exist.
+
+  A last line without a newline was cut short, and is left out.
+  """
   if not path.exists():
     return []
   return [
@@ -32,7 +35,9 @@ def read_rows(path: pathlib.Path) -> list[Row]:
 
 
 class RunLog:
-  """Writes rows of metrics; a context manager. Does nothing when not `active` (processes but the first).
+  """A context manager that writes rows of metrics.
+
+  It writes only if `active`, that is, in the first process.
 
   Attributes:
     rows: all rows of the run.
@@ -41,7 +46,7 @@ class RunLog:
   def __init__(
     self, workdir: pathlib.Path, step: int, total_steps: int, batch_size: int, *, active: bool
   ) -> None:
-    """Goes on at `step`: rows after it, of a run that was killed, are dropped."""
+    """Continues at `step`, and drops later rows, which a killed run has left."""
     path = workdir / 'metrics.jsonl'
     self.rows = [row for row in read_rows(path) if row['step'] <= step]
     self._active = active
@@ -60,9 +65,9 @@ class RunLog:
     write_atomically(path, ''.join(json.dumps(row) + '\n' for row in self.rows))
     self._file = path.open('a')
     (workdir / 'tensorboard').mkdir(exist_ok=True)
-    # Not by a SummaryWriter, whose thread would tell of a full disk by itself.
+    # Not a SummaryWriter, whose thread would report a full disk on its own.
     self._events = EventsWriter(str(workdir / 'tensorboard' / 'events'))
-    # Events of steps that will come again are hidden.
+    # Hides earlier events of the steps that are about to be repeated.
     self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
   def progress(self, step: int, **shown: Any) -> None:
@@ -71,7 +76,7 @@ class RunLog:
     self._bar.update(step * self._batch_size - self._bar.n)
 
   def write(self, row: Row) -> None:
-    """Adds a row, which is in the file when this returns."""
+    """Adds a row, and returns when it is in the file."""
     self.rows.append(row)
     if not self._active:
       return

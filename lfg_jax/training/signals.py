@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run that is asked to end saves its state first."""
+"""SIGTERM and Ctrl-C: a run that is asked to stop saves its state first."""
 
 import signal
 from types import FrameType
@@ -21,9 +21,10 @@ class Interrupted(UserError):
 
 
 class Signals:
-  """While entered, SIGTERM and Ctrl-C only ask for an end; a second one acts as usual.
+  """A context in which SIGTERM and Ctrl-C only request a stop; a second one acts as usual.
 
-  With several processes the end must come at the same step in all: JAX agrees on one after a SIGTERM to any.
+  Several processes must all stop at the same step. There, this class installs no handlers: JAX
+  makes the processes agree on a step after any of them has received a SIGTERM.
   """
 
   def __init__(self) -> None:
@@ -43,7 +44,7 @@ class Signals:
     self.__exit__()
 
   def ask_to_stop(self) -> bool:
-    """To be called after every dispatch."""
+    """Whether the run should stop; must be called after every dispatch."""
     if jax.process_count() > 1 and processes.terminated():
       self.received = signal.SIGTERM
     return bool(self.received)

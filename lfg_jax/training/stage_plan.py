@@ -1,7 +1,7 @@
-"""Which blocks each stage of the pipeline has, and what cannot be staged.
+"""Splits a network into the stages of the pipeline, and checks what can be split.
 
-A stage has consecutive greedy stages (blocks with the local losses at their end). The slowest stage
-sets the pace, so the cost model balances them.
+A pipeline stage consists of consecutive greedy stages (blocks with local losses at their end). The
+slowest stage sets the pace, so a cost model balances the stages.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from lfg_jax.training.rules import REGISTRY
 
 
 def spans(made_of: Composition, number: int) -> tuple[range, ...]:
-  """The greedy stages of each of `number` stages, so that the slowest takes as little as can be.
+  """The greedy stages of each of `number` pipeline stages, with the slowest as fast as possible.
 
   >>> from lfg_jax.models import registry
   >>> from lfg_jax.training import algorithms, rules
@@ -34,7 +34,10 @@ def spans(made_of: Composition, number: int) -> tuple[range, ...]:
 
 
 def costs(made_of: Composition) -> list[int]:
-  """Operations per example of every greedy stage; one at least, also where a model says nothing."""
+  """Operations per example of every greedy stage.
+
+  One is added, so that costs are positive even if a model does not count its operations.
+  """
   model, every = made_of.model, made_of.options.every
   homes = [
     dataclasses.replace(stack, count=1) for stack in model.stacks for _ in range(stack.count)
@@ -47,7 +50,7 @@ def costs(made_of: Composition) -> list[int]:
 
 
 def _balanced(cost: Sequence[int], number: int) -> tuple[int, ...]:
-  """Ends of `number` consecutive parts, none empty, whose largest sum is the smallest.
+  """Ends of `number` consecutive parts, none empty, that minimise the largest sum.
 
   >>> _balanced((4, 1, 1, 1, 1), 2)
   (1, 5)
@@ -69,10 +72,10 @@ def _balanced(cost: Sequence[int], number: int) -> tuple[int, ...]:
 
 
 def check_devices(config: Any, devices: int) -> None:
-  """Whether so many devices can share out the batch, in `config.stages` stages.
+  """Checks that the devices, arranged in `config.stages` stages, can divide the batch equally.
 
   Raises:
-    ValueError: one line with the reason why not.
+    ValueError: they cannot; one line with the reason.
   """
   number, batch_size = config.stages, config.batch_size
   if devices % number:
@@ -86,10 +89,10 @@ def check_devices(config: Any, devices: int) -> None:
 
 
 def check(config: Any, made_of: Composition) -> None:
-  """Whether a rule and a model can have `config.stages` stages.
+  """Checks that a rule and a model can be split into `config.stages` stages.
 
   Raises:
-    ValueError: one line with the reason why not.
+    ValueError: they cannot; one line with the reason.
   """
   number, rule = config.stages, made_of.rule
   if number == 1:
@@ -129,7 +132,7 @@ def _way_back(local: bool) -> str:
 
 
 def _cut(model: StagedModel, parts: Sequence[range], every: int) -> str | None:
-  """The name of a stack whose blocks are in more than one stage."""
+  """Name of a stack whose blocks are in more than one stage; None if there is none."""
   mine = [owned(model, part, every) for part in parts]
   return next(
     (stack.name for stack in model.stacks if sum(stack.name in names for names in mine) > 1), None

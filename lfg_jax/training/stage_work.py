@@ -1,7 +1,8 @@
-"""What a stage of the pipeline does with one batch: its gradient, and then its own update.
+"""The work of a pipeline stage on one batch: its gradient, and then its own update.
 
-A stage's variables, optimizer state and gradients are as in the sequential run, of its own blocks
-only (`packing.take`). What it computes is what the sequential run computes for these blocks.
+A stage's variables, optimizer state and gradients are those of the sequential run, restricted to
+the stage's own blocks (`packing.take`). The stage computes what the sequential run computes for
+these blocks.
 """
 
 from collections.abc import Sequence
@@ -32,14 +33,14 @@ class Own(NamedTuple):
 
 
 class Message(NamedTuple):
-  """What a stage hands to the next.
+  """What a stage passes to the next.
 
   Attributes:
-    number: of the step in which the sequential run has this batch; negative: there is no batch.
-    examples: in the global batch.
-    targets: of this device's rows.
+    number: the step in which the sequential run processes this batch; negative: there is no batch.
+    examples: number of examples in the global batch.
+    targets: the targets of this device's rows.
     x: [B, ...], the input of the stage's first block; [B, F] between stages.
-    local_loss_B: the sum of the local losses so far; only in contrastive learning, else None.
+    local_loss_B: the sum of the local losses so far in contrastive learning; otherwise None.
   """
 
   number: jax.Array
@@ -50,14 +51,14 @@ class Message(NamedTuple):
 
 
 class Result(NamedTuple):
-  """Of a stage's gradient.
+  """The result of a stage's `gradient`.
 
   Attributes:
-    summed: what is to be summed over devices with other examples: 'grads', 'guess_gradient' and
-      'metrics'.
-    stats: 'batch_stats' after the batch, the same on all of them.
-    x: [B, ...], output of the last block.
-    local_loss_B: as in `Message`.
+    summed: what must be summed over the devices, which have different examples: 'grads',
+      'guess_gradient' and, in the last stage, 'metrics'.
+    stats: 'batch_stats' after the batch, the same on all these devices.
+    x: [B, ...], output of the stage's last block.
+    local_loss_B: as in `Message`, including this stage's losses.
   """
 
   summed: dict[str, PyTree]
@@ -67,12 +68,12 @@ class Result(NamedTuple):
 
 
 class Stage(NamedTuple):
-  """One stage.
+  """One stage of the pipeline.
 
   Attributes:
     span: its greedy stages.
-    owned: blocks by stack; the last stage's also has 'readout'.
-    is_last: whether it has the read-out, and with it the metrics.
+    owned: its blocks, by stack; in the last stage also 'readout'.
+    is_last: whether it has the read-out, and so the metrics.
   """
 
   span: range
@@ -81,7 +82,7 @@ class Stage(NamedTuple):
 
 
 def make_stages(made_of: Composition, spans: Sequence[range]) -> tuple[Stage, ...]:
-  """The stages with these greedy stages."""
+  """The pipeline stages that consist of the greedy stages in `spans`."""
   of = lambda span: owned(made_of.model, span, made_of.options.every)
   *first, last = (Stage(span, of(span), is_last=False) for span in spans)
   readout = {**last.owned, 'readout': range(1)}
@@ -89,12 +90,12 @@ def make_stages(made_of: Composition, spans: Sequence[range]) -> tuple[Stage, ..
 
 
 def own(state: TrainState, stage: Stage, made_of: Composition) -> Own:
-  """What of a run's state is a stage's."""
+  """A stage's part of a run's state."""
   return packing.take(Own(state.params, state.rest, state.opt_state), stage.owned, *names(made_of))
 
 
 def names(made_of: Composition) -> tuple[frozenset[str], frozenset[str]]:
-  """Of the stacks and the read-out; of those stacks whose variables have the blocks in front."""
+  """Names of all stacks and the read-out, and of the stacks with blocks as their leading axis."""
   stacks = made_of.model.stacks
   return (
     frozenset({'readout', *(stack.name for stack in stacks)}),
@@ -108,8 +109,9 @@ def gradient(
   """The gradient of a stage's own losses.
 
   Args:
-    key: the step's, as the sequential run has it.
-    message: with x as the first block wants it; of the first stage the images.
+    key: the step's key, the same as in the sequential run.
+    message: its x has the shape that the stage's first block takes; in the first stage, x is the
+      images.
   """
   model, options = made_of.model, made_of.options
   variables = {'params': mine.params, **mine.rest}
@@ -145,7 +147,10 @@ def updated(
   summed: dict[str, PyTree],
   stats: PyTree,
 ) -> tuple[Own, jax.Array]:
-  """A stage's part of the state after the step, and whether the update is finite."""
+  """A stage's part of the state after the step, and whether its update and loss are finite.
+
+  Only the last stage has a loss to check.
+  """
   updates, opt_state = optimizer.update(summed['grads'], mine.opt_state, mine.params)
   aux = {'batch_stats': stats, 'guess_gradient': summed['guess_gradient']}
   is_finite = jnp.isfinite(optax.tree.norm(updates))
@@ -157,7 +162,7 @@ def updated(
 
 
 def output_shapes(made_of: Composition, variables: PyTree, image: Any) -> dict[str, Any]:
-  """By a stack's name the shape and dtype of a block's output, for images [B, H, W, C]."""
+  """Shape and dtype of a block's output for images [B, H, W, C], by the name of its stack."""
   model = made_of.model.variant(train=False)
   found: dict[str, jax.Array] = {}
 

@@ -1,4 +1,4 @@
-"""A new run from what another has learnt: `config.init_from` names its folder."""
+"""Starts a run from what another has learned: `config.init_from` is the other run's folder."""
 
 import pathlib
 from collections.abc import Callable
@@ -14,15 +14,17 @@ from lfg_jax.training.algorithms import Algorithm
 from lfg_jax.training.update import TrainState
 
 PyTree = Any
-# Of the algorithm's other variables. The optimizer of guesses begins anew, as the optimizer does.
+# The algorithm's other variables that are kept. The optimizer of the guesses starts afresh, as does
+# the optimizer of the parameters.
 KEPT = ('batch_stats', 'feedback', 'ahead', 'guess')
 
 
 def check(folder: pathlib.Path, algorithm: Algorithm) -> None:
-  """Finds what `from_run` would find, by shapes only.
+  """Raises the errors that `from_run` would raise, but looks only at shapes.
 
   Raises:
-    UserError: the folder is not the folder of a run, has no checkpoint, or one of another model.
+    UserError: the folder does not belong to a run, has no readable checkpoint, or has one of
+      another model.
   """
   variables = jax.eval_shape(algorithm.init, jax.random.key(0))
   here = _taken({'params': variables['params'], 'rest': variables})
@@ -30,12 +32,13 @@ def check(folder: pathlib.Path, algorithm: Algorithm) -> None:
 
 
 def from_run(folder: pathlib.Path, state: TrainState, algorithm: Algorithm) -> TrainState:
-  """The state with another run's parameters, and those of its `KEPT` variables that this run has too.
+  """The state with another run's parameters, and with its `KEPT` variables that this run also has.
 
-  They are those of its newest checkpoint that can be read. An average that it has not begins with its parameters.
+  They come from the other run's newest readable checkpoint. If it lacks an average of the next
+  blocks that this run needs ('ahead'), the average starts from the other run's parameters.
 
   Raises:
-    UserError: as `check`.
+    UserError: as in `check`.
   """
   here, there = _taken(state._asdict()), _taken(_newest(folder, _read))
   if ahead := algorithm.made_of.model.ahead:
@@ -47,7 +50,7 @@ def from_run(folder: pathlib.Path, state: TrainState, algorithm: Algorithm) -> T
 
 
 def _taken(state: dict[str, PyTree]) -> dict[str, PyTree]:
-  """What a new run takes of a state."""
+  """The part of a state that a new run takes over."""
   return {
     'params': state['params'],
     **{name: state['rest'][name] for name in KEPT if name in state['rest']},
@@ -59,7 +62,7 @@ def _shapes_of(checkpointer: ocp.StandardCheckpointer, path: pathlib.Path) -> di
 
 
 def _read(checkpointer: ocp.StandardCheckpointer, path: pathlib.Path) -> dict[str, PyTree]:
-  """Whatever its shapes are, as arrays on the host."""
+  """A checkpoint with whatever shapes it has, as arrays on the host."""
   like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _shapes_of(checkpointer, path))
   return checkpointer.restore(path, like)
 
@@ -67,7 +70,7 @@ def _read(checkpointer: ocp.StandardCheckpointer, path: pathlib.Path) -> dict[st
 def _newest(
   folder: pathlib.Path, read: Callable[[ocp.StandardCheckpointer, pathlib.Path], PyTree]
 ) -> PyTree:
-  """What `read` finds in the newest checkpoint that it can read."""
+  """The result of `read` for the newest checkpoint that it can read."""
   workdir.stored(folder)
   steps = [path for path in (folder.absolute() / 'checkpoints').glob('*') if path.name.isdigit()]
   with ocp.StandardCheckpointer() as checkpointer, checkpoints.silence():
@@ -80,7 +83,7 @@ def _newest(
 
 
 def _compare(folder: pathlib.Path, there: dict[str, PyTree], here: dict[str, PyTree]) -> None:
-  """Raises UserError when something in `there` has not the shapes that it has here."""
+  """Raises UserError if a variable that is in both `there` and `here` has different shapes."""
   for name in (name for name in here if name in there):  # parameters first
     own, other = _shapes(here[name]), _shapes(there[name])
     for path in sorted({*own, *other}):

@@ -1,4 +1,4 @@
-"""What a finished run leaves: curves.png and summary.json."""
+"""The files that a finished run leaves: curves.png and summary.json."""
 
 import json
 import pathlib
@@ -19,15 +19,15 @@ def write(
   flop: float | None,
   precision: str = 'float32',
 ) -> dict[str, Any]:
-  """Writes both files, in the first process; returns the summary.
+  """Writes both files, in the first process only; returns the summary.
 
   Args:
     workdir: the run's folder.
-    facts: what the summary says of the run.
-    rows: of its metrics.
-    seconds: as `clock.Clock.read` has them.
-    flop: operations that its gradients cannot do without; None: unknown.
-    precision: of its matrix products.
+    facts: entries of the summary that describe the run.
+    rows: the run's rows of metrics.
+    seconds: as returned by `clock.Clock.read`.
+    flop: number of operations that the run's gradients need at least; None: unknown.
+    precision: dtype of its matrix products.
   """
   last = rows[-1]
   summary = {
@@ -49,7 +49,7 @@ def write(
 
 
 def shares(seconds: dict[str, float]) -> dict[str, float]:
-  """Seconds of every part, and of what is none of them.
+  """Seconds of every part in `clock.PARTS`, and of everything else as 'other'.
 
   >>> shares({'seconds': 9, **dict.fromkeys(clock.PARTS, 1.5)})['other']
   1.5
@@ -60,13 +60,14 @@ def shares(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def machine_rate(precision: str) -> float | None:
-  """Operations per second of a plain matrix product, on all devices at once; None: no room for it.
+  """Operations per second of a plain matrix product on all devices; None: too little memory.
 
-  One device is measured. Virtual devices of a CPU share it, so that there a process counts as one.
+  One device is measured, and its rate is multiplied by the number of devices. On CPUs, it is
+  multiplied by the number of processes, because virtual devices share their process's CPU.
   """
   devices = jax.process_count() if jax.default_backend() == 'cpu' else jax.device_count()
   try:
     product, flop = timing.matmul(jnp.dtype(precision))
     return devices * flop / (1e-3 * timing.one_ms(product))
-  except jax.errors.JaxRuntimeError:  # a device that the run fills
+  except jax.errors.JaxRuntimeError:  # the run fills the device's memory
     return None

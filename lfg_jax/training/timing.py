@@ -1,7 +1,8 @@
 """Time, memory and arithmetic of jitted functions, for programs that compare algorithms.
 
-Other work on the machine slows what runs beside it. So what is compared is timed in turn, repetition by
-repetition, and the machine's own rate is measured between: ratios then hold where times do not.
+Other work on the machine slows down everything beside it. So the functions that are compared take
+turns, repetition by repetition, together with a matrix product that measures the machine's own
+rate. Ratios are then reliable even where times are not.
 """
 
 import statistics
@@ -22,7 +23,9 @@ Name = TypeVar('Name', bound=Hashable)
 def interleaved(
   functions: Mapping[Name, Callable[[], Any]], repetitions: int
 ) -> dict[Name, list[float]]:
-  """Seconds of each repetition of each function, all functions in turn; one call before is not counted.
+  """Seconds of each repetition of each function.
+
+  The functions take turns. One call of each before the first repetition is not counted.
 
   >>> sorted(interleaved({'a': lambda: jnp.ones(3), 'b': lambda: jnp.zeros(3)}, 2))
   ['a', 'b']
@@ -38,7 +41,7 @@ def interleaved(
 
 
 def median_ms(seconds: Sequence[float]) -> float:
-  """Median in milliseconds.
+  """Median of times in seconds, converted to milliseconds.
 
   >>> median_ms([0.001, 0.5, 0.002])
   2.0
@@ -47,7 +50,7 @@ def median_ms(seconds: Sequence[float]) -> float:
 
 
 def one_ms(function: Callable[[], Any], repetitions: int = 3) -> float:
-  """Median milliseconds of one function.
+  """Median time of one function, in milliseconds.
 
   >>> one_ms(lambda: jnp.ones(3)) > 0
   True
@@ -56,13 +59,16 @@ def one_ms(function: Callable[[], Any], repetitions: int = 3) -> float:
 
 
 def temporaries(compiled: jax.stages.Compiled) -> int:
-  """Bytes that a compiled function needs besides its arguments and results."""
+  """Bytes that a compiled function needs besides its arguments and results; 0: unknown."""
   analysis = compiled.memory_analysis()
   return int(analysis.temp_size_in_bytes) if analysis else 0
 
 
 def matmul(dtype: Any = jnp.float32) -> tuple[Callable[[], jax.Array], int]:
-  """A product of two square matrices, large enough to show the machine's matmul rate, and its operations."""
+  """A call that multiplies two square matrices, and its number of operations.
+
+  The matrices are large enough to show the machine's matmul rate.
+  """
   size = 1024 if jax.default_backend() == 'cpu' else 8192
   a, b = (
     jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0))
@@ -72,24 +78,25 @@ def matmul(dtype: Any = jnp.float32) -> tuple[Callable[[], jax.Array], int]:
 
 
 def gradient_flop(model: StagedModel, rule: Rule, options: Options) -> int:
-  """Operations per example that a rule's gradient cannot do without, whatever the program; heads not counted.
+  """Operations per example that any program needs for a rule's gradient, not counting heads.
 
-  With F for all linear maps and F₁ for those whose input is not to be differentiated (the first of the network;
-  where no gradient crosses blocks, the first of every block):
+  F stands for all linear maps. F₁ stands for those whose input needs no derivative: the first map
+  of the network or, if no gradient crosses blocks, the first map of every block.
 
   | estimator | value | derivatives | weights' gradients | sum |
   |---|---|---|---|---|
   | backprop | F | F - F₁ backward | F | 3 F - F₁ |
   | activity, K passes, taps joint | F | K (F - F₁) forward | F | (2 + K) F - K F₁ |
-  | activity, taps one by one | F | K times all behind each tap, forward; twice the maps of guesses | F | |
+  | activity, one by one | F | K × all behind each tap, forward; 2 × the maps of guesses | F | |
   | weight, K passes | F | K (F - F₁) of inputs, K F of weights, forward | 0 | (1 + 2 K) F - K F₁ |
   | direct_feedback | F | 0 | F | 2 F |
 
-  A guess takes the map through which it comes once backward, and once more for what it learns. Heads that look ahead
-  take the next block's maps once, and once more for the exact signal or for every forward derivative.
+  A guess applies the map through which it comes back once backward, and once more to learn. Heads
+  that look ahead apply the next block's maps once, and once more for the exact signal or for every
+  forward derivative.
   """
   blocks = [dict(stack.flop) for stack in model.stacks for _ in range(stack.count)]
-  # What is differentiated by itself: every block, or the network.
+  # The parts that are differentiated separately: every block, or the whole network.
   stages = (
     [list(block.items()) for block in blocks]
     if rule.cut
@@ -124,7 +131,7 @@ def gradient_flop(model: StagedModel, rule: Rule, options: Options) -> int:
 
 
 def _through(model: StagedModel, rule: Rule, options: Options) -> int:
-  """Of the blocks that heads look through."""
+  """Operations per example in the blocks that heads look through."""
   K, total = options.passes, 0
   for stack, after in zip(model.stacks, next_stacks(model.stacks), strict=True):
     derivatives = K

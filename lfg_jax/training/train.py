@@ -1,6 +1,7 @@
 """Training: from a config to a folder with checkpoints, metrics, curves and a summary.
 
-A run is a pure function of its config, so a run that was stopped, in any way, ends as if it had not been.
+A run is a pure function of its config. So a run that was stopped, in whatever way, and then
+continued ends as if it had never been stopped.
 """
 
 import collections
@@ -38,12 +39,12 @@ from lfg_jax.training.run_log import RunLog
 from lfg_jax.training.signals import Interrupted, Signals
 from lfg_jax.training.update import TrainState
 
-REFRESH_SECONDS = 1.0  # between looks at the running state, which wait for the device
-IN_FLIGHT = 2  # most dispatches that are not done
+REFRESH_SECONDS = 1.0  # between readings of the running state, which wait for the device
+IN_FLIGHT = 2  # the largest number of unfinished dispatches
 
 
 class Job(NamedTuple):
-  """A config in which everything was found good, with what it names."""
+  """A config that has passed all checks, with the objects that it names."""
 
   config: ConfigDict
   dataset: data.Dataset
@@ -52,11 +53,11 @@ class Job(NamedTuple):
 
 
 def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
-  """Finds all mistakes in a config, and loads its data.
+  """Checks a config for all mistakes, and loads its data.
 
   Args:
-    config: of a run.
-    dataset: what another config with the same data has loaded; None: loads it.
+    config: a run's config.
+    dataset: the data set, if a config with the same data has already loaded it; None: load it.
 
   Raises:
     UserError: one line about the first mistake.
@@ -85,10 +86,10 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
 
 
 def first_images(job: Job, images: int | None) -> Job:
-  """The job on the first so many training images (None: all), for short runs.
+  """The job with only the first `images` training images (None: all), for short runs.
 
   Raises:
-    UserError: there are not so many.
+    UserError: there are fewer images, `images` is less than 1, or the data set is a stream.
   """
   if images is None:
     return job
@@ -101,7 +102,7 @@ def first_images(job: Job, images: int | None) -> Job:
 
 
 def load(workdir: pathlib.Path, data_dir: str | None = None) -> tuple[Job, TrainState]:
-  """A run's job, and its state in the newest checkpoint.
+  """A run's job, and its state from the newest checkpoint.
 
   Raises:
     UserError: the folder has no run, or no checkpoint.
@@ -125,12 +126,12 @@ def load(workdir: pathlib.Path, data_dir: str | None = None) -> tuple[Job, Train
 
 
 def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
-  """Trains, or goes on with, the run in `workdir`; returns its summary.
+  """Starts or continues the run in `workdir`; returns its summary.
 
   Raises:
-    UserError: the folder is not this run's, or is in use; the loss became infinite or NaN; a disk is full; an example
-      cannot be decoded.
-    Interrupted: by a signal.
+    UserError: the folder is not this run's or is in use; the loss or an update became infinite or
+      NaN; a disk is full; an example cannot be decoded.
+    Interrupted: a signal stopped the run.
   """
   begin = time.monotonic()
   with as_user_errors((BadExample,)), folders.file_errors(workdir), processes.losses():
@@ -144,7 +145,7 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _train(job: Job, workdir: pathlib.Path, clock: Clock) -> dict[str, Any]:
-  """In a folder that is claimed."""
+  """`train` in a folder that is already claimed."""
   functions, state = build(*job)
   config, active = job.config, processes.is_first()
   with Checkpoints(workdir / 'checkpoints', config.keep) as checkpoints, processes.losses():
@@ -171,7 +172,7 @@ def _train(job: Job, workdir: pathlib.Path, clock: Clock) -> dict[str, Any]:
 
 
 class Watch(NamedTuple):
-  """What looks on while a run learns."""
+  """The objects that observe a run while it trains."""
 
   clock: Clock
   log: RunLog
@@ -182,7 +183,7 @@ class Watch(NamedTuple):
 def _epochs(
   config: ConfigDict, functions: Functions, state: State, checkpoints: Checkpoints, watch: Watch
 ) -> State:
-  """The epochs that are left."""
+  """Trains for the remaining epochs; returns the final state."""
   steps, clock, signals = functions.feed.steps, watch.clock, watch.signals
   for epoch in range(int(state.step) // steps, config.epochs):
     state, speed = _epoch(functions, state, epoch, config.batch_size, watch)
@@ -221,10 +222,10 @@ def _epochs(
 def _epoch(
   functions: Functions, state: State, epoch: int, batch_size: int, watch: Watch
 ) -> tuple[State, float | None]:
-  """Steps to the end of an epoch, to a signal, or to what is not finite.
+  """Trains to the end of an epoch, or until a signal or a step that is not finite.
 
-  Also returns the speed in examples per second. What is dispatched first, which may include compilation, is not part
-  of it; None when there is no more.
+  Also returns the speed in examples per second. The speed excludes the first dispatch, which may
+  include compilation; it is None if there is no other dispatch.
   """
   clock, log, whole = watch.clock, watch.log, epoch * functions.feed.steps
   step = first = int(state.step) % functions.feed.steps
@@ -238,7 +239,7 @@ def _epoch(
         jax.block_until_ready(state)
         begin, untimed = time.monotonic(), count
       step += count
-      # Waits for the dispatch before the last, so that no signal waits for more than two.
+      # Waits until at most IN_FLIGHT dispatches are unfinished: no signal has to wait for more.
       bad_steps.append(jnp.copy(state.bad_step))
       if len(bad_steps) > IN_FLIGHT and int(bad_steps.popleft()) >= 0:
         break
@@ -256,7 +257,7 @@ def _epoch(
 
 
 def _means(state: State) -> dict[str, float]:
-  """Of the epoch so far."""
+  """Mean training metrics of the epoch so far."""
   return {
     f'train_{name}': float(value / state.sums['examples'])
     for name, value in state.sums.items()
@@ -267,7 +268,7 @@ def _means(state: State) -> dict[str, float]:
 def _finish(
   job: Job, workdir: pathlib.Path, state: TrainState, rows: list[run_log.Row], clock: Clock
 ) -> dict[str, Any]:
-  """Writes curves and summary."""
+  """Writes the curves and the summary; returns the summary."""
   config, steps, flop = job.config, int(state.step), job.algorithm.flop
   facts = {
     'algorithm': config.algorithm,

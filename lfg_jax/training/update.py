@@ -1,7 +1,8 @@
-"""One training step and the evaluation, each jitted, over a mesh with a data axis; and how data gets there.
+"""The jitted training step and evaluation, on a mesh with a data axis, and their input data.
 
-Parameters are on every device; each gets its part of the batch, and gradients are summed over devices. All
-that is random is keyed by step and by position in the global batch, so the number of devices does not matter.
+Every device has all parameters and gets its part of the batch; gradients are summed over devices.
+All random numbers are keyed by the step and the position in the global batch, so they do not depend
+on the number of devices.
 """
 
 import functools
@@ -20,19 +21,20 @@ from lfg_jax.training.algorithms import Algorithm
 
 PyTree = Any
 AXIS = 'data'
-STAGE = 'stage'  # of the block pipeline, see `pipeline`
+STAGE = 'stage'  # the axis of the block pipeline; see `pipeline`
 
 
 class TrainState(NamedTuple):
-  """All that changes while training; what a checkpoint holds.
+  """Everything that changes during training; the content of a checkpoint.
 
   Attributes:
-    step: updates done.
-    params: what the optimizer moves.
-    rest: the algorithm's other variables ('batch_stats', 'feedback', 'ahead', 'guess', 'guess_optimizer').
-    opt_state: the optimizer's.
-    sums: the algorithm's metrics and 'examples' since the epoch began, so that a run which resumes within an epoch
-      reports the same means.
+    step: number of updates done.
+    params: the parameters, which the optimizer updates.
+    rest: the algorithm's other variables ('batch_stats', 'feedback', 'ahead', 'guess',
+      'guess_optimizer').
+    opt_state: the optimizer's state.
+    sums: sums of the algorithm's metrics, and 'examples', since the epoch began. With them, a run
+      that resumes within an epoch reports the same means.
     bad_step: number, from 1, of the first step whose loss or update was not finite; -1: none.
   """
 
@@ -45,14 +47,17 @@ class TrainState(NamedTuple):
 
 
 def make_mesh(stages: int = 1) -> Mesh:
-  """All devices on one axis; with several stages those of a pipeline are neighbours on a second."""
+  """A mesh of all devices with a data axis and, if there are several stages, a stage axis.
+
+  The devices of one pipeline are neighbours on the stage axis.
+  """
   count, axes = jax.device_count(), (AXIS, STAGE) if stages > 1 else (AXIS,)
   shape = (count // stages, stages)[: len(axes)]
   return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def flat(mesh: Mesh) -> Mesh:
-  """The same devices on one axis."""
+  """A mesh of the same devices with a data axis only."""
   return Mesh(mesh.devices.reshape(-1), (AXIS,), axis_types=(AxisType.Auto,))
 
 
@@ -78,15 +83,17 @@ def init_state(
 
 
 class Feed(NamedTuple):
-  """A split as the inputs of jitted functions.
+  """A split of the data, as inputs of jitted functions.
 
   Attributes:
-    steps: batches in an epoch.
+    steps: number of batches in an epoch.
     fetch: `(*local inputs, step within the epoch) -> local batch`, called inside shard_map.
     specs: how the inputs are sharded.
-    epoch: `(epoch, first step) -> iterator of (steps, inputs)`: the inputs of the next so many steps.
-    at_once: most steps that the device is sent off to do by itself.
-    is_stream: inputs are one batch; otherwise the whole epoch, the same for all steps.
+    epoch: `(epoch, first step) -> iterator of (steps, inputs)`: `inputs` serve the next `steps`
+      steps.
+    at_once: the most steps in one dispatch, which the device takes without the host.
+    is_stream: whether inputs are one batch; otherwise they are the whole epoch, the same for all
+      steps.
   """
 
   steps: int
@@ -105,9 +112,9 @@ def make_feed(
   *,
   at_once: int = 1,
 ) -> Feed:
-  """The data of a split, in an order that `key` and the epoch decide; without a key in its own order.
+  """The feed of a split, shuffled by `key` and the epoch; without a key, in the split's own order.
 
-  A stream has a seed of its own, and comes one step at a time, whatever `at_once`.
+  A stream has its own seed, and is fed one step at a time whatever `at_once` is.
   """
   steps = -(-split.examples // batch_size)
   if isinstance(split, Stream):
@@ -145,7 +152,7 @@ def _stream_feed(stream: Stream, mesh: Mesh, batch_size: int, steps: int) -> Fee
 
 
 def batch_like(image_shape: tuple[int, int, int], batch_size: int) -> Batch:
-  """Shapes of a global batch."""
+  """Shapes and dtypes of a global batch."""
   of = lambda shape, dtype: cast(Any, jax.ShapeDtypeStruct((batch_size, *shape), dtype))
   return Batch(of(image_shape, jnp.uint8), of((), jnp.int32), of((), jnp.float32))
 
@@ -153,7 +160,7 @@ def batch_like(image_shape: tuple[int, int, int], batch_size: int) -> Batch:
 def _share(mesh: Mesh) -> tuple[int, int]:
   """(index, number of parts): the part of every batch that this process reads.
 
-  Processes that are stages of one pipeline read the same.
+  Processes that are stages of one pipeline read the same part.
   """
   if STAGE not in mesh.axis_names:
     return jax.process_index(), jax.process_count()
@@ -166,9 +173,10 @@ def _share(mesh: Mesh) -> tuple[int, int]:
 def make_gradient(
   algorithm: Algorithm, mesh: Mesh, feed: Feed
 ) -> Callable[..., tuple[PyTree, dict[str, Any]]]:
-  """`gradient(state, key, *inputs) -> (grads, aux)` of the global batch; aux has 'examples', their number.
+  """Makes `gradient(state, key, *inputs) -> (grads, aux)` of the global batch.
 
-  The algorithm must be made with AXIS as its axis_name.
+  `aux` has 'examples', the number of examples. The algorithm must be made with AXIS as its
+  axis_name.
   """
 
   def local_gradient(state: TrainState, key: jax.Array, *inputs: Any) -> tuple[PyTree, dict]:
@@ -181,8 +189,9 @@ def make_gradient(
     grads, aux = jax.lax.psum((grads, aux), AXIS)
     return grads, {**aux, 'examples': examples, 'batch_stats': stats}
 
-  # check_vma=False: else jax.grad inside would sum over devices by itself, as parameters are the same on all,
-  # but jax.jvp along a tangent would not; without the check no rule does, and the one psum above serves all.
+  # With check_vma, jax.grad inside would sum over devices by itself, because all devices have the
+  # same parameters, but jax.jvp along a tangent would not. Without it, neither does, and the psum
+  # above serves all rules.
   return jax.shard_map(
     local_gradient, mesh=mesh, in_specs=(P(), P(), *feed.specs), out_specs=P(), check_vma=False
   )
@@ -191,7 +200,10 @@ def make_gradient(
 def make_update(
   algorithm: Algorithm, optimizer: optax.GradientTransformation, mesh: Mesh, feed: Feed
 ) -> Callable[..., TrainState]:
-  """`update(state, key, steps, *inputs) -> state` after so many steps; takes over the memory of its first argument."""
+  """Makes the jitted `update(state, key, steps, *inputs) -> state`, which takes `steps` steps.
+
+  It takes a single step if `feed.at_once` is 1. The memory of `state` is donated.
+  """
   gradient = make_gradient(algorithm, mesh, feed)
 
   def one_step(state: TrainState, key: jax.Array, *inputs: Any) -> TrainState:
@@ -222,13 +234,19 @@ def make_update(
 def add_to_sums(
   sums: dict[str, jax.Array], means: dict[str, jax.Array], examples: jax.Array, is_first: jax.Array
 ) -> dict[str, jax.Array]:
-  """An epoch's sums with those of a batch of so many examples; the epoch's first begins anew."""
+  """The epoch's sums with a batch's `means`, times `examples`, added.
+
+  If the batch is the first of its epoch, the sums start from zero.
+  """
   new = {**{name: mean * examples for name, mean in means.items()}, 'examples': examples}
   return {name: jnp.where(is_first, 0, sums[name]) + value for name, value in new.items()}
 
 
 def make_error(algorithm: Algorithm, mesh: Mesh, feed: Feed) -> Callable[[TrainState], float]:
-  """`error(state)`: part of the examples of a whole split, each counted once, that are classified wrongly."""
+  """Makes `error(state)`: the fraction of a split's examples that are misclassified.
+
+  Every example counts once; padding does not count.
+  """
 
   def local_count(
     params: PyTree, rest: dict[str, PyTree], steps_S: jax.Array, *inputs: Any

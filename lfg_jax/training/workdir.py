@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, one process at a time, and what goes wrong with its files."""
+"""The folder of a run: which run it belongs to, its lock, and errors with its files."""
 
 import contextlib
 import errno
@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from lfg_jax.errors import UserError
 from lfg_jax.training import configs, optimizers, processes, run_log
 
-# When a run resumes. Where the data is, not which; how often the run is looked at and saved; in what
-# parts the same sums are taken, which changes their rounding.
+# Fields that may differ when a run resumes. They say where the data is (not which data), how often
+# the run is evaluated and saved, or how sums are split, which changes only their rounding.
 MAY_DIFFER = (
   'data_dir',
   'distributed',
@@ -33,21 +33,21 @@ MAY_DIFFER = (
   'workers',
 )
 LOCK = 'lock'
-OWN = {LOCK, processes.TOKEN, 'config.json.tmp'}  # left by a run that was killed at once
+OWN = {LOCK, processes.TOKEN, 'config.json.tmp'}  # what a run leaves if it is killed at once
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
 def claim(folder: pathlib.Path, config: ConfigDict) -> Iterator[dict[str, Any] | None]:
-  """Makes `folder` the folder of this config's run, and of this process while it is entered.
+  """Claims `folder` for this config's run and, inside the context, for this process.
 
-  Gives the summary if the run is finished, else None. A finished run goes on when the config asks for
-  more epochs, and its schedule does not depend on their number.
+  Yields the summary if the run is finished, else None. A finished run continues if the config asks
+  for more epochs and its schedule does not depend on their number.
 
   Raises:
-    UserError: the folder has a run of another config, or files that are no run's, or another process
-      is at work in it.
+    UserError: the folder has a run of another config, or files that do not belong to a run; or
+      another process is using it.
   """
   if not processes.is_first():
     processes.share_folder(folder)
@@ -65,7 +65,7 @@ def claim(folder: pathlib.Path, config: ConfigDict) -> Iterator[dict[str, Any] |
 
 @contextlib.contextmanager
 def _claim(folder: pathlib.Path, config: ConfigDict) -> Iterator[dict[str, Any] | None]:
-  """`claim`, by the first process."""
+  """`claim` in the first process."""
   if (folder / 'config.json').exists():
     _compare(folder, config)
     if finished := _finished(folder, config):
@@ -75,13 +75,13 @@ def _claim(folder: pathlib.Path, config: ConfigDict) -> Iterator[dict[str, Any] 
     raise UserError(f'{folder} exists and is not the folder of a run; name another')
   folder.mkdir(parents=True, exist_ok=True)
   with _lock(folder):
-    # Again: another process may have been here in between.
+    # Check again: another process may have been here in between.
     if (folder / 'config.json').exists():
       _compare(folder, config)
       if finished := _finished(folder, config):
         yield finished
         return
-    # In this order: a run that is killed in between is one of fewer epochs without a summary.
+    # In this order, a run that is killed in between is one of fewer epochs, without a summary.
     (folder / 'summary.json').unlink(missing_ok=True)
     run_log.write_atomically(folder / 'config.json', configs.to_json(config))
     yield None
@@ -105,7 +105,7 @@ def stored(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _compare(folder: pathlib.Path, config: ConfigDict) -> None:
-  """Raises UserError when the stored config's run cannot go on as `config`."""
+  """Raises UserError if the run of the stored config cannot continue with `config`."""
   there = stored(folder)
   here = dict(configs.flatten(json.loads(configs.to_json(config))))
   differing = [
@@ -129,7 +129,7 @@ def _compare(folder: pathlib.Path, config: ConfigDict) -> None:
 
 
 def _finished(folder: pathlib.Path, config: ConfigDict) -> dict[str, Any] | None:
-  """The summary of a run that needs no more epochs."""
+  """The summary, if the run needs no more epochs; else None."""
   path = folder / 'summary.json'
   if not path.exists() or stored(folder)['epochs'] < config.epochs:
     return None
@@ -138,10 +138,10 @@ def _finished(folder: pathlib.Path, config: ConfigDict) -> dict[str, Any] | None
 
 @contextlib.contextmanager
 def _lock(folder: pathlib.Path) -> Iterator[None]:
-  """Holds a lock on a file in the folder, which the kernel releases when the process ends in any way.
+  """Locks a file in the folder; the kernel releases the lock when the process ends in any way.
 
-  On NFS it holds between machines where the server has a lock service, and else on one machine at
-  most. Where a file system has no locks, a warning says so, and the run goes on without.
+  On NFS, the lock works between hosts if the server has a lock service; otherwise it works within
+  one host at most. If the file system has no locks, the run continues without one, after a warning.
 
   Raises:
     UserError: another process holds it.
@@ -173,10 +173,10 @@ def _owner(file: TextIO) -> str:
 
 @contextlib.contextmanager
 def file_errors(folder: pathlib.Path) -> Iterator[None]:
-  """What goes wrong with files in `folder`, a full disk say, as one line.
+  """Turns errors with files in `folder`, such as a full disk, into one-line errors.
 
   Raises:
-    UserError: for what the operating system says, to Python or to Orbax.
+    UserError: for errors that the operating system reports, to Python or to Orbax.
   """
   try:
     yield
@@ -198,7 +198,10 @@ def file_errors(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _number(error: Exception) -> int | None:
-  """The operating system's number of an error; TensorStore, which writes checkpoints, tells it in words."""
+  """The operating system's number of an error; None if there is none.
+
+  TensorStore, which writes checkpoints, gives the number only in the text of its message.
+  """
   if isinstance(error, OSError):
     return error.errno
   match = re.search(r"os_error_code='(\d+)'", str(error))
