@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
   parser = command_line.Parser(description=__doc__)
   parser.option('workdir', None, 'of a run', type=pathlib.Path, required=True)
   parser.option('data_dir', None, 'of TFDS; default: as the run had it')
-  parser.number('images', None, 'train on the first so many; default: all')
+  parser.number('images', None, 'number of training images, counted from the first; default: all')
   parser.number('pairs', 0, 'of views, of every training image; 0: the image', least=0)
   parser.number('l2', 1e-4, 'weight of |W|²/2', least=0, kind=float)
   parser.number('iterations', 300, 'of L-BFGS')

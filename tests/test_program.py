@@ -1,12 +1,15 @@
 """lfg-train: what it prints about configs, and configs by name."""
 
 import json
+import re
 
 import pytest
 
 from lfg_jax.errors import UserError
+from lfg_jax.estimators import tangents
+from lfg_jax.losses import row_losses
 from lfg_jax.models import registry
-from lfg_jax.training import configs, fields, program
+from lfg_jax.training import configs, fields, program, rules
 from tests.runs import ROOT
 
 
@@ -34,6 +37,20 @@ def test_a_field_without_a_meaning_is_noticed():
   wider = configs.base()
   wider.brightness = 1
   assert fields.meanings(wider)['brightness'] == ''
+
+
+@pytest.mark.parametrize(
+  ('field', 'table'),
+  [
+    ('algorithm', rules.REGISTRY),
+    ('losses.row', row_losses.ROW_LOSSES),
+    ('estimator.law', tangents.LAWS),
+    ('model.name', registry.MODELS),
+  ],
+)
+def test_help_names_what_a_field_may_be(field, table):
+  named = set(re.findall("'([^']+)'", fields.meanings(configs.base())[field]))
+  assert named == set(table)
 
 
 def test_what_docstrings_explain_is_a_field():

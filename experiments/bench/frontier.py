@@ -2,7 +2,8 @@
 
     python experiments/bench/frontier.py [--dataset=cifar10] [--model=M/8/16] [--batch=16]
         [--workdir=DIR | --epochs=2] [--variants=…] [--laws=normal,rademacher,hadamard]
-        [--passes=1,2,4,8,16,32] [--draws=32] [--out=DIR]
+        [--passes=1,2,4,8,16,32] [--draws=32] [--warm_up=40] [--repetitions=10]
+        [--data_dir=DIR] [--out=DIR]
 
 Everything is measured twice: after --warm_up steps of LG-BP ('start'), and after training
 ('trained'). The trained network is that of the run in --workdir. Without --workdir, the program
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> None:
 def _parse(arguments: list[str]) -> argparse.Namespace:
   parser = results.parser(__doc__, out='runs/frontier', model='M/8/16', batch=16, repetitions=10)
   parser.option('dataset', 'cifar10')
-  parser.option('data_dir', None, 'of TFDS')
+  parser.option('data_dir', None, 'folder of the data sets')
   parser.option('workdir', None, 'of a run of LG-FG-A, not to train', type=pathlib.Path)
   parser.number('epochs', 2, 'of training; 0: none', least=0)
   parser.number('warm_up', 40, 'steps of LG-BP')

@@ -1,8 +1,8 @@
 """Measures time, memory and arithmetic of a training step by algorithm, and the machine's limit.
 
     python experiments/bench/step_time.py [--model=M/8/16] [--batch=64]
-        [--algorithms=BP,LG-BP,LG-FG-A] [--passes=1] [--precision=float32|tensorfloat32|bfloat16]
-        [--repetitions=20] [--out=DIR]
+        [--algorithms=BP,LG-BP,FG-A,LG-FG-W,LG-FG-A] [--passes=1] [--repetitions=20]
+        [--precision=float32|tensorfloat32|bfloat16] [--out=DIR]
 
 The floor is the time that the gradient's matmuls alone would take at the rate of a plain matmul of
 the same precision, measured in the same run. 1 / (× floor) is the utilisation of the machine. DIR

@@ -22,10 +22,10 @@ def main(arguments: list[str]) -> None:
   """Draws the sheet."""
   parser = results.parser(__doc__, out='runs/augmentations')
   parser.option('dataset', 'cifar10')
-  parser.option('data_dir', None, 'of TFDS')
+  parser.option('data_dir', None, 'folder of the data sets')
   parser.number('images', 8)
   parser.number('draws', 3, 'pairs of views of each')
-  parser.option('min_area', 0.08, 'of a crop', type=float)
+  parser.option('min_area', 0.08, 'smallest area of a crop, as a fraction of the image', type=float)
   options = parser.parse_args(arguments)
   if not 0 < options.min_area <= 1:
     raise UserError(f'--min_area is {options.min_area}; allowed: more than 0, at most 1')

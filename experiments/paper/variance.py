@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
   """Runs the selected parts."""
   parser = results.parser(__doc__, out='runs/variance')
   parser.names('parts', ','.join(PARTS), PARTS)
-  parser.option('data_dir', None, 'of TFDS')
+  parser.option('data_dir', None, 'folder of the data sets')
   parser.number('draws', 16, 'of every estimate on images', least=2)
   options = parser.parse_args(arguments)
   if {'mixer', 'passes'} & {*options.parts}:

@@ -64,7 +64,8 @@ def find(row: str, module: str | None = None, outputs: int = 10) -> RowLoss:
   """A row loss by name, or from a file.
 
   Args:
-    row: one of `ROW_LOSSES`.
+    row: loss of the local heads: 'cross_entropy', 'squared_error' or 'margin'. The read-out always
+      learns the cross-entropy.
     module: a Python file with your own `row_loss`; None: the loss with that name.
     outputs: number of a head's outputs, K.
 

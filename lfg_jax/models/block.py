@@ -38,7 +38,7 @@ class Style(NamedTuple):
 
   Attributes:
     mixing: `linear` (a P×P matrix) or `conv` (depth-wise `conv_size` × `conv_size`).
-    conv_size: height and width of that convolution.
+    conv_size: height and width of the convolution of mixing='conv'.
     norm: `layer`, `whole` (all axes of an example) or `batch`.
     norms: which of `NORMS` to use.
     init: `kaiming`, `lecun` or `constant`.

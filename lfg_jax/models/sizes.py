@@ -52,10 +52,13 @@ def mixer_spec(
       is 1 block with one patch, and 4 with more.
     image_shape: (height, width, colours).
     classes: number of outputs of read-out and local heads.
-    blocks, channels, hidden: override the numbers that the name implies (hidden: channels).
+    blocks: number of blocks, including the stem; None: as the size implies.
+    channels: number of channels of a block's output; None: as the size implies.
+    hidden: number of channels before the grouped layer; None: `channels`.
     pool_every: pool tokens 2×2 → 1 after every `pool_every` blocks; 0: never.
-    channel_ratio, group_ratio: by which channels and groups grow at every pooling.
-    norms: which of `block.NORMS` to use.
+    channel_ratio: factor by which channels grow at every pooling.
+    group_ratio: factor by which groups grow at every pooling.
+    norms: names of the norms to use, with commas, of `block.NORMS`; the others are left out.
     **style: further fields of `block.Style`.
 
   Raises:

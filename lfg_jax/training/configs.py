@@ -34,7 +34,9 @@ def base() -> ConfigDict:
   The others are explained here. `--help` prints them all.
 
   Attributes:
-    algorithm: a learning rule of the paper or our own, one of `rules.REGISTRY`.
+    algorithm: a learning rule: 'BP', 'L-BP', 'LG-BP', 'FA', 'L-FA', 'LG-FA', 'DFA', 'FG-W', 'FG-A',
+      'LG-FG-W', 'LG-FG-A', 'LG-FG-A-paper', 'FD-W', 'FD-A', 'LG-FD-W' or 'LG-FD-A'; see
+      `rules.REGISTRY`.
     loss: 'supervised' or 'contrastive'. With 'contrastive', a batch has two views of each image.
     dataset: 'digits', 'mnist', 'fashion_mnist', 'cifar10', 'imagenet2012', or the name of another
       TFDS data set.
@@ -43,8 +45,6 @@ def base() -> ConfigDict:
     images: number of training images to use, counted from the first; None: all.
     workers: number of processes that read and decode a stream; 0: threads.
     init_from: folder of a run from whose parameters this run starts; None: random parameters.
-    row: loss of the local heads: 'cross_entropy', 'squared_error' or 'margin'. The read-out always
-      has the cross-entropy.
     head_hidden: channels of a hidden layer in every local head; 0: heads are linear.
     min_area: smallest area of a view's crop, as a fraction of the image's area.
     name: 'sgd', 'adam', 'adamw' or 'lars'.
@@ -57,7 +57,8 @@ def base() -> ConfigDict:
     warmup_epochs: number of epochs in which the learning rate rises from 0.
     staircase_epochs: epochs at which the learning rate of a staircase falls.
     staircase_factor: factor by which a staircase multiplies the learning rate each time.
-    readout_multiplier, head_multiplier: factors on the updates of the read-out and of local heads.
+    readout_multiplier: factor on the updates of the read-out.
+    head_multiplier: factor on the updates of local heads.
     epochs: number of passes over the training examples.
     batch_size: number of examples in a batch, over all devices.
     micro_batch: most examples computed at once on a device; 0: what suits the machine.

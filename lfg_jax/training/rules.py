@@ -66,7 +66,8 @@ class Options:
   """The fields of config.estimator, those of config.losses except `HEAD_FIELDS`, and micro_batch.
 
   Attributes:
-    law: name of a tangent law, one of `tangents.LAWS`.
+    law: distribution of tangents: 'normal', 'rademacher', 'sphere', 'coordinate', 'hadamard' or
+      'haar'; see `tangents.LAWS`.
     module: a Python file with your own `law`; None: the law with that name.
     passes: number of tangents per step.
     chunk: number of tangents in memory at once; 0: all, which takes more memory and, on CPUs, more
@@ -91,7 +92,8 @@ class Options:
       own group only, as the authors' program does. This is biased, because the norm after that
       layer carries them to every group.
     step: ε of finite differences.
-    patch, group: whether losses are cut by patch and by group.
+    patch: whether every patch has local losses of its own.
+    group: whether every channel group has local losses of its own.
     every: number of blocks per stage of a greedy rule.
     overlap: whether greedy stages are overlapping pairs of blocks.
     head_ahead: whether the head of a block sees the block's output through a slow average of the
