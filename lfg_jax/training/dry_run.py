@@ -27,6 +27,7 @@ from lfg_jax.training import (
   stage_work,
   update,
 )
+from lfg_jax.training.composition import Composition
 from lfg_jax.training.update import AXIS, STAGE, Feed, TrainState
 
 PyTree = Any
@@ -158,7 +159,7 @@ def _size(tree: PyTree) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _largest(made_of: algorithms.Composition, spans: tuple[range, ...], whole: TrainState) -> int:
+def _largest(made_of: Composition, spans: tuple[range, ...], whole: TrainState) -> int:
   """Number of parameters of the stage with the most parameters."""
   return max(
     _size(

@@ -13,7 +13,7 @@ from typing import Any
 from lfg_jax.losses.greedy import owned, stages
 from lfg_jax.losses.staged import StagedModel
 from lfg_jax.training import timing
-from lfg_jax.training.algorithms import Composition
+from lfg_jax.training.composition import Composition
 from lfg_jax.training.rules import REGISTRY
 
 

@@ -18,7 +18,8 @@ from lfg_jax.losses.greedy import greedy, owned
 from lfg_jax.losses.objectives import local_metrics, with_read_out
 from lfg_jax.losses.targets import Targets
 from lfg_jax.training import packing
-from lfg_jax.training.algorithms import Algorithm, Composition
+from lfg_jax.training.algorithms import Algorithm
+from lfg_jax.training.composition import Composition
 from lfg_jax.training.update import TrainState
 
 PyTree = Any
