@@ -182,18 +182,17 @@ def across_tokens(x_BxPxC: jax.Array, kernel_PxP: jax.Array) -> jax.Array:
 
 
 def depthwise(x_BxPxC: jax.Array, kernel_KxKx1xC: jax.Array) -> jax.Array:
-  """Depth-wise k×k convolution over the square grid of tokens, zero padding."""
-  B, P, C = x_BxPxC.shape
-  side = round(P**0.5)
-  out = jax.lax.conv_general_dilated(
-    x_BxPxC.reshape(B, side, side, C),
-    kernel_KxKx1xC,
-    (1, 1),
-    'SAME',
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    feature_group_count=C,
-  )
-  return out.reshape(B, P, C)
+  """Depth-wise k×k convolution over the square grid of tokens, zero padding.
+
+  As a sum of shifted images, because on CPUs XLA's own depth-wise convolution is 30 times slower.
+  """
+  (B, P, C), k = x_BxPxC.shape, len(kernel_KxKx1xC)
+  side, before = round(P**0.5), (k - 1) // 2
+  margin = (before, k - 1 - before)
+  padded = jnp.pad(x_BxPxC.reshape(B, side, side, C), ((0, 0), margin, margin, (0, 0)))
+  shifted = lambda i, j: padded[:, i : i + side, j : j + side] * kernel_KxKx1xC[i, j, 0]
+  summed = functools.reduce(jnp.add, (shifted(i, j) for i in range(k) for j in range(k)))
+  return summed.reshape(B, P, C)
 
 
 def convolution(x_BxHxWxC: jax.Array, kernel_KxKxCxD: jax.Array, stride: int = 1) -> jax.Array:
