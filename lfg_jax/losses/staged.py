@@ -103,7 +103,9 @@ class StagedModel:
     mixes_examples: whether batch norm makes the losses of one example depend on other examples.
     rounds: whether blocks compute with fewer digits than finite differences need.
     activity_bytes: size of the largest activity, per example. CPUs work on as many examples at once
-      as fit in their cache. 0: on the whole batch, which suits convolutions.
+      as fit in their cache.
+    slow_in_loops: whether CPUs are slow at the blocks inside a loop, as at convolutions. There,
+      every step is then dispatched by itself, with the whole batch at once.
     contrast: options of the contrastive losses; None: heads classify.
     ahead: `params -> params`: by stack, the parameters of the block after each block. Heads look
       through an average of them, see `ahead`. None: heads read the output of their own block.
@@ -128,6 +130,7 @@ class StagedModel:
   mixes_examples: bool = False
   rounds: bool = False
   activity_bytes: int = 2**20
+  slow_in_loops: bool = False
   contrast: Contrast | None = None
   ahead: Callable[[PyTree], PyTree] | None = None
   project: Callable[..., tuple[jax.Array, jax.Array, Variables]] | None = None

@@ -9,8 +9,8 @@ Convolutions carry an activity to other patches, so a perturbation of the first 
 with all losses of the example, and its noise grows with the size of the whole image.
 
 **On a CPU**, XLA compiles gradients of convolutions in a loop without its fast kernels, 14 times
-slower in this model (jax issue 12868). So a batch stays whole here. `micro_batch`, more than one
-`steps_per_dispatch` and stages of two blocks or more are loops too.
+slower in this model (jax issue 12868). So blocks are not scanned here, a batch stays whole, and
+every step is dispatched by itself (`slow_in_loops`). `micro_batch` is a loop too.
 """
 
 import functools
@@ -44,17 +44,17 @@ def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> Stag
   shapes = list(_shapes(fields, images))
   new_block = functools.partial(_block, G, side, heads)
   stacks = tuple(
-    Stack(name, count, new_block(stride), name.startswith('rest'), _flop(height, C, D, stride))
-    for name, count, height, C, D, stride in shapes
+    Stack(name, 1, new_block(stride), False, _flop(height, C, D, stride))
+    for name, height, C, D, stride in shapes
   )
 
   def init(key: jax.Array) -> Variables:
     *keys, readout, head = jax.random.split(key, len(shapes) + 2)
-    params: Variables = {}
-    for k, (name, count, _, C, D, _) in zip(keys, shapes, strict=True):
-      one = functools.partial(_init_block, C=C, D=D, G=G, classes=images.classes, heads=heads)
-      params[name] = functional.stacked(one, k, count) if name.startswith('rest') else one(k)
-    D = shapes[-1][4]
+    params: Variables = {
+      name: _init_block(k, C, D, G, images.classes, heads)
+      for k, (name, _, C, D, _) in zip(keys, shapes, strict=True)
+    }
+    D = shapes[-1][3]
     params['readout'] = functional.init_read_out(readout, D, images.classes)
     return {'params': {**params, **functional.init_projection(head, D, heads)}}
 
@@ -68,7 +68,7 @@ def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> Stag
     taps=TAPS,
     guessed={'first': 'second'},
     boundary=('second', 'second'),
-    activity_bytes=0,  # parts are a loop: see above
+    slow_in_loops=True,
     contrast=heads.contrast,
     project=functional.projection(heads),
   )
@@ -87,21 +87,21 @@ def _check(fields: dict[str, Any], images: Images) -> None:
     or (smallest % fields['patches'])
   ):
     raise ValueError(
-      f'model.stages has {len(counts)} stages, and model.patches is '
-      f'{fields["patches"]}: an image of {height}x{images.shape[1]} cannot be halved '
-      'so often and then cut into so many patches'
+      f'model.stages has {len(counts)} stages, and model.patches is {fields["patches"]}: an image of '
+      f'{height}x{images.shape[1]} cannot be halved {len(counts) - 1} times and then cut into '
+      f'{fields["patches"]}x{fields["patches"]} patches; allowed: fewer stages or patches'
     )
 
 
 def _shapes(fields: dict[str, Any], images: Images) -> Any:
-  """(name, blocks, height, channels in, channels out, stride) of every stack."""
+  """(name, height, channels in, channels out, stride) of every block."""
   height, channels = images.shape[0], images.shape[2]
   for stage, count in enumerate(fields['stages']):
-    width, stride = fields['channels'] * 2**stage, 2 if stage else 1
-    yield f'first_{stage}', 1, height, channels, width, stride
-    height, channels = height // stride, width
-    if count > 1:
-      yield f'rest_{stage}', count - 1, height, width, width, 1
+    width = fields['channels'] * 2**stage
+    for n in range(count):
+      stride = 2 if stage and not n else 1
+      yield f'stage_{stage}_block_{n}', height, channels, width, stride
+      height, channels = height // stride, width
 
 
 def _flop(height: int, C: int, D: int, stride: int) -> dict[str, int]:

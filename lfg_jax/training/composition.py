@@ -79,7 +79,8 @@ class Composition(NamedTuple):
     """Number of parts into which a device splits its share of a batch, `examples` rows."""
     if compatible.depends_on_others(self.model):
       return 1
-    return parts.number_of_parts(examples, self.options.micro_batch, self.model.activity_bytes)
+    activity_bytes = 0 if self.model.slow_in_loops else self.model.activity_bytes
+    return parts.number_of_parts(examples, self.options.micro_batch, activity_bytes)
 
   def init(self, key: jax.Array) -> Variables:
     """See `Algorithm`."""

@@ -63,7 +63,7 @@ def base() -> ConfigDict:
     batch_size: number of examples in a batch, over all devices.
     micro_batch: most examples computed at once on a device; 0: what suits the machine.
     steps_per_dispatch: number of steps that a device takes at a time, without the host; signals and
-      progress wait for them.
+      progress wait for them. A model of convolutions takes one at a time on CPUs.
     stages: number of stages of the block pipeline, groups of devices with their own blocks; see
       `pipeline`.
     seed: random seed of parameters, order and tangents.

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lfg_jax.data import Dataset
+from lfg_jax.losses.staged import StagedModel
 from lfg_jax.training import optimizers, pipeline, pipeline_plan, stage_plan, update
 from lfg_jax.training.algorithms import Algorithm
 from lfg_jax.training.update import Feed, TrainState
@@ -41,9 +42,8 @@ def build(
 ) -> tuple[Functions, TrainState]:
   """Builds the jitted functions of a run, and its state before the first step."""
   init_key, order_key, noise_key = jax.random.split(jax.random.key(config.seed), 3)
-  feed = update.make_feed(
-    dataset.train, mesh, config.batch_size, order_key, at_once=config.steps_per_dispatch
-  )
+  at_once = steps_per_dispatch(config, algorithm.made_of.model)
+  feed = update.make_feed(dataset.train, mesh, config.batch_size, order_key, at_once=at_once)
   rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs, config.batch_size)
   optimizer = optimizers.make(config.optimizer, rate)
   flat = update.flat(mesh)
@@ -68,3 +68,9 @@ def build(
   return Functions(
     feed, lambda state, count, inputs: step(state, noise_key, count, *inputs), test_error
   ), state
+
+
+def steps_per_dispatch(config: ConfigDict, model: StagedModel) -> int:
+  """As the config says, or 1 where the device is slow at this model in a loop."""
+  is_slow = model.slow_in_loops and jax.default_backend() == 'cpu'
+  return 1 if is_slow else config.steps_per_dispatch
