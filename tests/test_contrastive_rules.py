@@ -1,5 +1,6 @@
 """The algorithms with the contrastive loss, against the equations with a naive loss."""
 
+import dataclasses
 import functools
 
 import jax
@@ -191,7 +192,9 @@ def test_direct_feedback_sends_the_error_of_the_projection():
   algorithm, variables = randomised(s, 'DFA')
   assert variables['feedback']['stem']['after_channel'].shape[0] == 6
   x, criterion = inputs(s, jax.random.key(5))
-  model = LocalMixer(s.spec, project=True)
+  style = s.spec.style
+  projecting = style._replace(heads=style.heads._replace(project=True))
+  model = LocalMixer(dataclasses.replace(s.spec, style=projecting))
   z = jax.jit(lambda params: model.apply({'params': params}, x)[1]['head'][0])(variables['params'])
   _, error = jax.jit(
     lambda z: info_nce.end_losses((z, z), criterion.weight_B, s.spec.style.heads.contrast)

@@ -190,7 +190,7 @@ def depthwise(x_BxPxC: jax.Array, kernel_KxKx1xC: jax.Array) -> jax.Array:
   side, before = round(P**0.5), (k - 1) // 2
   margin = (before, k - 1 - before)
   padded = jnp.pad(x_BxPxC.reshape(B, side, side, C), ((0, 0), margin, margin, (0, 0)))
-  shifted = lambda i, j: padded[:, i : i + side, j : j + side] * kernel_KxKx1xC[i, j, 0]
+  shifted = lambda i, j: padded[:, i : i + side, j : j + side] * kernel_KxKx1xC[i, j][None, None]
   summed = functools.reduce(jnp.add, (shifted(i, j) for i in range(k) for j in range(k)))
   return summed.reshape(B, P, C)
 
