@@ -27,15 +27,14 @@ def number_of_parts(examples: int, micro_batch: int, bytes_per_example: int) -> 
     examples: number in the batch, on this device.
     micro_batch: the most examples in a part, rounded down to a divisor of `examples`; 0: as many as
       fit in the cache on a CPU, all elsewhere.
-    bytes_per_example: size of one activity; 0: the batch stays whole unless `micro_batch` says
-      otherwise.
+    bytes_per_example: size of one activity.
 
   >>> number_of_parts(64, 16, 2**17)
   4
   """
   if micro_batch:
     return examples // _divisor(examples, micro_batch)
-  if not bytes_per_example or jax.default_backend() != 'cpu':
+  if jax.default_backend() != 'cpu':
     return 1
   most = max(CACHE_BYTES // bytes_per_example, 1)
   size = _divisor(examples, most)

@@ -77,10 +77,10 @@ class Composition(NamedTuple):
 
   def parts(self, examples: int) -> int:
     """Number of parts into which a device splits its share of a batch, `examples` rows."""
-    if compatible.depends_on_others(self.model):
+    model, micro_batch = self.model, self.options.micro_batch
+    if compatible.depends_on_others(model) or (model.slow_in_loops and not micro_batch):
       return 1
-    activity_bytes = 0 if self.model.slow_in_loops else self.model.activity_bytes
-    return parts.number_of_parts(examples, self.options.micro_batch, activity_bytes)
+    return parts.number_of_parts(examples, micro_batch, model.activity_bytes)
 
   def init(self, key: jax.Array) -> Variables:
     """See `Algorithm`."""
