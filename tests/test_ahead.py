@@ -159,7 +159,7 @@ def test_weights_credited_with_their_own_group_are_rejected(monkeypatch):
 @pytest.mark.slow
 def test_contrastive_heads_can_look_ahead():
   heads = Heads(contrast=Contrast(projections=4))
-  options = {'heads': heads, 'views': lambda key_B, image: jnp.repeat(image, 2, 0)}
+  options = {'heads': heads, 'augment': lambda key_B, image: jnp.repeat(image, 2, 0)}
   exact = gradient('mlp', 'LG-BP', **options)
   estimate = gradient('mlp', 'LG-FG-A', **options, passes=4)
   assert relative_error(estimate, exact) < 3e-5

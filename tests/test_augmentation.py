@@ -1,4 +1,7 @@
-"""The two views' operations against Pillow's, SciPy's and matplotlib's, on two real photographs."""
+"""Moved images against NumPy's; the two views' operations against Pillow's, SciPy's and matplotlib's.
+
+The views are of two real photographs.
+"""
 
 import functools
 
@@ -149,3 +152,28 @@ def test_views_of_an_example_depend_on_its_key_only():
   np.testing.assert_allclose(both[4:], half, atol=1e-3)
   assert jnp.abs(both[0] - both[1]).max() > 1 and jnp.abs(both[0] - both[4]).max() > 1
   assert both.min() >= 0 and both.max() <= 255
+
+
+def test_moves_and_flips_are_all_equally_likely():
+  """Each of 3 × 3 moves and two sides: counts of 3,600 draws within 4.5 σ of 200."""
+  image = np.arange(1, 25, dtype=np.uint8).reshape(4, 3, 2)
+  padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
+  expected = [
+    padded[top : top + 4, left : left + 3][:, ::side]
+    for top in range(3)
+    for left in range(3)
+    for side in (1, -1)
+  ]
+  keys = jax.random.split(jax.random.key(0), 3600)
+  move = jax.jit(functools.partial(augmentation.moved, shift=1, flip=True))
+  found = np.asarray(move(keys, np.broadcast_to(image, (3600, 4, 3, 2))))
+  counts = np.array([(found == one).all((1, 2, 3)).sum() for one in expected])
+  assert found.dtype == np.uint8 and counts.sum() == 3600
+  assert np.abs(counts - 200).max() < 4.5 * (3600 / 18 * 17 / 18) ** 0.5
+
+
+@pytest.mark.parametrize(('fields', 'moves'), [({'shift': 1}, 9), ({'flip': True}, 2)])
+def test_only_what_is_asked_for_changes(fields, moves):
+  image = np.broadcast_to(np.arange(1, 17, dtype=np.uint8).reshape(4, 4, 1), (200, 4, 4, 1))
+  found = augmentation.moved(jax.random.split(jax.random.key(0), 200), image, **fields)
+  assert len(np.unique(found, axis=0)) == moves

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
+from lfg_jax import data
 from lfg_jax.estimators import tangents
 from lfg_jax.models import block
-from lfg_jax.training import command_line, configs, optimizers, rules
+from lfg_jax.training import algorithms, command_line, configs, optimizers, rules
 from tests import runs
 from tests.runs import FLAGS, ROOT, STEPS
 
@@ -29,6 +30,8 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
     ('--config.algorithm=LG-XX', f"algorithm is 'LG-XX'; allowed: {ALGORITHMS}"),
     ('--config.model.size=X/1/1',
      "model.size is 'X/1/1'; allowed: SIZE/PATCHES/GROUPS with SIZE one of S, M, L, as in 'M/8/16'"),
+    ('--config.augment.shift=8', 'augment.shift is 8; allowed: 0 … 7'),
+    ('--config.augment.shift=-1', 'augment.shift is -1; allowed: 0 … 7'),
     ('--config.model.norm=instance', "model.norm is 'instance'; allowed: layer, whole, batch"),
     ('--config.model.size=S/2/3', '3 groups do not divide model.channels = 256'),
     ('--config.model.size=S/3/4', 'model.size asks for 3x3 patches, which do not divide an image of 8x8'),
@@ -94,6 +97,24 @@ def test_arguments(argument, message, tmp_path, monkeypatch, capsys):
   workdir = [f'--workdir={tmp_path / "run"}']
   assert run(monkeypatch, capsys, [*workdir, argument]) == (2, '', f'train.py: {message}\n')
   assert not (tmp_path / 'run').exists()
+
+
+def test_views_and_streams_are_not_augmented_twice(tmp_path, monkeypatch, capsys):
+  arguments = [
+    '--config.augment.flip=True',
+    '--config.loss=contrastive',
+    f'--workdir={tmp_path}/run',
+  ]
+  message = (
+    "train.py: augment.flip is True, and loss='contrastive' has views of its own; "
+    'allowed: augment.shift=0 and augment.flip=False\n'
+  )
+  assert run(monkeypatch, capsys, arguments) == (2, '', message)
+  stream = data.load('digits')._replace(name='photos', train=data.Stream([], image_size=8))
+  with pytest.raises(
+    ValueError, match='flip is True, and photos is cropped and flipped as it is read'
+  ):
+    algorithms.make(runs.tiny(augment__flip=True), stream)
 
 
 def test_a_convolution_has_a_size(tmp_path, monkeypatch, capsys):

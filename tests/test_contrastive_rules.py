@@ -44,7 +44,7 @@ def contrastive_small(contrast=Contrast(projections=6), **fields):
 
 def composed(s, name, **options):
   return algorithms.compose(
-    rules.REGISTRY[name], rules.Options(**options), s.model, views=noisy_views
+    rules.REGISTRY[name], rules.Options(**options), s.model, augment=noisy_views
   )
 
 

@@ -44,10 +44,10 @@ def model_of(name, heads=Heads()):
   return registry.build(registry.find(name), {**defaults, **FIELDS[name]}, IMAGES, heads)
 
 
-def composed(name, rule, axis_name=None, heads=Heads(), views=None, **options):
+def composed(name, rule, axis_name=None, heads=Heads(), augment=None, **options):
   """An algorithm and random variables. (Heads of zero, the usual start, would hide errors.)"""
   algorithm = algorithms.compose(
-    rules.REGISTRY[rule], rules.Options(**options), model_of(name, heads), axis_name, views
+    rules.REGISTRY[rule], rules.Options(**options), model_of(name, heads), axis_name, augment
   )
 
   def random(tree):  # the same parameters for all rules, whatever else they have
@@ -161,7 +161,7 @@ def test_contrastive_losses(name, rule):
     rules.REGISTRY[rule],
     rules.Options(),
     model_of(name, Heads(contrast=Contrast(projections=4))),
-    views=lambda key_B, image: jnp.repeat(image, 2, 0),
+    augment=lambda key_B, image: jnp.repeat(image, 2, 0),
   )
   variables = jax.jit(algorithm.init)(KEYS[0])
   grads, aux = jax.jit(algorithm.gradient)(variables, KEYS[1], BATCH)

@@ -168,7 +168,7 @@ def test_a_hidden_layer_may_project_for_the_contrastive_loss(stop_gradient):
   heads = Heads(hidden=HIDDEN, contrast=Contrast(projections=4, stop_gradient=stop_gradient))
   with jax.enable_x64(True):
     fused, written_out = (
-      gradient('mlp', rule, heads=heads, views=two_views, step=1e-6)
+      gradient('mlp', rule, heads=heads, augment=two_views, step=1e-6)
       for rule in ('LG-FG-W', 'LG-FD-W')
     )
   assert relative_error(written_out, fused) < 1e-3

@@ -35,7 +35,7 @@ def updated(config, devices, learning_rate=0.1, first_step=STEPS - 2, steps=2, a
 @pytest.mark.parametrize(
   'counts, fields',
   [
-    ((2, 8), {'algorithm': 'LG-FG-A'}),
+    ((2, 8), {'algorithm': 'LG-FG-A', 'augment__shift': 1, 'augment__flip': True}),
     ((8,), {'algorithm': 'FG-W'}),
     ((8,), {'algorithm': 'DFA'}),
     ((8,), {'algorithm': 'LG-BP', 'model__norm': 'batch'}),

@@ -70,7 +70,7 @@ def judge_contrastive(name, shared_views=True, stop_gradient=True):
   contrast = Contrast(projections=4, shared_views=shared_views, stop_gradient=stop_gradient)
   s = model(batch=3, heads=Heads(contrast=contrast))
   run, exact = (
-    algorithms.compose(rules.REGISTRY[n], rules.Options(), s.model, views=two_views)
+    algorithms.compose(rules.REGISTRY[n], rules.Options(), s.model, augment=two_views)
     for n in (name, {'FG-A': 'BP', 'FG-W': 'BP'}.get(name, 'LG-BP'))
   )
   target = jax.jit(exact.gradient)(s.variables, jax.random.key(0), s.batch)[0]

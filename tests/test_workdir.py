@@ -103,10 +103,15 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys)
 
 def test_a_run_of_before_there_was_a_field_goes_on(finished):
   stored = json.loads((finished / 'config.json').read_text())
-  del stored['init_from']
+  before = json.dumps(stored)
+  del stored['init_from'], stored['augment']
   (finished / 'config.json').write_text(json.dumps(stored))
   with workdir.claim(finished, tiny(**ENDLESS)) as summary:
     assert summary['steps'] == 2 * STEPS
+  changed, message = tiny(**ENDLESS, augment__flip=True), r'augment\.flip is False there, True here'
+  with pytest.raises(UserError, match=message), workdir.claim(finished, changed):
+    pass
+  (finished / 'config.json').write_text(before)
 
 
 def test_a_finished_run_goes_on_for_more_epochs(finished, tmp_path):

@@ -1,12 +1,12 @@
-"""Two random views of every image, on the device: the augmentation of SimCLR and BYOL.
+"""Augmentation on the device: two random views of every image, or one that is moved and flipped.
 
-See Chen et al. 2020, appendix A, and Grill et al. 2020, appendix B. A view is a crop of random size
-and shape, with random flips, colour jitter in random order, greyscale, blur and solarisation.
-Brightness, contrast and saturation blend with black, the image's mean grey and its grey image, as
-in Pillow and torchvision; hue is rotated in HSV.
+The two views are those of SimCLR and BYOL: see Chen et al. 2020, appendix A, and Grill et al. 2020,
+appendix B. A view is a crop of random size and shape, with random flips, colour jitter in random
+order, greyscale, blur and solarisation. Brightness, contrast and saturation blend with black, the
+image's mean grey and its grey image, as in Pillow and torchvision; hue is rotated in HSV.
 
-Everything is per example, with its own key, under `jax.vmap` and `jax.jit`. Images are float in
-[0, 1].
+Everything is per example, with its own key, under `jax.vmap` and `jax.jit`. Views are made
+of floats in [0, 1].
 """
 
 import functools
@@ -63,6 +63,36 @@ def views(key_B: jax.Array, image_BxHxWxC: jax.Array, min_area: float = 0.08) ->
     )
 
   return 255 * jax.vmap(both)(key_B, pixels).reshape(2 * B, H, W, 3)[..., :C]
+
+
+def moved(
+  key_B: jax.Array, image_BxHxWxC: jax.Array, shift: int = 0, flip: bool = False
+) -> jax.Array:
+  """Every image moved at random, and mirrored with probability 1/2.
+
+  Args:
+    key_B: one key for every image.
+    image_BxHxWxC: of any type.
+    shift: the largest number of pixels to move, in both directions of both axes. What comes in
+      from outside of the image is black.
+    flip: whether half of the images are mirrored, left to right.
+
+  Returns:
+    Images of the same shape and type.
+
+  >>> keys, image = jax.random.split(jax.random.key(0), 3), jnp.ones((3, 4, 4, 1), jnp.uint8)
+  >>> moved(keys, image, shift=1).sum((1, 2, 3)).tolist()
+  [12, 16, 12]
+  """
+  border = ((shift, shift), (shift, shift), (0, 0))
+
+  def one(key: jax.Array, image: jax.Array) -> jax.Array:
+    where, side = jax.random.split(key)
+    if shift:
+      image = dm_pix.random_crop(where, jnp.pad(image, border), image.shape)
+    return dm_pix.random_flip_left_right(side, image) if flip else image
+
+  return jax.vmap(one)(key_B, image_BxHxWxC)
 
 
 def one_view(key: jax.Array, image: jax.Array, min_area: float, chances: Chances) -> jax.Array:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lfg_jax.data import augmentation
-from lfg_jax.data.datasets import Batch, Dataset
+from lfg_jax.data.datasets import Arrays, Batch, Dataset
 from lfg_jax.errors import one_of
 from lfg_jax.losses import row_losses, staged
 from lfg_jax.losses.ahead import look_ahead
@@ -81,8 +81,9 @@ def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorit
   module = registry.find(fields.pop('name'), fields.pop('module'))
   images = Images(dataset.image_shape, dataset.classes, dataset.mean, dataset.std, axis_name)
   model = registry.build(module, fields, images, Heads(row_loss, hidden, contrast))
-  views = functools.partial(augmentation.views, min_area=config.contrastive.min_area)
-  return compose(REGISTRY[config.algorithm], options, model, axis_name, views)
+  return compose(
+    REGISTRY[config.algorithm], options, model, axis_name, _augmentation(config, dataset)
+  )
 
 
 def _contrast(config: Any, axis_name: str | None) -> Contrast:
@@ -97,17 +98,36 @@ def _contrast(config: Any, axis_name: str | None) -> Contrast:
   )
 
 
+def _augmentation(config: Any, dataset: Dataset) -> Callable | None:
+  """What becomes of a batch's images before a step, `(key [B], image) -> image`; None: nothing."""
+  fields = {field: value for field, value in config.augment.items() if value}
+  given = ', '.join(f'augment.{field} is {value!r}' for field, value in fields.items())
+  nothing = 'allowed: augment.shift=0 and augment.flip=False'
+  if config.loss == 'contrastive':
+    if fields:
+      raise ValueError(f"{given}, and loss='contrastive' has views of its own; {nothing}")
+    return functools.partial(augmentation.views, min_area=config.contrastive.min_area)
+  if not fields:
+    return None
+  if not isinstance(dataset.train, Arrays):
+    raise ValueError(f'{given}, and {dataset.name} is cropped and flipped as it is read; {nothing}')
+  size = min(dataset.image_shape[:2])
+  if not 0 <= config.augment.shift < size:
+    raise ValueError(f'augment.shift is {config.augment.shift!r}; allowed: 0 … {size - 1}')
+  return functools.partial(augmentation.moved, **fields)
+
+
 def compose(
   rule: Rule,
   options: Options,
   model: StagedModel,
   axis_name: str | None = None,
-  views: Callable | None = None,
+  augment: Callable | None = None,
 ) -> Algorithm:
   """Combines a rule, options and a model into an algorithm.
 
-  With contrastive heads, `views` is `(key [B], image [B, H, W, C]) -> [2B, H, W, C]`. The two views
-  of an example are in consecutive rows.
+  `augment` is `(key [B], image [B, H, W, C]) -> [B, H, W, C]`, or None. With contrastive heads, it
+  returns [2B, H, W, C]: the two views of an example are in consecutive rows.
   """
   compatible.check(rule, options, model)
   contrast = model.contrast
@@ -116,7 +136,7 @@ def compose(
   options = options.of(rule, model)
   if options.head_ahead:
     model = look_ahead(model, bounded=options.last_tap == 'exact')
-  made_of = Composition(rule, options, model, axis_name, views)
+  made_of = Composition(rule, options, model, axis_name, augment)
 
   def evaluate(variables: Variables, image: jax.Array) -> tuple[jax.Array, jax.Array]:
     seen = {kind: tree for kind, tree in variables.items() if kind in ('params', 'batch_stats')}

@@ -39,18 +39,19 @@ class Composition(NamedTuple):
   options: Options
   model: StagedModel
   axis_name: str | None
-  views: Callable | None
+  augment: Callable | None
 
   def keys(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns a step's keys of the estimator and of the views; without views, both are `key`."""
-    return tuple(jax.random.split(key)) if self.model.contrast and self.views else (key, key)
+    """Returns a step's keys of the estimator and of the images; if these stay, both are `key`."""
+    return tuple(jax.random.split(key)) if self.augment else (key, key)
 
   def seen(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, Targets]:
-    """Returns the images and their targets; in contrastive learning, two views of each image."""
+    """Returns the augmented images with targets; in contrastive learning, each image's two views."""
     image, label, weight = map(jnp.asarray, batch)
-    if self.model.contrast and self.views:
+    if self.augment:
       ids_B = tangents.example_ids(len(label), self.axis_name)
-      image = self.views(tangents.fold_in_all(self.keys(key)[1], ids_B), image)
+      image = self.augment(tangents.fold_in_all(self.keys(key)[1], ids_B), image)
+    if self.augment and self.model.contrast:
       label, weight = jnp.repeat(label, VIEWS), jnp.repeat(weight / VIEWS, VIEWS)
     return image, Targets(label, weight)
 

@@ -68,7 +68,7 @@ def validate(config: ConfigDict) -> None:
   Raises:
     UserError: a field is unknown, missing or wrong. The line says what is allowed.
   """
-  _same_fields(config, _base_of(config), '')
+  _same_fields(config, configs.defaults(config), '')
   given = dict(configs.flatten(config))
   for field, (test, allowed) in _RANGES.items():
     if not test(given[field]):
@@ -81,19 +81,6 @@ def validate(config: ConfigDict) -> None:
   warmup, epochs = config.optimizer.warmup_epochs, config.epochs
   if warmup >= epochs:
     raise UserError(f'optimizer.warmup_epochs is {warmup!r}; allowed: less than epochs, {epochs}')
-
-
-def _base_of(config: ConfigDict) -> ConfigDict:
-  """The defaults of all fields, including those of the config's own model."""
-  wanted = configs.base()
-  model = config.get('model')
-  if (
-    isinstance(model, ConfigDict)
-    and isinstance(model.get('name'), str)
-    and (isinstance(model.get('module'), str | None))
-  ):
-    configs.use_model(wanted, model.name, model.get('module'))
-  return wanted
 
 
 def _same_fields(config: Any, wanted: ConfigDict, prefix: str) -> None:

@@ -45,6 +45,10 @@ def base() -> ConfigDict:
     images: number of training images to use, counted from the first; None: all.
     workers: number of processes that read and decode a stream; 0: threads.
     init_from: folder of a run from whose parameters this run starts; None: random parameters.
+    shift: the largest number of pixels by which a training image is moved, in both directions of both
+      axes, anew in every epoch; for data sets of arrays.
+    flip: whether a training image is mirrored, left to right, in every other epoch at random; for
+      data sets of arrays.
     head_hidden: channels of a hidden layer in every local head; 0: heads are linear.
     min_area: smallest area of a view's crop, as a fraction of the image's area.
     name: 'sgd', 'adam', 'adamw' or 'lars'.
@@ -86,6 +90,7 @@ def base() -> ConfigDict:
       'images': config_dict.placeholder(int),
       'workers': 0,
       'init_from': config_dict.placeholder(str),
+      'augment': {'shift': 0, 'flip': False},
       'model': model_fields('mixer'),
       'losses': {
         'row': 'cross_entropy',
@@ -180,6 +185,18 @@ def use_model(
     taps = registry.find(name, module).TAPS
     config.estimator.tap_passes = ConfigDict(dict.fromkeys(taps, 0))
   config.model.update(fields)
+
+
+def defaults(config: ConfigDict) -> ConfigDict:
+  """The defaults of all fields, including those of the config's own model."""
+  wanted, model = base(), config.get('model')
+  if (
+    isinstance(model, ConfigDict)
+    and isinstance(model.get('name'), str)
+    and (isinstance(model.get('module'), str | None))
+  ):
+    use_model(wanted, model.name, model.get('module'))
+  return wanted
 
 
 def may_be_none(field: str, config: ConfigDict) -> bool:

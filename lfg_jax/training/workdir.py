@@ -105,9 +105,12 @@ def stored(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _compare(folder: pathlib.Path, config: ConfigDict) -> None:
-  """Raises UserError if the run of the stored config cannot continue with `config`."""
-  there = stored(folder)
-  here = dict(configs.flatten(json.loads(configs.to_json(config))))
+  """Raises UserError if the run of the stored config cannot continue with `config`.
+
+  A field that is not stored is newer than the run, which had what is the default now.
+  """
+  of = lambda config: dict(configs.flatten(json.loads(configs.to_json(config))))
+  there, here = {**of(configs.defaults(config)), **stored(folder)}, of(config)
   differing = [
     field
     for field in sorted({*here, *there} - {*MAY_DIFFER})
