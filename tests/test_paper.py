@@ -226,7 +226,7 @@ def test_gpu_script_starts_what_there_is(tmp_path):
   }
   subprocess.run(['bash', PAPER / 'gpu.sh'], check=True, env={**os.environ, **settings})
   commands = [line.split() for line in (tmp_path / 'commands').read_text().splitlines()]
-  assert len(commands) == 23 and all((ROOT / script).exists() for script, *_ in commands)
+  assert len(commands) == 22 and all((ROOT / script).exists() for script, *_ in commands)
   for script, *arguments in commands:
     if script == 'experiments/paper/reproduce.py':
       reproduce.main([*arguments, '--dry_run'])
