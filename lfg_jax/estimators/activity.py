@@ -85,15 +85,9 @@ def activity_perturbation(
     taps = traced.taps
     keys = dict(zip(taps, jax.random.split(key, max(len(taps), 1)), strict=False))
     perturbed = {name: tap for name, tap in taps.items() if is_perturbed(name)}
-    for name, tap in perturbed.items():
-      if sampling.shared and tap.local_axes == 0:
-        raise ValueError(
-          f'tap {name!r} influences the losses of other examples, and one tangent for '
-          'the whole batch cannot tell the examples apart; allowed: an independent '
-          'one for every example'
-        )
-    # Made before any tangent is drawn, and without the key.
-    guessed: dict[str, jax.Array] = {}
+    if sampling.shared:
+      _check_shared(perturbed)
+    guessed: dict[str, jax.Array] = {}  # made before any tangent is drawn, and without the key
     pull: Callable | None = None
     if learned:
       names = [name for name in perturbed if is_guessed(name)]
@@ -101,8 +95,7 @@ def activity_perturbation(
         lambda weights: cotangents(learned, weights, names, params, *args), learned.weights
       )
     elif guess:
-      _, activities = traced.evaluate(record, {}, params, *args)
-      guessed = dict(guess(activities))
+      guessed = dict(guess(traced.evaluate(record, {}, params, *args)[1]))
     _check_guess(guessed, perturbed)
 
     evaluate = lambda u: traced.evaluate(perturb, u, params, *args)[0][0]
@@ -110,17 +103,17 @@ def activity_perturbation(
     early = {name: after(key, None) for name, key in keys.items()} if redraw else keys
     slopes: dict[str, Losses] = {}
     for names in filter(None, together):
-      own = own_sampling(names[0]) if separate else sampling
       own_taps = {name: taps[name] for name in names}
-      slopes |= dict.fromkeys(names, _slopes(evaluate, derivative, own, own_taps, early))
+      own = _slopes(evaluate, derivative, own_sampling(names[0]), own_taps, early)
+      slopes |= dict.fromkeys(names, own)
 
     residual: dict[str, jax.Array] = {}
     before: PyTree = slopes
     for name in reversed(perturbed):
-      own = own_sampling(name) if separate else sampling
       again = after(keys[name], before) if redraw else keys[name]
-      before = residual[name] = _signal(own, taps[name], again, slopes[name], guessed.get(name))
-
+      before = residual[name] = _signal(
+        own_sampling(name), taps[name], again, slopes[name], guessed.get(name)
+      )
     signal = {
       name: corrected(guessed[name], r) if name in guessed else r for name, r in residual.items()
     }
@@ -149,6 +142,16 @@ def check_options(
       'taps have numbers of passes of their own only where they are perturbed one '
       "by one; allowed: taps 'separate'"
     )
+
+
+def _check_shared(taps: Mapping[str, Tap]) -> None:
+  for name, tap in taps.items():
+    if tap.local_axes == 0:
+      raise ValueError(
+        f'tap {name!r} influences the losses of other examples, and one tangent for '
+        'the whole batch cannot tell the examples apart; allowed: an independent '
+        'one for every example'
+      )
 
 
 def _check_guess(guessed: Mapping[str, jax.Array], taps: Mapping[str, Tap]) -> None:

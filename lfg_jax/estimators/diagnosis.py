@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from lfg_jax.estimators import averaging, probing, shifted, tangents
 from lfg_jax.estimators.diagnosis_report import Diagnosis
+from lfg_jax.estimators.shifted import Call
 
 
 def diagnose(
@@ -80,26 +81,15 @@ def diagnose(
   'tap h: too local: declares local_axes=1, influences along axis 0'
   """
   num_tangents = tuple(num_tangents)
-  if 'passes' in options:
-    raise ValueError(
-      f'passes is {options["passes"]}; allowed here: num_tangents=({options["passes"]},)'
-    )
-  if not num_tangents or num_tangents[0] < 1 or list(num_tangents) != sorted(set(num_tangents)):
-    raise ValueError(f'num_tangents is {num_tangents}; allowed: increasing numbers, 1 or more')
-  if at_once < 6 or at_once % 2 or draws < 1 or probes < 1:
-    raise ValueError(
-      f'at_once={at_once}, draws={draws}, probes={probes}; allowed: an even at_once '
-      'of 6 or more, and 1 or more'
-    )
+  _check(num_tangents, draws, at_once, probes, options)
 
   def run(*args: Any, key: jax.Array, **kwargs: Any) -> Diagnosis:
-    accepted, refused = shifted.accepted(fun, argnums, has_aux, options, args, key, kwargs)
-    function = shifted.shifted(fun, argnums, has_aux, accepted, args, key, kwargs)
+    call, refused = shifted.accepted(Call(fun, argnums, has_aux, options, args, key, kwargs))
+    function = shifted.shifted(call)
     probe_key, near_key, draw_key = jax.random.split(jax.random.fold_in(key, 1), 3)
-    points = [function.point, probing.moved(function.point, near_key)]
     taps = probing.probe(
       jax.jit(function.derivative),
-      points,
+      [function.point, probing.moved(function.point, near_key)],
       function.taps,
       shifted.named(function.losses, 'the losses'),
       probe_key,
@@ -117,17 +107,28 @@ def diagnose(
     found = averaging.accuracies(
       names, num_tangents, sampled, _rounding(exact), is_orthogonal=law.excess(64, 64) == 0
     )
-    return Diagnosis(
-      num_tangents,
-      len(sampled[0].along),
-      tuple(taps),
-      tuple(found[:count]),
-      tuple(found[count:-1]),
-      found[-1],
-      refused,
-    )
+    of_taps, of_leaves = tuple(found[:count]), tuple(found[count:-1])
+    size = len(sampled[0].along)
+    return Diagnosis(num_tangents, size, tuple(taps), of_taps, of_leaves, found[-1], refused)
 
   return run
+
+
+def _check(
+  num_tangents: tuple[int, ...], draws: int, at_once: int, probes: int, options: dict[str, Any]
+) -> None:
+  """Raises ValueError for a number out of range."""
+  if 'passes' in options:
+    raise ValueError(
+      f'passes is {options["passes"]}; allowed here: num_tangents=({options["passes"]},)'
+    )
+  if not num_tangents or num_tangents[0] < 1 or list(num_tangents) != sorted(set(num_tangents)):
+    raise ValueError(f'num_tangents is {num_tangents}; allowed: increasing numbers, 1 or more')
+  if at_once < 6 or at_once % 2 or draws < 1 or probes < 1:
+    raise ValueError(
+      f'at_once={at_once}, draws={draws}, probes={probes}; allowed: an even at_once '
+      'of 6 or more, and 1 or more'
+    )
 
 
 def _rounding(leaves: list[jax.Array]) -> list[float]:

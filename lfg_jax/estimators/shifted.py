@@ -84,20 +84,25 @@ class Shifted(NamedTuple):
     return lambda key: jax.tree.leaves(step(self.zeros, self.point, key=key)[1])
 
 
-def shifted(
-  fun: Callable,
-  argnums: int | Sequence[int],
-  has_aux: bool,
-  options: dict,
-  args: tuple,
-  key: jax.Array,
-  kwargs: dict,
-) -> Shifted:
-  """The function that `value_and_activity_grad` differentiates, with shifts, at these arguments."""
-  of_point, point, _ = bind(fun, argnums, key, args, kwargs)
+class Call(NamedTuple):
+  """A call of `value_and_activity_grad(fun, argnums, has_aux, **options)` and of its result."""
+
+  fun: Callable
+  argnums: int | Sequence[int]
+  has_aux: bool
+  options: dict[str, Any]
+  args: tuple
+  key: jax.Array
+  kwargs: dict[str, Any]
+
+
+def shifted(call: Call) -> Shifted:
+  """The function that the call differentiates, with shifts, at the call's arguments."""
+  options, args, kwargs = call.options, call.args, call.kwargs
+  of_point, point, _ = bind(call.fun, call.argnums, call.key, args, kwargs)
 
   def of_losses(point: tuple) -> tuple[PyTree, dict]:
-    return with_aux(of_point(point), has_aux)[0], {}
+    return with_aux(of_point(point), call.has_aux)[0], {}
 
   traced = Traced(of_losses, point, checkpoint_names=options.get('checkpoint_names', False))
   perturbed = perturbed_taps(traced, options.get('taps'), options.get('tap_passes'))
@@ -106,36 +111,28 @@ def shifted(
   guess = options.get('guess')
   if guess is not None:
     options = {**options, 'guess': lambda activities, *_: guess(activities, *args, **kwargs)}
-  point = point[0] if isinstance(argnums, int) else point
+  point = point[0] if isinstance(call.argnums, int) else point
   taps = [_declared(traced, name, declared[name].local_axes) for name in perturbed]
   return Shifted(traced, point, taps, options)
 
 
-def accepted(
-  fun: Callable,
-  argnums: int | Sequence[int],
-  has_aux: bool,
-  options: dict,
-  args: tuple,
-  key: jax.Array,
-  kwargs: dict,
-) -> tuple[dict, str | None]:
-  """Options that `value_and_activity_grad` accepts, and why it refuses the given ones, if it does.
+def accepted(call: Call) -> tuple[Call, str | None]:
+  """A call that `value_and_activity_grad` accepts, and why it refuses the given one, if it does.
 
   Raises:
     ValueError, TypeError: like `value_and_activity_grad`, if it refuses `mixes_examples=False` too.
   """
 
-  def check(options: dict) -> None:
-    step = value_and_activity_grad(fun, argnums, has_aux, **options)
-    jax.eval_shape(lambda: step(*args, key=key, **kwargs)[1])
+  def check(call: Call) -> None:
+    step = value_and_activity_grad(call.fun, call.argnums, call.has_aux, **call.options)
+    jax.eval_shape(lambda: step(*call.args, key=call.key, **call.kwargs)[1])
 
   try:
-    check(options)
-    return options, None
+    check(call)
+    return call, None
   except ValueError as error:
-    as_declared = {**options, 'mixes_examples': False}
-    if options.get('mixes_examples') is not None:
+    as_declared = call._replace(options={**call.options, 'mixes_examples': False})
+    if call.options.get('mixes_examples') is not None:
       raise
     try:
       check(as_declared)

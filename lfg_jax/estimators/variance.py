@@ -245,17 +245,8 @@ def measure(
       f'draws is {draws}; allowed: at_once x devices = {at_once * devices} or more, and 2 or more'
     )
 
-  def statistics(key: jax.Array) -> tuple[PyTree, jax.Array, jax.Array]:
-    value = estimate(key)
-    dot = lambda a, b: sum(
-      jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    )
-    error = jax.tree.map(jnp.subtract, value, truth)
-    norm = jnp.sqrt(dot(value, value) * dot(truth, truth))
-    entries = sum(leaf.size for leaf in jax.tree.leaves(truth))
-    return value, dot(error, error) / entries, dot(value, truth) / jnp.where(norm > 0, norm, 1)
-
-  chunk = lambda key: _Moments.of(jax.vmap(statistics)(jax.random.split(key, at_once)))
+  of_key = lambda key: _compared(estimate(key), truth)
+  chunk = lambda key: _Moments.of(jax.vmap(of_key)(jax.random.split(key, at_once)))
 
   def on_one(key: jax.Array) -> _Moments:
     keys = jax.random.split(key, chunks)
@@ -279,3 +270,14 @@ def measure(
   n = round(float(count))
   variance, error_variance, _ = jax.tree.map(lambda s: s / (n - 1), squares)
   return Measured(n, mean[0], variance, mean[1], jnp.sqrt(error_variance / n), mean[2])
+
+
+def _compared(value: PyTree, truth: PyTree) -> tuple[PyTree, jax.Array, jax.Array]:
+  """A value, its mean squared error over all entries, and its cosine with the truth."""
+  dot = lambda a, b: sum(
+    jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )
+  error = jax.tree.map(jnp.subtract, value, truth)
+  norm = jnp.sqrt(dot(value, value) * dot(truth, truth))
+  entries = sum(leaf.size for leaf in jax.tree.leaves(truth))
+  return value, dot(error, error) / entries, dot(value, truth) / jnp.where(norm > 0, norm, 1)

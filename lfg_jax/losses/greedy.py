@@ -20,6 +20,7 @@ from lfg_jax.losses.staged import Block, Place, Stack, StagedModel, Variables, m
 from lfg_jax.losses.targets import Targets
 
 PyTree = Any
+KINDS = ('params', 'batch_stats', 'feedback', 'ahead', 'guess')  # of variables that blocks have
 
 
 def stage_loss(blocks: Sequence[Block], cut: Cut) -> Callable:
@@ -190,14 +191,7 @@ def greedy(
   homes = [(stack, i) for stack in model.stacks for i in range(stack.count)]
   plan = _grouped(homes, stages(model.depth, every, overlap))
   if span is not None:
-    plan, mine = _within(plan, span), owned(model, span, every)
-    homes = [
-      (
-        dataclasses.replace(stack, count=len(mine.get(stack.name, ()))),
-        i - mine[stack.name].start if stack.name in mine else i,
-      )
-      for stack, i in homes
-    ]
+    plan, homes = _within(plan, span), _only(homes, owned(model, span, every))
 
   def run_stages(
     variables: Variables, key: jax.Array, x: jax.Array, targets: Targets
@@ -207,31 +201,19 @@ def greedy(
     stats = dict(variables.get('batch_stats', {}))
     loss_B, out = jnp.zeros(x.shape[0]), x
     for number, group in enumerate(plan):
-      taken = group.blocks[group.taken]
-      if not taken:
+      named = _members(group, homes)
+      if not named:
         continue
-      members = [
-        Member(homes[ns[0]][0], [homes[n][1] for n in ns]) for ns in zip(*taken, strict=True)
-      ]
-      named = dict(zip(block_names(len(members)), members, strict=True))
       keys = jax.random.split(jax.random.fold_in(key, number), len(group.blocks))[group.taken]
-      inputs = (
-        keys,
-        *(
-          _gathered(variables.get(kind, {}), named)
-          for kind in ('params', 'batch_stats', 'feedback', 'ahead', 'guess')
-        ),
-      )
-      loss = stage_loss([member.stack.block for member in members], cut)
+      inputs = (keys, *(_gathered(variables.get(kind, {}), named) for kind in KINDS))
+      loss = stage_loss([member.stack.block for member in named.values()], cut)
       body = _stage_body(estimator, loss, targets, group.advance)
       (x, out), (losses_SxB, part, new_stats, guess_part) = _scan(body, x, inputs, len(keys))
       loss_B = loss_B + losses_SxB.sum(0)
-      for name, member in named.items():
-        grads[member.stack.name] = member.add_to(grads.get(member.stack.name), part[name])
-        if name in guess_part:
-          guess_grads[member.stack.name] = member.add_to(
-            guess_grads.get(member.stack.name), guess_part[name]
-          )
+      for total, of_group in ((grads, part), (guess_grads, guess_part)):
+        for name in of_group:
+          stack = named[name].stack.name
+          total[stack] = named[name].add_to(total.get(stack), of_group[name])
       # With overlap, a block is in two stages. The one with its own losses gives its statistics.
       for name in {'last'} if overlap else set(named):
         if name in new_stats:
@@ -240,6 +222,26 @@ def greedy(
     return out, loss_B, grads, {'batch_stats': stats, 'guess_gradient': guess_grads}
 
   return run_stages
+
+
+def _only(homes: Sequence[tuple[Stack, int]], mine: Mapping[str, range]) -> list[tuple[Stack, int]]:
+  """The same homes, in stacks that have only the blocks in `mine`."""
+  return [
+    (
+      dataclasses.replace(stack, count=len(mine.get(stack.name, ()))),
+      i - mine[stack.name].start if stack.name in mine else i,
+    )
+    for stack, i in homes
+  ]
+
+
+def _members(group: Stages, homes: Sequence[tuple[Stack, int]]) -> dict[str, Member]:
+  """The blocks of the stages that are run, by their names in a stage; none if none is run."""
+  members = [
+    Member(homes[ns[0]][0], [homes[n][1] for n in ns])
+    for ns in zip(*group.blocks[group.taken], strict=True)
+  ]
+  return dict(zip(block_names(len(members)), members, strict=True)) if members else {}
 
 
 def _gathered(tree: PyTree, members: Mapping[str, Member]) -> PyTree:

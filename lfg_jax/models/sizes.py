@@ -73,35 +73,18 @@ def mixer_spec(
   channels = CHANNELS[letter] if channels is None else channels
   hidden = channels if hidden is None else hidden
   _check(1 <= blocks <= MOST_BLOCKS, f'model.blocks is {blocks}; allowed: 1 … {MOST_BLOCKS}')
-  for field, value, low in (
-    ('channels', channels, 1),
-    ('hidden', hidden, 1),
-    ('pool_every', pool_every, 0),
-    ('channel_ratio', channel_ratio, 1),
-    ('group_ratio', group_ratio, 1),
-  ):
-    _check(value >= low, f'model.{field} is {value}; allowed: {low} or more')
+  ratios = {'channel_ratio': channel_ratio, 'group_ratio': group_ratio}
+  for field, value in {'channels': channels, 'hidden': hidden, **ratios}.items():
+    _check(value >= 1, f'model.{field} is {value}; allowed: 1 or more')
+  _check(pool_every >= 0, f'model.pool_every is {pool_every}; allowed: 0 or more')
   height, width, colours = image_shape
   _check(
     height % side == 0 and width % side == 0,
     f'model.size asks for {side}x{side} patches, which do not divide an image of {height}x{width}',
   )
   _check_groups(channels, hidden, groups)
-  for norm in norms:
-    one_of('model.norms', norm, NORMS)
   full = Style(norms=tuple(norms), **style)
-  for field, allowed in (
-    ('mixing', ('linear', 'conv')),
-    ('norm', ('layer', 'whole', 'batch')),
-    ('init', ('kaiming', 'lecun', 'constant')),
-    ('pool', ('average', 'max')),
-    ('precision', ('float32', 'bfloat16')),
-  ):
-    one_of(f'model.{field}', getattr(full, field), allowed)
-  _check(
-    full.mixing != 'conv' or 1 <= full.conv_size <= height,
-    f'model.conv_size is {full.conv_size}; allowed: 1 … {height}, the height of an image',
-  )
+  _check_style(full, height)
   stem = BlockSpec(
     side * side, height * width * colours // side**2, hidden, channels, groups, mix=False
   )
@@ -117,6 +100,23 @@ def mixer_spec(
       number = len(runs) - 1
       runs.append(Run(f'blocks_{number}' if number else 'blocks', spec, 1))
   return MixerSpec(tuple(runs), full, classes)
+
+
+def _check_style(style: Style, height: int) -> None:
+  for norm in style.norms:
+    one_of('model.norms', norm, NORMS)
+  for field, allowed in (
+    ('mixing', ('linear', 'conv')),
+    ('norm', ('layer', 'whole', 'batch')),
+    ('init', ('kaiming', 'lecun', 'constant')),
+    ('pool', ('average', 'max')),
+    ('precision', ('float32', 'bfloat16')),
+  ):
+    one_of(f'model.{field}', getattr(style, field), allowed)
+  _check(
+    style.mixing != 'conv' or 1 <= style.conv_size <= height,
+    f'model.conv_size is {style.conv_size}; allowed: 1 … {height}, the height of an image',
+  )
 
 
 def _check_groups(channels: int, hidden: int, groups: int) -> None:
