@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lfg_jax.errors import UserError
+from lfg_jax.estimators import mixing_rules
 from tests import runs
 from tests.runs import ROOT
 
@@ -178,3 +179,19 @@ def test_what_a_torture_looks_for(tmp_path, monkeypatch):
   for name, problem in (('double', 'rows'), ('missing', 'rows'), ('other', 'parameters')):
     with pytest.raises(UserError, match=f'has other {problem}'):
       same(tmp_path / 'whole', tmp_path / name)
+
+
+def test_bias_hunt(tmp_path, monkeypatch, capsys):
+  """Random programs are unbiased; with a wrong rule for a primitive, the hunt finds the bias."""
+  hunt = runs.script('bench/bias_hunt')
+  main, names = hunt['main'], ('relu', 'examples flipped')
+  few = {name: hunt['OPERATIONS'][name] for name in names}
+  monkeypatch.setitem(main.__globals__, 'OPERATIONS', few)
+  arguments = ['--programs=3', '--draws=2000', f'--out={tmp_path}']
+  main(arguments)
+  rows = json.loads((tmp_path / 'bias_hunt.json').read_text())['rows']
+  assert [row['verdict'] for row in rows] == ['unbiased'] * 3
+  monkeypatch.setitem(mixing_rules._RULES, 'rev', mixing_rules._kept(lambda *_: True))
+  with pytest.raises(UserError, match='of 3 programs are biased'):
+    main(arguments)
+  assert 'standard errors: Program(' in capsys.readouterr().out
