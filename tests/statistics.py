@@ -17,9 +17,10 @@ SKEWNESS = 0.1
 RMS = 1.5  # an r.m.s. z over all numbers of a small network
 
 DRAWS, CHUNK = 20_480, 256
-# Added to the standard error. Gradient and estimates may be zero up to float32's last bits (for a
-# bias before a norm that removes it, or a head's exact gradient). Then the mean of the rounding
-# errors is not a bias. Real standard errors are above 1e-4.
+# Added to the standard error, times the leaf's largest entry if that is above 1. Gradient and
+# estimates may have no noise but float32's last bits (a bias before a norm that removes it, a head's
+# exact gradient, a layer below an exact tap). Then the mean of the rounding errors is not a bias.
+# Real standard errors are above 1e-4.
 ROUNDING = 1e-6
 
 
@@ -63,11 +64,12 @@ def z_scores(run, target):
     )
     total = part if total is None else jax.tree.map(np.add, total, part)
 
-  def z(pair):
+  def z(exact, pair):
     mean, square = pair[0] / DRAWS, pair[1] / DRAWS
-    return (mean / np.sqrt(np.maximum(square - mean**2, 0) / DRAWS + ROUNDING**2)).ravel()
+    rounding = ROUNDING * max(1, np.abs(exact).max())
+    return (mean / np.sqrt(np.maximum(square - mean**2, 0) / DRAWS + rounding**2)).ravel()
 
-  return jax.tree.map(z, total, is_leaf=lambda x: isinstance(x, tuple))
+  return jax.tree.map(z, target, total)
 
 
 def verdict(scores):
