@@ -49,6 +49,14 @@ def is_mean(samples, expected, sigmas=SINGLE, slack=0.0):
 
 def z_scores(run, target):
   """[n] per leaf: (mean - target) / standard error, over DRAWS draws of `run(key) -> gradient`."""
+  return z_scores_of_multiples(run, target)[0]
+
+
+def z_scores_of_multiples(run, target, multiples=(1.0,)):
+  """`z_scores` of the estimates times each number, all from the same draws.
+
+  A test learns from them, without further draws, that it would reject estimates of another length.
+  """
 
   @jax.jit
   def moments(key, shift):
@@ -63,11 +71,18 @@ def z_scores(run, target):
     )
     total = part if total is None else jax.tree.map(np.add, total, part)
 
-  def z(pair):
-    mean, square = pair[0] / DRAWS, pair[1] / DRAWS
+  def z(pair, target, c):
+    """With d = g - t: the deviation of c g from t is c d + (c - 1) t."""
+    t = (c - 1) * np.asarray(target, np.float64)
+    d, dd = pair[0] / DRAWS, pair[1] / DRAWS
+    mean, square = c * d + t, c**2 * dd + 2 * c * t * d + t**2
     return (mean / np.sqrt(np.maximum(square - mean**2, 0) / DRAWS + ROUNDING**2)).ravel()
 
-  return jax.tree.map(z, total, is_leaf=lambda x: isinstance(x, tuple))
+  is_pair = lambda x: isinstance(x, tuple)
+  return [
+    jax.tree.map(lambda pair, t, c=c: z(pair, t, c), total, target, is_leaf=is_pair)
+    for c in multiples
+  ]
 
 
 def verdict(scores):
