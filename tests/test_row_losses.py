@@ -57,11 +57,9 @@ def naive(heads, x, head, targets, cut):
       z = jnp.where(z > 0, z, 0) @ head['out']['kernel'] + head['out']['bias']
     return heads.row_loss(z, targets)
 
-  rows = [
-    jnp.stack([replica(p, g) for g in range(G if cut.group else 1)], -1)
-    for p in range(P if cut.patch else 1)
-  ]
-  return jnp.stack(rows, 1)
+  all_groups = jax.vmap(replica, (None, 0), 1)
+  all_replicas = jax.vmap(all_groups, (0, None), 1)
+  return all_replicas(jnp.arange(P if cut.patch else 1), jnp.arange(G if cut.group else 1))
 
 
 @pytest.mark.parametrize('kind', KINDS)
