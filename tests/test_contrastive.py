@@ -130,7 +130,10 @@ def test_displaced_replicas_are_the_naive_ones_with_frozen_copies():
   moved = f + 0.3 * step
   for contrast in (Contrast(), Contrast(stop_gradient=False)):
     losses = lambda x: replicated(x, kernel, bias, REAL_N, contrast, held=jax.lax.stop_gradient(x))  # noqa: B023
-    got = losses(f) + finite_difference(1.0)(losses, f, False)(moved - f)
+    displaced = lambda f, moved: (
+      losses(f) + finite_difference(1.0)(losses, f, False)(moved - f)  # noqa: B023
+    )
+    got = jax.jit(displaced)(f, moved)
     for p, g in ((0, 0), (2, 1)):
       copy = f.at[:, p, g].set(moved[:, p, g])
       z, held = (jnp.einsum('npgc,gck->nk', x, kernel) / 4 + bias for x in (copy, f))

@@ -91,19 +91,23 @@ def test_hidden_heads_can_be_mapped_over_tangents_and_examples():
   along = lambda dx: jax.jvp(lambda x: loss(x, targets), (x,), (dx,))[1]
   tangents = jnp.stack([dx, 2 * dx])
   one_by_one = jax.lax.map(along, tangents)
-  np.testing.assert_allclose(jax.vmap(along)(tangents), one_by_one, rtol=1e-5, atol=1e-6)
-  one = jax.vmap(lambda *example: loss(*jax.tree.map(lambda a: a[None], example))[0])(x, targets)
-  np.testing.assert_allclose(one, loss(x, targets), rtol=1e-5)
+  at_once = jax.jit(jax.vmap(along))(tangents)
+  np.testing.assert_allclose(at_once, one_by_one, rtol=1e-5, atol=1e-6)
+  of_example = lambda *example: loss(*jax.tree.map(lambda a: a[None], example))[0]
+  one = jax.jit(jax.vmap(of_example))(x, targets)
+  np.testing.assert_allclose(one, jax.jit(loss)(x, targets), rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_feedback_matrices_take_the_kernels_place_in_both_layers():
   heads = KINDS['hidden']
   (x, head), _, targets, feedback = case(heads)
-  slope = lambda feedback: jax.grad(
-    lambda x, head: replicated_loss(heads.row_loss, x, head, targets, feedback=feedback).sum(),
-    (0, 1),
-  )(x, head)
+  slope = jax.jit(
+    lambda feedback: jax.grad(
+      lambda x, head: replicated_loss(heads.row_loss, x, head, targets, feedback=feedback).sum(),
+      (0, 1),
+    )(x, head)
+  )
   exact = slope(None)
   own = slope(keep_kernels(head))
   assert relative_error(own, exact) < 1e-6
