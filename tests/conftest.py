@@ -5,6 +5,7 @@ import gc
 import importlib.metadata
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -39,6 +40,16 @@ def what_is_old_is_no_garbage():
   gc.freeze()
   yield
   gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation_stays():
+  """A program under test may switch optimizations on: every later test would compile slowly."""
+  config = sys.modules['jax'].config if 'jax' in sys.modules else None
+  before = config and config.read('jax_disable_most_optimizations')
+  yield
+  if config:
+    config.update('jax_disable_most_optimizations', before)
 
 
 def pytest_collection_modifyitems(config, items):
