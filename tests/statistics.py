@@ -3,6 +3,8 @@
 Seeds are fixed: a test that passes once always passes, until something changes the draws.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,14 @@ def is_mean(samples, expected, sigmas=SINGLE, slack=0.0):
 
 def z_scores(run, target):
   """[n] per leaf: (mean - target) / standard error, over DRAWS draws of `run(key) -> gradient`."""
+  return z_scores_of_multiples(run, target)[0]
+
+
+def z_scores_of_multiples(run, target, multiples=(1.0,)):
+  """`z_scores` of the estimates times each number, all from the same draws.
+
+  A test learns from them, without further draws, that it would reject estimates of another length.
+  """
 
   @jax.jit
   def moments(key, shift):
@@ -64,12 +74,15 @@ def z_scores(run, target):
     )
     total = part if total is None else jax.tree.map(np.add, total, part)
 
-  def z(exact, pair):
-    mean, square = pair[0] / DRAWS, pair[1] / DRAWS
+  def z(exact, pair, c):
+    """With d = g - t: the deviation of c g from t is c d + (c - 1) t."""
+    t = (c - 1) * np.asarray(exact, np.float64)
+    d, dd = pair[0] / DRAWS, pair[1] / DRAWS
+    mean, square = c * d + t, c**2 * dd + 2 * c * t * d + t**2
     rounding = ROUNDING * max(1, np.abs(exact).max())
     return (mean / np.sqrt(np.maximum(square - mean**2, 0) / DRAWS + rounding**2)).ravel()
 
-  return jax.tree.map(z, target, total)
+  return [jax.tree.map(functools.partial(z, c=c), target, total) for c in multiples]
 
 
 def verdict(scores):

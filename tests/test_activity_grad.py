@@ -51,7 +51,7 @@ def test_losses_of_parts_of_an_example():
   exact = objective(functools.partial(patches, mix=False, local_axes=2))(W)[1]
   options = {'law': tangents.haar, 'passes': 2}
   local = value_and_activity_grad(functools.partial(patches, mix=False, local_axes=2), **options)
-  assert relative_error(local(W, key=KEYS[5])[1]['a'], exact['a']) < 3e-6
+  assert relative_error(jax.jit(local)(W, key=KEYS[5])[1]['a'], exact['a']) < 3e-6
   with pytest.raises(
     ValueError,
     match=r"'z' has local_axes=2, but reduce_sum mixes its axis 1; allowed: local_axes=1",
@@ -61,7 +61,8 @@ def test_losses_of_parts_of_an_example():
 
 def test_marks_of_checkpoint_name_can_be_taps():
   fun = lambda w: square(checkpoint_name(jnp.tanh(checkpoint_name(X @ w['a'], 'a')) @ w['b'], 'b'))
-  grads = value_and_activity_grad(fun, **EXACT, checkpoint_names=True)(W, key=KEYS[5])[1]
+  run = jax.jit(value_and_activity_grad(fun, **EXACT, checkpoint_names=True))
+  grads = run(W, key=KEYS[5])[1]
   assert relative_error(grads, objective(fun)(W)[1]) < 3e-6
   with pytest.raises(ValueError, match='the function has no tap'):
     value_and_activity_grad(fun)(W, key=KEYS[5])
@@ -97,7 +98,8 @@ def test_grad_and_vmap_of_the_whole():
   second = jax.jit(jax.grad(size(lambda w: value_and_activity_grad(fun)(w, key=KEYS[5])[0])))(W)
   value = objective(fun)(W)
   assert relative_error(second, jax.tree.map(lambda g: 2 * value[0] * g, value[1])) < 1e-5
-  each = jax.vmap(lambda key: value_and_activity_grad(fun, **EXACT)(W, key=key)[1])(KEYS[:2])
+  of_key = lambda key: value_and_activity_grad(fun, **EXACT)(W, key=key)[1]
+  each = jax.jit(jax.vmap(of_key))(KEYS[:2])
   assert relative_error(jax.tree.map(lambda g: g[1], each), value[1]) < 3e-6
 
 
@@ -156,17 +158,16 @@ def temporaries(f, layers):
 
 @pytest.mark.slow
 def test_tangents_of_all_taps_are_never_in_memory_together():
-  def estimate(fun, passes):
-    of_key = value_and_activity_grad(fun, passes=passes, chunk=1)
-    return lambda ws, x: of_key(ws, x, key=KEYS[5])[1]
+  def estimate(passes, layers):
+    of_key = lambda fun: value_and_activity_grad(fun, passes=passes, chunk=1)
+    return temporaries(lambda fun: lambda ws, x: of_key(fun)(ws, x, key=KEYS[5])[1], layers)
 
-  backprop = temporaries(lambda fun: jax.grad(lambda ws, x: fun(ws, x).sum()), 16)
-  one, eight, sixteen = (
-    temporaries(functools.partial(estimate, passes=passes), 16) for passes in (1, 8, 16)
-  )
+  backprop = temporaries(lambda fun: jax.grad(lambda ws, x: fun(ws, x).sum()), 24)
+  one, eight = estimate(1, 24), estimate(8, 24)
+  # jax 0.11 adds what 12 layers take, however many there are; all tangents would add 24 and more.
   assert one < 1.5 * backprop
   assert eight < 1.5 * one
-  assert sixteen < 1.05 * eight
+  assert estimate(16, 8) < 1.05 * estimate(8, 8)
 
 
 @jax.custom_jvp
@@ -179,7 +180,7 @@ doubled.defjvp(lambda primals, tangents: (primals[0], 2 * tangents[0]))
 
 def test_functions_with_rules_of_their_own_keep_them():
   fun = lambda w: square(doubled(layer(w['b'], straight_through(X @ w['a']), 'b')))
-  grads = value_and_activity_grad(fun, **EXACT)(W, key=KEYS[5])[1]
+  grads = jax.jit(value_and_activity_grad(fun, **EXACT))(W, key=KEYS[5])[1]
   assert relative_error(grads, objective(fun)(W)[1]) < 3e-6
 
 
@@ -189,7 +190,7 @@ def test_cross_entropy_of_integer_labels_keeps_the_examples_apart():
       layer(w['a'], X, 'a') @ w['b'], jnp.arange(BATCH)
     )
 
-  grads = value_and_activity_grad(fun, **EXACT)(W, key=KEYS[5])[1]
+  grads = jax.jit(value_and_activity_grad(fun, **EXACT))(W, key=KEYS[5])[1]
   assert relative_error(grads, objective(fun)(W)[1]) < 3e-6
 
 
@@ -206,8 +207,8 @@ def test_a_fused_loss_is_local_by_its_derivative_rule():
     linear = {'kernel': head, 'bias': jnp.zeros(5)}
     return replicated_loss(cross_entropy, jnp.tanh(z), linear, targets)
 
-  run = value_and_activity_grad(losses, law=tangents.hadamard, passes=4)
-  exact = jax.grad(lambda w: losses(w).sum() / 3)(w)
+  run = jax.jit(value_and_activity_grad(losses, law=tangents.hadamard, passes=4))
+  exact = jax.jit(jax.grad(lambda w: losses(w).sum() / 3))(w)
   assert relative_error(run(w, key=keys[3])[1], exact) < 1e-5
 
   def plain(w):
@@ -229,5 +230,6 @@ def test_a_guess_knows_the_activities_of_all_taps():
   losses = lambda w: (tap(tap(x @ w, 'first') @ second, 'second') ** 2).sum(-1)
   guess = lambda activities, w: {'first': 2 * activities['second'] @ second.T / len(x)}
   estimate = value_and_activity_grad(losses, separate=True, taps=('first',), guess=guess)
-  exact = jax.grad(lambda w: losses(w).mean())(first)
-  chex.assert_trees_all_close(estimate(first, key=jax.random.key(1))[1], exact, rtol=1e-5)
+  exact = jax.jit(jax.grad(lambda w: losses(w).mean()))(first)
+  estimated = jax.jit(estimate)(first, key=jax.random.key(1))[1]
+  chex.assert_trees_all_close(estimated, exact, rtol=1e-5)

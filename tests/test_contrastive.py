@@ -22,7 +22,8 @@ REAL_N = jnp.arange(16) < 14  # the last example pads the batch
 def naive(features, kernel, bias, real_N, contrast, cut):
   """The loss from P·G copies of all features; in each copy, only one patch and group moves."""
   N, patches, G, _ = features.shape
-  stop = jax.lax.stop_gradient
+  stop, rows = jax.lax.stop_gradient, np.arange(N)
+  is_other_NxN = (rows[:, None] != rows) & (real_N[None] | ~real_N[:, None])
 
   def replica(patch, group):
     own_patch = jnp.arange(patches)[:, None, None] == patch if cut.patch else True
@@ -31,12 +32,8 @@ def naive(features, kernel, bias, real_N, contrast, cut):
     z = jnp.einsum('npgc,gck->nk', copy, kernel) / patches + bias
     z = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
     candidates = stop(z) if contrast.stop_gradient else z
-    losses = []
-    for n in range(N):
-      others = [m for m in range(N) if m != n and (real_N[m] or not real_N[n])]
-      scores = candidates[np.array(others)] @ z[n] / contrast.temperature
-      losses.append(-jax.nn.log_softmax(scores)[others.index(n ^ 1)])
-    return jnp.stack(losses)
+    scores = jnp.where(is_other_NxN, z @ candidates.T / contrast.temperature, -jnp.inf)
+    return -jax.nn.log_softmax(scores)[rows, rows ^ 1]
 
   all_groups = jax.vmap(replica, (None, 0), 1)
   all_replicas = jax.vmap(all_groups, (0, None), 1)
@@ -133,7 +130,10 @@ def test_displaced_replicas_are_the_naive_ones_with_frozen_copies():
   moved = f + 0.3 * step
   for contrast in (Contrast(), Contrast(stop_gradient=False)):
     losses = lambda x: replicated(x, kernel, bias, REAL_N, contrast, held=jax.lax.stop_gradient(x))  # noqa: B023
-    got = losses(f) + finite_difference(1.0)(losses, f, False)(moved - f)
+    displaced = lambda f, moved: (
+      losses(f) + finite_difference(1.0)(losses, f, False)(moved - f)  # noqa: B023
+    )
+    got = jax.jit(displaced)(f, moved)
     for p, g in ((0, 0), (2, 1)):
       copy = f.at[:, p, g].set(moved[:, p, g])
       z, held = (jnp.einsum('npgc,gck->nk', x, kernel) / 4 + bias for x in (copy, f))

@@ -13,7 +13,7 @@ from lfg_jax.estimators.tangents import Passes
 from lfg_jax.estimators.taps import Tap
 from lfg_jax.training import algorithms, rules
 from tests.small import compose, gradient, relative_error, small
-from tests.statistics import SIGMAS, is_mean, verdict, z_of_mean, z_scores
+from tests.statistics import SIGMAS, is_mean, verdict, z_of_mean, z_scores, z_scores_of_multiples
 from tests.test_unbiased import model
 
 
@@ -116,11 +116,10 @@ def test_the_regression_follows_the_gradient_of_what_is_left():
   )
   one = compose(s, 'LG-FG-A', guess='all')
   target = jax.jit(exact.gradient)(s.variables, jax.random.key(0), s.batch)[1]['guess_gradient']
-  scores = lambda target: z_scores(
-    lambda key: one.gradient(s.variables, key, s.batch)[1]['guess_gradient'], target
-  )
-  assert verdict(scores(target)) == []
-  assert verdict(scores(jax.tree.map(lambda leaf: 1.1 * leaf, target))) != []
+  run = lambda key: one.gradient(s.variables, key, s.batch)[1]['guess_gradient']
+  right, longer = z_scores_of_multiples(run, target, (1, 1.1))
+  assert verdict(right) == []
+  assert verdict(longer) != []
   # Where nothing is left there is nothing to learn.
   _, right = jax.jit(one.gradient)(with_guess(s, kernels(s)), jax.random.key(0), s.batch)
   assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(right['guess_gradient'])) < 1e-4 * max(

@@ -61,16 +61,17 @@ def test_probe_of_a_contrastive_run_on_what_its_read_out_saw(tmp_path):
     loss='contrastive',
     model__size='S/2/4',
     model__channels=64,
-    epochs=8,
+    epochs=4,
+    eval_every=4,
     optimizer__readout_multiplier=10.0,
   )
   folder = tmp_path / 'run'
   train(prepare(config), folder)
-  probe(f'--workdir={folder}', '--pairs=4', '--iterations=100')
+  probe(f'--workdir={folder}', '--pairs=2', '--iterations=100')
   report = json.loads((folder / 'linear_probe.json').read_text())
   features = np.load(folder / 'features.npz')
-  assert features['train_x'].shape == (4 * 2 * 1438, 64) and features['test_x'].shape == (359, 64)
-  assert len(np.unique(features['train_x'], axis=0)) == 4 * 2 * 1438
+  assert features['train_x'].shape == (2 * 2 * 1438, 64) and features['test_x'].shape == (359, 64)
+  assert len(np.unique(features['train_x'], axis=0)) == 2 * 2 * 1438
   # Three standard errors. With the views' labels in another order, the probe has errors of 0.9.
   assert abs(report['test_error'] - report['online_test_error']) < 3 * report['standard_error']
   assert report['train_error'] < 0.7

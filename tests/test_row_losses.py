@@ -17,7 +17,7 @@ from lfg_jax.training import algorithms
 from lfg_jax.training.train import prepare
 from tests.runs import tiny
 from tests.small import keep_kernels, relative_error
-from tests.statistics import verdict, z_scores
+from tests.statistics import verdict, z_scores_of_multiples
 from tests.test_models import BATCH, FIELDS, composed, gradient
 
 HIDDEN = 6
@@ -57,11 +57,9 @@ def naive(heads, x, head, targets, cut):
       z = jnp.where(z > 0, z, 0) @ head['out']['kernel'] + head['out']['bias']
     return heads.row_loss(z, targets)
 
-  rows = [
-    jnp.stack([replica(p, g) for g in range(G if cut.group else 1)], -1)
-    for p in range(P if cut.patch else 1)
-  ]
-  return jnp.stack(rows, 1)
+  all_groups = jax.vmap(replica, (None, 0), 1)
+  all_replicas = jax.vmap(all_groups, (0, None), 1)
+  return all_replicas(jnp.arange(P if cut.patch else 1), jnp.arange(G if cut.group else 1))
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -93,19 +91,23 @@ def test_hidden_heads_can_be_mapped_over_tangents_and_examples():
   along = lambda dx: jax.jvp(lambda x: loss(x, targets), (x,), (dx,))[1]
   tangents = jnp.stack([dx, 2 * dx])
   one_by_one = jax.lax.map(along, tangents)
-  np.testing.assert_allclose(jax.vmap(along)(tangents), one_by_one, rtol=1e-5, atol=1e-6)
-  one = jax.vmap(lambda *example: loss(*jax.tree.map(lambda a: a[None], example))[0])(x, targets)
-  np.testing.assert_allclose(one, loss(x, targets), rtol=1e-5)
+  at_once = jax.jit(jax.vmap(along))(tangents)
+  np.testing.assert_allclose(at_once, one_by_one, rtol=1e-5, atol=1e-6)
+  of_example = lambda *example: loss(*jax.tree.map(lambda a: a[None], example))[0]
+  one = jax.jit(jax.vmap(of_example))(x, targets)
+  np.testing.assert_allclose(one, jax.jit(loss)(x, targets), rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_feedback_matrices_take_the_kernels_place_in_both_layers():
   heads = KINDS['hidden']
   (x, head), _, targets, feedback = case(heads)
-  slope = lambda feedback: jax.grad(
-    lambda x, head: replicated_loss(heads.row_loss, x, head, targets, feedback=feedback).sum(),
-    (0, 1),
-  )(x, head)
+  slope = jax.jit(
+    lambda feedback: jax.grad(
+      lambda x, head: replicated_loss(heads.row_loss, x, head, targets, feedback=feedback).sum(),
+      (0, 1),
+    )(x, head)
+  )
   exact = slope(None)
   own = slope(keep_kernels(head))
   assert relative_error(own, exact) < 1e-6
@@ -155,11 +157,10 @@ def test_as_many_orthogonal_tangents_as_dimensions_are_exact(kind):
 def test_estimates_with_a_hidden_layer_in_the_heads_are_unbiased(name):
   algorithm, variables = composed(name, 'LG-FG-A', heads=KINDS['hidden'])
   exact = gradient(name, 'LG-BP', heads=KINDS['hidden'])
-  assert verdict(z_scores(lambda key: algorithm.gradient(variables, key, BATCH)[0], exact)) == []
-  longer = lambda key: jax.tree.map(lambda g: 1.1 * g, algorithm.gradient(variables, key, BATCH)[0])
-  assert any(
-    'head' not in line and 'readout' not in line for line in verdict(z_scores(longer, exact))
-  )
+  run = lambda key: algorithm.gradient(variables, key, BATCH)[0]
+  right, longer = z_scores_of_multiples(run, exact, (1, 1.1))
+  assert verdict(right) == []
+  assert any('head' not in line and 'readout' not in line for line in verdict(longer))
 
 
 @pytest.mark.slow

@@ -246,13 +246,14 @@ def measure(
     )
 
   of_key = lambda key: _compared(estimate(key), truth)
-  chunk = lambda key: _Moments.of(jax.vmap(of_key)(jax.random.split(key, at_once)))
+  # Jitted, so that what asks for its shapes and the scan share one trace.
+  chunk = jax.jit(lambda key: _Moments.of(jax.vmap(of_key)(jax.random.split(key, at_once))))
 
   def on_one(key: jax.Array) -> _Moments:
-    keys = jax.random.split(key, chunks)
-    return jax.lax.scan(
-      lambda so_far, key: (so_far.merge(chunk(key)), None), chunk(keys[0]), keys[1:]
-    )[0]
+    shapes = jax.eval_shape(chunk, key)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    merged = lambda so_far, key: (so_far.merge(chunk(key)), None)
+    return jax.lax.scan(merged, nothing, jax.random.split(key, chunks))[0]
 
   if mesh:
     axis = mesh.axis_names[0]
