@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.training import clock, plots, processes, run_log, timing
+from lfg_jax.training import clock, processes, run_log, timing
 from lfg_jax.training.run_log import Row
 
 
@@ -43,6 +43,8 @@ def write(
     rate, peak = flop / seconds['steps'], machine_rate(precision)
     summary['flop_per_second'] = float(f'{rate:.4g}')
     summary['utilisation'] = float(f'{rate / peak:.4g}') if peak else None
+  from lfg_jax.training import plots  # here: matplotlib takes a sixth of a program's start
+
   plots.curves(workdir / 'curves.png', {facts['algorithm']: [rows]})
   run_log.write_atomically(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
   return summary
