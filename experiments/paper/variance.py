@@ -92,7 +92,7 @@ def _linear_row(
   size = p * q * batch * passes
   # Small batches of small layers have the longest tails: their standard error needs many draws.
   draws, at_once = min(40_000, max(300, 100_000_000 // size)), min(200, max(10, 2_000_000 // size))
-  before = jax.config.jax_disable_most_optimizations
+  before = jax.config.read('jax_disable_most_optimizations')
   jax.config.update('jax_disable_most_optimizations', True)  # hundreds of programs, each run once
   measured = variance.measure(estimate, layer.truth, jax.random.key(2), draws, at_once=at_once)
   # Of hundreds of rows, one may lie outside by chance. Four times the draws tell chance from error:
