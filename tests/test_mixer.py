@@ -226,6 +226,7 @@ def test_signal_straight_through_the_norm():
   assert relative_error(gradient(without, 'LG-FG-A'), gradient(with_it, 'LG-FG-A')) > 0.01
 
 
+@pytest.mark.slow
 def test_every_block_of_a_stage_updates_its_statistics():
   """With batch norm and stages of two blocks, so does the block that is not under the losses."""
   s = small(norm='batch', blocks=4)

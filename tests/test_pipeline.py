@@ -206,6 +206,7 @@ def compiled(config, devices, stages):
   return made.dispatch.lower(shapes, jax.random.key(0), 1, 1, *inputs).compile()
 
 
+@pytest.mark.slow
 def test_neighbours_send_one_activity_and_nothing_else():
   """A tick sends x, labels, weights, number of examples and step; metrics then go round once."""
   text = compiled(perceptron(algorithm='LG-BP'), 1, 4).as_text()

@@ -257,6 +257,7 @@ def row_loss(outputs, targets):
   assert ran.read_text() == '..'
 
 
+@pytest.mark.slow
 def test_the_config_decides_what_heads_learn(tmp_path):
   path = tmp_path / 'mine.py'
   path.write_text('from lfg_jax.losses.row_losses import margin as row_loss\n')
