@@ -28,7 +28,6 @@ def two(folders, *flags):
       '--processes=2',
       f'--process={i}',
       '--config.epochs=5000',
-      '--config.algorithm=LG-BP',
       *FLAGS,
       *flags,
     )

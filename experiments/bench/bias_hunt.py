@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from bias_operations import APART, MIXING, B, C, T
 
 from lfg_jax import tap, value_and_activity_grad
@@ -27,7 +26,6 @@ from lfg_jax.training import command_line, results
 
 OPERATIONS = {**APART, **MIXING}
 SIGMAS = 5.5
-ROUNDING = 1e-9
 Row = dict[str, Any]
 
 
@@ -100,17 +98,11 @@ def judged(program: Program, draws: int) -> Row:
     )
   except (ValueError, TypeError) as error:
     return {**program._asdict(), 'verdict': 'refused', 'reason': str(error), 'z': None}
-  z = jax.tree.map(lambda *leaves: _largest_z(*leaves, found.draws), *found[1:3], exact)
-  largest = max(jax.tree.leaves(z))
+  largest = max(float(z2.max()) for z2 in jax.tree.leaves(found.squared_z(exact))) ** 0.5
   verdict = 'biased' if largest > SIGMAS else 'unbiased'
   if verdict == 'biased':
     print(f'biased by {largest:.1f} standard errors: {program}', flush=True)
   return {**program._asdict(), 'verdict': verdict, 'reason': None, 'z': largest}
-
-
-def _largest_z(mean: jax.Array, variance: jax.Array, exact: jax.Array, draws: int) -> float:
-  error = jnp.sqrt(variance / draws + (ROUNDING * (1 + jnp.abs(exact))) ** 2)
-  return float((jnp.abs(mean - exact) / error).max())
 
 
 if __name__ == '__main__':

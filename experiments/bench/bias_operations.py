@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 B, T, C = 4, 2, 4  # examples, positions, channels
-_KEYS = jax.random.split(jax.random.key(7), 4)
+_KEYS = jax.random.split(jax.random.key(7), 3)
 W, V = (jax.random.normal(key, (C, C)) / 2 for key in _KEYS[:2])
 ACROSS = jnp.eye(B) + jax.random.normal(_KEYS[2], (B, B)) / 4
 ORDER = jnp.array([2, 0, 3, 1])

@@ -27,7 +27,7 @@ else
   export TFDS_DATA_DIR=$DATA_DIR
   model=L/8/64 batch=512 repetitions=20 few=10
   training=(--config.steps_per_dispatch=100 --config.checkpoint_every=10)
-  accuracy=(--max_epochs=10) figures=() groups='2 8 32 1 4 16 64' alone=${ALONE:-70}
+  accuracy=(--max_epochs=10) figures=() groups='2 8 32 1 4 16 64' alone=70
 fi
 training_ends=$((in_all - alone))
 mkdir -p "$out"
@@ -52,17 +52,23 @@ speed() {    # NAME LIMIT PRECISION REPETITIONS
     --precision="$3" --algorithms=BP,LG-FG-A --repetitions="$4" --out="$out/$1"
 }
 
+reproduce() {    # NAME STUDY OPTIONS…
+  local name=$1
+  shift
+  step "$name" $((training_ends - SECONDS)) experiments/paper/reproduce.py "$@"
+}
+
 errors() {    # NAME RULES EPOCHS FIELDS…
   local name=$1 rules=$2 number=$3
   shift 3
-  step "$name-$rules" $((training_ends - SECONDS)) experiments/paper/reproduce.py cifar10-M-8-16 \
-    --rules="$rules" --epochs="$number" "${training[@]}" "$@" --out="$out/$name"
+  reproduce "$name-$rules" cifar10-M-8-16 --rules="$rules" --epochs="$number" "${training[@]}" "$@" \
+    --out="$out/$name"
 }
 
 figure() {    # NUMBER RULE [GROUPS]
   local groups=${3:+--groups=$3}
-  step "figure$1-$2$groups" $((training_ends - SECONDS)) experiments/paper/reproduce.py "figure$1" \
-    --rules="$2" "${figures[@]}" --config.steps_per_dispatch=20 $groups --out="$out/figure$1"
+  reproduce "figure$1-$2$groups" "figure$1" --rules="$2" "${figures[@]}" \
+    --config.steps_per_dispatch=20 $groups --out="$out/figure$1"
 }
 
 adamw() {    # DECAY

@@ -162,8 +162,8 @@ class Measured(NamedTuple):
   squared_error_se: jax.Array
   cosine: jax.Array
 
-  def bias_z(self, truth: PyTree) -> jax.Array:
-    """Root mean square over all entries of (mean - truth) / (standard error): 1 without bias.
+  def squared_z(self, truth: PyTree) -> PyTree:
+    """((mean - truth) / (standard error))² of every entry.
 
     The standard error includes rounding, so an exact estimate counts as unbiased.
     """
@@ -174,7 +174,11 @@ class Measured(NamedTuple):
         variance / self.draws + rounding**2, jnp.finfo(mean.dtype).tiny
       )
 
-    z2 = jax.tree.leaves(jax.tree.map(squares, self.mean, self.variance, truth))
+    return jax.tree.map(squares, self.mean, self.variance, truth)
+
+  def bias_z(self, truth: PyTree) -> jax.Array:
+    """Root of the mean of `squared_z` over all entries: 1 without bias."""
+    z2 = jax.tree.leaves(self.squared_z(truth))
     return jnp.sqrt(sum(z.sum() for z in z2) / sum(z.size for z in z2))
 
 

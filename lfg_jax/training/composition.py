@@ -51,8 +51,8 @@ class Composition(NamedTuple):
     if self.augment:
       ids_B = tangents.example_ids(len(label), self.axis_name)
       image = self.augment(tangents.fold_in_all(self.keys(key)[1], ids_B), image)
-    if self.augment and self.model.contrast:
-      label, weight = jnp.repeat(label, VIEWS), jnp.repeat(weight / VIEWS, VIEWS)
+      if self.model.contrast:
+        label, weight = jnp.repeat(label, VIEWS), jnp.repeat(weight / VIEWS, VIEWS)
     return image, Targets(label, weight)
 
   def known(self, variables: Variables) -> Variables:
