@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lfg_jax.training import configs
+from lfg_jax.training import configs, update
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 23  # of an epoch: 1,438 images, 64 at a time
@@ -65,3 +66,19 @@ def state(workdir: pathlib.Path, part: str | None = None) -> list[np.ndarray]:
     like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stored)
     restored = checkpointer.restore(newest / 'state', like)
     return jax.tree.leaves(restored[part] if part else restored)
+
+
+_begun: dict[tuple[str, str], Any] = {}
+
+
+def first_state(config: Any, algorithm: Any, optimizer: Any, rule: str, mesh: Any) -> Any:
+  """The state before the first step, on a mesh; compiled once for all meshes.
+
+  `rule` tells optimizers of the same config apart.
+  """
+  key = configs.to_json(config), rule
+  if key not in _begun:
+    state = update.init_state(algorithm, optimizer, jax.random.key(0), mesh)
+    _begun[key] = jax.device_get(state)
+  # A copy, because an update takes over the memory of its state.
+  return jax.device_put(jax.tree.map(np.array, _begun[key]), NamedSharding(mesh, PartitionSpec()))

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lfg_jax import data
 from lfg_jax.training import (
@@ -21,7 +20,7 @@ from lfg_jax.training import (
   stage_plan,
   update,
 )
-from tests.runs import STEPS, tiny
+from tests.runs import STEPS, first_state, tiny
 
 BATCH = 64
 MIXER = {'model__size': 'S/2/4', 'model__blocks': 4}
@@ -50,9 +49,6 @@ def mesh_of(devices, stages):
   )
 
 
-begun = {}  # the state before the first step, by the config's text: compiled once for all meshes
-
-
 @functools.cache
 def feed_of(at_once, mesh):
   """The feed of digits' training set."""
@@ -69,12 +65,7 @@ def build(config, devices, stages, feed=None):
   feed = feed or feed_of(config.steps_per_dispatch, mesh)
   rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs)
   optimizer = optimizers.make(config.optimizer, rate)
-  text = configs.to_json(config)
-  if text not in begun:
-    begun[text] = jax.device_get(update.init_state(algorithm, optimizer, jax.random.key(0), mesh))
-  everywhere = NamedSharding(mesh, PartitionSpec())
-  # Of a copy, because an update takes over the memory of its state.
-  before = jax.tree.map(lambda leaf: jax.device_put(np.array(leaf), everywhere), begun[text])
+  before = first_state(config, algorithm, optimizer, config.optimizer.name, mesh)
   if stages == 1:
     return feed, before, update.make_update(algorithm, optimizer, mesh, feed)
   spans = stage_plan.spans(algorithm.made_of, stages)

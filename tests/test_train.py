@@ -5,20 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lfg_jax import data
-from lfg_jax.training import algorithms, configs, update
-from tests.runs import STEPS, tiny
+from lfg_jax.training import algorithms, update
+from tests.runs import STEPS, first_state, tiny
 
 
 def mesh(devices):
   return jax.make_mesh(
     (devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
   )
-
-
-begun = {}  # the state before the first step, by the config's text: compiled once for all meshes
 
 
 def updated(config, devices, learning_rate=0.1, first_step=STEPS - 2, steps=2, at_once=1):
@@ -28,14 +24,8 @@ def updated(config, devices, learning_rate=0.1, first_step=STEPS - 2, steps=2, a
   optimizer = optax.sgd(learning_rate)
   feed = update.make_feed(dataset.train, mesh(devices), 64, jax.random.key(1), at_once=at_once)
   step = update.make_update(algorithm, optimizer, mesh(devices), feed)
-  text = configs.to_json(config)
-  if text not in begun:
-    begun[text] = jax.device_get(
-      update.init_state(algorithm, optimizer, jax.random.key(0), mesh(devices))
-    )
-  # Copies, because an update takes over the memory of its state.
-  before = jax.tree.map(np.array, begun[text])._replace(step=np.int32(first_step))
-  after = jax.device_put(before, NamedSharding(mesh(devices), PartitionSpec()))
+  before = first_state(config, algorithm, optimizer, 'plain sgd', mesh(devices))
+  after = before._replace(step=jnp.full((), first_step, jnp.int32))
   for count, inputs in list(feed.epoch(0, first_step))[:steps]:
     after = step(after, jax.random.key(2), count, *inputs)
   return jax.device_get(after)
