@@ -5,11 +5,13 @@ import gc
 import importlib.metadata
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
 
-# Eight virtual devices: sharding is tested as on a pod.
+# Eight virtual devices, also where JAX finds a GPU: sharding is tested as on a pod.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 flags = ['--xla_force_host_platform_device_count=8']
 # The tests compile thousands of small programs and run each once: quick compilation matters, not
 # quick code. These two flags halve its time. XLA ends a program that gives it an unknown flag.
@@ -41,12 +43,19 @@ def what_is_old_is_no_garbage():
   gc.unfreeze()
 
 
-def pytest_collection_modifyitems(config, items):
-  """Measures coverage in the quick tests only, because it takes a third of a test's time."""
-  if config.pluginmanager.hasplugin('_cov'):
-    for item in items:
-      if item.get_closest_marker('slow'):
-        item.add_marker(pytest.mark.no_cover)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+  """Measures coverage in the quick tests only, because it takes a third of a test's time.
+
+  The mark `no_cover` would not do: in a worker, pytest-cov starts two measurements and stops one.
+  """
+  tracer = sys.gettrace()
+  if item.get_closest_marker('slow'):
+    sys.settrace(None)
+  try:
+    return (yield)
+  finally:
+    sys.settrace(tracer)
 
 
 def pytest_sessionfinish():
