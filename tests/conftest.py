@@ -1,12 +1,10 @@
 """Settings for all tests and the programs that they start, made before jax is imported anywhere."""
 
-import atexit
 import gc
 import importlib.metadata
 import os
-import shutil
+import platform
 import sys
-import tempfile
 
 import pytest
 
@@ -20,19 +18,24 @@ if importlib.metadata.version('jaxlib').startswith('0.10.'):
 os.environ.setdefault('XLA_FLAGS', ' '.join(flags))
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
-# Tests share what they have compiled, across processes, through a folder. A folder that the user
-# names is kept, and makes the next run of the tests faster.
-if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = folder = tempfile.mkdtemp(prefix='lfg_jax-compiled-')
-  atexit.register(shutil.rmtree, folder, ignore_errors=True)
 # Storing a small program takes longer than compiling it.
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
 # On some CPUs, XLA reports an error for every program in the folder, because LLVM's list of the CPU's
 # features has tuning hints that the CPU does not.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 # Traces are many small, long-lived objects: garbage collection among them took a sixth of the time.
 gc.set_threshold(50_000, 20, 100)
+
+
+def pytest_configure(config):
+  """Tests share what they have compiled: across processes, and with the next run of the tests.
+
+  `pytest --cache-clear` empties the folder. It is of one computer, because XLA compiles for a CPU.
+  """
+  if hasattr(config, 'cache'):
+    folder = config.cache.mkdir(f'compiled-{platform.node()}')
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))
 
 
 @pytest.fixture(autouse=True, scope='module')
