@@ -52,9 +52,10 @@ def pytest_runtest_protocol(item):
 
   The mark `no_cover` would not do: in a worker, pytest-cov starts two measurements and stops one.
   """
+  if not item.config.pluginmanager.hasplugin('_cov') or not item.get_closest_marker('slow'):
+    return (yield)
   tracer = sys.gettrace()
-  if item.get_closest_marker('slow'):
-    sys.settrace(None)
+  sys.settrace(None)
   try:
     return (yield)
   finally:
