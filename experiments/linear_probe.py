@@ -12,7 +12,6 @@ error of the probe's test error. The program refuses a folder that is not that o
 no checkpoint.
 """
 
-import argparse
 import functools
 import pathlib
 from typing import Any
@@ -34,14 +33,14 @@ BATCH = 500
 
 def main(arguments: list[str]) -> None:
   """Computes the features, fits the probe and reports its errors."""
-  parser = command_line.Parser(description=__doc__)
-  parser.option('workdir', None, 'of a run', type=pathlib.Path, required=True)
+  parser = command_line.Parser(__doc__)
+  parser.option('workdir', None, 'of a run', kind=pathlib.Path, required=True)
   parser.option('data_dir', None, 'of TFDS; default: as the run had it')
   parser.number('images', None, 'number of training images, counted from the first; default: all')
   parser.number('pairs', 0, 'of views, of every training image; 0: the image', least=0)
   parser.number('l2', 1e-4, 'weight of |W|²/2', least=0, kind=float)
   parser.number('iterations', 300, 'of L-BFGS')
-  options = parser.parse_args(arguments)
+  options = parser.parse(arguments)
   job, state = load(options.workdir, options.data_dir)
   if options.pairs and job.config.loss != 'contrastive':
     raise UserError(
@@ -60,7 +59,7 @@ def main(arguments: list[str]) -> None:
   print('  '.join(f'{name} {value}' for name, value in report.items()))
 
 
-def probe(job: Job, variables: dict, options: argparse.Namespace) -> dict[str, Any]:
+def probe(job: Job, variables: dict, options: command_line.Options) -> dict[str, Any]:
   """Errors of the probe and of the online read-out; writes the features into the run's folder."""
   train_x, train_y = (
     view_features(job, variables, options.pairs)

@@ -26,77 +26,112 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
   return stop.value.code, out, err
 
 
-@pytest.mark.parametrize('argument, message', [
-    ('--config.algorithm=LG-XX', f"algorithm is 'LG-XX'; allowed: {ALGORITHMS}"),
-    ('--config.model.size=X/1/1',
-     "model.size is 'X/1/1'; allowed: SIZE/PATCHES/GROUPS with SIZE one of S, M, L, as in 'M/8/16'"),
-    ('--config.augment.shift=8', 'augment.shift is 8; allowed: 0 … 7'),
-    ('--config.augment.shift=-1', 'augment.shift is -1; allowed: 0 … 7'),
-    ('--config.model.norm=instance', "model.norm is 'instance'; allowed: layer, whole, batch"),
-    ('--config.model.size=S/2/3', '3 groups do not divide model.channels = 256'),
-    ('--config.model.size=S/3/4', 'model.size asks for 3x3 patches, which do not divide an image of 8x8'),
-    ('--config.dataset=letters',
-     "unknown dataset 'letters'; allowed: digits, mnist, fashion_mnist, cifar10, imagenet2012, any other of TFDS with "
-     'images and labels, or arrays of your own: --config.data.module=FILE.py'),
-    ('--config.estimator.law=cauchy', f"estimator.law is 'cauchy'; allowed: {', '.join(tangents.LAWS)}"),
-    ('--config.optimizer.name=sdg', f"optimizer.name is 'sdg'; allowed: {', '.join(optimizers.OPTIMIZERS)}"),
-    ('--config.optimizer.schedule=wave',
-     "optimizer.schedule is 'wave'; allowed: constant, linear, staircase, cosine"),
-    ('--config.optimizer.learning_rate=-1', 'optimizer.learning_rate is -1.0; allowed: more than 0'),
-    ('--config.optimizer.learning_rate=nan', 'optimizer.learning_rate is nan; allowed: more than 0'),
-    ('--config.optimizer.momentum=1', 'optimizer.momentum is 1.0; allowed: 0 … 1, without 1'),
-    ('--config.optimizer.weight_decay=-1', 'optimizer.weight_decay is -1.0; allowed: 0 or more'),
-    ('--config.optimizer.warmup_epochs=20', 'optimizer.warmup_epochs is 20.0; allowed: less than epochs, 20'),
-    ('--config.optimizer.staircase_epochs=1,b',
-     "optimizer.staircase_epochs is (1, 'b'); allowed: numbers, 0 or more"),
-    ('--config.optimizer.staircase_epochs=-1',
-     'optimizer.staircase_epochs is (-1,); allowed: numbers, 0 or more'),
-    ('--config.model.norms=head,readuot',
-     f"model.norms is 'readuot'; allowed: {', '.join(block.NORMS)}"),
-    ('--config.model.channels=0', 'model.channels is 0; allowed: 1 or more'),
-    ('--config.model.hidden=-2', 'model.hidden is -2; allowed: 1 or more'),
-    ('--config.model.blocks=0', 'model.blocks is 0; allowed: 1 … 10000'),
-    ('--config.model.blocks=-3', 'model.blocks is -3; allowed: 1 … 10000'),
-    ('--config.model.pool_every=-1', 'model.pool_every is -1; allowed: 0 or more'),
-    ('--config.model.channel_ratio=0', 'model.channel_ratio is 0; allowed: 1 or more'),
-    ('--config.model.group_ratio=0', 'model.group_ratio is 0; allowed: 1 or more'),
-    ('--config.profile=5', "profile is '5'; allowed: FIRST:LAST, steps from 1; None"),
-    ('--config.profile=5:4', "profile is '5:4'; allowed: FIRST:LAST, steps from 1; None"),
-    ('--config.lost_after=1', 'lost_after is 1; allowed: 2 or more'),
-    ('--rehearse=0', '--rehearse is 0; allowed: 1 or more'),
-    ('--process=1', 'coordinator, processes, process are missing, missing, 1; allowed: all of '
-     '--coordinator=HOST:PORT --processes=N --process=I, or of the environment variables '
-     'JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID'),
-    ('--config.image_size=0', 'image_size is 0; allowed: 1 or more, None'),
-    ('--config.estimator.step=inf', 'estimator.step is inf; allowed: finite numbers'),
-    ('--config.seed=2147483648', 'seed is 2147483648; allowed: integers of 32 bits'),
-    ('--config.epochs=0', 'epochs is 0; allowed: 1 or more'),
-    ('--config.batch_size=30', 'batch_size is 30; allowed: multiples of 8, the number of devices'),
-    ('--config.epochs=many', "config field epochs is 'many'; allowed: int"),
-    ('--config.losses.patch=maybe', "config field losses.patch is 'maybe'; allowed: bool"),
-    ('--config.epochs=None', "config field epochs is 'None'; allowed: int"),
-    ('--config.epochs', 'Missing value for flag --config.epochs'),
-    ('--noconfig.epochs', "Unknown command line flag 'noconfig.epochs'. Did you mean: config.epochs ?"),
-    ('--config.losses=3', 'config field losses has fields: every, group, head_ahead, head_average, head_hidden, '
-     'module, overlap, patch, row; name one of them'),
-    ('--config.image_size=9', 'image_size=9 is not for digits, whose images are 8x8'),
-    ('--config.images=1439', 'images is 1439; allowed: 1 … 1438, of a data set that fits memory'),
-    ('--config.epoch=3', f'unknown config field epoch; did you mean epochs? allowed: {TOP}'),
-    ('--config.estimator.laws=normal',
-     'unknown config field estimator.laws; did you mean estimator.law? allowed: chunk, combine, credit, guess, '
-     'guess_rate, last_tap, law, module, passes, sharing, step, tap_passes, taps'),
-    ('--config.learning_rat=1',
-     f'unknown config field learning_rat; did you mean optimizer.learning_rate? allowed: {TOP}'),
-    ('--config.trainer.x=1', f'unknown config field trainer; allowed: {TOP}'),
-    ('--config=configs/none.py', 'config file configs/none.py not found'),
-    ('--confg=configs/mnist.py', 'unknown option --confg; did you mean --config?'),
-    ('--workdir', 'argument --workdir: expected one argument'),
-    ('more', "unexpected argument 'more'"),
+def told(err, *facts, program='train.py'):
+  """Whether an error is one line of a program that has these facts."""
+  assert err.startswith(f'{program}: ') and err.count('\n') == 1, err
+  missing = [fact for fact in facts if fact not in err]
+  assert not missing, (missing, err)
+  return True
+
+
+# An argument, and facts of the line: the field, what was given, what is allowed.
+@pytest.mark.parametrize('argument, facts', [
+    ('algorithm=LG-XX', ('algorithm', "'LG-XX'", ALGORITHMS)),
+    ('model.size=X/1/1', ('model.size', "'X/1/1'", 'SIZE/PATCHES/GROUPS', 'S, M, L')),
+    ('augment.shift=8', ('augment.shift', '8', '0 … 7')),
+    ('augment.shift=-1', ('augment.shift', '-1', '0 … 7')),
+    ('model.norm=instance', ('model.norm', "'instance'", 'layer, whole, batch')),
+    ('model.size=S/2/3', ('3 groups', 'do not divide', 'model.channels', '256')),
+    ('model.size=S/3/4', ('model.size', '3x3 patches', 'do not divide', '8x8')),
+    ('dataset=letters', ("dataset 'letters'", 'digits, mnist', 'TFDS', '--config.data.module')),
+    ('estimator.law=cauchy', ('estimator.law', "'cauchy'", ', '.join(tangents.LAWS))),
+    ('optimizer.name=sdg', ('optimizer.name', "'sdg'", ', '.join(optimizers.OPTIMIZERS))),
+    ('optimizer.schedule=wave', ('optimizer.schedule', "'wave'", ', '.join(optimizers.SCHEDULES))),
+    ('optimizer.learning_rate=-1', ('optimizer.learning_rate', '-1', 'more than 0')),
+    ('optimizer.learning_rate=nan', ('optimizer.learning_rate', 'nan', 'more than 0')),
+    ('optimizer.momentum=1', ('optimizer.momentum', '1', 'without 1')),
+    ('optimizer.weight_decay=-1', ('optimizer.weight_decay', '-1', '0 or more')),
+    ('optimizer.warmup_epochs=20', ('optimizer.warmup_epochs', '20', 'less than epochs')),
+    ('optimizer.staircase_epochs=1,b', ('optimizer.staircase_epochs', "'b'", 'numbers, 0 or more')),
+    ('optimizer.staircase_epochs=-1', ('optimizer.staircase_epochs', '-1', '0 or more')),
+    ('model.norms=head,readuot', ('model.norms', "'readuot'", ', '.join(block.NORMS))),
+    ('model.channels=0', ('model.channels', '0', '1 or more')),
+    ('model.hidden=-2', ('model.hidden', '-2', '1 or more')),
+    ('model.blocks=0', ('model.blocks', '0', '1 … 10000')),
+    ('model.blocks=-3', ('model.blocks', '-3', '1 … 10000')),
+    ('model.pool_every=-1', ('model.pool_every', '-1', '0 or more')),
+    ('model.channel_ratio=0', ('model.channel_ratio', '0', '1 or more')),
+    ('model.group_ratio=0', ('model.group_ratio', '0', '1 or more')),
+    ('contrastive.temperature=0', ('contrastive.temperature', '0', 'more than 0')),
+    ('contrastive.min_area=2', ('contrastive.min_area', '2', 'at most 1')),
+    ('losses.head_average=1', ('losses.head_average', '1', 'without 1')),
+    ('losses.every=0', ('losses.every', '0', '1 or more')),
+    ('estimator.tap_passes.after_group=-1', ('after_group', '-1', '0 or more')),
+    ('micro_batch=-1', ('micro_batch', '-1', '0 or more')),
+    ('profile=5', ('profile', "'5'", 'FIRST:LAST', 'None')),
+    ('profile=5:4', ('profile', "'5:4'", 'FIRST:LAST', 'None')),
+    ('lost_after=1', ('lost_after', '1', '2 or more')),
+    ('image_size=0', ('image_size', '0', '1 or more', 'None')),
+    ('estimator.step=inf', ('estimator.step', 'inf', 'finite')),
+    ('seed=2147483648', ('seed', '2147483648', '32 bits')),
+    ('epochs=0', ('epochs', '0', '1 or more')),
+    ('batch_size=30', ('batch_size', '30', 'multiples of 8', 'devices')),
+    ('epochs=many', ('epochs', "'many'", 'int')),
+    ('losses.patch=maybe', ('losses.patch', "'maybe'", 'bool')),
+    ('epochs=None', ('epochs', "'None'", 'int')),
+    ('image_size=big', ('image_size', "'big'", 'int, None')),
+    ('epochs', ('Missing value', '--config.epochs')),
+    ('losses=3', ('losses has fields', 'every, group, head_ahead', 'row; name one')),
+    ('model=mlp', ('model has fields', 'name', 'name one')),
+    ('image_size=9', ('image_size', '9', 'digits', '8x8')),
+    ('images=1439', ('images', '1439', '1 … 1438')),
+    ('epoch=3', ('epoch;', 'did you mean epochs?', TOP)),
+    ('learning_rat=1', ('learning_rat;', 'did you mean optimizer.learning_rate?', TOP)),
+    ('lerning_rate=1', ('lerning_rate;', 'did you mean optimizer.learning_rate?')),
+    ('estimator.laws=normal', ('estimator.laws', 'did you mean estimator.law?', 'chunk, combine')),
+    ('model.width=1', ('model.width', 'allowed: blocks')),
+    ('zzz.x=1', ('zzz.x', TOP)),
 ])  # fmt: skip
-def test_arguments(argument, message, tmp_path, monkeypatch, capsys):
+def test_fields(argument, facts, tmp_path, monkeypatch, capsys):
   workdir = [f'--workdir={tmp_path / "run"}']
-  assert run(monkeypatch, capsys, [*workdir, argument]) == (2, '', f'train.py: {message}\n')
+  code, out, err = run(monkeypatch, capsys, [*workdir, f'--config.{argument}'])
+  assert (code, out) == (2, '') and told(err, *facts)
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('argument, facts', [
+    # A field without its place in the config is what one types first.
+    ('--epochs=2', ('--epochs', 'did you mean --config.epochs?')),
+    ('--batch=2', ('--batch', 'did you mean --config.batch_size?')),
+    ('--learning_rate=1', ('did you mean --config.optimizer.learning_rate?',)),
+    ('--model.size=S/1/1', ('did you mean --config.model.size?',)),
+    ('--model=mlp', ('did you mean --config.model.name?',)),
+    ('--optimizer=lars', ('did you mean --config.optimizer.name?',)),
+    ('--confg=configs/mnist.py', ('--confg', 'did you mean --config?')),
+    ('--work_dir=x', ('did you mean --workdir?',)),
+    ('--zzz', ('unknown option --zzz\n',)),
+    ('--config=configs/none.py', ('configs/none.py', 'not found')),
+    ('--config=minst', ('minst', 'did you mean mnist?', 'cifar10')),
+    ('--noconfig.epochs', ('noconfig.epochs',)),
+    ('--rehearse=0', ('--rehearse', '0', '1 or more')),
+    ('--rehearse=two', ('--rehearse', "'two'", '1 or more')),
+    ('--process=1', ('coordinator, processes, process', 'missing', '--coordinator=HOST:PORT')),
+    ('--print_config=perhaps', ('--print_config', "'perhaps'", 'true, false')),
+    ('--workdir', ('Missing value', '--workdir')),
+    ('more', ("unexpected argument 'more'",)),
+])  # fmt: skip
+def test_options(argument, facts, tmp_path, monkeypatch, capsys):
+  code, out, err = run(monkeypatch, capsys, [f'--workdir={tmp_path / "run"}', argument])
+  assert (code, out) == (2, '') and told(err, *facts)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_traceback_on_demand(monkeypatch, capsys):
+  wrong = '--config.epochs=0'
+  assert 'Traceback' not in run(monkeypatch, capsys, [wrong])[2]
+  err = run(monkeypatch, capsys, ['--traceback', wrong])[2]
+  assert 'Traceback' in err and told(err.splitlines(keepends=True)[-1], 'epochs', '1 or more')
+  assert 'Traceback' not in run(monkeypatch, capsys, [wrong])[2]
 
 
 def test_views_and_streams_are_not_augmented_twice(tmp_path, monkeypatch, capsys):
@@ -147,10 +182,9 @@ def test_missing_data_names_the_command(tmp_path, monkeypatch, capsys):
     ('c = configs.base()\n  del c.keep\n  return c', 'config field keep is missing'),
     ('c = configs.base()\n  c.new = 1\n  return c', f'unknown config field new; allowed: {TOP}'),
     ('c = configs.base()\n  del c.losses\n  c.losses = 3\n  return c',
-     'config field losses is 3; allowed: fields every, group, head_ahead, head_average, head_hidden, module, overlap, '
-     'patch, row'),
-    ('c = configs.base()\n  del c.seed\n  c.seed = None\n  return c',
-     'config field seed is None; allowed: int'),
+     'losses has fields: every, group, head_ahead, head_average, head_hidden, module, overlap, patch, row; '
+     'name one of them'),
+    ('c = configs.base()\n  del c.seed\n  c.seed = None\n  return c', 'seed is None; allowed: int'),
 ])  # fmt: skip
 def test_mistakes_in_a_config_file(body, message, tmp_path, monkeypatch, capsys):
   path = tmp_path / 'mine.py'

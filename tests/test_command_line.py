@@ -3,7 +3,7 @@
 import pytest
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import command_line, config_checks, configs
+from lfg_jax.training import command_line, configs
 from tests.runs import tiny
 
 
@@ -34,7 +34,7 @@ def test_every_field_that_may_be_none_reads_none():
   assert len(fields) >= 6
   config = command_line.override(tiny(data_dir='x'), [f'--config.{field}=None' for field in fields])
   assert all(dict(configs.flatten(config))[field] is None for field in fields)
-  config_checks.validate(config)
+  configs.validate(config)
 
 
 def test_none_is_for_fields_of_the_models_that_may_be_open(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from lfg_jax.losses import row_losses
 from lfg_jax.losses.heads import Heads
 from lfg_jax.models import block
-from lfg_jax.training import config_checks, configs, rules
+from lfg_jax.training import configs, rules
 from tests.runs import FLAGS, ROOT, STEPS, script
 
 
@@ -76,4 +76,4 @@ def test_base_config_has_the_defaults_of_the_code():
   'path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda path: path.stem
 )
 def test_configs_are_valid(path):
-  config_checks.validate(configs.load(str(path)))
+  configs.validate(configs.load(str(path)))

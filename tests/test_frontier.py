@@ -93,9 +93,9 @@ def test_more_passes_go_where_they_are_cheap():
 @pytest.mark.parametrize(
   ('argument', 'message'),
   [
-    ('--variants=quiet', "--variants has 'quiet'; allowed: joint, separate"),
-    ('--laws=uniform', "--laws has 'uniform'; allowed: normal"),
-    ('--passes=0', '--passes has 0; allowed: 1 or more'),
+    ('--variants=quiet', "--variants is 'quiet'; allowed: joint, separate"),
+    ('--laws=uniform', "--laws is 'uniform'; allowed: normal"),
+    ('--passes=0', "--passes is '0'; allowed: 1 or more"),
     ('--model=S', "model.size is 'S'"),
   ],
 )
@@ -157,8 +157,8 @@ def test_a_run_ends_at_its_last_threshold(tmp_path):
   [
     ('--thresholds=1,2', "--thresholds is '1,2'; allowed: falling numbers"),
     ('--rates=LG-BP=1', "--rates has 'LG-BP'; allowed: BP"),
-    ('--seeds=a', "--seeds is 'a'; allowed: numbers"),
-    ('--interval=0', '--interval is 0; allowed: 1 or more'),
+    ('--seeds=a', "--seeds is 'a'; allowed: 0 or more"),
+    ('--interval=0', "--interval is '0'; allowed: 1 or more"),
   ],
 )
 def test_time_to_accuracy_refuses(argument, message, tmp_path):

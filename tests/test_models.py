@@ -38,9 +38,7 @@ BATCH = Batch(
 
 
 def model_of(name, heads=Heads()):
-  defaults = {
-    f: None if isinstance(v, type) else v for f, v in registry.find(name).DEFAULTS.items()
-  }
+  defaults = {f: entry.default for f, entry in registry.fields_of(registry.find(name)).items()}
   return registry.build(registry.find(name), {**defaults, **FIELDS[name]}, IMAGES, heads)
 
 
@@ -193,10 +191,9 @@ def test_what_is_wrong_with_a_model_is_one_line(tmp_path):
     with pytest.raises(UserError, match=message):
       configs.use_model(tiny(), name, module)
   path.write_text(MINE)
-  with pytest.raises(
-    UserError, match=r'model\.width is 2; allowed: a multiple of 2 groups, 4 or more'
-  ):
-    prepare(tiny_of('mine', str(path), width=2))
+  for width, allowed in ((2, '4 or more'), (7, 'multiples of 2, the number of groups')):
+    with pytest.raises(UserError, match=f'model.width is {width}; allowed: {allowed}'):
+      prepare(tiny_of('mine', str(path), width=width))
   for name, fields, message in (
     ('mlp', {'groups': 3}, '3 groups do not divide model.channels = 256'),
     ('mlp', {'blocks': 0}, 'model.blocks is 0; allowed: 1'),

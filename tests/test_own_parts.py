@@ -66,7 +66,7 @@ def test_help_knows_the_fields_of_a_model_from_outside(files, capsys):
   with pytest.raises(SystemExit):
     program.main([f'--config.model.module={files["model"]}', '--help'])
   out = capsys.readouterr().out
-  assert '  model.width = 64\n      channels of both layers.\n' in out
+  assert '  model.width = 64\n      channels of both layers; allowed: 4 or more\n' in out
   assert '  estimator.tap_passes.out = 0\n' in out and 'model.size' not in out
 
 

@@ -99,8 +99,8 @@ def test_printed_commands_are_the_runs(name, capsys):
   selected = reproduce.selected(studies.STUDIES[name], options)
   assert len(selected) == (8 if name == 'figure7' else len(studies.STUDIES[name].runs))
   parser = command_line.Parser()
-  parser.add_argument('--config')
-  parser.add_argument('--workdir')
+  parser.option('config', None)
+  parser.option('workdir', None)
   for run, line in zip(selected, lines[1::2], strict=True):
     planned = reproduce.plan(studies.STUDIES[name], run, 3, ROOT, options, rest)
     _, program, *arguments = shlex.split(line)
@@ -151,13 +151,13 @@ def test_both_kinds_of_lg_fg_a_are_told_apart(study):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (['table9'], "argument STUDY: invalid choice: 'table9'"),
-    (['figure6', '--rules=XX'], "--rules has 'XX'; allowed: LG-FG-A-paper, LG-FG-A$"),
+    (['table9'], 'table9; allowed: table1, figure5'),
+    (['figure6', '--rules=XX'], "--rules is 'XX'; allowed: LG-FG-A-paper, LG-FG-A,"),
     (['figure7', '--groups=3'], '--groups has 3; allowed: 1, 2, 4, 8, 16, 32, 64$'),
-    (['figure6', '--seeds=a'], "--seeds is 'a'; allowed: numbers with commas between them"),
+    (['figure6', '--seeds=a'], "--seeds is 'a'; allowed: 0 or more"),
     (['figure6', '--config.epoch=3'], 'unknown config field epoch; did you mean epochs'),
     (['figure6', '--epoch=3'], 'unknown option --epoch$'),
-    (['cifar10-M-8-16', '--epochs=0'], 'epochs is 0; allowed: 1 or more'),
+    (['cifar10-M-8-16', '--epochs=0'], "epochs is '0'; allowed: 1 or more"),
     (['cifar10-M-8-16', '--images=9999', *FIELDS], 'images is 9999; allowed: 1 … 1438'),
     (
       ['cifar10-M-8-16', '--data_dir=/nowhere'],
@@ -211,7 +211,7 @@ def test_programs_get_their_arguments(name, program, tmp_path, capsys):
 def test_mistakes_of_programs(tmp_path, capfd):
   with pytest.raises(UserError, match=r'replicated_losses\.py ended with exit code 2$'):
     reproduce.main(['figure5', f'--out={tmp_path}', '--epochs=3'])
-  assert capfd.readouterr().err == 'replicated_losses.py: unrecognized arguments: --epochs=3\n'
+  assert capfd.readouterr().err == 'replicated_losses.py: unknown option --epochs\n'
 
 
 def test_gpu_script_starts_what_there_is(tmp_path):

@@ -1,7 +1,10 @@
 """lfg-train: what it prints about configs, and configs by name."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -9,7 +12,7 @@ from lfg_jax.errors import UserError
 from lfg_jax.estimators import tangents
 from lfg_jax.losses import row_losses
 from lfg_jax.models import registry
-from lfg_jax.training import configs, fields, program, rules
+from lfg_jax.training import command_line, configs, program, rules
 from tests.runs import ROOT
 
 
@@ -18,45 +21,77 @@ def printed(capsys, *arguments):
   return capsys.readouterr().out
 
 
+def helped(capsys, *arguments):
+  with pytest.raises(SystemExit) as stop:
+    program.main([*arguments, '--help'])
+  assert stop.value.code == 0
+  return capsys.readouterr().out
+
+
 @pytest.mark.parametrize('name', registry.MODELS)
 def test_help_has_every_field_with_its_meaning_and_default(capsys, name):
-  with pytest.raises(SystemExit) as stop:
-    program.main(['--help'] if name == 'mixer' else [f'--config.model.name={name}', '--help'])
-  assert stop.value.code == 0
-  lines, config = capsys.readouterr().out.splitlines(), configs.base()
-  configs.use_model(config, name)
-  meanings = fields.meanings(config)
-  for field, default in configs.flatten(config):
-    shown = ','.join(map(str, default)) if isinstance(default, tuple) else default
-    place = lines.index(f'  {field} = {shown}')
-    assert lines[place + 1].startswith('      ') and len(meanings[field]) > 1, field
-  assert len([line for line in lines if line.startswith('  model.')]) == len(config.model)
+  lines = helped(capsys, '--config=mnist', f'--config.model.name={name}').splitlines()
+  config = configs.load('mnist')
+  configs.use_model(config, name, **({'size': 'M/1/16'} if name == 'mixer' else {}))
+  entries = configs.table(name)
+  shown = [line.split(' = ')[0].strip() for line in lines if ' = ' in line and line[2:3] != ' ']
+  assert sorted(shown) == sorted(entries) == sorted(dict(configs.flatten(config)))
+  for field, value in configs.flatten(config):
+    text = ','.join(map(str, value)) if isinstance(value, tuple) else value
+    place = lines.index(f'  {field} = {text}')
+    assert lines[place + 1].startswith('      ') and len(entries[field].meaning) > 3, field
+    assert value == entries[field].default or entries[field].wrong(value) is None
 
 
-def test_a_field_without_a_meaning_is_noticed():
-  wider = configs.base()
-  wider.brightness = 1
-  assert fields.meanings(wider)['brightness'] == ''
+@pytest.mark.parametrize('name', ['digits', 'mnist', 'imagenet'])
+def test_help_begins_with_common_fields_of_the_chosen_config(capsys, name):
+  text, config = helped(capsys, f'--config={name}'), configs.load(name)
+  shown = dict(re.findall(r'^  ([\w.]+) = (.*)$', text, re.M))
+  assert list(shown)[:10] == list(command_line.COMMON)
+  assert shown['epochs'] == str(config.epochs)
+  assert shown['optimizer.learning_rate'] == str(config.optimizer.learning_rate)
+  assert shown['model.size'] == config.model.size
+  # A change on the same command line counts.
+  assert '  epochs = 7\n' in helped(capsys, f'--config={name}', '--config.epochs=7')
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'utf-8'])
+@pytest.mark.parametrize('arguments', [['--help'], ['--config.augment.shift=8']])
+def test_text_for_any_terminal(encoding, arguments, tmp_path):
+  done = subprocess.run(
+    [sys.executable, ROOT / 'experiments' / 'train.py', *arguments],
+    env={**os.environ, 'PYTHONIOENCODING': encoding},
+    cwd=tmp_path,
+    capture_output=True,
+  )
+  out, err = done.stdout.decode(encoding), done.stderr.decode(encoding)
+  if arguments == ['--help']:
+    assert (done.returncode, err) == (0, '') and 'number of tangents' in out
+    assert ('0 … 1' if encoding == 'utf-8' else '0 ... 1') in out
+  else:
+    assert (done.returncode, out) == (2, '')
+    assert ('0 … 7' if encoding == 'utf-8' else '0 ... 7') in err
 
 
 @pytest.mark.parametrize(
-  ('field', 'table'),
+  ('field', 'values'),
   [
     ('algorithm', rules.REGISTRY),
     ('losses.row', row_losses.ROW_LOSSES),
     ('estimator.law', tangents.LAWS),
-    ('model.name', registry.MODELS),
+    ('model.norm', ('layer', 'whole', 'batch')),
   ],
 )
-def test_help_names_what_a_field_may_be(field, table):
-  named = set(re.findall("'([^']+)'", fields.meanings(configs.base())[field]))
-  assert named == set(table)
+def test_help_names_what_a_field_may_be(field, values, capsys):
+  (text,) = re.findall(rf'  {field} = .*\n((?: {{6}}.*\n)+)', helped(capsys))
+  assert f'allowed: {", ".join(values)}' in ' '.join(text.split())
 
 
-def test_what_docstrings_explain_is_a_field():
-  """So no explanation outlives its field."""
-  names = {part for dotted, _ in configs.flatten(configs.base()) for part in dotted.split('.')}
-  assert set(fields.explained(configs.base)) <= names
+def test_defaults_are_what_their_fields_allow():
+  for name in registry.MODELS:
+    for field, entry in configs.table(name).items():
+      assert entry.wrong(entry.default) is None, field
+  configs.validate(configs.base('mlp'))
 
 
 def test_the_config_that_would_run(capsys, tmp_path, monkeypatch):

@@ -26,6 +26,6 @@ def test_rows_table_and_figure(tmp_path):
 
 def test_unknown_part(tmp_path):
   with pytest.raises(
-    UserError, match="--parts has 'all'; allowed: table1, laws, mlp, mixer, passes"
+    UserError, match="--parts is 'all'; allowed: table1, laws, mlp, mixer, passes"
   ):
     script('paper/variance')['main']([f'--out={tmp_path}', '--parts=all'])

@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
   parser.number('programs', 100, 'how many')
   parser.number('seed', 0, 'of the choice of operations', least=0)
   parser.number('draws', 10_000, 'estimates per program', least=100)
-  options = parser.parse_args(arguments)
+  options = parser.parse(arguments)
   folder = results.Folder(options.out, __file__, arguments)
   rng = random.Random(options.seed)
   with jax.enable_x64(True):

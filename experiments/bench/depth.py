@@ -9,7 +9,6 @@ If a batch is processed in parts, they include a copy of all gradients, those of
 subtracted.
 """
 
-import argparse
 import functools
 import pathlib
 import time
@@ -36,7 +35,7 @@ def main(arguments: list[str]) -> None:
   )
   parser.number('micro_batch', 0, 'examples at once; 0: what suits the machine', least=0)
   parser.numbers('blocks', '2,4,8,16,32,64')
-  options = parser.parse_args(arguments)
+  options = parser.parse(arguments)
   with as_user_errors():
     for blocks in options.blocks:  # all mistakes before any long work
       model_of(options.model, blocks)
@@ -58,7 +57,7 @@ def model_of(size: str, blocks: int) -> StagedModel:
   return local_mixer.staged(spec, prepare)
 
 
-def measure(name: str, blocks: int, options: argparse.Namespace) -> Row:
+def measure(name: str, blocks: int, options: command_line.Options) -> Row:
   """Compiles and times one gradient on random images of CIFAR-10's size."""
   images = data.TFDS['cifar10']
   model = model_of(options.model, blocks)

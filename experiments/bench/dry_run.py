@@ -17,7 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lfg_jax.errors import as_user_errors
-from lfg_jax.training import command_line, config_checks, dry_run, results
+from lfg_jax.training import command_line, configs, dry_run, results
 
 Row = dict[str, Any]
 
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
   parser.number('flops', 1e14, 'operations per second', kind=float)
   parser.number('link', 1e11, 'bits per second', kind=float)
   options, config = command_line.parse(parser, arguments)
-  config_checks.validate(config)
+  configs.validate(config)
   dry_run.virtual_devices(max(options.devices))
   rows = []
   for count in options.devices:

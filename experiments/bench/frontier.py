@@ -15,7 +15,6 @@ Rows with 'allocated' spend the time of uniform passes as `variance.allocate` sa
 frontier.json, frontier.md and frontier.png.
 """
 
-import argparse
 import pathlib
 from typing import Any
 
@@ -51,21 +50,21 @@ def main(arguments: list[str]) -> None:
   folder.write_table('frontier', table({**folder.origin, **settings}, rows))
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def _parse(arguments: list[str]) -> command_line.Options:
   parser = results.parser(__doc__, out='runs/frontier', model='M/8/16', batch=16, repetitions=10)
   parser.option('dataset', 'cifar10')
   parser.option('data_dir', None, 'folder of the data sets')
-  parser.option('workdir', None, 'of a run of LG-FG-A, not to train', type=pathlib.Path)
+  parser.option('workdir', None, 'of a run of LG-FG-A, not to train', kind=pathlib.Path)
   parser.number('epochs', 2, 'of training; 0: none', least=0)
   parser.number('warm_up', 40, 'steps of LG-BP')
   parser.names('variants', ','.join(VARIANTS), VARIANTS)
   parser.names('laws', f'{SINGLE},rademacher,{LAW}', LAWS)
   parser.numbers('passes', '1,2,4,8,16,32')
   parser.number('draws', 32, 'of every estimate', least=2)
-  return parser.parse_args(arguments)
+  return parser.parse(arguments)
 
 
-def _config(options: argparse.Namespace) -> ConfigDict:
+def _config(options: command_line.Options) -> ConfigDict:
   """The config of the training, and of the model that is measured."""
   if not options.workdir:
     config = configs.base()
@@ -86,7 +85,7 @@ def _config(options: argparse.Namespace) -> ConfigDict:
   return config
 
 
-def _trained(options: argparse.Namespace, job: train.Job) -> dict[str, Any]:
+def _trained(options: command_line.Options, job: train.Job) -> dict[str, Any]:
   """Variables of the run in --workdir or, without it, of a run that is made in DIR/trained."""
   workdir = options.workdir or options.out / 'trained'
   if not options.workdir:

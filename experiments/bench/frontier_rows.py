@@ -1,6 +1,5 @@
 """Rows of frontier.py: error, theory and time of every variant and layer, and allocated passes."""
 
-import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from frontier_network import ROUNDING, RULE, VARIANTS, Bench, Variant, dims
 from lfg_jax.estimators import variance
 from lfg_jax.estimators.tangents import LAWS
 from lfg_jax.training import timing
+from lfg_jax.training.command_line import Options
 
 Row = dict[str, Any]
 Steps = dict[Any, Callable[[], Any]]
@@ -21,7 +21,7 @@ BUDGETS = (2, 8, 32)  # of allocations: the time of this many passes at every ta
 WITHIN = 3  # standard errors
 
 
-def measure(bench: Bench, points: dict[str, dict], options: argparse.Namespace) -> list[Row]:
+def measure(bench: Bench, points: dict[str, dict], options: Options) -> list[Row]:
   """Rows of all variants, then of allocated passes, at every point.
 
   `points` has the variables at every point, by its name.
@@ -125,7 +125,7 @@ def _allocated(
   exact: dict,
   rows: list[Row],
   steps: Steps,
-  options: argparse.Namespace,
+  options: Options,
 ) -> Iterator[Row]:
   """Rows of allocated passes; each budget is the time of uniform passes.
 

@@ -20,7 +20,6 @@ link with --link bits per second: measured time + bits / link, without overlap. 
 pipeline_throughput.json.
 """
 
-import argparse
 import itertools
 import os
 import pathlib
@@ -35,6 +34,7 @@ from ml_collections import ConfigDict
 
 from lfg_jax import data
 from lfg_jax.errors import UserError
+from lfg_jax.fields import one_of
 from lfg_jax.models.sizes import parse
 from lfg_jax.training import (
   algorithms,
@@ -61,15 +61,15 @@ def main(arguments: list[str]) -> None:
     __doc__, out='runs/pipeline_throughput', model='M/8/16', batch=64, repetitions=3
   )
   local = [name for name, rule in rules.REGISTRY.items() if rule.cut]
-  parser.option('algorithm', 'LG-FG-A', 'one that learns block by block', choices=local)
+  parser.option('algorithm', 'LG-FG-A', 'one that learns block by block', allowed=one_of(local))
   parser.number('blocks', 0, 'of the network; 0: as its size implies', least=0)
   parser.number('steps', 40, least=2)
   parser.numbers('cores', '0,1', 'of the two processes', least=0)
   parser.number('link', 1e9, 'bits per second', kind=float)
-  parser.add_argument('--way', choices=WAYS, help=argparse.SUPPRESS)  # of one process
-  parser.add_argument('--coordinator', help=argparse.SUPPRESS)
-  parser.add_argument('--process', type=int, help=argparse.SUPPRESS)
-  options = parser.parse_args(arguments)
+  parser.option('way', None, None, allowed=one_of(WAYS))  # of one process
+  parser.option('coordinator', None, None)
+  parser.option('process', None, None, kind=int)
+  options = parser.parse(arguments)
   if len(options.cores) != 2:
     raise UserError(f'--cores has {len(options.cores)} of them; allowed: two')
   if options.way:
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
   print(*rows, sep='\n')
 
 
-def config_of(options: argparse.Namespace, way: str) -> ConfigDict:
+def config_of(options: command_line.Options, way: str) -> ConfigDict:
   """A config for one epoch of --steps steps, dispatched at once."""
   config = configs.base()
   config.algorithm, config.model.size, config.batch_size = (
@@ -101,7 +101,7 @@ def config_of(options: argparse.Namespace, way: str) -> ConfigDict:
 # --- one process ----------------------------------------------------------------------------------
 
 
-def work(options: argparse.Namespace) -> None:
+def work(options: command_line.Options) -> None:
   """Works as one process: trains an epoch for every line that it reads, and prints the seconds."""
   os.sched_setaffinity(0, {options.cores[options.process]})
   steps = options.steps
@@ -134,7 +134,7 @@ def work(options: argparse.Namespace) -> None:
 # --- all of them ----------------------------------------------------------------------------------
 
 
-def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, list[float]]:
+def measure(options: command_line.Options, arguments: list[str]) -> dict[str, list[float]]:
   """Seconds of every way and repetition, as measured by the slower process."""
   started: dict[str, list[subprocess.Popen]] = {}
   seconds: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -191,7 +191,7 @@ def answer(process: subprocess.Popen) -> float:
   raise UserError('one of the processes ended; see what it says above')
 
 
-def balance(options: argparse.Namespace) -> float:
+def balance(options: command_line.Options) -> float:
   """The part of the limit that two stages of unequal cost can reach."""
   config = config_of(options, 'pipeline')
   made_of = algorithms.make(config, dry_run.images_of(config), update.AXIS).made_of
@@ -200,7 +200,7 @@ def balance(options: argparse.Namespace) -> float:
   return sum(costs) / 2 / slowest
 
 
-def report(options: argparse.Namespace, seconds: dict[str, list[float]]) -> list[Row]:
+def report(options: command_line.Options, seconds: dict[str, list[float]]) -> list[Row]:
   """A row for every way: median time per step, measured and on the link, relative to the limit."""
   sent = {
     'limit': 0,

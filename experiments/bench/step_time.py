@@ -9,7 +9,6 @@ the same precision, measured in the same run. 1 / (× floor) is the utilisation 
 gets step_time.json (one row per algorithm), step_time.md and step_time.png.
 """
 
-import argparse
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 
 from lfg_jax import data
 from lfg_jax.errors import as_user_errors
+from lfg_jax.fields import one_of
 from lfg_jax.models import local_mixer
 from lfg_jax.models.sizes import mixer_spec, parse
 from lfg_jax.training import (
@@ -55,8 +55,8 @@ def main(arguments: list[str]) -> None:
     __doc__, out='runs/step_time', model='M/8/16', batch=64, algorithms=DEFAULT, repetitions=20
   )
   parser.number('passes', 1, 'tangents per step')
-  parser.option('precision', 'float32', 'of matmuls', choices=PRECISIONS)
-  options = parser.parse_args(arguments)
+  parser.option('precision', 'float32', 'of matmuls', allowed=one_of(PRECISIONS))
+  options = parser.parse(arguments)
   folder = results.Folder(options.out, __file__, arguments)
   # In a bfloat16 model, the rest may be computed in whatever precision suits the machine.
   with jax.default_matmul_precision(None if options.precision == 'bfloat16' else options.precision):
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
   folder.write_table('step_time', table(rows))
 
 
-def measure(options: argparse.Namespace) -> list[Row]:
+def measure(options: command_line.Options) -> list[Row]:
   """One row per algorithm. Backprop is always timed, for comparison with the others."""
   names, batch = options.algorithms, options.batch
   with as_user_errors():
@@ -103,7 +103,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
   ]
 
 
-def compile_step(name: str, options: argparse.Namespace) -> Step:
+def compile_step(name: str, options: command_line.Options) -> Step:
   """Compiles an algorithm on random images.
 
   They have CIFAR-10's size, or MNIST's if the whole image is one patch.

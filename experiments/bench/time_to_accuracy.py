@@ -14,7 +14,6 @@ defaults for MNIST and CIFAR-10. DIR gets time_to_accuracy.json, .md and .png. I
 program keeps the finished runs.
 """
 
-import argparse
 import copy
 import json
 import pathlib
@@ -66,9 +65,9 @@ def main(arguments: list[str]) -> None:
   folder.write_table(NAME, report.table(rows, {**folder.origin, 'settings': settings}))
 
 
-def _parse(arguments: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
+def _parse(arguments: list[str]) -> tuple[command_line.Options, ConfigDict]:
   parser = results.parser(__doc__, out=None, config='mnist', algorithms=ALGORITHMS, seeds='0,1,2')
-  parser.numbers('thresholds', None, 'test errors in %%, with commas, falling', least=0, kind=float)
+  parser.numbers('thresholds', None, 'test errors in %, with commas, falling', least=0, kind=float)
   parser.option('rates', '', "of algorithms: 'BP=1e-3|3e-4,LG-BP=1e-3'")
   parser.number('interval', 100, 'steps between evaluations')
   parser.number('max_epochs', 20)
@@ -106,7 +105,7 @@ def _variant(config: ConfigDict, algorithm: str, rate: float, seed: int) -> Conf
   return variant
 
 
-def _settings(config: ConfigDict, options: argparse.Namespace) -> dict[str, Any]:
+def _settings(config: ConfigDict, options: command_line.Options) -> dict[str, Any]:
   """The settings that all runs in one folder have in common."""
   fields = json.loads(configs.to_json(_variant(config, '', 0.0, 0)))
   for field in ('data_dir', 'init_from'):  # says where the data is, not which; refused above
@@ -142,7 +141,7 @@ class Training:
       once no more will come.
   """
 
-  def __init__(self, job: train.Job, options: argparse.Namespace) -> None:
+  def __init__(self, job: train.Job, options: command_line.Options) -> None:
     self.interval, self.strictest = options.interval, options.thresholds[-1] / 100
     self.functions, state = train.build(*job)
     error = self.functions.test_error(state)

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from lfg_jax.errors import LOST, UserError
-from lfg_jax.training import command_line, config_checks, launch, results, run_log
+from lfg_jax.training import command_line, configs, launch, results, run_log
 from lfg_jax.training.train import load
 
 TRAIN = pathlib.Path(__file__).parents[1] / 'train.py'
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
   parser.number('seed', 0, 'of signals and moments', least=0)
   parser.number('processes', 2, least=2)
   options, config = command_line.parse(parser, arguments)
-  config_checks.validate(config)
+  configs.validate(config)
   results.claim(options.out, 'torture', 'a torture')
   shutil.rmtree(options.out)
   folder = results.Folder(options.out, __file__, arguments)

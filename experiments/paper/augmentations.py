@@ -25,8 +25,8 @@ def main(arguments: list[str]) -> None:
   parser.option('data_dir', None, 'folder of the data sets')
   parser.number('images', 8)
   parser.number('draws', 3, 'pairs of views of each')
-  parser.option('min_area', 0.08, 'smallest area of a crop, as a fraction of the image', type=float)
-  options = parser.parse_args(arguments)
+  parser.option('min_area', 0.08, 'smallest area of a crop, as a fraction of the image', kind=float)
+  options = parser.parse(arguments)
   if not 0 < options.min_area <= 1:
     raise UserError(f'--min_area is {options.min_area}; allowed: more than 0, at most 1')
   with as_user_errors():

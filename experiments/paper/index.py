@@ -158,11 +158,9 @@ FIGURES = {
 
 def main(arguments: list[str]) -> None:
   """Writes the index."""
-  parser = command_line.Parser(description=__doc__)
-  parser.add_argument(
-    '--results', type=pathlib.Path, default=RESULTS, help='default: experiments/results'
-  )
-  folder = parser.parse_args(arguments).results
+  parser = command_line.Parser(__doc__)
+  parser.option('results', RESULTS, 'folder of the results', kind=pathlib.Path)
+  folder = parser.parse(arguments).results
   if not folder.is_dir():
     raise UserError(f'--results is {folder}; allowed: a folder')
   run_log.write_atomically(folder / 'README.md', index(folder))

@@ -11,7 +11,6 @@ with all but the replica's own entry behind a stop-gradient. A form is not run i
 DIR gets replicated_losses.json and replicated_losses.png.
 """
 
-import argparse
 import functools
 import pathlib
 from collections.abc import Callable
@@ -42,7 +41,7 @@ def main(arguments: list[str]) -> None:
   parser.numbers('many_groups', '1,2,4,8,16,32,64')
   parser.numbers('many_patches', '1,4,16,64,256')
   parser.number('limit_gib', 8.0, least=0, kind=float)
-  options = parser.parse_args(arguments)
+  options = parser.parse(arguments)
   for groups in (options.groups, *options.many_groups):
     if options.channels % groups:
       raise UserError(f'{groups} groups do not divide --channels={options.channels}')
@@ -61,7 +60,7 @@ def main(arguments: list[str]) -> None:
 
 
 def measure(
-  sweep: str, kind: str, form: str, sizes: list[tuple[int, int]], options: argparse.Namespace
+  sweep: str, kind: str, form: str, sizes: list[tuple[int, int]], options: command_line.Options
 ) -> list[Row]:
   """A row for every (patches, groups); sizes are timed in turn, those that do not fit are not."""
   calls, needs = {}, {}
@@ -91,7 +90,7 @@ def measure(
 
 
 def compile_derivative(
-  kind: str, form: str, patches: int, groups: int, options: argparse.Namespace
+  kind: str, form: str, patches: int, groups: int, options: command_line.Options
 ) -> tuple[jax.stages.Compiled, tuple]:
   """The compiled `(x, dx, kernel) -> losses, their derivatives`, and random arguments for it."""
   B, C, K = options.batch, options.channels // groups, OUTPUTS[kind]

@@ -15,7 +15,6 @@ STUDY.md and STUDY.png. If run again, the program continues where it stopped; wi
 or epochs, it adds them. table1 and figure5 take the arguments of the program that makes them.
 """
 
-import argparse
 import pathlib
 import shlex
 import subprocess
@@ -78,12 +77,16 @@ def main(arguments: list[str]) -> None:
     raise UserError('; '.join(errors))
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(arguments: list[str]) -> tuple[command_line.Options, list[str]]:
   """The options, and the other arguments: changed fields, or all those of another program."""
   parser = results.parser(__doc__, out=None)
-  parser.add_argument('study', metavar='STUDY', choices=[*PROGRAMS, *STUDIES])
-  parser.add_argument('--dry_run', action='store_true', help='only print the commands')
-  options, rest = parser.parse_known_args(arguments)
+  parser.switch('dry_run', 'only print the commands')
+  options, rest = parser.parse_known(arguments)
+  allowed = (*PROGRAMS, *STUDIES)
+  options.study = next((argument for argument in rest if not argument.startswith('-')), None)
+  if options.study not in allowed:
+    raise UserError(f'the study is {options.study}; allowed: {", ".join(allowed)}')
+  rest.remove(options.study)
   if options.study in PROGRAMS:
     return options, rest
   parser = command_line.Parser()
@@ -95,10 +98,11 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
   parser.numbers('seeds', '0', least=0)
   parser.number('images', None)
   parser.numbers('groups', '1,4,16,64')
-  return parser.parse_known_args(rest, options)
+  of_study, rest = parser.parse_known(rest)
+  return command_line.Options(**{**vars(of_study), **vars(options)}), rest
 
 
-def call(options: argparse.Namespace, rest: list[str]) -> None:
+def call(options: command_line.Options, rest: list[str]) -> None:
   """Runs the program that makes a study without training."""
   out = options.out or pathlib.Path('runs', options.study)
   command = [*PROGRAMS[options.study], f'--out={out}', *rest]
@@ -109,7 +113,7 @@ def call(options: argparse.Namespace, rest: list[str]) -> None:
     raise UserError(f'{command[0]} ended with exit code {code}')
 
 
-def selected(study: Study, options: argparse.Namespace) -> list[Run]:
+def selected(study: Study, options: command_line.Options) -> list[Run]:
   """The runs with the given rules and, in figure 7, with the given numbers of groups."""
   if unknown := [number for number in options.groups if number not in GROUPS]:
     raise UserError(f'--groups has {unknown[0]}; allowed: {", ".join(map(str, GROUPS))}')
@@ -123,7 +127,12 @@ def selected(study: Study, options: argparse.Namespace) -> list[Run]:
 
 
 def plan(
-  study: Study, run: Run, seed: int, out: pathlib.Path, options: argparse.Namespace, rest: list[str]
+  study: Study,
+  run: Run,
+  seed: int,
+  out: pathlib.Path,
+  options: command_line.Options,
+  rest: list[str],
 ) -> Plan:
   """Plans a run: the study's config, changed by the run's fields, the options, and last `rest`."""
   path = f'configs/{study.config}.py'

@@ -17,7 +17,6 @@ three standard errors of theory, it is measured again with four times as many ne
 (`measured_again`).
 """
 
-import argparse
 import functools
 import json
 import pathlib
@@ -45,7 +44,7 @@ def main(arguments: list[str]) -> None:
   parser.names('parts', ','.join(PARTS), PARTS)
   parser.option('data_dir', None, 'folder of the data sets')
   parser.number('draws', 16, 'of every estimate on images', least=2)
-  options = parser.parse_args(arguments)
+  options = parser.parse(arguments)
   if {'mixer', 'passes'} & {*options.parts}:
     with as_user_errors():
       data.load('cifar10', data_dir=options.data_dir)  # before any long work
@@ -121,7 +120,7 @@ def _linear_row(
   }
 
 
-def table1(options: argparse.Namespace) -> Iterator[Row]:
+def table1(options: command_line.Options) -> Iterator[Row]:
   """Rows for all combinations of layer size, batch, estimator, law and sharing."""
   del options
   for p, q, batch in ((p, q, n) for p in (2, 8, 64) for q in (2, 8, 64) for n in (1, 16, 128)):
@@ -131,7 +130,7 @@ def table1(options: argparse.Namespace) -> Iterator[Row]:
           yield _linear_row(estimator, law, 1, shared, batch, p, q)
 
 
-def laws(options: argparse.Namespace) -> Iterator[Row]:
+def laws(options: command_line.Options) -> Iterator[Row]:
   """Rows for all laws on an 8 × 8 layer, whose activity has 8 dimensions."""
   del options
   for law in LAWS:

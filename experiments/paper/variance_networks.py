@@ -1,6 +1,5 @@
 """The parts `mlp`, `mixer` and `passes` of variance.py: networks, layer by layer."""
 
-import argparse
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +14,7 @@ from lfg_jax import data, forward_grad, mark, value_and_activity_grad
 from lfg_jax.estimators import variance
 from lfg_jax.estimators.tangents import LAWS
 from lfg_jax.training import algorithms, configs, timing
+from lfg_jax.training.command_line import Options
 
 Row = dict[str, Any]
 BATCH = 4  # images of the mixer's parts
@@ -107,7 +107,7 @@ def _predicted_mlp(params: dict, x: jax.Array, y: jax.Array) -> Callable[..., di
   return predict
 
 
-def mlp(options: argparse.Namespace) -> Iterator[Row]:
+def mlp(options: Options) -> Iterator[Row]:
   """Rows for an MLP on a batch of 32 digits.
 
   'weight' is `forward_grad` of the mean loss. 'activity' is `value_and_activity_grad` with marked
@@ -229,7 +229,7 @@ def _mixer_runs() -> Iterator[tuple[str, str, dict]]:
       yield 'LG-FG-A-paper', 'all', {'law': law, 'taps': taps, 'passes': passes}
 
 
-def mixer(options: argparse.Namespace) -> Iterator[Row]:
+def mixer(options: Options) -> Iterator[Row]:
   """Rows for every algorithm and cut, then for numbers of passes by law and kind of taps."""
   model = Mixer(options.data_dir)
   truths: dict[str, Any] = {}
@@ -254,7 +254,7 @@ def mixer(options: argparse.Namespace) -> Iterator[Row]:
         }
 
 
-def passes(options: argparse.Namespace) -> Iterator[Row]:
+def passes(options: Options) -> Iterator[Row]:
   """Rows with time and temporaries of LG-FG-A-paper; runs take turns, and the fastest counts."""
   model = Mixer(options.data_dir)
   cases = [

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lfg_jax.fields import Allowed, Field, at_least, between, one_of
 from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.replicated import Cut
 from lfg_jax.losses.staged import Block, Outcome, Place, Stack, StagedModel, Variables
 from lfg_jax.losses.targets import Targets
-from lfg_jax.models.block import BOUNDARY, NORMS, TAPS, BlockSpec, LocalBlock, Style
+from lfg_jax.models.block import BOUNDARY, NORMS, TAPS, BlockSpec, LocalBlock
 from lfg_jax.models.mixer import LocalMixer, MixerSpec, Projection, ReadOut, Run
 from lfg_jax.models.registry import Images
 from lfg_jax.models.sizes import mixer_spec, parse, patches
@@ -20,25 +21,54 @@ from lfg_jax.models.sizes import mixer_spec, parse, patches
 # The layer through which a tap's guess passes.
 GUESSED = {'after_channel': 'group', 'after_token': 'channel'}
 KINDS = ('params', 'batch_stats')
-DEFAULTS: dict[str, Any] = {
-  'size': 'M/8/16',  # size / patches per side / groups
-  # None: as the size implies.
-  'blocks': int,
-  'channels': int,
-  'hidden': int,
-  'pool_every': 0,
-  'channel_ratio': 2,
-  'group_ratio': 2,
-  'pool': 'average',
-  'norm': 'layer',
-  'norm_derivative': True,
-  'mixing': 'linear',
-  'conv_size': 3,
-  'init': 'lecun',
-  'norms': NORMS,
-  'precision': 'float32',  # or 'bfloat16': `block.Style`
+DEFAULTS = {
+  'size': Field(
+    'M/8/16',
+    'SIZE/PATCHES/GROUPS, with PATCHES per side; S, M, L have 256, 512, 2048 channels. There is 1 '
+    'block with one patch, and 4 with more',
+  ),
+  'blocks': Field(
+    None, 'number of blocks, including the stem; None: as the size implies', between(1, 10_000), int
+  ),
+  'channels': Field(
+    None, "number of channels of a block's output; None: as the size implies", at_least(1), int
+  ),
+  'hidden': Field(
+    None, 'number of channels before the grouped layer; None: channels', at_least(1), int
+  ),
+  'pool_every': Field(
+    0, 'pool tokens 2×2 → 1 after every pool_every blocks; 0: never', at_least(0)
+  ),
+  'channel_ratio': Field(2, 'factor by which channels grow at every pooling', at_least(1)),
+  'group_ratio': Field(2, 'factor by which groups grow at every pooling', at_least(1)),
+  'pool': Field('average', 'how tokens are pooled', one_of(('average', 'max'))),
+  'norm': Field(
+    'layer',
+    'over what is normalised: the last axis, all axes of an example, or the batch',
+    one_of(('layer', 'whole', 'batch')),
+  ),
+  'norm_derivative': Field(
+    True,
+    "whether a tap's signal reaches its linear layer through the derivative of the norm in "
+    'between, or directly',
+  ),
+  'mixing': Field(
+    'linear', 'of tokens: a P×P matrix, or a depth-wise convolution', one_of(('linear', 'conv'))
+  ),
+  'conv_size': Field(3, 'height and width of the convolution of mixing=conv'),
+  'init': Field('lecun', 'first weights', one_of(('kaiming', 'lecun', 'constant'))),
+  'norms': Field(
+    NORMS,
+    'the norms to use, with commas; the others are left out',
+    Allowed(lambda names: all(name in NORMS for name in names), f'some of {", ".join(NORMS)}'),
+  ),
+  'precision': Field(
+    'float32',
+    'bfloat16: blocks compute in bfloat16; parameters, norm statistics, heads, losses and read-out '
+    "are in float32. float32: everything has the parameters' type",
+    one_of(('float32', 'bfloat16')),
+  ),
 }
-EXPLAINED = (mixer_spec, Style)  # their docstrings explain the fields
 
 
 def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> StagedModel:

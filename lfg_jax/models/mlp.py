@@ -8,27 +8,25 @@ from typing import Any
 import jax
 
 from lfg_jax.estimators.taps import tap
+from lfg_jax.fields import Field, between
 from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.staged import Outcome, Place, Stack, StagedModel, Variables
 from lfg_jax.losses.targets import Targets
 from lfg_jax.models import functional, layers
-from lfg_jax.models.registry import Images, check_divides, check_range, pixels
+from lfg_jax.models.registry import Images, check_divides, pixels
 
-DEFAULTS: dict[str, Any] = {'blocks': 3, 'channels': 256, 'groups': 8}
+DEFAULTS = {
+  'blocks': Field(3, 'number of blocks, including the stem', between(1, 10_000)),
+  'channels': Field(256, 'channels of every layer', between(1, 10**6)),
+  'groups': Field(8, 'number of channel groups, each with its own losses', between(1, 10_000)),
+}
 TAPS = ('hidden', 'out')
 
 
 def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> StagedModel:
-  """The model for the images of a data set; see `registry.Model`.
-
-  Fields:
-    blocks: number of blocks, including the stem.
-    channels: of every layer.
-    groups: number of channel groups, each with its own losses.
-  """
+  """The model for the images of a data set; see `registry.Model`."""
   C, G, more = fields['channels'], fields['groups'], fields['blocks'] - 1
   check_divides(G, 'channels', C)
-  check_range('blocks', fields['blocks'], 1)
 
   def init_block(key: jax.Array, inputs: int = C) -> Any:
     first, second, head = jax.random.split(key, 3)

@@ -1,7 +1,8 @@
 """Models by name or from your own file, and what they need to know about the images.
 
-A model is a Python module with `DEFAULTS`, the fields of config.model and their defaults (a type
-stands for a field that may be None); `TAPS`, the names of its taps; and `make`, see `Model`.
+A model is a Python module with `DEFAULTS`, the fields of config.model: each a default (a type stands
+for a field that may be None) or a `lfg_jax.fields.Field`, which also has a meaning and a range;
+`TAPS`, the names of its taps; and `make`, see `Model`.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from lfg_jax import user_files
 from lfg_jax.errors import UserError
+from lfg_jax.fields import Field
 from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.staged import StagedModel, no_variant
 
@@ -50,8 +52,6 @@ class Model(Protocol):
   def make(self, fields: dict[str, Any], images: Images, heads: Heads) -> StagedModel:
     """The staged model with these fields, which have the types of the defaults.
 
-    Its docstring may explain the fields in a list `Fields:`, which `--help` shows.
-
     Raises:
       ValueError: a value is not allowed. The message is one line and calls the field 'model.FIELD'.
     """
@@ -75,6 +75,22 @@ def find(name: str, path: str | None = None) -> Model:
     return importlib.import_module(f'lfg_jax.models.{MODELS[name]}')  # type: ignore[return-value]
   own: Any = user_files.load('model.module', path, ('DEFAULTS', 'TAPS', 'make'))
   return own
+
+
+def fields_of(model: Model) -> dict[str, Field]:
+  """A model's fields, with what is known of them.
+
+  >>> fields_of(find('mlp'))['channels'].default
+  256
+  """
+  return {
+    name: entry
+    if isinstance(entry, Field)
+    else Field(None, kind=entry)
+    if isinstance(entry, type)
+    else Field(entry)
+    for name, entry in model.DEFAULTS.items()
+  }
 
 
 def build(
@@ -112,15 +128,7 @@ def normalised(
   return (image_BxHxWxC.astype(jnp.result_type(float)) / 255 - mean_1x1x1xC) / std_1x1x1xC
 
 
-def check_range(field: str, value: int, low: int, high: int = 10_000) -> None:
-  """Raises ValueError if a field is outside low … high."""
-  if not low <= value <= high:
-    raise ValueError(f'model.{field} is {value!r}; allowed: {low} … {high}')
-
-
 def check_divides(groups: int, field: str, width: int) -> None:
   """Raises ValueError if `groups` does not divide a width."""
-  check_range('groups', groups, 1)
-  check_range(field, width, 1, 10**6)
   if width % groups:
     raise ValueError(f'{groups} groups do not divide model.{field} = {width}')

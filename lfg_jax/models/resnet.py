@@ -20,25 +20,35 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.estimators.taps import tap
+from lfg_jax.fields import Allowed, Field, at_least, between
 from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.staged import Block, Outcome, Place, Stack, StagedModel, Variables
 from lfg_jax.losses.targets import Targets
 from lfg_jax.models import functional, layers
-from lfg_jax.models.registry import Images, check_divides, check_range, pixels
+from lfg_jax.models.registry import Images, check_divides, pixels
 
-DEFAULTS: dict[str, Any] = {'stages': (1, 1, 1), 'channels': 16, 'groups': 4, 'patches': 4}
+DEFAULTS = {
+  'stages': Field(
+    (1, 1, 1),
+    'number of blocks in each stage',
+    Allowed(
+      lambda counts: bool(counts) and all(isinstance(n, int) and n >= 1 for n in counts),
+      'numbers of blocks, each 1 or more',
+    ),
+  ),
+  'channels': Field(16, 'channels of the first stage', between(1, 10**6)),
+  'groups': Field(
+    4, 'number of channel groups, each normalised separately and with its own losses', at_least(1)
+  ),
+  'patches': Field(
+    4, 'number of rows and of columns of patches with their own losses', at_least(1)
+  ),
+}
 TAPS = ('first', 'second')
 
 
 def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> StagedModel:
-  """The model for the images of a data set; see `registry.Model`.
-
-  Fields:
-    stages: number of blocks in each stage.
-    channels: of the first stage.
-    groups: number of channel groups, each normalised separately and with its own losses.
-    patches: number of rows and of columns of patches with their own losses.
-  """
+  """The model for the images of a data set; see `registry.Model`."""
   _check(fields, images)
   G, side = fields['groups'], fields['patches']
   shapes = list(_shapes(fields, images))
@@ -77,9 +87,6 @@ def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> Stag
 def _check(fields: dict[str, Any], images: Images) -> None:
   check_divides(fields['groups'], 'channels', fields['channels'])
   counts, height = fields['stages'], images.shape[0]
-  if not counts or not all(isinstance(n, int) and n >= 1 for n in counts):
-    raise ValueError(f'model.stages is {counts!r}; allowed: numbers of blocks, each 1 or more')
-  check_range('patches', fields['patches'], 1, height)
   smallest = height // 2 ** (len(counts) - 1)
   if (
     images.shape[0] != images.shape[1]

@@ -7,13 +7,11 @@ from typing import Any
 import einops
 import jax
 
-from lfg_jax.errors import one_of
 from lfg_jax.models.block import NORMS, BlockSpec, Style
 from lfg_jax.models.mixer import MixerSpec, Run
 from lfg_jax.models.registry import normalised
 
 CHANNELS = {'S': 256, 'M': 512, 'L': 2048}
-MOST_BLOCKS = 10_000
 
 
 def _check(ok: bool, message: str) -> None:
@@ -48,21 +46,12 @@ def mixer_spec(
   """Sizes and style of a LocalMixer.
 
   Args:
-    size: `SIZE/PATCHES/GROUPS`, with PATCHES per side; S, M, L have 256, 512, 2048 channels. There
-      is 1 block with one patch, and 4 with more.
     image_shape: (height, width, colours).
     classes: number of outputs of read-out and local heads.
-    blocks: number of blocks, including the stem; None: as the size implies.
-    channels: number of channels of a block's output; None: as the size implies.
-    hidden: number of channels before the grouped layer; None: `channels`.
-    pool_every: pool tokens 2×2 → 1 after every `pool_every` blocks; 0: never.
-    channel_ratio: factor by which channels grow at every pooling.
-    group_ratio: factor by which groups grow at every pooling.
-    norms: names of the norms to use, with commas, of `block.NORMS`; the others are left out.
-    **style: further fields of `block.Style`.
+    style: further fields of `block.Style`. `local_mixer.DEFAULTS` explains all others.
 
   Raises:
-    ValueError: one line, for an unknown value or sizes that do not divide.
+    ValueError: one line, for sizes that do not divide.
 
   >>> spec = mixer_spec('M/8/16', image_shape=(32, 32, 3), classes=10)
   >>> [(run.name, run.count) for run in spec.runs]
@@ -72,11 +61,6 @@ def mixer_spec(
   blocks = (1 if side == 1 else 4) if blocks is None else blocks
   channels = CHANNELS[letter] if channels is None else channels
   hidden = channels if hidden is None else hidden
-  _check(1 <= blocks <= MOST_BLOCKS, f'model.blocks is {blocks}; allowed: 1 … {MOST_BLOCKS}')
-  ratios = {'channel_ratio': channel_ratio, 'group_ratio': group_ratio}
-  for field, value in {'channels': channels, 'hidden': hidden, **ratios}.items():
-    _check(value >= 1, f'model.{field} is {value}; allowed: 1 or more')
-  _check(pool_every >= 0, f'model.pool_every is {pool_every}; allowed: 0 or more')
   height, width, colours = image_shape
   _check(
     height % side == 0 and width % side == 0,
@@ -84,7 +68,10 @@ def mixer_spec(
   )
   _check_groups(channels, hidden, groups)
   full = Style(norms=tuple(norms), **style)
-  _check_style(full, height)
+  _check(
+    full.mixing != 'conv' or 1 <= full.conv_size <= height,
+    f'model.conv_size is {full.conv_size}; allowed: 1 … {height}, the height of an image',
+  )
   stem = BlockSpec(
     side * side, height * width * colours // side**2, hidden, channels, groups, mix=False
   )
@@ -100,23 +87,6 @@ def mixer_spec(
       number = len(runs) - 1
       runs.append(Run(f'blocks_{number}' if number else 'blocks', spec, 1))
   return MixerSpec(tuple(runs), full, classes)
-
-
-def _check_style(style: Style, height: int) -> None:
-  for norm in style.norms:
-    one_of('model.norms', norm, NORMS)
-  for field, allowed in (
-    ('mixing', ('linear', 'conv')),
-    ('norm', ('layer', 'whole', 'batch')),
-    ('init', ('kaiming', 'lecun', 'constant')),
-    ('pool', ('average', 'max')),
-    ('precision', ('float32', 'bfloat16')),
-  ):
-    one_of(f'model.{field}', getattr(style, field), allowed)
-  _check(
-    style.mixing != 'conv' or 1 <= style.conv_size <= height,
-    f'model.conv_size is {style.conv_size}; allowed: 1 … {height}, the height of an image',
-  )
 
 
 def _check_groups(channels: int, hidden: int, groups: int) -> None:

@@ -13,7 +13,6 @@ import jax
 
 from lfg_jax.data import augmentation
 from lfg_jax.data.datasets import Arrays, Batch, Dataset
-from lfg_jax.errors import one_of
 from lfg_jax.losses import row_losses, staged
 from lfg_jax.losses.ahead import look_ahead
 from lfg_jax.losses.heads import Heads
@@ -23,12 +22,9 @@ from lfg_jax.models import registry
 from lfg_jax.models.registry import Images
 from lfg_jax.training import compatible, timing
 from lfg_jax.training.composition import Composition
-from lfg_jax.training.rules import HEAD_FIELDS, REGISTRY, Options, Rule
+from lfg_jax.training.rules import REGISTRY, Options, Rule
 
 PyTree = Any
-
-
-LOSSES = ('supervised', 'contrastive')
 
 
 class Algorithm(NamedTuple):
@@ -66,10 +62,8 @@ def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorit
   Raises:
     ValueError: one line with the field, its value and what is allowed.
   """
-  one_of('algorithm', config.algorithm, REGISTRY)
   options = Options.read(config)
-  row, own_loss, hidden = (config.losses[field] for field in HEAD_FIELDS)
-  one_of('loss', config.loss, LOSSES)
+  row, own_loss = config.losses.row, config.losses.module
   row_loss = row_losses.find(row, own_loss, dataset.classes)
   contrast = _contrast(config.contrastive, axis_name) if config.loss == 'contrastive' else None
   if contrast and row_loss is not row_losses.cross_entropy:
@@ -80,19 +74,15 @@ def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorit
   fields = dict(config.model)
   module = registry.find(fields.pop('name'), fields.pop('module'))
   images = Images(dataset.image_shape, dataset.classes, dataset.mean, dataset.std, axis_name)
-  model = registry.build(module, fields, images, Heads(row_loss, hidden, contrast))
+  model = registry.build(
+    module, fields, images, Heads(row_loss, config.losses.head_hidden, contrast)
+  )
   return compose(
     REGISTRY[config.algorithm], options, model, axis_name, _augmentation(config, dataset)
   )
 
 
 def _contrast(config: Any, axis_name: str | None) -> Contrast:
-  if config.temperature <= 0:
-    raise ValueError(f'contrastive.temperature is {config.temperature!r}; allowed: more than 0')
-  if not 0 < config.min_area <= 1:
-    raise ValueError(
-      f'contrastive.min_area is {config.min_area!r}; allowed: more than 0, at most 1'
-    )
   return Contrast(
     config.temperature, config.stop_gradient, config.shared_views, axis_name=axis_name
   )

@@ -1,69 +1,148 @@
-"""Command lines: `--config.field=value` and the options of scripts; one-line errors."""
+"""Command lines on `absl.flags`: options, `--config.field=value`, `--help`, one-line errors."""
 
-import argparse
 import ast
+import codecs
+import contextlib
 import copy
 import difflib
-import functools
 import itertools
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable
+import textwrap
+import traceback
+import types
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NoReturn
 
-from absl import flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import config_checks, configs, fields, guard
+from lfg_jax.fields import Allowed, Field, at_least, one_of
+from lfg_jax.training import configs, guard
+
+# What `--help` shows first: the fields that most runs set.
+COMMON = (
+  'algorithm',
+  'dataset',
+  'data_dir',
+  'model.name',
+  'model.size',
+  'epochs',
+  'batch_size',
+  'optimizer.learning_rate',
+  'estimator.passes',
+  'seed',
+)
+WIDTH = 100
+TRACEBACK = flags.DEFINE_bool('traceback', False, 'show where in the code a mistake was found')
+# Where a terminal knows only ASCII.
+_PLAIN = {'…': '...', '×': 'x', 'ε': 'eps', 'τ': 'tau', '−': '-', '→': '->', '±': '+-', '√': 'sqrt'}
+
+Options = types.SimpleNamespace
 
 
-class Parser(argparse.ArgumentParser):
-  """A parser that raises `UserError` for mistakes and shows its description verbatim."""
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+  """Runs a program and exits. A `UserError` is printed as one line."""
+  codecs.register_error('plain', _plain)
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(AttributeError):  # something else stands for it, as in a notebook
+      stream.reconfigure(errors='plain')  # type: ignore[union-attr]
+  logging.set_verbosity(logging.WARNING)
+
+  def guarded(arguments: list[str]) -> None:
+    try:
+      main(arguments)
+    except UserError as error:
+      if TRACEBACK.value:
+        traceback.print_exception(error)
+      sys.exit(guard.complain(error))
+
+  app.run(guarded, flags_parser=_arguments)
+  sys.exit()
+
+
+def _arguments(argv: list[str]) -> list[str]:
+  """Leaves the parsing to the program, whose options depend on its config."""
+  flags.FLAGS.mark_as_parsed()
+  flags.FLAGS['traceback'].unparse()
+  return argv[1:]
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+  """Replaces characters that a terminal cannot show."""
+  assert isinstance(error, UnicodeEncodeError)
+  text = error.object[error.start : error.end]
+  return ''.join(_PLAIN.get(character, '?') for character in text), error.end
+
+
+class _Values(flags.ArgumentParser):
+  """Parses a value, or several with commas between them, and checks each."""
+
+  def __init__(self, kind: type, allowed: Allowed, *, several: bool) -> None:
+    self._kind, self._allowed, self._several = kind, allowed, several
+    self.syntactic_help = allowed.text + ', with commas between them' * several
+
+  def parse(self, argument: Any) -> Any:
+    """Returns the value or the list."""
+    parts = str(argument).split(',') if self._several else [argument]
+    found = [self._kind(part) for part in parts]
+    if not all(map(self._allowed.test, found)):
+      raise ValueError(self.syntactic_help)
+    return found if self._several else found[0]
+
+
+ANY = Allowed(lambda value: True, 'any text')
+
+
+class Parser:
+  """The options of a program: a thin layer on `absl.flags.FlagValues`.
+
+  All have their defaults in `--help`, and one line for a mistake, a `UserError`.
+  """
 
   def __init__(self, description: str | None = None) -> None:
-    super().__init__(
-      description=description,
-      allow_abbrev=False,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    self._description = description or ''
+    self._values = flags.FlagValues()
+    self._required: list[str] = []
+    self._hidden: list[str] = []
+    self._values['traceback'] = flags.FLAGS['traceback']
+    self.switch('help', 'show this text')
 
-  def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-    """Parses, and keeps the arguments, because the text of `--help` depends on them."""
-    self._arguments = list(args or ())
-    return super().parse_known_args(args, namespace)
+  @property
+  def names_of_options(self) -> list[str]:
+    """The names of all options."""
+    return list(self._values)
 
-  def format_help(self) -> str:
-    """Appends the config's fields, with those of the chosen model, if there is a --config."""
-    text = super().format_help()
-    if '--config' not in self._option_string_actions:
-      return text
-    return f'{text}\n{fields.table(_with_model(configs.base(), self._arguments))}'
-
-  def error(self, message: str) -> NoReturn:
-    """Raises UserError, where argparse would print the usage and exit."""
-    raise UserError(message)
-
-  def option(self, name: str, default: Any, meaning: str = '', **more: Any) -> None:
-    """Adds --NAME, with its default in the help text."""
-    told = '' if default in (None, '') else f'default: {default}'
-    self.add_argument(
-      f'--{name}', default=default, help='; '.join(filter(None, [meaning, told])), **more
-    )
-
-  def number(
+  def option(
     self,
     name: str,
-    default: float | None,
-    meaning: str = '',
+    default: Any,
+    meaning: str | None = '',
     *,
-    least: float = 1,
-    kind: type = int,
-    **more: Any,
+    kind: type = str,
+    allowed: Allowed = ANY,
+    several: bool = False,
+    required: bool = False,
+  ) -> None:
+    """Adds --NAME for a value of some kind, or for several with commas between them.
+
+    An option whose meaning is None is hidden from `--help`.
+    """
+    if meaning is None:
+      self._hidden.append(name)
+    parser = _Values(kind, allowed, several=several)
+    given = None if default is None else str(default)
+    flags.DEFINE(parser, name, given, meaning, flag_values=self._values)
+    if required:
+      self._required.append(name)
+
+  def number(
+    self, name: str, default: float | None, meaning: str = '', *, least: float = 1, kind: type = int
   ) -> None:
     """Adds an option for a number of at least `least`."""
-    self.option(name, default, meaning, type=functools.partial(_number, name, least, kind), **more)
+    self.option(name, default, meaning, kind=kind, allowed=at_least(least))
 
   def numbers(
     self,
@@ -75,7 +154,7 @@ class Parser(argparse.ArgumentParser):
     kind: type = int,
   ) -> None:
     """Adds an option for a list of numbers, each at least `least`."""
-    self.option(name, default, meaning, type=functools.partial(_numbers, name, least, kind))
+    self.option(name, default, meaning, kind=kind, allowed=at_least(least), several=True)
 
   def names(
     self,
@@ -83,34 +162,96 @@ class Parser(argparse.ArgumentParser):
     default: str | None,
     allowed: Collection[str],
     meaning: str = 'names, with commas',
-    **more: Any,
+    *,
+    required: bool = False,
   ) -> None:
     """Adds an option for a list of names from `allowed`."""
-    self.option(name, default, meaning, type=functools.partial(_names, name, allowed), **more)
+    self.option(name, default, meaning, allowed=one_of(allowed), several=True, required=required)
+
+  def switch(self, name: str, meaning: str) -> None:
+    """Adds --NAME, which has no value."""
+    flags.DEFINE_bool(name, False, meaning, flag_values=self._values)
+
+  def parse_known(self, arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """Returns the options and the other arguments.
+
+    Raises:
+      UserError: an option has no value or a wrong one, or a required one is missing.
+      SystemExit: after printing the text of `--help`, if there is no config.
+    """
+    values = self._values
+    values.set_gnu_getopt()
+    try:
+      _, *rest = values(['', *arguments], known_only=True)
+    except flags.Error as error:
+      raise _explained(error, values) from error
+    options = Options(**values.flag_values_dict())
+    if options.help and not hasattr(options, 'config'):
+      self.show_help()
+    missing = [f'--{name}' for name in self._required if getattr(options, name) is None]
+    if missing and not options.help:
+      raise UserError(f'missing: {", ".join(missing)}')
+    return options, rest
+
+  def parse(self, arguments: Sequence[str]) -> Options:
+    """Returns the options; raises UserError also for arguments that are none of them."""
+    options, rest = self.parse_known(arguments)
+    if rest:
+      raise _unexpected(rest[0], self.names_of_options)
+    return options
+
+  def show_help(self, config: ConfigDict | None = None) -> NoReturn:
+    """Prints the text of `--help`, with the fields of a config, and ends the program."""
+    print(self._description, '\noptions:', sep='')
+    for name in self.names_of_options:
+      flag = self._values[name]
+      if name not in self._hidden:
+        default = '' if flag.default in (None, '', False) else f'default: {flag.default_unparsed}'
+        told = '; '.join(filter(None, (flag.help, default)))
+        print(textwrap.fill(f'  --{name}: {told}', WIDTH, subsequent_indent=' ' * 6))
+    if config is not None:
+      print(help_of_fields(config), end='')
+    sys.exit(0)
 
 
-def run(main: Callable[[list[str]], None]) -> NoReturn:
-  """Runs a program and exits. A `UserError` is printed as one line."""
-  try:
-    main(sys.argv[1:])
-  except UserError as error:
-    sys.exit(guard.complain(error))
-  sys.exit()
+def help_of_fields(config: ConfigDict) -> str:
+  """Returns the text about all fields of a config: values, meanings and what is allowed."""
+  entries, values = configs.table_of(config), dict(configs.flatten(config))
+  common = [name for name in COMMON if name in entries]
+  lines = ['', 'config fields, as --config.FIELD=VALUE, with the values of the chosen config']
+  for title, names in (
+    ('most used', common),
+    ('all others', [n for n in entries if n not in common]),
+  ):
+    lines.append(f'\n{title}:')
+    for name in names:
+      value = values[name]
+      shown = ','.join(map(str, value)) if isinstance(value, tuple) else value
+      lines.append(f'  {name} = {shown}')
+      indent = ' ' * 6
+      text = _meaning(entries[name])
+      lines += textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
+  return '\n'.join(lines) + '\n'
 
 
-def parse(
-  parser: argparse.ArgumentParser, arguments: list[str]
-) -> tuple[argparse.Namespace, ConfigDict]:
+def _meaning(entry: Field) -> str:
+  return entry.meaning + (f'; allowed: {entry.allowed.text}' if entry.allowed else '')
+
+
+def parse(parser: Parser, arguments: list[str]) -> tuple[Options, ConfigDict]:
   """Returns the options of `parser` and the config with the command line's changes.
 
   `parser` must have the option --config.
 
   Raises:
     UserError: an unknown option, file or field, or a value of the wrong type.
+    SystemExit: after printing the text of `--help`.
   """
-  options, rest = parser.parse_known_args(arguments)
-  known = re.findall(r'--\w+', parser.format_usage())
-  return options, override(configs.load(options.config), rest, known)
+  options, rest = parser.parse_known(arguments)
+  config = override(configs.load(options.config), rest, parser.names_of_options)
+  if options.help:
+    parser.show_help(config)
+  return options, config
 
 
 def override(config: ConfigDict, arguments: list[str], known: Iterable[str] = ()) -> ConfigDict:
@@ -121,7 +262,7 @@ def override(config: ConfigDict, arguments: list[str], known: Iterable[str] = ()
     arguments: `--config.field=value` or `--config.field value`; for a bool also `--config.field`
       and `--noconfig.field`. A tuple may be written with or without brackets and quotes. None sets
       a field to None if the field may be None.
-    known: further options of the program, as suggestions for an unknown one.
+    known: names of the program's options, as suggestions for an unknown one.
 
   Raises:
     UserError: an unknown option or field, or a value of the wrong type.
@@ -130,25 +271,28 @@ def override(config: ConfigDict, arguments: list[str], known: Iterable[str] = ()
   ('head', 'readout')
   """
   config, rest, open_fields = _with_model(copy.deepcopy(config), arguments), [], []
+  entries = configs.table_of(config)
   for argument in arguments:
     match = re.fullmatch(r'--?(?:no)?config\.([^=]*)(?:=(.*))?', argument, re.DOTALL)
     if match:
-      dotted, text = match.groups()
-      node, field = _find(config, dotted)
-      if text and text.lower() == 'none' and configs.may_be_none(dotted, config):
-        open_fields.append(dotted)
+      name, text = match.groups()
+      if name not in entries:
+        raise configs.unknown(name, entries)
+      if text and text.lower() == 'none' and entries[name].default is None:
+        open_fields.append(name)
         continue
-      if text is not None and node.get_type(field) is tuple:
-        argument = f'--config.{dotted}={_items(text)!r}'
+      if text is not None and entries[name].type is tuple:
+        argument = f'--config.{name}={_items(text)!r}'
     elif argument.startswith('-'):
       raise _unexpected(argument, known)
     rest.append(argument)
   values = flags.FlagValues()
   try:
+    # The file is loaded before: what it returns depends on the model, which a flag may choose.
     config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=['', *rest])
     _, *unused = values(['', *rest])
   except (flags.Error, TypeError, ValueError) as error:
-    raise _explained(error, config) from error
+    raise _explained(error, values, entries) from error
   if unused:
     raise _unexpected(unused[0], known)
   values.config.update_from_flattened_dict(dict.fromkeys(open_fields))
@@ -169,40 +313,32 @@ def _with_model(config: ConfigDict, arguments: list[str]) -> ConfigDict:
   return config
 
 
-def _explained(error: Exception, config: ConfigDict) -> UserError:
+def _explained(
+  error: Exception, values: flags.FlagValues, entries: dict[str, Field] | None = None
+) -> UserError:
   """absl's error as one line; for a wrong value, with what is allowed."""
-  if match := re.match(r'flag --config\.([^=]+)=(.*?): ', str(error), re.DOTALL):
-    dotted, text = match.groups()
-    node, field = _find(config, dotted)
-    kind = node.get_type(field).__name__
-    return UserError(f'config field {dotted} is {text!r}; allowed: {kind}')
-  return UserError(' '.join(str(error).split()))
+  message = ' '.join(str(error).split())
+  if match := re.match(r'flag --([^=]+)=(.*?): ', message):
+    option, text = match.groups()
+    if option.startswith('config.') and entries:
+      name = option.removeprefix('config.')
+      return UserError(f'{name} is {text!r}; allowed: {entries[name].wrong(object())}')
+    allowed = values[option].parser.syntactic_help or 'true, false'
+    return UserError(f'--{option} is {text!r}; allowed: {allowed}')
+  return UserError(message)
 
 
 def _unexpected(argument: str, known: Iterable[str]) -> UserError:
   if not argument.startswith('-'):
     return UserError(f'unexpected argument {argument!r}')
   name = argument.partition('=')[0]
-  near = difflib.get_close_matches(name, [*known, '--config'], 1)
-  return UserError(f'unknown option {name}' + (f'; did you mean {near[0]}?' if near else ''))
-
-
-def _find(config: ConfigDict, dotted: str) -> tuple[ConfigDict, str]:
-  """The part of the config that holds the field named by a flag, and the field's name in it."""
-  node: Any = config
-  *parents, last = names = dotted.split('.')
-  for i, field in enumerate(names):
-    if not isinstance(node, ConfigDict) or field not in node:
-      wanted = node if isinstance(node, ConfigDict) else ConfigDict()
-      raise config_checks.unknown('.'.join(names[: i + 1]), wanted)
-    node = node[field]
-  if isinstance(node, ConfigDict):
-    raise UserError(
-      f'config field {dotted} has fields: {", ".join(sorted(node))}; name one of them'
-    )
-  for field in parents:
-    config = config[field]
-  return config, last
+  options = {option: f'--{option}' for option in known}
+  close = difflib.get_close_matches(name.lstrip('-'), options, 1, 0.75)
+  meant = options[close[0]] if close else None
+  if not meant and 'config' in options:
+    field = configs.near(name.lstrip('-'), configs.table())
+    meant = f'--config.{field}' if field else None
+  return UserError(f'unknown option {name}' + (f'; did you mean {meant}?' if meant else ''))
 
 
 def _items(text: str) -> tuple:
@@ -222,48 +358,3 @@ def _item(text: str) -> Any:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError):
     return text
-
-
-# --- values of options ----------------------------------------------------------------------------
-
-
-def _number(option: str, least: float, kind: type, text: str) -> Any:
-  """Parses a number of at least `least`; raises UserError otherwise.
-
-  >>> _number('batch', 1, int, '64')
-  64
-  """
-  try:
-    found = kind(text)
-  except ValueError as error:
-    raise UserError(f'--{option} is {text!r}; allowed: numbers, {least} or more') from error
-  if not found >= least:  # also rejects nan
-    raise UserError(f'--{option} is {found}; allowed: {least} or more')
-  return found
-
-
-def _numbers(option: str, least: float, kind: type, text: str) -> list[Any]:
-  """Parses comma-separated numbers, each at least `least`; raises UserError otherwise.
-
-  >>> _numbers('seeds', 0, int, '0,3')
-  [0, 3]
-  """
-  try:
-    found = [kind(part) for part in text.split(',')]
-  except ValueError as error:
-    raise UserError(f'--{option} is {text!r}; allowed: numbers with commas between them') from error
-  if not all(number >= least for number in found):
-    raise UserError(f'--{option} has {min(found)}; allowed: {least} or more')
-  return found
-
-
-def _names(option: str, allowed: Collection[str], text: str) -> list[str]:
-  """Parses comma-separated names; raises UserError for one that is not allowed.
-
-  >>> _names('algorithms', ('BP', 'FA', 'DFA'), 'BP,FA')
-  ['BP', 'FA']
-  """
-  found = text.split(',')
-  if unknown := [name for name in found if name not in allowed]:
-    raise UserError(f'--{option} has {unknown[0]!r}; allowed: {", ".join(allowed)}')
-  return found

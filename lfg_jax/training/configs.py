@@ -1,12 +1,13 @@
-"""The config: its fields with their defaults, and how it is read.
+"""Configs: their fields, how a config is made and read, and what is checked before any long work.
 
 A file in `configs/` has a function `get_config()` that changes fields of `base()`. The command line
-changes further fields (`--config.optimizer.learning_rate=0.1`, see `command_line`). `config_checks`
-finds mistakes before any long work starts. `fields` collects the meanings of all fields.
+changes further fields (`--config.optimizer.learning_rate=0.1`, see `command_line`).
 """
 
+import dataclasses
 import difflib
 import json
+import math
 import pathlib
 import re
 import runpy
@@ -16,158 +17,232 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from lfg_jax.errors import UserError
+from lfg_jax.fields import BELOW_ONE, Allowed, Field, above, at_least, described, field, one_of
+from lfg_jax.losses.row_losses import ROW_LOSSES
 from lfg_jax.models import registry
+from lfg_jax.training import optimizers, profiling
+from lfg_jax.training.rules import REGISTRY, TAP_PASSES, EstimatorOptions, LossOptions
 
 
-def base() -> ConfigDict:
-  """All fields, with their defaults.
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """The fields of config.data."""
 
-  Other docstrings explain some of the fields:
-
-  - `rules.Options`: estimator and losses.
-  - `row_losses.find`: the loss of local heads, and your own file with one.
-  - `info_nce.Contrast`: the contrastive loss.
-  - `datasets.load`: your own file with a data set.
-  - `model_fields`: what every model has.
-  - A model's `make`: the model's own. For the mixer, `sizes.mixer_spec` and `block.Style`.
-
-  The others are explained here. `--help` prints them all.
-
-  Attributes:
-    algorithm: a learning rule: 'BP', 'L-BP', 'LG-BP', 'FA', 'L-FA', 'LG-FA', 'DFA', 'FG-W', 'FG-A',
-      'LG-FG-W', 'LG-FG-A', 'LG-FG-A-paper', 'FD-W', 'FD-A', 'LG-FD-W' or 'LG-FD-A'; see
-      `rules.REGISTRY`.
-    loss: 'supervised' or 'contrastive'. With 'contrastive', a batch has two views of each image.
-    dataset: 'digits', 'mnist', 'fashion_mnist', 'cifar10', 'imagenet2012', or the name of another
-      TFDS data set.
-    data_dir: folder of the data sets; None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
-    image_size: height and width of streamed images; None: the data set's own.
-    images: number of training images to use, counted from the first; None: all.
-    workers: number of processes that read and decode a stream; 0: threads.
-    init_from: folder of a run from whose parameters this run starts; None: random parameters.
-    shift: the largest number of pixels by which a training image is moved, in both directions of both
-      axes, anew in every epoch; for data sets of arrays.
-    flip: whether a training image is mirrored, left to right, in every other epoch at random; for
-      data sets of arrays.
-    head_hidden: channels of a hidden layer in every local head; 0: heads are linear.
-    min_area: smallest area of a view's crop, as a fraction of the image's area.
-    name: 'sgd', 'adam', 'adamw' or 'lars'.
-    learning_rate: the highest learning rate, reached after the warm-up.
-    scale_with_batch: whether the learning rate is for a batch of 256 and grows in proportion to the
-      batch size.
-    momentum: momentum, and Adam's b1.
-    weight_decay: weight decay of kernels only; for sgd and adam, it is L2 regularisation.
-    schedule: schedule of the learning rate: 'constant', 'linear', 'staircase' or 'cosine'.
-    warmup_epochs: number of epochs in which the learning rate rises from 0.
-    staircase_epochs: epochs at which the learning rate of a staircase falls.
-    staircase_factor: factor by which a staircase multiplies the learning rate each time.
-    readout_multiplier: factor on the updates of the read-out.
-    head_multiplier: factor on the updates of local heads.
-    epochs: number of passes over the training examples.
-    batch_size: number of examples in a batch, over all devices.
-    micro_batch: most examples computed at once on a device; 0: what suits the machine.
-    steps_per_dispatch: number of steps that a device takes at a time, without the host; signals and
-      progress wait for them. A model of convolutions takes one at a time on CPUs.
-    stages: number of stages of the block pipeline, groups of devices with their own blocks; see
-      `pipeline`.
-    seed: random seed of parameters, order and tangents.
-    eval_every: epochs between measurements of the test error.
-    checkpoint_every: epochs between checkpoints.
-    keep: number of newest checkpoints to keep; the one with the best test error is kept too.
-    distributed: whether there are several processes; if so, calls jax.distributed.initialize().
-    profile: 'FIRST:LAST', the steps for which jax.profiler writes a trace into the run's folder;
-      None: no trace.
-    lost_after: seconds of silence after which a process counts as lost and the others end.
-  """
-  return ConfigDict(
-    {
-      'algorithm': 'LG-FG-A',
-      'loss': 'supervised',
-      'dataset': 'digits',
-      'data': {'module': config_dict.placeholder(str)},
-      'data_dir': config_dict.placeholder(str),
-      'image_size': config_dict.placeholder(int),
-      'images': config_dict.placeholder(int),
-      'workers': 0,
-      'init_from': config_dict.placeholder(str),
-      'augment': {'shift': 0, 'flip': False},
-      'model': model_fields('mixer'),
-      'losses': {
-        'row': 'cross_entropy',
-        'module': config_dict.placeholder(str),
-        'head_hidden': 0,
-        'head_ahead': False,
-        'head_average': 0.99,
-        'patch': True,
-        'group': True,
-        'every': 1,
-        'overlap': False,
-      },
-      'contrastive': {
-        'temperature': 0.5,
-        'stop_gradient': True,
-        'shared_views': True,
-        'min_area': 0.08,
-      },
-      'estimator': {
-        'law': 'hadamard',
-        'module': config_dict.placeholder(str),
-        'passes': 1,
-        'chunk': 4,
-        'combine': 'mean',
-        'taps': 'auto',
-        'last_tap': 'auto',
-        'guess': 'auto',
-        'guess_rate': 3e-3,
-        'tap_passes': dict.fromkeys(registry.find('mixer').TAPS, 0),
-        'sharing': 'paper',
-        'credit': 'exact',
-        'step': 1e-3,
-      },
-      'optimizer': {
-        'name': 'sgd',
-        'learning_rate': 0.1,
-        'scale_with_batch': False,
-        'momentum': 0.9,
-        'weight_decay': 0.0,
-        'schedule': 'constant',
-        'warmup_epochs': 0.0,
-        'staircase_epochs': (),
-        'staircase_factor': 0.1,
-        'readout_multiplier': 0.1,
-        'head_multiplier': 1.0,
-      },
-      'epochs': 10,
-      'batch_size': 128,
-      'micro_batch': 0,
-      'steps_per_dispatch': 1,
-      'stages': 1,
-      'seed': 0,
-      'eval_every': 1,
-      'checkpoint_every': 1,
-      'keep': 2,
-      'distributed': False,
-      'lost_after': 25,
-      'profile': config_dict.placeholder(str),
-    }
+  module: str | None = field(
+    None,
+    'a Python file with your own data set, as load(data_dir); None: the data set with that name',
   )
 
 
-def model_fields(name: str, module: str | None = None) -> dict[str, Any]:
-  """Returns the fields of config.model, for the model with this name or the one in a file.
+@dataclasses.dataclass(frozen=True)
+class Augment:
+  """The fields of config.augment, for data sets of arrays."""
 
-  Attributes:
-    name: name of the model: 'mixer', 'mlp' or 'resnet'; each has further fields of its own.
+  shift: int = field(
+    0,
+    'the largest number of pixels by which a training image is moved, in both directions of both '
+    'axes, anew in every epoch',
+  )
+  flip: bool = field(
+    False, 'whether a training image is mirrored, left to right, in every other epoch at random'
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """The fields of config.model that every model has. A model's own are its `DEFAULTS`."""
+
+  name: str = field('mixer', f'name of a model: {", ".join(registry.MODELS)}')
+  module: str | None = field(
+    None, 'a Python file with your own model; None: the model with that name'
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses(LossOptions):
+  """The fields of config.losses."""
+
+  row: str = field(
+    'cross_entropy',
+    'loss of the local heads; the read-out always learns the cross-entropy',
+    one_of(ROW_LOSSES),
+  )
+  module: str | None = field(
+    None, 'a Python file with your own row_loss; None: the loss with that name'
+  )
+  head_hidden: int = field(
+    0, 'channels of a hidden layer in every local head; 0: heads are linear', at_least(0)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive:
+  """The fields of config.contrastive."""
+
+  temperature: float = field(0.5, 'τ of the contrastive loss', above(0))
+  stop_gradient: bool = field(True, 'whether candidates are behind a stop-gradient')
+  shared_views: bool = field(
+    True, 'whether both views of an example share their activity perturbation'
+  )
+  min_area: float = field(
+    0.08, "smallest area of a view's crop, as a fraction of the image's area", above(0, 1)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """The fields of config.optimizer."""
+
+  name: str = field('sgd', 'optimizer', one_of(optimizers.OPTIMIZERS))
+  learning_rate: float = field(
+    0.1, 'the highest learning rate, reached after the warm-up', above(0)
+  )
+  scale_with_batch: bool = field(
+    False,
+    'whether the learning rate is for a batch of 256 and grows in proportion to the batch size',
+  )
+  momentum: float = field(0.9, "momentum, and Adam's b1", BELOW_ONE)
+  weight_decay: float = field(
+    0.0, 'weight decay of kernels only; for sgd and adam, it is L2 regularisation', at_least(0)
+  )
+  schedule: str = field('constant', 'schedule of the learning rate', one_of(optimizers.SCHEDULES))
+  warmup_epochs: float = field(
+    0.0, 'number of epochs in which the learning rate rises from 0', at_least(0)
+  )
+  staircase_epochs: tuple = field(
+    (),
+    'epochs at which the learning rate of a staircase falls',
+    Allowed(
+      lambda epochs: all(type(e) in (int, float) and 0 <= e < math.inf for e in epochs),
+      'numbers, 0 or more',
+    ),
+  )
+  staircase_factor: float = field(
+    0.1, 'factor by which a staircase multiplies the learning rate each time', above(0)
+  )
+  readout_multiplier: float = field(0.1, 'factor on the updates of the read-out', at_least(0))
+  head_multiplier: float = field(1.0, 'factor on the updates of local heads', at_least(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """All fields but those of the chosen model, and those for every tap of it."""
+
+  algorithm: str = field('LG-FG-A', 'a learning rule', one_of(REGISTRY))
+  loss: str = field(
+    'supervised',
+    'what is learned; with contrastive, a batch has two views of each image',
+    one_of(('supervised', 'contrastive')),
+  )
+  dataset: str = field(
+    'digits',
+    'digits, mnist, fashion_mnist, cifar10, imagenet2012, or the name of another TFDS data set',
+  )
+  data_dir: str | None = field(
+    None, 'folder of the data sets; None: $TFDS_DATA_DIR or ~/tensorflow_datasets'
+  )
+  epochs: int = field(10, 'number of passes over the training examples', at_least(1))
+  batch_size: int = field(128, 'number of examples in a batch, over all devices', at_least(1))
+  seed: int = field(0, 'random seed of parameters, order and tangents', at_least(0))
+  model: Model = dataclasses.field(default_factory=Model)
+  estimator: EstimatorOptions = dataclasses.field(default_factory=EstimatorOptions)
+  losses: Losses = dataclasses.field(default_factory=Losses)
+  contrastive: Contrastive = dataclasses.field(default_factory=Contrastive)
+  optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+  data: Data = dataclasses.field(default_factory=Data)
+  image_size: int | None = field(
+    None, "height and width of streamed images; None: the data set's own", at_least(1)
+  )
+  images: int | None = field(
+    None, 'number of training images to use, counted from the first; None: all'
+  )
+  workers: int = field(
+    0, 'number of processes that read and decode a stream; 0: threads', at_least(0)
+  )
+  augment: Augment = dataclasses.field(default_factory=Augment)
+  init_from: str | None = field(
+    None, 'folder of a run from whose parameters this run starts; None: random parameters'
+  )
+  micro_batch: int = field(
+    0, 'most examples computed at once on a device; 0: what suits the machine', at_least(0)
+  )
+  steps_per_dispatch: int = field(
+    1,
+    'number of steps that a device takes at a time, without the host; signals and progress wait '
+    'for them. A model of convolutions takes one at a time on CPUs',
+    at_least(1),
+  )
+  stages: int = field(
+    1,
+    'number of stages of the block pipeline, groups of devices with their own blocks',
+    at_least(1),
+  )
+  eval_every: int = field(1, 'epochs between measurements of the test error', at_least(1))
+  checkpoint_every: int = field(1, 'epochs between checkpoints', at_least(1))
+  keep: int = field(
+    2,
+    'number of newest checkpoints to keep; the one with the best test error is kept too',
+    at_least(1),
+  )
+  distributed: bool = field(
+    False, 'whether there are several processes; if so, calls jax.distributed.initialize()'
+  )
+  lost_after: int = field(
+    25, 'seconds of silence after which a process counts as lost and the others end', at_least(2)
+  )
+  profile: str | None = field(
+    None,
+    "FIRST:LAST, the steps for which jax.profiler writes a trace into the run's folder; None: no "
+    'trace',
+    Allowed(lambda text: profiling.steps_of(text) is not None, 'FIRST:LAST, steps from 1'),
+  )
+
+
+def table(name: str = 'mixer', module: str | None = None) -> dict[str, Field]:
+  """Returns all fields, by dotted name, with those of a model.
+
+  Args:
+    name: of the model.
     module: a Python file with your own model; None: the model with that name.
 
   Raises:
     UserError: there is no such model.
   """
-  defaults = registry.find(name, module).DEFAULTS
-  as_placeholder = lambda v: config_dict.placeholder(v) if isinstance(v, type) else v
-  path = config_dict.placeholder(str)
-  path.set(module)
-  return {'name': name, 'module': path, **{f: as_placeholder(v) for f, v in defaults.items()}}
+  model = registry.find(name, module)
+  own = {f'model.{field}': entry for field, entry in registry.fields_of(model).items()}
+  taps = {f'estimator.tap_passes.{tap}': TAP_PASSES for tap in model.TAPS}
+  found = {**described(Config), **own, **taps}
+  groups = list(dict.fromkeys(field.partition('.')[0] for field in found))
+  return dict(sorted(found.items(), key=lambda item: groups.index(item[0].partition('.')[0])))
+
+
+def table_of(config: ConfigDict) -> dict[str, Field]:
+  """Returns the `table` of the model that a config names, or that of the default model."""
+  model = config.get('model')
+  known = isinstance(model, ConfigDict) and (model.get('name'), model.get('module'))
+  if known and isinstance(known[0], str) and isinstance(known[1], str | None):
+    return table(*known)
+  return table()
+
+
+def base(name: str = 'mixer', module: str | None = None) -> ConfigDict:
+  """Returns a config with the defaults of all fields; the arguments are those of `table`.
+
+  >>> base('mlp').model.blocks
+  3
+  """
+  config = ConfigDict()
+  for dotted, entry in table(name, module).items():
+    *parents, last = dotted.split('.')
+    node = config
+    for parent in parents:
+      if parent not in node:
+        node[parent] = ConfigDict()
+      node = node[parent]
+    is_open = entry.default is None
+    node[last] = config_dict.placeholder(entry.type) if is_open else entry.default
+  config.model.update(name=name, module=module)
+  return config
 
 
 def use_model(
@@ -180,36 +255,72 @@ def use_model(
   >>> sorted(config.model.to_dict())
   ['blocks', 'channels', 'groups', 'module', 'name']
   """
+  fresh = base(name, module)
   with config.unlocked():
-    config.model = ConfigDict(model_fields(name, module))
-    taps = registry.find(name, module).TAPS
-    config.estimator.tap_passes = ConfigDict(dict.fromkeys(taps, 0))
+    config.model = fresh.model
+    config.estimator.tap_passes = fresh.estimator.get('tap_passes', ConfigDict())
   config.model.update(fields)
 
 
-def defaults(config: ConfigDict) -> ConfigDict:
-  """The defaults of all fields, including those of the config's own model."""
-  wanted, model = base(), config.get('model')
-  if (
-    isinstance(model, ConfigDict)
-    and isinstance(model.get('name'), str)
-    and (isinstance(model.get('module'), str | None))
-  ):
-    use_model(wanted, model.name, model.get('module'))
-  return wanted
+def validate(config: ConfigDict) -> None:
+  """Checks the names, types and ranges of all fields, each by itself.
 
-
-def may_be_none(field: str, config: ConfigDict) -> bool:
-  """Whether a field, by its dotted name, may be None in a config with this model.
-
-  >>> may_be_none('model.hidden', base()), may_be_none('model.size', base())
-  (True, False)
+  Raises:
+    UserError: a field is unknown, missing or wrong. The line says what is allowed.
   """
-  part, _, name = field.partition('.')
-  if part == 'model' and name != 'module':
-    defaults = registry.find(config.model.name, config.model.module).DEFAULTS
-    return isinstance(defaults.get(name), type)
-  return dict(flatten(base())).get(field, 0) is None
+  wanted, given = table_of(config), dict(flatten(config))
+  for name in given:
+    if name not in wanted:
+      raise unknown(name, wanted)
+  for name, entry in wanted.items():
+    if name not in given:
+      raise UserError(f'config field {name} is missing')
+    if allowed := entry.wrong(given[name]):
+      raise UserError(f'{name} is {_line(given[name])}; allowed: {allowed}')
+  warmup, epochs = config.optimizer.warmup_epochs, config.epochs
+  if warmup >= epochs:
+    raise UserError(f'optimizer.warmup_epochs is {warmup!r}; allowed: less than epochs, {epochs}')
+
+
+def _inside(part: str, wanted: dict[str, Field]) -> list[str]:
+  """The names right inside a group of fields; '' is the whole config."""
+  prefix = f'{part}.' if part else ''
+  inside = [name.removeprefix(prefix) for name in wanted if name.startswith(prefix)]
+  return sorted({name.partition('.')[0] for name in inside})
+
+
+def _line(value: Any) -> str:
+  """A value of any type as one short line."""
+  text = ' '.join(repr(value).split())
+  return text if len(text) <= 80 else f'{text[:80]}…'
+
+
+def near(name: str, known: dict[str, Field]) -> str | None:
+  """Returns the field that was meant by a name without its group, or with a typing error.
+
+  >>> [near(name, table()) for name in ('batch', 'optimizer.learning_rat', 'lr')]
+  ['batch_size', 'optimizer.learning_rate', None]
+  """
+  last = {field.rpartition('.')[2]: field for field in reversed(known)}
+  names, own = {**last, **{field: field for field in known}}, name.rpartition('.')[2]
+  begins = [text for text in (*known, *last) if len(own) > 2 and text.startswith(own)]
+  exact = [text for text in (name, own) if text in names]
+  close = [
+    found for text in (name, own) for found in difflib.get_close_matches(text, names, 1, 0.75)
+  ]
+  return next((names[text] for text in (*exact, *begins, *close)), None)
+
+
+def unknown(name: str, known: dict[str, Field]) -> UserError:
+  """Returns the error for a name that is no field, with the names that are allowed there."""
+  if inside := _inside(name, known):
+    return UserError(f'{name} has fields: {", ".join(inside)}; name one of them')
+  meant = near(name, known)
+  hint = f'did you mean {meant}? ' if meant else ''
+  part = name.rpartition('.')[0]
+  while not (allowed := _inside(part, known)):
+    part = part.rpartition('.')[0]
+  return UserError(f'unknown config field {name}; {hint}allowed: {", ".join(allowed)}')
 
 
 def flatten(config: ConfigDict | dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
@@ -218,11 +329,11 @@ def flatten(config: ConfigDict | dict[str, Any], prefix: str = '') -> Iterator[t
   >>> dict(flatten({'a': 1, 'b': {'c': 2}}))
   {'a': 1, 'b.c': 2}
   """
-  for field, value in config.items():
+  for name, value in config.items():
     if isinstance(value, (ConfigDict, dict)):
-      yield from flatten(value, f'{prefix}{field}.')
+      yield from flatten(value, f'{prefix}{name}.')
     else:
-      yield prefix + field, value
+      yield prefix + name, value
 
 
 def to_json(config: ConfigDict) -> str:
@@ -263,6 +374,6 @@ def _find(path: str) -> pathlib.Path:
   if (named := folder() / f'{path}.py').is_file():
     return named
   known = sorted(file.stem for file in folder().glob('*.py'))
-  near = difflib.get_close_matches(path, known, 1)
-  hint = f'did you mean {near[0]}? ' if near else ''
+  close = difflib.get_close_matches(path, known, 1)
+  hint = f'did you mean {close[0]}? ' if close else ''
   raise UserError(f'no config {path}; {hint}allowed: {", ".join(known)}, or the path of a file')

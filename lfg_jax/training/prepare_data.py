@@ -44,15 +44,12 @@ def check(dataset: str, manual_dir: str | None) -> None:
 
 def main(arguments: list[str]) -> None:
   """Prepares one data set."""
-  parser = command_line.Parser(description=__doc__)
-  parser.add_argument(
-    '--dataset', required=True, help=f'{", ".join(data.TFDS)}, or another name of TFDS'
-  )
-  parser.add_argument(
-    '--data_dir', help='where to; default: $TFDS_DATA_DIR or ~/tensorflow_datasets'
-  )
-  parser.add_argument('--manual_dir', help='where the two tar files of ImageNet are')
-  given = parser.parse_args(arguments)
+  parser = command_line.Parser(__doc__)
+  names = f'{", ".join(data.TFDS)}, or another name of TFDS'
+  parser.option('dataset', None, names, required=True)
+  parser.option('data_dir', None, 'where to; default: $TFDS_DATA_DIR or ~/tensorflow_datasets')
+  parser.option('manual_dir', None, 'where the two tar files of ImageNet are')
+  given = parser.parse(arguments)
   check(given.dataset, given.manual_dir)
   builder = tfds.builder(given.dataset, data_dir=given.data_dir, file_format='array_record')
   builder.download_and_prepare(

@@ -6,7 +6,6 @@
 If run again with the same arguments, it continues where it stopped.
 """
 
-import argparse
 import functools
 import os
 import pathlib
@@ -14,31 +13,28 @@ import pathlib
 from ml_collections import ConfigDict
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import command_line, config_checks, configs, guard, launch, processes
+from lfg_jax.training import command_line, configs, guard, launch, processes
 from lfg_jax.training.processes import Place
 from lfg_jax.training.train import prepare, train
 
 
 def main(arguments: list[str]) -> None:
   """Trains a model and prints the summary."""
-  parser = command_line.Parser(description=__doc__)
-  parser.add_argument(
-    '--config', default='digits', help='name of a config that comes with the package, or a file'
+  parser = command_line.Parser(__doc__)
+  parser.option('config', 'digits', 'name of a config that comes with the package, or a file')
+  parser.option('workdir', None, 'folder of the run; default: runs/NAME', kind=pathlib.Path)
+  parser.switch('print_config', 'print the config that would run, and end')
+  parser.option(
+    'coordinator',
+    None,
+    'of several processes: HOST:PORT of the first; default: $JAX_COORDINATOR_ADDRESS, or as the '
+    'cluster tells',
   )
-  parser.add_argument('--workdir', type=pathlib.Path, help='default: runs/NAME')
-  parser.add_argument(
-    '--print_config', action='store_true', help='print the config that would run, and end'
-  )
-  parser.add_argument(
-    '--coordinator',
-    help='of several processes: HOST:PORT of the first; '
-    'default: $JAX_COORDINATOR_ADDRESS, or as the cluster tells',
-  )
-  parser.add_argument('--processes', type=int, help='how many; default: $JAX_NUM_PROCESSES')
-  parser.add_argument('--process', type=int, help='which this is, from 0; default: $JAX_PROCESS_ID')
-  parser.number('rehearse', None, 'N processes on the CPUs of this machine', metavar='N')
+  parser.number('processes', None, 'how many; default: $JAX_NUM_PROCESSES')
+  parser.number('process', None, 'which this is, from 0; default: $JAX_PROCESS_ID', least=0)
+  parser.number('rehearse', None, 'number of processes, on the CPUs of this machine')
   options, config = command_line.parse(parser, arguments)
-  config_checks.validate(config)
+  configs.validate(config)
   if options.print_config:
     print(configs.to_json(config), end='')
     return
@@ -50,7 +46,7 @@ def main(arguments: list[str]) -> None:
   launch.run(functools.partial(_train, config, workdir, at))
 
 
-def _place(options: argparse.Namespace, config: ConfigDict) -> Place | None:
+def _place(options: command_line.Options, config: ConfigDict) -> Place | None:
   """This process's place, now in a child of a guard; None if the run has only one process."""
   given = Place(options.coordinator, options.processes, options.process)
   if options.rehearse is not None:

@@ -30,7 +30,7 @@ def parser(
 ) -> Parser:
   """A parser with --out and with the shared options for which a default is given."""
   made = Parser(description)
-  made.option('out', out and pathlib.Path(out), 'folder of the results', type=pathlib.Path)
+  made.option('out', out, 'folder of the results', kind=pathlib.Path)
   if config:
     made.option('config', config, 'name of a config, or a file')
   if model:

@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lfg_jax.errors import one_of
+from lfg_jax import errors, fields
 from lfg_jax.estimators import tangents
 from lfg_jax.estimators.sampling import COMBINATIONS
+from lfg_jax.fields import BELOW_ONE, Field, above, at_least, field, one_of
 from lfg_jax.losses.replicated import Cut
 from lfg_jax.losses.staged import StagedModel
 
@@ -57,94 +58,100 @@ REGISTRY: dict[str, Rule] = {
 }
 
 
-# Fields of config.losses that say what heads are and what they learn.
-HEAD_FIELDS = ('row', 'module', 'head_hidden')
+@dataclasses.dataclass(frozen=True)
+class EstimatorOptions:
+  """The fields of config.estimator."""
+
+  law: str = field('hadamard', 'distribution of tangents', one_of(tangents.LAWS))
+  module: str | None = field(
+    None, 'a Python file with your own `law`; None: the law with that name'
+  )
+  passes: int = field(1, 'number of tangents per step', at_least(1))
+  chunk: int = field(
+    4,
+    'number of tangents in memory at once; 0: all, which takes more memory and, on CPUs, more time',
+    at_least(0),
+  )
+  combine: str = field(
+    'mean',
+    'how passes are combined: their mean, or a projection onto their span',
+    one_of(COMBINATIONS),
+  )
+  taps: str = field(
+    'auto',
+    'whether activity perturbation perturbs all taps at once (joint) or one by one (separate); '
+    'auto: the rule decides',
+    one_of(('auto', 'joint', 'separate')),
+  )
+  last_tap: str = field(
+    'auto',
+    'what happens at the last tap of a block under a local loss: perturbed, or exact, which lets '
+    'the exact signal through; auto: the rule decides. Between this tap and the loss lie only a '
+    'norm, a ReLU, the head and, if the head looks ahead, the next block',
+    one_of(('auto', 'perturbed', 'exact')),
+  )
+  guess: str = field(
+    'auto',
+    'which taps have a learned guess: none, the name of the first tap for which the model has one, '
+    "or all; auto: the rule decides. In the LocalMixer, the first is 'after_channel': its guess "
+    "comes back through the grouped layer. The guess for 'after_token' comes back through that "
+    'layer and the one before it',
+  )
+  guess_rate: float = field(
+    3e-3, "Adam's learning rate for the matrices through which guesses come back", above(0)
+  )
+  tap_passes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  sharing: str = field(
+    'paper',
+    'which examples share a tangent: paper (the batch shares tangents of weights, but not those of '
+    'activities), shared or independent',
+    one_of(('paper', 'shared', 'independent')),
+  )
+  credit: str = field(
+    'exact',
+    "weight perturbation's rule for groups. exact credits a weight with all the losses it "
+    'influences. paper credits the columns of the linear layer before the grouped one with their '
+    "own group only, as the authors' program does. This is biased, because the norm after that "
+    'layer carries them to every group',
+    one_of(('exact', 'paper')),
+  )
+  step: float = field(1e-3, 'ε of finite differences', above(0))
+
+
+# Of a field of config.estimator.tap_passes, which has one for every tap of the model.
+TAP_PASSES = Field(0, 'number of passes for this tap, if taps are separate; 0: passes', at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-  """The fields of config.estimator, those of config.losses except `HEAD_FIELDS`, and micro_batch.
+class LossOptions:
+  """The fields of config.losses that say which blocks, patches and groups have losses."""
 
-  Attributes:
-    law: distribution of tangents: 'normal', 'rademacher', 'sphere', 'coordinate', 'hadamard' or
-      'haar'; see `tangents.LAWS`.
-    module: a Python file with your own `law`; None: the law with that name.
-    passes: number of tangents per step.
-    chunk: number of tangents in memory at once; 0: all, which takes more memory and, on CPUs, more
-      time.
-    combine: how passes are combined: their 'mean', or a 'projection' onto their span; see
-      `sampling.combine`.
-    taps: whether activity perturbation perturbs all taps at once ('joint') or one by one
-      ('separate'); 'auto': the rule decides.
-    last_tap: what happens at the last tap of a block under a local loss: 'perturbed', or 'exact',
-      which lets the exact signal through; 'auto': the rule decides. Between this tap and the loss
-      lie only a norm, a ReLU, the head and, if the head looks ahead, the next block.
-    guess: which taps have a learned guess (see `guesses`): 'none', the name of the first tap for
-      which the model has one, or 'all'; 'auto': the rule decides. In the LocalMixer, the first is
-      'after_channel': its guess comes back through the grouped layer. The guess for 'after_token'
-      comes back through that layer and the one before it.
-    guess_rate: Adam's learning rate for the matrices through which guesses come back.
-    tap_passes: number of passes for each tap by name, if taps are separate; 0: `passes`.
-    sharing: 'paper' (the batch shares tangents of weights, but not those of activities), 'shared'
-      or 'independent'.
-    credit: weight perturbation's rule for groups. 'exact' credits a weight with all the losses it
-      influences. 'paper' credits the columns of the linear layer before the grouped one with their
-      own group only, as the authors' program does. This is biased, because the norm after that
-      layer carries them to every group.
-    step: ε of finite differences.
-    patch: whether every patch has local losses of its own.
-    group: whether every channel group has local losses of its own.
-    every: number of blocks per stage of a greedy rule.
-    overlap: whether greedy stages are overlapping pairs of blocks.
-    head_ahead: whether the head of a block sees the block's output through a slow average of the
-      next block; see `lfg_jax.losses.ahead`.
-    head_average: the fraction of its old value that the average for `head_ahead` keeps in a step.
-    micro_batch: the most examples whose gradients are computed at once; 0: as many as suit the
-      hardware, see `parts`.
-  """
+  patch: bool = field(True, 'whether every patch has local losses of its own')
+  group: bool = field(True, 'whether every channel group has local losses of its own')
+  every: int = field(1, 'number of blocks per stage of a greedy rule', at_least(1))
+  overlap: bool = field(False, 'whether greedy stages are overlapping pairs of blocks')
+  head_ahead: bool = field(
+    False,
+    "whether the head of a block sees the block's output through a slow average of the next block",
+  )
+  head_average: float = field(
+    0.99, 'the fraction of its old value that the average for head_ahead keeps in a step', BELOW_ONE
+  )
 
-  law: str = 'hadamard'
-  module: str | None = None
-  passes: int = 1
-  chunk: int = 4
-  combine: str = 'mean'
-  taps: str = 'auto'
-  last_tap: str = 'auto'
-  guess: str = 'auto'
-  guess_rate: float = 3e-3
-  tap_passes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-  sharing: str = 'paper'
-  credit: str = 'exact'
-  step: float = 1e-3
-  patch: bool = True
-  group: bool = True
-  every: int = 1
-  overlap: bool = False
-  head_ahead: bool = False
-  head_average: float = 0.99
+
+@dataclasses.dataclass(frozen=True)
+class Options(EstimatorOptions, LossOptions):
+  """What varies a rule: both groups of fields, and config.micro_batch."""
+
   micro_batch: int = 0
 
   def __post_init__(self) -> None:
     tangents.find(self.law, self.module)
-    one_of('estimator.sharing', self.sharing, ('paper', 'shared', 'independent'))
-    one_of('estimator.combine', self.combine, COMBINATIONS)
-    one_of('estimator.taps', self.taps, ('auto', 'joint', 'separate'))
-    one_of('estimator.last_tap', self.last_tap, ('auto', 'perturbed', 'exact'))
-    one_of('estimator.credit', self.credit, ('exact', 'paper'))
-    for field, value, low in (
-      ('estimator.passes', self.passes, 1),
-      ('estimator.chunk', self.chunk, 0),
-      *((f'estimator.tap_passes.{tap}', n, 0) for tap, n in self.tap_passes.items()),
-      ('losses.every', self.every, 1),
-      ('micro_batch', self.micro_batch, 0),
-    ):
-      if value < low:
-        raise ValueError(f'{field} is {value!r}; allowed: {low} or more')
-    for field, number in (('step', self.step), ('guess_rate', self.guess_rate)):
-      if number <= 0:
-        raise ValueError(f'estimator.{field} is {number!r}; allowed: more than 0')
-    if not 0 <= self.head_average < 1:
-      raise ValueError(f'losses.head_average is {self.head_average!r}; allowed: 0 … 1, without 1')
+    fields.check('estimator', self, EstimatorOptions)
+    fields.check('losses', self, LossOptions)
+    for tap, number in self.tap_passes.items():
+      if allowed := TAP_PASSES.wrong(number):
+        raise ValueError(f'estimator.tap_passes.{tap} is {number!r}; allowed: {allowed}')
     if self.overlap and self.every > 1:
       raise ValueError(
         f'losses.overlap=True and losses.every={self.every} exclude each other; allowed: one of them'
@@ -153,8 +160,8 @@ class Options:
   @classmethod
   def read(cls, config: Any, **changes: Any) -> 'Options':
     """The options in a config, with `changes`."""
-    cuts = {field: value for field, value in config.losses.items() if field not in HEAD_FIELDS}
-    return cls(**{**config.estimator, **cuts, 'micro_batch': config.micro_batch, **changes})
+    losses = {name: config.losses[name] for name in fields.described(LossOptions)}
+    return cls(**{**config.estimator, **losses, 'micro_batch': config.micro_batch, **changes})
 
   @property
   def cut(self) -> Cut:
@@ -176,9 +183,9 @@ class Options:
     """
     # A tap further from the loss needs the guesses of all taps between: alone, its own guess would
     # come back through their kernels.
-    one_of('estimator.guess', self.guess, ('auto', 'none', *tuple(model.guessed)[:1], 'all'))
+    errors.one_of('estimator.guess', self.guess, ('auto', 'none', *tuple(model.guessed)[:1], 'all'))
     for tap in self.tap_passes:
-      one_of('tap of estimator.tap_passes', tap, model.taps)
+      errors.one_of('tap of estimator.tap_passes', tap, model.taps)
     one_block = rule.cut and self.every == 1 and not self.overlap
     quiet = rule.quiet and self.taps != 'joint'
     choice: dict[str, Any] = {

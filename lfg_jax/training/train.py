@@ -20,7 +20,6 @@ from lfg_jax.data.streams import BadExample
 from lfg_jax.errors import UserError, as_user_errors
 from lfg_jax.training import (
   algorithms,
-  config_checks,
   configs,
   processes,
   profiling,
@@ -62,7 +61,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
   Raises:
     UserError: one line about the first mistake.
   """
-  config_checks.validate(config)
+  configs.validate(config)
   with as_user_errors():
     if config.distributed:
       processes.connect(lost_after=config.lost_after)

@@ -105,12 +105,9 @@ def stored(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _compare(folder: pathlib.Path, config: ConfigDict) -> None:
-  """Raises UserError if the run of the stored config cannot continue with `config`.
-
-  A field that is not stored is newer than the run, which had what is the default now.
-  """
+  """Raises UserError if the run of the stored config cannot continue with `config`."""
   of = lambda config: dict(configs.flatten(json.loads(configs.to_json(config))))
-  there, here = {**of(configs.defaults(config)), **stored(folder)}, of(config)
+  there, here = stored(folder), of(config)
   differing = [
     field
     for field in sorted({*here, *there} - {*MAY_DIFFER})
