@@ -8,7 +8,7 @@ from lfg_jax.training import configs
 def get_config() -> ConfigDict:
   config = configs.base()
   config.dataset = 'cifar10'
-  config.loss = 'contrastive'
+  config.objective = 'contrastive'
   config.model.size = 'M/8/16'
   config.contrastive.min_area = 0.3  # forward gradients learn more from milder crops
   config.optimizer.name = 'adam'

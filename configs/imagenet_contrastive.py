@@ -9,7 +9,7 @@ def get_config() -> ConfigDict:
   config = configs.base()
   config.dataset = 'imagenet2012'
   config.image_size = 224
-  config.loss = 'contrastive'
+  config.objective = 'contrastive'
   config.model.size = 'L/32/64'
   config.contrastive.min_area = 0.3
   config.optimizer.name = 'lars'

@@ -42,9 +42,9 @@ def main(arguments: list[str]) -> None:
   parser.number('iterations', 300, 'of L-BFGS')
   options = parser.parse(arguments)
   job, state = load(options.workdir, options.data_dir)
-  if options.pairs and job.config.loss != 'contrastive':
+  if options.pairs and job.config.objective != 'contrastive':
     raise UserError(
-      f'--pairs is {options.pairs}, and {options.workdir} has a {job.config.loss} '
+      f'--pairs is {options.pairs}, and {options.workdir} has a {job.config.objective} '
       'run, which has no views; allowed: 0'
     )
   if not isinstance(job.dataset.train, data.Arrays):

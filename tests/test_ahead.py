@@ -119,7 +119,7 @@ def keep_credit(monkeypatch):
 def test_as_many_orthogonal_tangents_as_dimensions_are_exact(name, rule, passes):
   """They span the example if all taps are perturbed, a patch and group if the last is exact."""
   exact = gradient(name, 'LG-BP')
-  estimate = gradient(name, rule, taps='separate', law='hadamard', passes=passes)
+  estimate = gradient(name, rule, joint=False, distribution='hadamard', num_tangents=passes)
   assert relative_error(estimate, exact) < 3e-5
 
 
@@ -161,7 +161,7 @@ def test_contrastive_heads_can_look_ahead():
   heads = Heads(contrast=Contrast(projections=4))
   options = {'heads': heads, 'augment': lambda key_B, image: jnp.repeat(image, 2, 0)}
   exact = gradient('mlp', 'LG-BP', **options)
-  estimate = gradient('mlp', 'LG-FG-A', **options, passes=4)
+  estimate = gradient('mlp', 'LG-FG-A', **options, num_tangents=4)
   assert relative_error(estimate, exact) < 3e-5
 
 
@@ -228,7 +228,10 @@ def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, 
       {'algorithm': 'LG-FG-W', 'estimator__credit': 'paper'},
       "estimator.credit='paper' credits a layer",
     ),
-    ({'stages': 2}, 'losses.head_ahead=True lets every block learn from the next one; allowed: 1'),
+    (
+      {'pipeline_stages': 2},
+      'losses.head_ahead=True lets every block learn from the next one; allowed: 1',
+    ),
   ],
 )
 def test_what_cannot_look_ahead_is_one_line(fields, message):

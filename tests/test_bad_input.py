@@ -44,12 +44,13 @@ def told(err, *facts, program='train.py'):
     ('model.size=S/2/3', ('3 groups', 'do not divide', 'model.channels', '256')),
     ('model.size=S/3/4', ('model.size', '3x3 patches', 'do not divide', '8x8')),
     ('dataset=letters', ("dataset 'letters'", 'digits, mnist', 'TFDS', '--config.data.module')),
-    ('estimator.law=cauchy', ('estimator.law', "'cauchy'", ', '.join(tangents.LAWS))),
+    ('estimator.distribution=cauchy', ('estimator.distribution', "'cauchy'", ', '.join(tangents.LAWS))),
     ('optimizer.name=sdg', ('optimizer.name', "'sdg'", ', '.join(optimizers.OPTIMIZERS))),
     ('optimizer.schedule=wave', ('optimizer.schedule', "'wave'", ', '.join(optimizers.SCHEDULES))),
     ('optimizer.learning_rate=-1', ('optimizer.learning_rate', '-1', 'more than 0')),
     ('optimizer.learning_rate=nan', ('optimizer.learning_rate', 'nan', 'more than 0')),
-    ('optimizer.momentum=1', ('optimizer.momentum', '1', 'without 1')),
+    ('optimizer.b1=1', ('optimizer.b1', '1', 'without 1', 'None')),
+    ('optimizer.momentum=0.5', ('optimizer.momentum', '0.5', 'adam has none', 'None', 'b1')),
     ('optimizer.weight_decay=-1', ('optimizer.weight_decay', '-1', '0 or more')),
     ('optimizer.warmup_epochs=20', ('optimizer.warmup_epochs', '20', 'less than epochs')),
     ('optimizer.staircase_epochs=1,b', ('optimizer.staircase_epochs', "'b'", 'numbers, 0 or more')),
@@ -66,7 +67,7 @@ def told(err, *facts, program='train.py'):
     ('contrastive.min_area=2', ('contrastive.min_area', '2', 'at most 1')),
     ('losses.head_average=1', ('losses.head_average', '1', 'without 1')),
     ('losses.every=0', ('losses.every', '0', '1 or more')),
-    ('estimator.tap_passes.after_group=-1', ('after_group', '-1', '0 or more')),
+    ('estimator.num_tangents_by_tap.after_group=-1', ('after_group', '-1', '0 or more')),
     ('micro_batch=-1', ('micro_batch', '-1', '0 or more')),
     ('profile=5', ('profile', "'5'", 'FIRST:LAST', 'None')),
     ('profile=5:4', ('profile', "'5:4'", 'FIRST:LAST', 'None')),
@@ -84,11 +85,11 @@ def told(err, *facts, program='train.py'):
     ('losses=3', ('losses has fields', 'every, group, head_ahead', 'row; name one')),
     ('model=mlp', ('model has fields', 'name', 'name one')),
     ('image_size=9', ('image_size', '9', 'digits', '8x8')),
-    ('images=1439', ('images', '1439', '1 … 1438')),
+    ('num_train_examples=1439', ('num_train_examples', '1439', '1 … 1438')),
     ('epoch=3', ('epoch;', 'did you mean epochs?', TOP)),
     ('learning_rat=1', ('learning_rat;', 'did you mean optimizer.learning_rate?', TOP)),
     ('lerning_rate=1', ('lerning_rate;', 'did you mean optimizer.learning_rate?')),
-    ('estimator.laws=normal', ('estimator.laws', 'did you mean estimator.law?', 'chunk, combine')),
+    ('estimator.distributions=x', ('did you mean estimator.distribution?', 'chunk, combine')),
     ('model.width=1', ('model.width', 'allowed: blocks')),
     ('zzz.x=1', ('zzz.x', TOP)),
 ])  # fmt: skip
@@ -137,11 +138,11 @@ def test_a_traceback_on_demand(monkeypatch, capsys):
 def test_views_and_streams_are_not_augmented_twice(tmp_path, monkeypatch, capsys):
   arguments = [
     '--config.augment.flip=True',
-    '--config.loss=contrastive',
+    '--config.objective=contrastive',
     f'--workdir={tmp_path}/run',
   ]
   message = (
-    "train.py: augment.flip is True, and loss='contrastive' has views of its own; "
+    "train.py: augment.flip is True, and objective='contrastive' has views of its own; "
     'allowed: augment.shift=0 and augment.flip=False\n'
   )
   assert run(monkeypatch, capsys, arguments) == (2, '', message)
@@ -179,7 +180,7 @@ def test_missing_data_names_the_command(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('body, message', [
     ('1 / 0', 'ZeroDivisionError: division by zero'),
     ("c = configs.base()\n  c.epochs = 'x'\n  return c", None),
-    ('c = configs.base()\n  del c.keep\n  return c', 'config field keep is missing'),
+    ('c = configs.base()\n  del c.max_to_keep\n  return c', 'config field max_to_keep is missing'),
     ('c = configs.base()\n  c.new = 1\n  return c', f'unknown config field new; allowed: {TOP}'),
     ('c = configs.base()\n  del c.losses\n  c.losses = 3\n  return c',
      'losses has fields: every, group, head_ahead, head_average, head_hidden, module, overlap, patch, row; '

@@ -40,7 +40,7 @@ from tests.test_bad_input import ALGORITHMS, run, told
     ('paper/replicated_losses', ['--many_patches=0'], ('--many_patches', '0', '1 or more')),
     ('bench/step_time', ['--algorithms=NOPE'], ('--algorithms', 'NOPE', ALGORITHMS)),
     ('bench/step_time', ['--precision=half'], ('--precision', "'half'", 'bfloat16')),
-    ('bench/throughput', ['--config.stages=2'], ('stages', '2', '1')),
+    ('bench/throughput', ['--config.pipeline_stages=2'], ('pipeline_stages', '2', '1')),
     ('bench/throughput', ['--epochs=0'], ('--epochs', '0', '1 or more')),
     ('bench/time_to_accuracy', ['--thresholds=x'], ('--thresholds', "'x'", '0 or more')),
     ('bench/time_to_accuracy', ['--config.dataset=digits'], ('digits', 'thresholds')),

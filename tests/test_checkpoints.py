@@ -252,7 +252,7 @@ def test_nothing_is_removed_when_nothing_can_be_read(kept, tmp_path):
 
 @pytest.mark.slow
 def test_evaluations_may_be_rarer(tmp_path):
-  config = tiny(epochs=3, eval_every=2, checkpoint_every=2, keep=1)
+  config = tiny(epochs=3, eval_every=2, checkpoint_every=2, max_to_keep=1)
   summary = train.train(train.prepare(config), tmp_path / 'run')
   assert [row['test_error'] is None for row in rows(tmp_path / 'run')] == [True, False, False]
   assert summary['test_error'] == rows(tmp_path / 'run')[-1]['test_error']

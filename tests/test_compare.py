@@ -62,8 +62,8 @@ def test_comparison_goes_on(tmp_path, capsys):
 
 def test_base_config_has_the_defaults_of_the_code():
   base, style, heads = configs.base(), block.Style(), Heads()
-  assert set(base.estimator.tap_passes.values()) == {0}
-  assert rules.Options.read(base, tap_passes={}) == rules.Options()
+  assert set(base.estimator.num_tangents_by_tap.values()) == {0}
+  assert rules.Options.read(base, num_tangents_by_tap={}) == rules.Options()
   assert (row_losses.find(base.losses.row), base.losses.head_hidden) == (
     heads.row_loss,
     heads.hidden,

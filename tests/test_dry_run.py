@@ -16,7 +16,7 @@ SCALARS = 3  # loss, error, and the number of examples
 def config_of(stages=1, algorithm='LG-BP'):
   config = configs.base()
   configs.use_model(config, 'mlp', blocks=8, channels=WIDTH, groups=4)
-  config.algorithm, config.stages, config.batch_size = algorithm, stages, BATCH
+  config.algorithm, config.pipeline_stages, config.batch_size = algorithm, stages, BATCH
   return config
 
 

@@ -48,9 +48,9 @@ WEIGHTS = {
 @pytest.mark.parametrize(
   'options',
   [
-    {'guess': 'after_channel'},
-    {'guess': 'all'},
-    {'guess': 'all', 'sharing': 'shared', 'law': 'normal', 'passes': 2},
+    {'control_variate': 'after_channel'},
+    {'control_variate': 'all'},
+    {'control_variate': 'all', 'sharing': 'shared', 'distribution': 'normal', 'num_tangents': 2},
   ],
   ids=['one tap', 'all taps', 'shared normal'],
 )
@@ -82,7 +82,7 @@ def test_exact_with_the_kernels_for_feedback_and_behind_the_boundary_with_any(st
   """With one pass, the grouped layer is always exact, and with the right guesses all layers are."""
   s = small(groups=2, **style)
   exact = gradient(s, 'LG-BP')
-  estimate = jax.jit(compose(s, 'LG-FG-A', guess='all').gradient)
+  estimate = jax.jit(compose(s, 'LG-FG-A', control_variate='all').gradient)
   right, _ = estimate(with_guess(s, kernels(s)), jax.random.key(0), s.batch)
   assert relative_error(right, exact) < 2e-5
   wrong, _ = estimate(s.variables, jax.random.key(0), s.batch)
@@ -97,8 +97,8 @@ def test_exact_with_the_kernels_for_feedback_and_behind_the_boundary_with_any(st
 def test_no_kernel_is_read_backwards():
   """Feedback weights of zero give a guess of zero: every draw is the same as without a guess."""
   s = model()
-  without = gradient(s, 'LG-FG-A', guess='none')
-  estimate = jax.jit(compose(s, 'LG-FG-A', guess='all').gradient)
+  without = gradient(s, 'LG-FG-A', control_variate='none')
+  estimate = jax.jit(compose(s, 'LG-FG-A', control_variate='all').gradient)
   assert (
     relative_error(estimate(with_guess(s, zeros(s)), jax.random.key(0), s.batch)[0], without) < 1e-5
   )
@@ -112,9 +112,14 @@ def test_the_regression_follows_the_gradient_of_what_is_left():
   """This holds on average over tangents, and so for a full set of orthogonal tangents."""
   s = model()
   exact = compose(
-    s, 'LG-FG-A', guess='all', law='hadamard', passes=4, tap_passes={'after_token': 8}
+    s,
+    'LG-FG-A',
+    control_variate='all',
+    distribution='hadamard',
+    num_tangents=4,
+    num_tangents_by_tap={'after_token': 8},
   )
-  one = compose(s, 'LG-FG-A', guess='all')
+  one = compose(s, 'LG-FG-A', control_variate='all')
   target = jax.jit(exact.gradient)(s.variables, jax.random.key(0), s.batch)[1]['guess_gradient']
   run = lambda key: one.gradient(s.variables, key, s.batch)[1]['guess_gradient']
   right, longer = z_scores_of_multiples(run, target, (1, 1.1))
@@ -131,7 +136,7 @@ def test_the_regression_follows_the_gradient_of_what_is_left():
 def test_guesses_are_learned():
   """They start at zero. With a fixed network, the noise falls to a hundredth or less."""
   s = small(groups=2, channels=16, batch=16)
-  algorithm = compose(s, 'LG-FG-A', guess='all', guess_rate=1e-2)
+  algorithm = compose(s, 'LG-FG-A', control_variate='all', control_variate_rate=1e-2)
   exact = gradient(s, 'LG-BP')
   shapes = jax.eval_shape(algorithm.init, jax.random.key(0))
   state = jax.tree.map(
@@ -255,13 +260,13 @@ def test_predicted_variance_with_a_guess():
 
 
 @pytest.mark.parametrize(('name', 'options', 'message'), [
-    ('LG-FG-A', {'guess': 'after_group'}, "estimator.guess is 'after_group'; allowed: auto, none, after_channel, all"),
-    ('LG-FG-A', {'guess': 'all', 'every': 2}, "estimator.guess='all' is for activities of single blocks"),
-    ('LG-FG-A-paper', {'guess': 'all'}, "estimator.guess='all' is for activities of single blocks"),
+    ('LG-FG-A', {'control_variate': 'after_group'}, "is 'after_group'; allowed: auto, none, after_channel, all"),
+    ('LG-FG-A', {'control_variate': 'all', 'every': 2}, "control_variate='all' is for activities of single blocks"),
+    ('LG-FG-A-paper', {'control_variate': 'all'}, "control_variate='all' is for activities of single blocks"),
     ('FG-A', {'last_tap': 'exact'}, "last_tap='exact' is for activity perturbation with losses per block"),
-    ('LG-BP', {'guess': 'all'}, "estimator.guess='all' is for"),
+    ('LG-BP', {'control_variate': 'all'}, "estimator.control_variate='all' is for"),
     ('LG-FG-A', {'last_tap': 'guessed'}, "last_tap is 'guessed'; allowed: auto, perturbed, exact"),
-    ('LG-FG-A', {'guess_rate': 0.0}, 'estimator.guess_rate is 0.0; allowed: more than 0'),
+    ('LG-FG-A', {'control_variate_rate': 0.0}, 'estimator.control_variate_rate is 0.0; allowed: more than 0'),
 ])  # fmt: skip
 def test_what_is_refused(name, options, message):
   with pytest.raises(ValueError, match=message):
@@ -285,11 +290,18 @@ def test_what_the_names_stand_for():
   ours, paper = (
     rules.Options().of(rules.REGISTRY[name], model().model) for name in ('LG-FG-A', 'LG-FG-A-paper')
   )
-  assert (ours.taps, ours.last_tap, ours.guess) == ('separate', 'exact', 'after_channel')
-  assert (paper.taps, paper.last_tap, paper.guess) == ('joint', 'perturbed', 'none')
-  assert rules.Options(taps='joint').of(rules.REGISTRY['LG-FG-A'], model().model).guess == 'none'
+  assert (ours.joint, ours.last_tap, ours.control_variate) == (False, 'exact', 'after_channel')
+  assert (paper.joint, paper.last_tap, paper.control_variate) == (True, 'perturbed', 'none')
+  assert (
+    rules.Options(joint=True).of(rules.REGISTRY['LG-FG-A'], model().model).control_variate == 'none'
+  )
   s = model()
-  joint = {'taps': 'joint', 'last_tap': 'perturbed', 'guess': 'none', 'law': 'rademacher'}
+  joint = {
+    'joint': True,
+    'last_tap': 'perturbed',
+    'control_variate': 'none',
+    'distribution': 'rademacher',
+  }
   assert relative_error(gradient(s, 'LG-FG-A', **joint), gradient(s, 'LG-FG-A-paper')) < 1e-6
   shapes = jax.eval_shape(
     algorithms.compose(rules.REGISTRY['LG-FG-A-paper'], rules.Options(), s.model).init,

@@ -83,7 +83,7 @@ def test_a_law_from_a_file_must_not_bias(tmp_path):
   options = rules.Options(module=str(path))
   assert (
     relative_error(
-      estimate(small(), {'module': options.module}), estimate(small(), {'law': 'sphere'})
+      estimate(small(), {'module': options.module}), estimate(small(), {'distribution': 'sphere'})
     )
     == 0
   )
@@ -97,17 +97,21 @@ def estimate(s, options, name='LG-FG-A-paper', key=0):
 @pytest.mark.slow
 def test_as_many_orthogonal_passes_as_dimensions_give_the_exact_gradient():
   """Taps are separate. Groups have 16 / 4 channels; token mixing feeds all 16 channels."""
-  options = {'taps': 'separate', 'passes': 4, 'tap_passes': {'after_token': 16}}
+  options = {'joint': False, 'num_tangents': 4, 'num_tangents_by_tap': {'after_token': 16}}
   s = small(blocks=2)
   assert (
-    relative_error(estimate(s, {**options, 'law': 'hadamard'}), estimate(s, {}, 'LG-BP')) < 2e-5
+    relative_error(estimate(s, {**options, 'distribution': 'hadamard'}), estimate(s, {}, 'LG-BP'))
+    < 2e-5
   )
   s = small(blocks=1)
   exact = estimate(s, {}, 'LG-BP')
-  assert relative_error(estimate(s, {**options, 'law': 'haar'}), exact) < 2e-5
+  assert relative_error(estimate(s, {**options, 'distribution': 'haar'}), exact) < 2e-5
   assert (
     relative_error(
-      estimate(s, {**options, 'law': 'hadamard', 'taps': 'joint', 'tap_passes': {}}), exact
+      estimate(
+        s, {**options, 'distribution': 'hadamard', 'joint': True, 'num_tangents_by_tap': {}}
+      ),
+      exact,
     )
     > 0.1
   )
@@ -117,7 +121,7 @@ def test_as_many_orthogonal_passes_as_dimensions_give_the_exact_gradient():
 @pytest.mark.parametrize(
   ('name', 'options'),
   [
-    ('LG-FG-A-paper', {'taps': 'separate', 'law': 'hadamard'}),
+    ('LG-FG-A-paper', {'joint': False, 'distribution': 'hadamard'}),
     ('LG-FG-A', {}),
     ('FG-A', {}),
     ('LG-FG-W', {}),
@@ -127,8 +131,8 @@ def test_as_many_orthogonal_passes_as_dimensions_give_the_exact_gradient():
 )
 def test_chunks_of_passes_change_nothing(name, options):
   s = small(blocks=1)
-  whole = estimate(s, {'passes': 6, **options}, name)
-  in_chunks = estimate(s, {'passes': 6, 'chunk': 2, **options}, name)
+  whole = estimate(s, {'num_tangents': 6, **options}, name)
+  in_chunks = estimate(s, {'num_tangents': 6, 'chunk': 2, **options}, name)
   assert relative_error(in_chunks, whole) < (1e-2 if 'FD' in name else 1e-4)
 
 
@@ -136,8 +140,8 @@ def test_projection_is_shorter_by_k_over_d_and_exact_when_the_span_is_all():
   """Tangents of uniform direction: E[P] = K/d; times d/K it is the haar law's mean."""
   s = small(blocks=1, groups=2, channels=8)
   exact = estimate(s, {}, 'LG-BP')
-  options = {'law': 'normal', 'taps': 'separate', 'combine': 'projection'}
-  assert relative_error(estimate(s, {**options, 'passes': 4}), exact) < 1e-3
+  options = {'distribution': 'normal', 'joint': False, 'combine': 'projection'}
+  assert relative_error(estimate(s, {**options, 'num_tangents': 4}), exact) < 1e-3
   algorithm = algorithms.compose(rules.REGISTRY['LG-FG-A-paper'], rules.Options(**options), s.model)
   one = lambda key: algorithm.gradient(s.variables, key, s.batch)[0]['stem']['channel']['kernel']
   samples = np.asarray(
@@ -152,16 +156,16 @@ def test_projection_is_shorter_by_k_over_d_and_exact_when_the_span_is_all():
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'combine': 'projection'}, "taps='separate'"),
-    ({'combine': 'projection', 'taps': 'separate', 'passes': 8}, 'chunk=0 or 8 or more'),
+    ({'combine': 'projection'}, 'joint=False'),
+    ({'combine': 'projection', 'joint': False, 'num_tangents': 8}, 'chunk=0 or 8 or more'),
     (
-      {'combine': 'projection', 'taps': 'separate', 'tap_passes': {'after_group': 8}},
+      {'combine': 'projection', 'joint': False, 'num_tangents_by_tap': {'after_group': 8}},
       'chunk=0 or 8 or more',
     ),
-    ({'tap_passes': {'after_group': 3}}, "estimator.taps='separate'"),
+    ({'num_tangents_by_tap': {'after_group': 3}}, 'estimator.joint=False'),
     (
-      {'taps': 'separate', 'tap_passes': {'last': 3}},
-      "tap_passes is 'last'; allowed: after_token, after_channel",
+      {'joint': False, 'num_tangents_by_tap': {'last': 3}},
+      "num_tangents_by_tap is 'last'; allowed: after_token, after_channel",
     ),
     ({'combine': 'sum'}, "estimator.combine is 'sum'; allowed: mean, projection"),
     ({'chunk': -1}, 'estimator.chunk is -1; allowed: 0 or more'),

@@ -58,7 +58,7 @@ def test_pairs_are_refused_where_there_are_no_views(supervised):
 
 def test_probe_of_a_contrastive_run_on_what_its_read_out_saw(tmp_path):
   config = tiny(
-    loss='contrastive',
+    objective='contrastive',
     model__size='S/2/4',
     model__channels=64,
     epochs=4,

@@ -100,7 +100,7 @@ def test_as_many_orthogonal_tangents_as_dimensions_are_exact(name):
   """This holds for the paper's estimator, tap by tap; in ours, the last layers are exact anyway."""
   exact = gradient(name, 'LG-BP')
   passes = {'mixer': 8, 'mlp': 4, 'resnet': 64}[name]
-  options = {'taps': 'separate', 'law': 'hadamard', 'passes': passes}
+  options = {'joint': False, 'distribution': 'hadamard', 'num_tangents': passes}
   assert relative_error(gradient(name, 'LG-FG-A-paper', **options), exact) < 3e-5
   ours = gradient(name, 'LG-FG-A')
   assert relative_error(ours, exact) > 0.01
@@ -113,7 +113,7 @@ def test_as_many_orthogonal_tangents_as_dimensions_are_exact(name):
 @pytest.mark.parametrize('name', FIELDS)
 def test_a_guess_through_the_kernels_leaves_nothing(name):
   """With such guesses at all taps, one pass is exact."""
-  algorithm, variables = composed(name, 'LG-FG-A', guess='all')
+  algorithm, variables = composed(name, 'LG-FG-A', control_variate='all')
   for stack, layers in variables['guess'].items():
     variables['guess'][stack] = {
       layer: {'kernel': variables['params'][stack][layer]['kernel']} for layer in layers
@@ -175,7 +175,7 @@ MINE = PAGE.split('```python\n')[1].split('```')[0]
 def tiny_of(name, module=None, **fields):
   config = configs.load(str(ROOT / 'configs' / 'digits.py'))
   configs.use_model(config, name, module, **fields)
-  config.epochs, config.batch_size, config.images = 1, 64, 256
+  config.epochs, config.batch_size, config.num_train_examples = 1, 64, 256
   return config
 
 

@@ -52,7 +52,7 @@ def arguments(files):
 def test_all_parts_from_outside_train_together(files, tmp_path, rule):
   """The images are stripes in four directions: chance is 75 % error, standard error 4 %."""
   main = script('train')['main']
-  of_taps = ['--config.estimator.tap_passes.hidden=2'] * (rule == 'LG-FG-A')
+  of_taps = ['--config.estimator.num_tangents_by_tap.hidden=2'] * (rule == 'LG-FG-A')
   main([*arguments(files), *of_taps, f'--config.algorithm={rule}', f'--workdir={tmp_path / "run"}'])
   summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
   assert (summary['model'], summary['dataset']) == ('my_model', 'stripes')
@@ -67,7 +67,7 @@ def test_help_knows_the_fields_of_a_model_from_outside(files, capsys):
     program.main([f'--config.model.module={files["model"]}', '--help'])
   out = capsys.readouterr().out
   assert '  model.width = 64\n      channels of both layers; allowed: 4 or more\n' in out
-  assert '  estimator.tap_passes.out = 0\n' in out and 'model.size' not in out
+  assert '  estimator.num_tangents_by_tap.out = 0\n' in out and 'model.size' not in out
 
 
 def test_the_loss_of_the_page_is_smoothed(files):

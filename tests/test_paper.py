@@ -91,10 +91,12 @@ def test_runs_of_a_study(name):
 
 @pytest.mark.parametrize('name', studies.STUDIES)
 def test_printed_commands_are_the_runs(name, capsys):
-  reproduce.main([name, '--dry_run', '--seeds=3', '--data_dir=D', '--config.estimator.passes=2'])
+  reproduce.main(
+    [name, '--dry_run', '--seeds=3', '--data_dir=D', '--config.estimator.num_tangents=2']
+  )
   lines = capsys.readouterr().out.splitlines()
   options, rest = reproduce.parse(
-    [name, '--seeds=3', '--data_dir=D', '--config.estimator.passes=2']
+    [name, '--seeds=3', '--data_dir=D', '--config.estimator.num_tangents=2']
   )
   selected = reproduce.selected(studies.STUDIES[name], options)
   assert len(selected) == (8 if name == 'figure7' else len(studies.STUDIES[name].runs))
@@ -109,7 +111,7 @@ def test_printed_commands_are_the_runs(name, capsys):
     assert program == 'experiments/train.py' and configs.to_json(config) == configs.to_json(
       planned.config
     )
-    assert config.seed == 3 and config.data_dir == 'D' and config.estimator.passes == 2
+    assert config.seed == 3 and config.data_dir == 'D' and config.estimator.num_tangents == 2
     assert dict(configs.flatten(config)) | run.fields == dict(configs.flatten(config))
 
 
@@ -145,7 +147,7 @@ def test_both_kinds_of_lg_fg_a_are_told_apart(study):
       pytest.approx(abs(errors[0] - errors[1]) / 2) if len(errors) > 1 else None
     )
     assert all({'command', 'commit', 'jax', 'device'} == {*origin} for origin in row['origins'])
-    assert '--config.images=256' in row['origins'][0]['command']
+    assert '--config.num_train_examples=256' in row['origins'][0]['command']
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_both_kinds_of_lg_fg_a_are_told_apart(study):
     (['figure6', '--config.epoch=3'], 'unknown config field epoch; did you mean epochs'),
     (['figure6', '--epoch=3'], 'unknown option --epoch$'),
     (['cifar10-M-8-16', '--epochs=0'], "epochs is '0'; allowed: 1 or more"),
-    (['cifar10-M-8-16', '--images=9999', *FIELDS], 'images is 9999; allowed: 1 … 1438'),
+    (['cifar10-M-8-16', '--images=9999', *FIELDS], 'num_train_examples is 9999; allowed: 1 … 1438'),
     (
       ['cifar10-M-8-16', '--data_dir=/nowhere'],
       'dataset cifar10 is not in /nowhere; prepare it with',

@@ -129,7 +129,7 @@ def assert_same(state, other):
 def test_contrastive_learning_is_equal_but_for_rounding(devices, stages, steps):
   """XLA sums the slopes of rows in a scanned block in another order than in a single block."""
   config = perceptron(
-    4, steps_per_dispatch=7, algorithm='LG-FG-A', loss='contrastive', optimizer__name='sgd'
+    4, steps_per_dispatch=7, algorithm='LG-FG-A', objective='contrastive', optimizer__name='sgd'
   )
   one, several = both(config, devices, stages, steps)
   assert one.step == STEPS and one.sums['contrastive_loss'] > 0

@@ -41,7 +41,8 @@ def test_a_run_goes_on_with_other_stages(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, 'device_count', lambda: stages)
     monkeypatch.setattr(update, 'make_mesh', functools.partial(mesh_of, 1))
     train.train(
-      train.prepare(perceptron(4, epochs=epochs, stages=stages, **fields)), tmp_path / folder
+      train.prepare(perceptron(4, epochs=epochs, pipeline_stages=stages, **fields)),
+      tmp_path / folder,
     )
     rows = run_log.read_rows(tmp_path / folder / 'metrics.jsonl')
     return [
@@ -82,7 +83,7 @@ def test_two_processes_are_two_stages(tmp_path):
     start(
       'train.py',
       f'--workdir={tmp_path / "two"}',
-      '--config.stages=2',
+      '--config.pipeline_stages=2',
       f'--coordinator={address}',
       '--processes=2',
       f'--process={i}',
@@ -118,20 +119,23 @@ def test_processes_of_one_pipeline_read_the_same(processes, shares, monkeypatch)
 
 
 @pytest.mark.parametrize('fields, message', [
-    ({'stages': 3}, 'stages is 3; allowed: divisors of 8, the number of devices'),
-    ({'stages': 2, 'batch_size': 6}, 'batch_size is 6; allowed: multiples of 4, the number of devices of a stage'),
-    ({'stages': 2, 'algorithm': 'BP'}, 'stages is 2, but BP learns from a loss at the end of the network, which all '
-                                       'blocks must wait for; allowed: 1, or one of LG-BP, LG-FA, '),
-    ({'stages': 2, 'algorithm': 'L-FA'}, 'stages is 2, but L-FA sends a gradient from block to block; allowed: 1, or'),
-    ({'stages': 2, 'algorithm': 'DFA'}, 'stages is 2, but DFA learns from a loss at the end'),
-    ({'stages': 2, 'algorithm': 'FG-W'}, 'stages is 2, but FG-W learns from a loss at the end'),
-    ({'stages': 2, 'algorithm': 'LG-BP', 'losses__overlap': True}, 'stages is 2, but losses.overlap=True lets every'),
-    ({'stages': 8, 'losses__every': 2}, 'stages is 8; allowed: 1 … 4, the number of parts of the network with losses'),
-    ({'stages': 4, 'optimizer__name': 'lars'}, "stages is 4, but optimizer.name='lars' takes one ratio for all blocks "
-                                               "of 'blocks', which are not all in one stage; allowed: 1, or sgd,"),
-    ({'stages': 0}, 'stages is 0; allowed: 1 or more'),
+    ({'pipeline_stages': 3}, '3; allowed: divisors of 8, the number of devices'),
+    ({'pipeline_stages': 2, 'batch_size': 6}, '6; allowed: multiples of 4, the number of devices of a stage'),
+    ({'pipeline_stages': 2, 'algorithm': 'BP'},
+     '2, but BP learns from a loss at the end of the network, which all blocks must wait for; allowed: 1, or one of '
+     'LG-BP, LG-FA, '),
+    ({'pipeline_stages': 2, 'algorithm': 'L-FA'}, '2, but L-FA sends a gradient from block to block; allowed: 1, or'),
+    ({'pipeline_stages': 2, 'algorithm': 'DFA'}, '2, but DFA learns from a loss at the end'),
+    ({'pipeline_stages': 2, 'algorithm': 'FG-W'}, '2, but FG-W learns from a loss at the end'),
+    ({'pipeline_stages': 2, 'algorithm': 'LG-BP', 'losses__overlap': True}, '2, but losses.overlap=True lets every'),
+    ({'pipeline_stages': 8, 'losses__every': 2}, '8; allowed: 1 … 4, the number of parts of the network with losses'),
+    ({'pipeline_stages': 4, 'optimizer__name': 'lars'},
+     "4, but optimizer.name='lars' takes one ratio for all blocks of 'blocks', which are not all in one stage; "
+     'allowed: 1, or sgd,'),
+    ({'pipeline_stages': 0}, '0; allowed: 1 or more'),
 ], ids=str)  # fmt: skip
 def test_refused_in_one_line(fields, message):
   with pytest.raises(UserError) as error:
     train.prepare(perceptron(**fields))
-  assert str(error.value).startswith(message) and '\n' not in str(error.value)
+  field = 'batch_size' if 'batch_size' in fields else 'pipeline_stages'
+  assert str(error.value).startswith(f'{field} is {message}') and '\n' not in str(error.value)

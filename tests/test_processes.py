@@ -132,8 +132,8 @@ def test_one_that_is_silent_counts_as_lost(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('loss', ['supervised', 'contrastive'])
-def test_a_rehearsal_is_the_run_of_one_process(tmp_path, loss):
+@pytest.mark.parametrize('objective', ['supervised', 'contrastive'])
+def test_a_rehearsal_is_the_run_of_one_process(tmp_path, objective):
   """It is killed once on the way, and its output is that of one process.
 
   The optimizer is SGD, because Adam would enlarge the rounding of zero gradients.
@@ -142,7 +142,7 @@ def test_a_rehearsal_is_the_run_of_one_process(tmp_path, loss):
     *FLAGS,
     '--config.epochs=3',
     '--config.steps_per_dispatch=1',
-    f'--config.loss={loss}',
+    f'--config.objective={objective}',
     '--config.optimizer.name=sgd',
     '--config.optimizer.learning_rate=0.002',
   ]

@@ -78,7 +78,7 @@ def test_text_for_any_terminal(encoding, arguments, tmp_path):
   [
     ('algorithm', rules.REGISTRY),
     ('losses.row', row_losses.ROW_LOSSES),
-    ('estimator.law', tangents.LAWS),
+    ('estimator.distribution', tangents.LAWS),
     ('model.norm', ('layer', 'whole', 'batch')),
   ],
 )

@@ -147,7 +147,7 @@ def test_heads_learn_from_their_exact_gradient_by_every_rule(name, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['squared_error', 'hidden'])
 def test_as_many_orthogonal_tangents_as_dimensions_are_exact(kind):
-  options = {'taps': 'separate', 'law': 'hadamard', 'passes': 4}
+  options = {'joint': False, 'distribution': 'hadamard', 'num_tangents': 4}
   ours = gradient('mlp', 'LG-FG-A-paper', heads=KINDS[kind], **options)
   assert relative_error(ours, gradient('mlp', 'LG-BP', heads=KINDS[kind])) < 3e-5
 
@@ -232,8 +232,8 @@ def test_what_is_wrong_with_a_loss_is_one_line(tmp_path):
     ),
     ({'losses__module': 'no.py'}, "losses.module is 'no.py'; allowed: a Python file that exists"),
     (
-      {'losses__row': 'margin', 'loss': 'contrastive'},
-      "losses.row is 'margin', and loss='contrastive' compares rows",
+      {'losses__row': 'margin', 'objective': 'contrastive'},
+      "losses.row is 'margin', and objective='contrastive' compares rows",
     ),
     ({'losses__head_hidden': -1}, 'losses.head_hidden is -1; allowed: 0 or more'),
   ):

@@ -13,11 +13,11 @@ CASES = {
     for rule in ('BP', 'LG-FA', 'DFA', 'FG-W', 'LG-FG-W', 'LG-FG-A', 'LG-FG-A-paper', 'LG-FD-A')
   },
   **{
-    f'contrastive-{rule}': {'algorithm': rule, 'loss': 'contrastive'}
+    f'contrastive-{rule}': {'algorithm': rule, 'objective': 'contrastive'}
     for rule in ('LG-FG-A', 'FG-A')
   },
-  'own-views': {'loss': 'contrastive', 'contrastive__shared_views': False},
-  'every-guess': {'estimator__guess': 'all', 'model__size': 'S/2/2'},
+  'own-views': {'objective': 'contrastive', 'contrastive__shared_views': False},
+  'every-guess': {'estimator__control_variate': 'all', 'model__size': 'S/2/2'},
   'batch-norm': {'model__norm': 'batch', 'model__blocks': 3},
   'whole-norm': {'model__norm': 'whole'},
   'paper-derivative': {'algorithm': 'LG-FG-A-paper', 'model__norm_derivative': False},
@@ -28,25 +28,25 @@ CASES = {
     'model__blocks': 2,
     'model__mixing': 'conv',
   },
-  'projection': {'estimator__combine': 'projection', 'estimator__passes': 4},
+  'projection': {'estimator__combine': 'projection', 'estimator__num_tangents': 4},
   'independent': {
     'algorithm': 'LG-FG-W',
     'estimator__sharing': 'independent',
-    'estimator__passes': 4,
+    'estimator__num_tangents': 4,
     'estimator__chunk': 2,
     'micro_batch': 4,
   },
   **{
-    f'staged-{name}': {'stages': 2, 'model__blocks': 2, **fields}
+    f'staged-{name}': {'pipeline_stages': 2, 'model__blocks': 2, **fields}
     for name, fields in (
       ('LG-FG-A', {}),
-      ('contrastive', {'loss': 'contrastive'}),
+      ('contrastive', {'objective': 'contrastive'}),
       ('batch-norm', {'model__norm': 'batch'}),
       ('pooled', {'model__size': 'S/4/2', 'model__pool_every': 1, 'model__mixing': 'conv'}),
     )
   },
   **{
-    law: {'estimator__law': law, 'optimizer__name': name}
+    law: {'estimator__distribution': law, 'optimizer__name': name}
     for law, name in (('rademacher', 'sgd'), ('haar', 'adamw'), ('sphere', 'lars'))
   },
 }
@@ -83,7 +83,7 @@ def trace_steps(fields, dataset):
   state = jax.eval_shape(
     lambda key: update.init_state(job.algorithm, optimizer, key, job.mesh), key
   )
-  if config.stages > 1:
+  if config.pipeline_stages > 1:
     after = trace_stages(job, optimizer, feed, state, inputs)
   else:
     step = update.make_update(job.algorithm, optimizer, job.mesh, feed)
@@ -92,7 +92,7 @@ def trace_steps(fields, dataset):
 
 
 def trace_stages(job, optimizer, feed, state, inputs):
-  spans = stage_plan.spans(job.algorithm.made_of, job.config.stages)
+  spans = stage_plan.spans(job.algorithm.made_of, job.config.pipeline_stages)
   batch = update.batch_like(job.dataset.image_shape, job.config.batch_size)
   made = pipeline.make(
     pipeline_plan.make(job.algorithm, optimizer, job.mesh, feed, spans, state, batch)

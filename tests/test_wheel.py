@@ -75,7 +75,14 @@ def test_a_stranger_trains(python, tmp_path):
   """Training uses the console script outside the repository, and a config in the wheel."""
   environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
   program = python.with_name('lfg-train')
-  run(program, *FLAGS, '--config.epochs=1', '--config.images=256', cwd=tmp_path, env=environment)
+  run(
+    program,
+    *FLAGS,
+    '--config.epochs=1',
+    '--config.num_train_examples=256',
+    cwd=tmp_path,
+    env=environment,
+  )
   summary = json.loads((tmp_path / 'runs' / 'digits' / 'summary.json').read_text())
   assert summary['steps'] == 256 // 64 and summary['dataset'] == 'digits'
 

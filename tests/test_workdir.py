@@ -141,7 +141,7 @@ def test_epochs_on_which_the_schedule_depends_are_another_run(tmp_path):
 
 
 @pytest.mark.parametrize('field, value', [
-    ('micro_batch', 4), ('steps_per_dispatch', 2), ('keep', 7), ('checkpoint_every', 2), ('eval_every', 2),
+    ('micro_batch', 4), ('steps_per_dispatch', 2), ('max_to_keep', 7), ('checkpoint_every', 2), ('eval_every', 2),
     ('data_dir', '/elsewhere'),
 ])  # fmt: skip
 def test_what_changes_no_number_may_differ(field, value, finished, tmp_path, monkeypatch):

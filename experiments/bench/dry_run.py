@@ -53,7 +53,7 @@ def row(
 ) -> Row:
   """The row for one number of devices and one number of stages."""
   config = copy.deepcopy(config)
-  config.stages = stages
+  config.pipeline_stages = stages
   if batch_per_device:
     config.batch_size = devices * batch_per_device
   begin = time.perf_counter()

@@ -71,13 +71,13 @@ def _config(options: command_line.Options) -> ConfigDict:
     config.dataset, config.data_dir = options.dataset, options.data_dir
     config.model.size = options.model
     config.optimizer.name, config.optimizer.learning_rate = 'adam', 1e-3
-    config.epochs, config.estimator.guess = max(options.epochs, 1), 'all'
+    config.epochs, config.estimator.control_variate = max(options.epochs, 1), 'all'
     return config
   config = train.load(options.workdir, options.data_dir)[0].config
   options.model, options.dataset = config.model.size, config.dataset
   base, given = dict(configs.flatten(configs.base())), dict(configs.flatten(config))
   fields = [field for field in base if field.startswith('losses.')]
-  for field in ('algorithm', 'loss', 'model.norm', 'model.norm_derivative', *fields):
+  for field in ('algorithm', 'objective', 'model.norm', 'model.norm_derivative', *fields):
     if given[field] != base[field]:
       raise UserError(
         f'{options.workdir} has a run with {field}={given[field]!r}; allowed: {base[field]!r}'

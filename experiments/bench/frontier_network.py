@@ -32,11 +32,11 @@ PyTree = Any
 Variables = dict[str, PyTree]
 RULE = 'LG-FG-A'
 VARIANTS: dict[str, dict[str, str]] = {
-  'joint': {'taps': 'joint', 'last_tap': 'perturbed', 'guess': 'none'},
-  'separate': {'taps': 'separate', 'last_tap': 'perturbed', 'guess': 'none'},
-  'exact last': {'taps': 'separate', 'last_tap': 'exact', 'guess': 'none'},
-  'guess after_channel': {'taps': 'separate', 'last_tap': 'exact', 'guess': 'after_channel'},
-  'guess all': {'taps': 'separate', 'last_tap': 'exact', 'guess': 'all'},
+  'joint': {'joint': True, 'last_tap': 'perturbed', 'control_variate': 'none'},
+  'separate': {'joint': False, 'last_tap': 'perturbed', 'control_variate': 'none'},
+  'exact last': {'joint': False, 'last_tap': 'exact', 'control_variate': 'none'},
+  'guess after_channel': {'joint': False, 'last_tap': 'exact', 'control_variate': 'after_channel'},
+  'guess all': {'joint': False, 'last_tap': 'exact', 'control_variate': 'all'},
 }
 LAYERS = ('token', 'channel', 'group')  # behind each is the tap of its name
 ROUNDING = 1e-6  # of errors relative to a squared gradient, in float32
@@ -53,11 +53,11 @@ class Variant(NamedTuple):
   @property
   def fields(self) -> dict[str, Any]:
     """The variant's fields of config.estimator."""
-    return {**VARIANTS[self.name], 'law': self.law, 'passes': self.passes}
+    return {**VARIANTS[self.name], 'distribution': self.law, 'num_tangents': self.passes}
 
   def options(self, config: ConfigDict, model: StagedModel) -> Options:
     """The variant's options; the config's fields where the variant has none."""
-    options = Options.read(config, **self.fields, tap_passes=dict(self.tap_passes))
+    options = Options.read(config, **self.fields, num_tangents_by_tap=dict(self.tap_passes))
     return options.of(REGISTRY[RULE], model)
 
   def passes_at(self, layer: str) -> int:
@@ -69,7 +69,9 @@ class Bench:
 
   def __init__(self, config: ConfigDict, dataset: Dataset, batch: int) -> None:
     self.config, self.dataset = config.copy_and_resolve_references(), dataset
-    self.config.estimator.tap_passes.update(dict.fromkeys(TAPS, 0))  # variants have their own
+    self.config.estimator.num_tangents_by_tap.update(
+      dict.fromkeys(TAPS, 0)
+    )  # variants have their own
     sizes = dict(config.model)
     size, _, _ = (sizes.pop(field) for field in ('size', 'name', 'module'))
     self.spec = mixer_spec(size, image_shape=dataset.image_shape, classes=dataset.classes, **sizes)
@@ -182,7 +184,8 @@ class Bench:
     used = {'params': variables['params']}
     if options.guessed_taps(self.model):
       like = jax.eval_shape(
-        self.algorithm(RULE, guess=options.guess, taps='separate').init, jax.random.key(0)
+        self.algorithm(RULE, control_variate=options.control_variate, joint=False).init,
+        jax.random.key(0),
       )
       guess = flatten_dict(variables.get('guess', {}))
       used['guess'] = unflatten_dict({path: guess[path] for path in flatten_dict(like['guess'])})
@@ -211,7 +214,7 @@ def warm_up(bench: Bench, steps: int, size: int = 64) -> Variables:
 
   Without these steps, heads would be zero.
   """
-  teacher = bench.algorithm('LG-BP', taps='auto', last_tap='auto', guess='auto')
+  teacher = bench.algorithm('LG-BP', joint=None, last_tap='auto', control_variate='auto')
   learner = bench.algorithm(RULE, **VARIANTS['guess all'])
   optimizer = optax.adam(1e-3)
 

@@ -35,8 +35,8 @@ def measure(bench: Bench, points: dict[str, dict], options: Options) -> list[Row
   ]
   params = points['start']['params']
   steps: Steps = {
-    'BP': bench.step('BP', params, taps='auto', last_tap='auto', guess='auto'),
-    'paper': bench.step(RULE, params, **VARIANTS['joint'], law=LAW, passes=1),
+    'BP': bench.step('BP', params, joint=None, last_tap='auto', control_variate='auto'),
+    'paper': bench.step(RULE, params, **VARIANTS['joint'], distribution=LAW, num_tangents=1),
   }
   steps |= {variant: _step(bench, variant, params) for variant in variants}
   ms = _ms(steps, options.repetitions)
@@ -48,7 +48,7 @@ def measure(bench: Bench, points: dict[str, dict], options: Options) -> list[Row
       if not bench.can(variant.name, variables):
         print(
           f'{point}: {variant} left out: this run has not learned its guess, as one with '
-          '--config.estimator.guess=all does'
+          '--config.estimator.control_variate=all does'
         )
         continue
       for row in _rows(bench, variant, errors[variant], variables, exact[point], options.draws):
@@ -58,7 +58,7 @@ def measure(bench: Bench, points: dict[str, dict], options: Options) -> list[Row
 
 
 def _step(bench: Bench, variant: Variant, params: Any) -> Callable[[], Any]:
-  return bench.step(RULE, params, **variant.fields, tap_passes=dict(variant.tap_passes))
+  return bench.step(RULE, params, **variant.fields, num_tangents_by_tap=dict(variant.tap_passes))
 
 
 def _ms(steps: Steps, repetitions: int) -> dict[Any, float]:

@@ -94,7 +94,7 @@ def config_of(options: command_line.Options, way: str) -> ConfigDict:
   config.model.blocks = options.blocks or None
   config.dataset = 'mnist' if parse(options.model)[1] == 1 else 'cifar10'
   config.steps_per_dispatch = options.steps
-  config.stages = 2 if way == 'pipeline' else 1
+  config.pipeline_stages = 2 if way == 'pipeline' else 1
   return config
 
 
@@ -120,7 +120,7 @@ def work(options: command_line.Options) -> None:
   )
   dataset = facts._replace(train=split, test=split)
   algorithm = algorithms.make(config, dataset, update.AXIS)
-  job = train.Job(config, dataset, algorithm, update.make_mesh(config.stages))
+  job = train.Job(config, dataset, algorithm, update.make_mesh(config.pipeline_stages))
   functions, state = train.build(*job)
   state = functions.begin(state)
   for line in itertools.chain(['compile'], iter(sys.stdin.readline, '')):

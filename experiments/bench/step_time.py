@@ -110,7 +110,7 @@ def compile_step(name: str, options: command_line.Options) -> Step:
   """
   config = configs.base()
   model, batch, passes = options.model, options.batch, options.passes
-  config.algorithm, config.model.size, config.estimator.passes = name, model, passes
+  config.algorithm, config.model.size, config.estimator.num_tangents = name, model, passes
   config.model.precision = 'bfloat16' if options.precision == 'bfloat16' else 'float32'
   images = data.TFDS['mnist' if parse(model)[1] == 1 else 'cifar10']
   keys = jax.random.split(jax.random.key(0), 4)
@@ -139,7 +139,9 @@ def compile_step(name: str, options: command_line.Options) -> Step:
 
   spec = mixer_spec(model, image_shape=images.image_shape, classes=images.classes)
   staged = local_mixer.staged(spec, lambda image: image)
-  flop = batch * timing.gradient_flop(staged, rules.REGISTRY[name], rules.Options(passes=passes))
+  flop = batch * timing.gradient_flop(
+    staged, rules.REGISTRY[name], rules.Options(num_tangents=passes)
+  )
   return Step(
     lambda: gradient(state, keys[3], *inputs), next_state, timing.temporaries(gradient), flop / 1e9
   )

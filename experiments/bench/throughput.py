@@ -25,8 +25,10 @@ def main(arguments: list[str]) -> None:
   parser.number('images', 1280, 'of an epoch')
   parser.number('epochs', 3)
   options, config = command_line.parse(parser, arguments)
-  if config.stages > 1:
-    raise UserError(f'stages is {config.stages}; allowed: 1, as the bare update has it')
+  if config.pipeline_stages > 1:
+    raise UserError(
+      f'pipeline_stages is {config.pipeline_stages}; allowed: 1, as the bare update has it'
+    )
   config.epochs = config.eval_every = options.epochs
   job = first_images(prepare(config), options.images)
   steps = -(-job.dataset.train.examples // config.batch_size)

@@ -120,8 +120,11 @@ _ON_MNIST = _LAWS + '--config=configs/mnist.py --config.model.size=S/1/1 --confi
 
 def _passes(law: str) -> tuple[tuple[str, str], ...]:
   """Pairs of the end of a file's name and the fields that its runs had."""
-  one = f'--config.estimator.law={law}'
-  return ('_1', one), ('8', f'{one} --config.estimator.passes=8 --config.estimator.taps=separate')
+  one = f'--config.estimator.distribution={law}'
+  return ('_1', one), (
+    '8',
+    f'{one} --config.estimator.num_tangents=8 --config.estimator.joint=False',
+  )
 
 
 # Commands, by a pattern of the file's path.

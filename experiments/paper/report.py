@@ -44,7 +44,9 @@ def collect(out: pathlib.Path, study: Study) -> list[Row]:
     groups: dict[tuple[int, int], list[pathlib.Path]] = {}
     for path in sorted((out / folder(run)).glob('*/' + ORIGIN)):
       config = _read(path.with_name('config.json'))
-      groups.setdefault((config['epochs'], config['images'] or 0), []).append(path.parent)
+      groups.setdefault((config['epochs'], config['num_train_examples'] or 0), []).append(
+        path.parent
+      )
     rows += [summarize(run, own) for _, own in sorted(groups.items())]
   return rows
 
@@ -65,7 +67,7 @@ def summarize(run: Run, folders: list[pathlib.Path]) -> Row:
     'algorithm': config['algorithm'],
     **{key: summaries[0][key] for key in ('model', 'dataset')},
     'epochs': config['epochs'],
-    'images': config['images'],
+    'images': config['num_train_examples'],
     'seeds': [_read(path / 'config.json')['seed'] for path in folders],
     **results.over_seeds(summaries),
     'paper': run.paper,

@@ -143,7 +143,7 @@ def plan(
     {
       **run.fields,
       'epochs': epochs,
-      'images': images,
+      'num_train_examples': images,
       'seed': seed,
       'eval_every': max(1, epochs // 20),
     }
@@ -151,7 +151,7 @@ def plan(
   if options.data_dir:
     config.data_dir = options.data_dir
   config = command_line.override(config, rest)
-  size = f'-{config.images}-images' if config.images else ''
+  size = f'-{config.num_train_examples}-images' if config.num_train_examples else ''
   folder = out / report.folder(run) / f'{config.epochs}-epochs{size}-seed{config.seed}'
   before = dict(configs.flatten(original))
   changes = [

@@ -219,14 +219,14 @@ def _mixer_runs() -> Iterator[tuple[str, str, dict]]:
   """(algorithm, cut, options)."""
   for law in ('normal', 'rademacher'):
     for name in ('FG-W', 'FG-A'):
-      yield name, 'none', {'law': law}
+      yield name, 'none', {'distribution': law}
     for name in ('LG-FG-W', 'LG-FG-A-paper'):
       for cut, (patch, group) in CUTS.items():
         if law == 'rademacher' or cut == 'all':
-          yield name, cut, {'law': law, 'patch': patch, 'group': group}
-  for law, taps in (('hadamard', 'separate'), ('rademacher', 'joint'), ('hadamard', 'joint')):
-    for passes in PASSES[taps == 'joint' :]:  # one pass is the same for both laws
-      yield 'LG-FG-A-paper', 'all', {'law': law, 'taps': taps, 'passes': passes}
+          yield name, cut, {'distribution': law, 'patch': patch, 'group': group}
+  for law, joint in (('hadamard', False), ('rademacher', True), ('hadamard', True)):
+    for passes in PASSES[joint:]:  # one pass is the same for both laws
+      yield 'LG-FG-A-paper', 'all', {'distribution': law, 'joint': joint, 'num_tangents': passes}
 
 
 def mixer(options: Options) -> Iterator[Row]:
@@ -244,9 +244,9 @@ def mixer(options: Options) -> Iterator[Row]:
         yield {
           'estimator': name,
           'cut': cut,
-          'law': fields['law'],
-          'passes': fields.get('passes', 1),
-          'taps': fields.get('taps', 'joint'),
+          'law': fields['distribution'],
+          'passes': fields.get('num_tangents', 1),
+          'taps': 'joint' if fields.get('joint', True) else 'separate',
           'sharing': 'paper',
           'batch': BATCH,
           **row,
@@ -266,7 +266,7 @@ def passes(options: Options) -> Iterator[Row]:
   ]
   programs = {}
   for law, chunk, K in cases:
-    gradient = model.make('LG-FG-A-paper', law=law, passes=K, chunk=chunk).gradient
+    gradient = model.make('LG-FG-A-paper', distribution=law, num_tangents=K, chunk=chunk).gradient
     programs[law, chunk, K] = (
       jax.jit(gradient).lower(model.variables, jax.random.key(0), model.batch).compile()
     )

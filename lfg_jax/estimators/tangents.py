@@ -197,7 +197,7 @@ def find(name: str, module: str | None = None) -> Law:
   True
   """
   if module is None:
-    one_of('estimator.law', name, LAWS)
+    one_of('estimator.distribution', name, LAWS)
     return LAWS[name]
   law: Law = user_files.load('estimator.module', module, ('law',)).law
   _check(f'estimator.module {module}', law)

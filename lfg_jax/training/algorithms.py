@@ -65,11 +65,11 @@ def make(config: Any, dataset: Dataset, axis_name: str | None = None) -> Algorit
   options = Options.read(config)
   row, own_loss = config.losses.row, config.losses.module
   row_loss = row_losses.find(row, own_loss, dataset.classes)
-  contrast = _contrast(config.contrastive, axis_name) if config.loss == 'contrastive' else None
+  contrast = _contrast(config.contrastive, axis_name) if config.objective == 'contrastive' else None
   if contrast and row_loss is not row_losses.cross_entropy:
     raise ValueError(
       f'losses.{f"module is {own_loss!r}" if own_loss else f"row is {row!r}"}, and '
-      "loss='contrastive' compares rows; allowed: loss='supervised'"
+      "objective='contrastive' compares rows; allowed: objective='supervised'"
     )
   fields = dict(config.model)
   module = registry.find(fields.pop('name'), fields.pop('module'))
@@ -93,9 +93,9 @@ def _augmentation(config: Any, dataset: Dataset) -> Callable | None:
   fields = {field: value for field, value in config.augment.items() if value}
   given = ', '.join(f'augment.{field} is {value!r}' for field, value in fields.items())
   nothing = 'allowed: augment.shift=0 and augment.flip=False'
-  if config.loss == 'contrastive':
+  if config.objective == 'contrastive':
     if fields:
-      raise ValueError(f"{given}, and loss='contrastive' has views of its own; {nothing}")
+      raise ValueError(f"{given}, and objective='contrastive' has views of its own; {nothing}")
     return functools.partial(augmentation.views, min_area=config.contrastive.min_area)
   if not fields:
     return None

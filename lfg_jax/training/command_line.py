@@ -32,7 +32,7 @@ COMMON = (
   'epochs',
   'batch_size',
   'optimizer.learning_rate',
-  'estimator.passes',
+  'estimator.num_tangents',
   'seed',
 )
 WIDTH = 100

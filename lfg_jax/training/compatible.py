@@ -32,7 +32,7 @@ def check(rule: Rule, options: Options, model: StagedModel) -> None:
   if model.contrast and independent:
     raise ValueError(
       "estimator.sharing='independent' perturbs weights per example, and "
-      "loss='contrastive' compares examples; allowed with it: 'paper', 'shared'"
+      "objective='contrastive' compares examples; allowed with it: 'paper', 'shared'"
     )
 
 

@@ -136,7 +136,7 @@ class Composition(NamedTuple):
 
   @property
   def _guess_optimizer(self) -> optax.GradientTransformation:
-    return optimizers.adam_of_guesses(self.options.guess_rate)
+    return optimizers.adam_of_guesses(self.options.control_variate_rate)
 
 
 def _guess_weights(params: PyTree, model: StagedModel, guessed: tuple[str, ...]) -> PyTree:

@@ -21,7 +21,7 @@ from lfg_jax.fields import BELOW_ONE, Allowed, Field, above, at_least, described
 from lfg_jax.losses.row_losses import ROW_LOSSES
 from lfg_jax.models import registry
 from lfg_jax.training import optimizers, profiling
-from lfg_jax.training.rules import REGISTRY, TAP_PASSES, EstimatorOptions, LossOptions
+from lfg_jax.training.rules import OF_A_TAP, REGISTRY, EstimatorOptions, LossOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,8 @@ class Optimizer:
     False,
     'whether the learning rate is for a batch of 256 and grows in proportion to the batch size',
   )
-  momentum: float = field(0.9, "momentum, and Adam's b1", BELOW_ONE)
+  momentum: float | None = field(None, 'of sgd and lars; None: 0.9', BELOW_ONE)
+  b1: float | None = field(None, 'of adam and adamw; None: 0.9', BELOW_ONE)
   weight_decay: float = field(
     0.0, 'weight decay of kernels only; for sgd and adam, it is L2 regularisation', at_least(0)
   )
@@ -129,7 +130,7 @@ class Config:
   """All fields but those of the chosen model, and those for every tap of it."""
 
   algorithm: str = field('LG-FG-A', 'a learning rule', one_of(REGISTRY))
-  loss: str = field(
+  objective: str = field(
     'supervised',
     'what is learned; with contrastive, a batch has two views of each image',
     one_of(('supervised', 'contrastive')),
@@ -153,7 +154,7 @@ class Config:
   image_size: int | None = field(
     None, "height and width of streamed images; None: the data set's own", at_least(1)
   )
-  images: int | None = field(
+  num_train_examples: int | None = field(
     None, 'number of training images to use, counted from the first; None: all'
   )
   workers: int = field(
@@ -172,14 +173,14 @@ class Config:
     'for them. A model of convolutions takes one at a time on CPUs',
     at_least(1),
   )
-  stages: int = field(
+  pipeline_stages: int = field(
     1,
     'number of stages of the block pipeline, groups of devices with their own blocks',
     at_least(1),
   )
   eval_every: int = field(1, 'epochs between measurements of the test error', at_least(1))
   checkpoint_every: int = field(1, 'epochs between checkpoints', at_least(1))
-  keep: int = field(
+  max_to_keep: int = field(
     2,
     'number of newest checkpoints to keep; the one with the best test error is kept too',
     at_least(1),
@@ -210,7 +211,7 @@ def table(name: str = 'mixer', module: str | None = None) -> dict[str, Field]:
   """
   model = registry.find(name, module)
   own = {f'model.{field}': entry for field, entry in registry.fields_of(model).items()}
-  taps = {f'estimator.tap_passes.{tap}': TAP_PASSES for tap in model.TAPS}
+  taps = {f'estimator.num_tangents_by_tap.{tap}': OF_A_TAP for tap in model.TAPS}
   found = {**described(Config), **own, **taps}
   groups = list(dict.fromkeys(field.partition('.')[0] for field in found))
   return dict(sorted(found.items(), key=lambda item: groups.index(item[0].partition('.')[0])))
@@ -258,7 +259,7 @@ def use_model(
   fresh = base(name, module)
   with config.unlocked():
     config.model = fresh.model
-    config.estimator.tap_passes = fresh.estimator.get('tap_passes', ConfigDict())
+    config.estimator.num_tangents_by_tap = fresh.estimator.get('num_tangents_by_tap', ConfigDict())
   config.model.update(fields)
 
 
@@ -280,6 +281,13 @@ def validate(config: ConfigDict) -> None:
   warmup, epochs = config.optimizer.warmup_epochs, config.epochs
   if warmup >= epochs:
     raise UserError(f'optimizer.warmup_epochs is {warmup!r}; allowed: less than epochs, {epochs}')
+  name = config.optimizer.name
+  unused = 'momentum' if name in optimizers.ADAPTIVE else 'b1'
+  if (value := config.optimizer[unused]) is not None:
+    other = {'momentum': 'b1', 'b1': 'momentum'}[unused]
+    raise UserError(
+      f'optimizer.{unused} is {value!r}, and {name} has none; allowed: None; its own is {other}'
+    )
 
 
 def _inside(part: str, wanted: dict[str, Field]) -> list[str]:

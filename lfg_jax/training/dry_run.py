@@ -105,7 +105,7 @@ def cost(config: ConfigDict, devices: int) -> Cost:
     ValueError: the config's stages or batch do not fit the devices, the rule or the model.
   """
   stage_plan.check_devices(config, devices)
-  dataset, on = images_of(config), mesh(devices, config.stages)
+  dataset, on = images_of(config), mesh(devices, config.pipeline_stages)
   algorithm = algorithms.make(config, dataset, AXIS)
   stage_plan.check(config, algorithm.made_of)
   rate = optimizers.schedule(config.optimizer, STEPS, config.epochs, config.batch_size)
@@ -120,12 +120,12 @@ def cost(config: ConfigDict, devices: int) -> Cost:
   placed = functools.partial(_placed, on)
   inputs = placed(batch, P(AXIS))
   key, number = placed(jax.eval_shape(lambda: jax.random.key(0)), P()), 1
-  if config.stages == 1:
+  if config.pipeline_stages == 1:
     state = placed(whole, P())
     made: Any = update.make_update(algorithm, optimizer, on, feed)
     step = made.lower(state, key, number, inputs)
     return _cost(step.compile(), _size(whole.params), state)
-  spans = stage_plan.spans(algorithm.made_of, config.stages)
+  spans = stage_plan.spans(algorithm.made_of, config.pipeline_stages)
   made = pipeline.make(pipeline_plan.make(algorithm, optimizer, on, feed, spans, whole, batch))
   state = jax.eval_shape(made.begin, whole)
   state = jax.tree.map(

@@ -50,8 +50,8 @@ def build(
   whole_rows = -(-config.batch_size // flat.size) * flat.size
   test_error = update.make_error(algorithm, flat, update.make_feed(dataset.test, flat, whole_rows))
   state = update.init_state(algorithm, optimizer, init_key, mesh)
-  if config.stages > 1:
-    spans = stage_plan.spans(algorithm.made_of, config.stages)
+  if config.pipeline_stages > 1:
+    spans = stage_plan.spans(algorithm.made_of, config.pipeline_stages)
     batch = update.batch_like(dataset.image_shape, config.batch_size)
     stages = pipeline.make(
       pipeline_plan.make(algorithm, optimizer, mesh, feed, spans, state, batch)

@@ -10,6 +10,7 @@ import optax
 from lfg_jax import promotion
 
 PyTree = Any
+ADAPTIVE = ('adam', 'adamw')  # have b1, not momentum
 OPTIMIZERS = ('sgd', 'adam', 'adamw', 'lars')
 SCHEDULES = ('constant', 'linear', 'staircase', 'cosine')
 ENDLESS = ('constant', 'staircase')  # do not depend on the number of epochs
@@ -49,15 +50,16 @@ def make(config: Any, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
 
   Weight decay acts on kernels only. For sgd and adam it is L2 regularisation, added to the
   gradient. For adamw it is decoupled from the gradient. lars adds it before its trust ratio, which
-  applies to kernels only; a stack of scanned blocks is one kernel. `momentum` is also the b1 of
-  adam and adamw. The updates of the read-out and of the local heads have their own multipliers.
+  applies to kernels only; a stack of scanned blocks is one kernel. The updates
+  of the read-out and of the local heads have their own multipliers.
   """
-  decay, momentum = config.weight_decay, config.momentum
+  decay = config.weight_decay
+  momentum, b1 = (0.9 if value is None else value for value in (config.momentum, config.b1))
   l2 = optax.add_decayed_weights(decay, mask=kernels)
   optimizer = {
     'sgd': lambda: optax.chain(l2, optax.sgd(learning_rate, momentum)),
-    'adam': lambda: optax.chain(l2, optax.adam(learning_rate, b1=momentum)),
-    'adamw': lambda: optax.adamw(learning_rate, b1=momentum, weight_decay=decay, mask=kernels),
+    'adam': lambda: optax.chain(l2, optax.adam(learning_rate, b1=b1)),
+    'adamw': lambda: optax.adamw(learning_rate, b1=b1, weight_decay=decay, mask=kernels),
     'lars': lambda: optax.lars(
       learning_rate, decay, weight_decay_mask=kernels, trust_ratio_mask=kernels, momentum=momentum
     ),

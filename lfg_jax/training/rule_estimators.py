@@ -36,8 +36,8 @@ def build_estimator(
   contrast = model.contrast
   rows = VIEWS if contrast and contrast.shared_views else 1
   sampling = Sampling(
-    tangents.find(options.law, options.module),
-    options.passes,
+    tangents.find(options.distribution, options.module),
+    options.num_tangents,
     shared,
     axis_name,
     options.chunk or None,
@@ -74,13 +74,13 @@ def _never_guessed(estimator: Callable[[LossFn], GradFn]) -> Estimator:
 def _activity_estimator(
   options: Options, model: StagedModel, sampling: Sampling, derivative: Derivative
 ) -> Estimator:
-  own_passes = {tap: n for tap, n in options.tap_passes.items() if n}
-  passes_of = lambda name: own_passes.get(in_block(name), options.passes)
+  own_passes = {tap: n for tap, n in options.num_tangents_by_tap.items() if n}
+  passes_of = lambda name: own_passes.get(in_block(name), options.num_tangents)
   activity = functools.partial(
     activity_perturbation,
     sampling=sampling,
     derivative=derivative,
-    separate=options.taps == 'separate',
+    separate=not options.joint,
     passes_of=passes_of if own_passes else None,
     is_guessed=lambda name: in_block(name) in options.guessed_taps(model),
   )

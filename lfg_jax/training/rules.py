@@ -24,9 +24,9 @@ class Rule(NamedTuple):
     local: whether local losses are used.
     feedback: whether linear layers send gradients back through fixed random matrices.
     finite: whether derivatives are finite differences instead of `jax.jvp`.
-    quiet: whether activity perturbation has less noise at the same cost. This decides what 'auto'
-      means in `Options`. If True: taps are perturbed one by one, the last tap under a local loss is
-      exact, and guesses are learned. If False, as in the paper: all taps in one pass.
+    quiet: whether activity perturbation has less noise at the same cost. This decides what
+      'auto' and None mean in `Options`. If True: taps are perturbed one by one, the last tap under a local loss is
+      exact, and control variates are learned. If False, as in the paper: all taps at once.
   """
 
   estimator: str
@@ -62,64 +62,52 @@ REGISTRY: dict[str, Rule] = {
 class EstimatorOptions:
   """The fields of config.estimator."""
 
-  law: str = field('hadamard', 'distribution of tangents', one_of(tangents.LAWS))
-  module: str | None = field(
-    None, 'a Python file with your own `law`; None: the law with that name'
-  )
-  passes: int = field(1, 'number of tangents per step', at_least(1))
+  distribution: str = field('hadamard', 'of tangents', one_of(tangents.LAWS))
+  module: str | None = field(None, 'Python file with your own `law`; None: the one with that name')
+  num_tangents: int = field(1, 'number of tangents per step', at_least(1))
   chunk: int = field(
-    4,
-    'number of tangents in memory at once; 0: all, which takes more memory and, on CPUs, more time',
-    at_least(0),
+    4, 'tangents in memory at once; 0: all: more memory, on CPUs slower', at_least(0)
   )
   combine: str = field(
-    'mean',
-    'how passes are combined: their mean, or a projection onto their span',
-    one_of(COMBINATIONS),
+    'mean', 'tangents become their mean, or a projection onto their span', one_of(COMBINATIONS)
   )
-  taps: str = field(
-    'auto',
-    'whether activity perturbation perturbs all taps at once (joint) or one by one (separate); '
-    'auto: the rule decides',
-    one_of(('auto', 'joint', 'separate')),
+  joint: bool | None = field(
+    None, 'whether all taps are perturbed at once, or one by one; None: the rule decides'
   )
   last_tap: str = field(
     'auto',
-    'what happens at the last tap of a block under a local loss: perturbed, or exact, which lets '
-    'the exact signal through; auto: the rule decides. Between this tap and the loss lie only a '
-    'norm, a ReLU, the head and, if the head looks ahead, the next block',
+    'at the last tap of a block under a local loss, the exact signal passes, or it is perturbed; '
+    'auto: the rule decides. Between this tap and the loss lie only a norm, a ReLU, the head and, '
+    'if the head looks ahead, the next block',
     one_of(('auto', 'perturbed', 'exact')),
   )
-  guess: str = field(
+  control_variate: str = field(
     'auto',
-    'which taps have a learned guess: none, the name of the first tap for which the model has one, '
-    "or all; auto: the rule decides. In the LocalMixer, the first is 'after_channel': its guess "
-    "comes back through the grouped layer. The guess for 'after_token' comes back through that "
-    'layer and the one before it',
+    'which taps have a learned one: none, the name of the first tap for which the model has one, '
+    "or all; auto: the rule decides. In the LocalMixer, that of 'after_channel', the first, comes "
+    "back through the grouped layer; that of 'after_token' through that layer and the one before",
   )
-  guess_rate: float = field(
-    3e-3, "Adam's learning rate for the matrices through which guesses come back", above(0)
+  control_variate_rate: float = field(
+    3e-3, "Adam's learning rate for the matrices through which control variates come", above(0)
   )
-  tap_passes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  num_tangents_by_tap: Mapping[str, int] = dataclasses.field(default_factory=dict)
   sharing: str = field(
     'paper',
-    'which examples share a tangent: paper (the batch shares tangents of weights, but not those of '
-    'activities), shared or independent',
+    'examples share a tangent or have independent ones; paper: shared for weights only',
     one_of(('paper', 'shared', 'independent')),
   )
   credit: str = field(
     'exact',
-    "weight perturbation's rule for groups. exact credits a weight with all the losses it "
-    'influences. paper credits the columns of the linear layer before the grouped one with their '
-    "own group only, as the authors' program does. This is biased, because the norm after that "
-    'layer carries them to every group',
+    'losses that weight perturbation credits to a weight: exact: all that it influences. paper: for '
+    'the columns before the grouped layer those of their own group only, as the authors do. This is '
+    'biased, because the norm behind that layer carries them to every group',
     one_of(('exact', 'paper')),
   )
   step: float = field(1e-3, 'ε of finite differences', above(0))
 
 
-# Of a field of config.estimator.tap_passes, which has one for every tap of the model.
-TAP_PASSES = Field(0, 'number of passes for this tap, if taps are separate; 0: passes', at_least(0))
+# Of a field of config.estimator.num_tangents_by_tap, which has one for every tap of the model.
+OF_A_TAP = Field(0, 'number of tangents, if joint is not set; 0: num_tangents', at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +119,10 @@ class LossOptions:
   every: int = field(1, 'number of blocks per stage of a greedy rule', at_least(1))
   overlap: bool = field(False, 'whether greedy stages are overlapping pairs of blocks')
   head_ahead: bool = field(
-    False,
-    "whether the head of a block sees the block's output through a slow average of the next block",
+    False, "whether a head sees its block's output through a slow average of the next block"
   )
   head_average: float = field(
-    0.99, 'the fraction of its old value that the average for head_ahead keeps in a step', BELOW_ONE
+    0.99, 'fraction of its old value that this average keeps in a step', BELOW_ONE
   )
 
 
@@ -146,12 +133,12 @@ class Options(EstimatorOptions, LossOptions):
   micro_batch: int = 0
 
   def __post_init__(self) -> None:
-    tangents.find(self.law, self.module)
+    tangents.find(self.distribution, self.module)
     fields.check('estimator', self, EstimatorOptions)
     fields.check('losses', self, LossOptions)
-    for tap, number in self.tap_passes.items():
-      if allowed := TAP_PASSES.wrong(number):
-        raise ValueError(f'estimator.tap_passes.{tap} is {number!r}; allowed: {allowed}')
+    for tap, number in self.num_tangents_by_tap.items():
+      if allowed := OF_A_TAP.wrong(number):
+        raise ValueError(f'estimator.num_tangents_by_tap.{tap} is {number!r}; allowed: {allowed}')
     if self.overlap and self.every > 1:
       raise ValueError(
         f'losses.overlap=True and losses.every={self.every} exclude each other; allowed: one of them'
@@ -171,8 +158,8 @@ class Options(EstimatorOptions, LossOptions):
     """Names of the taps that have a guess."""
     return (
       tuple(model.guessed)
-      if self.guess == 'all'
-      else tuple(tap for tap in model.guessed if tap == self.guess)
+      if self.control_variate == 'all'
+      else tuple(tap for tap in model.guessed if tap == self.control_variate)
     )
 
   def of(self, rule: Rule, model: StagedModel) -> 'Options':
@@ -183,18 +170,22 @@ class Options(EstimatorOptions, LossOptions):
     """
     # A tap further from the loss needs the guesses of all taps between: alone, its own guess would
     # come back through their kernels.
-    errors.one_of('estimator.guess', self.guess, ('auto', 'none', *tuple(model.guessed)[:1], 'all'))
-    for tap in self.tap_passes:
-      errors.one_of('tap of estimator.tap_passes', tap, model.taps)
+    errors.one_of(
+      'estimator.control_variate',
+      self.control_variate,
+      ('auto', 'none', *tuple(model.guessed)[:1], 'all'),
+    )
+    for tap in self.num_tangents_by_tap:
+      errors.one_of('tap of estimator.num_tangents_by_tap', tap, model.taps)
     one_block = rule.cut and self.every == 1 and not self.overlap
-    quiet = rule.quiet and self.taps != 'joint'
+    quiet = rule.quiet and not self.joint
     choice: dict[str, Any] = {
-      'taps': 'separate' if quiet else 'joint',
+      'joint': not quiet,
       'last_tap': 'exact' if rule.quiet and model.boundary else 'perturbed',
-      'guess': next(iter(model.guessed), 'none') if quiet and one_block else 'none',
+      'control_variate': next(iter(model.guessed), 'none') if quiet and one_block else 'none',
     }
     open_fields = {
-      field: value for field, value in choice.items() if getattr(self, field) == 'auto'
+      field: value for field, value in choice.items() if getattr(self, field) in ('auto', None)
     }
     options = dataclasses.replace(self, **open_fields)
     options._check_activity(rule, model, one_block)
@@ -208,21 +199,21 @@ class Options(EstimatorOptions, LossOptions):
         "estimator.last_tap='exact' is for activity perturbation with losses per block; allowed: "
         "'auto', 'perturbed'"
       )
-    if self.guess != 'none' and not (
-      rule.estimator == 'activity' and one_block and self.taps == 'separate'
+    if self.control_variate != 'none' and not (
+      rule.estimator == 'activity' and one_block and not self.joint
     ):
       raise ValueError(
-        f'estimator.guess={self.guess!r} is for activities of single blocks with losses of their own, '
-        "perturbed one by one; allowed: 'auto', 'none', or LG-FG-A with taps='separate', "
+        f'estimator.control_variate={self.control_variate!r} is for activities of single blocks with losses '
+        "of their own, perturbed one by one; allowed: 'auto', 'none', or LG-FG-A with joint=False, "
         'losses.every=1, no losses.overlap'
       )
-    most = max(self.passes, *self.tap_passes.values(), 0)
-    if self.combine == 'projection' and (self.taps == 'joint' or 0 < self.chunk < most):
+    most = max(self.num_tangents, *self.num_tangents_by_tap.values(), 0)
+    if self.combine == 'projection' and (self.joint or 0 < self.chunk < most):
       raise ValueError(
-        f"estimator.combine='projection' needs all passes of one tap at once, not taps={self.taps!r}, "
-        f"chunk={self.chunk}; allowed: taps='separate', and chunk=0 or {most} or more"
+        f"estimator.combine='projection' needs all tangents of one tap at once, not joint={self.joint}, "
+        f'chunk={self.chunk}; allowed: joint=False, and chunk=0 or {most} or more'
       )
-    if self.taps == 'joint' and any(self.tap_passes.values()):
+    if self.joint and any(self.num_tangents_by_tap.values()):
       raise ValueError(
-        "estimator.tap_passes is for taps perturbed one by one; allowed: estimator.taps='separate'"
+        'estimator.num_tangents_by_tap is for taps perturbed one by one; allowed: estimator.joint=False'
       )

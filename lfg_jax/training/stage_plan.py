@@ -72,14 +72,16 @@ def _balanced(cost: Sequence[int], number: int) -> tuple[int, ...]:
 
 
 def check_devices(config: Any, devices: int) -> None:
-  """Checks that the devices, arranged in `config.stages` stages, can divide the batch equally.
+  """Checks that the devices, arranged in `config.pipeline_stages` stages, can divide the batch equally.
 
   Raises:
     ValueError: they cannot; one line with the reason.
   """
-  number, batch_size = config.stages, config.batch_size
+  number, batch_size = config.pipeline_stages, config.batch_size
   if devices % number:
-    raise ValueError(f'stages is {number}; allowed: divisors of {devices}, the number of devices')
+    raise ValueError(
+      f'pipeline_stages is {number}; allowed: divisors of {devices}, the number of devices'
+    )
   if batch_size % (devices // number):
     of_stage = ' of a stage' if number > 1 else ''
     raise ValueError(
@@ -89,15 +91,15 @@ def check_devices(config: Any, devices: int) -> None:
 
 
 def check(config: Any, made_of: Composition) -> None:
-  """Checks that a rule and a model can be split into `config.stages` stages.
+  """Checks that a rule and a model can be split into `config.pipeline_stages` stages.
 
   Raises:
     ValueError: they cannot; one line with the reason.
   """
-  number, rule = config.stages, made_of.rule
+  number, rule = config.pipeline_stages, made_of.rule
   if number == 1:
     return
-  given = f'stages is {number}, but '
+  given = f'pipeline_stages is {number}, but '
   if not rule.cut:
     greedy = ', '.join(name for name, other in REGISTRY.items() if other.cut)
     raise ValueError(
@@ -111,7 +113,7 @@ def check(config: Any, made_of: Composition) -> None:
   most = len(stages(made_of.model.depth, made_of.options.every))
   if number > most:
     raise ValueError(
-      f'stages is {number}; allowed: 1 … {most}, the number of parts of the network '
+      f'pipeline_stages is {number}; allowed: 1 … {most}, the number of parts of the network '
       'with losses of their own'
     )
   if config.optimizer.name == 'lars' and (

@@ -105,12 +105,13 @@ def gradient_flop(model: StagedModel, rule: Rule, options: Options) -> int:
   behind = [sum(flop for _, flop in stage[n + 1 :]) for stage in stages for n in range(len(stage))]
   whole = sum(sum(block.values()) for block in blocks)
   first = sum(stage[0][1] for stage in stages)
-  K, own = options.passes, options.of(rule, model)
+  K, own = options.num_tangents, options.of(rule, model)
   through = _through(model, rule, own) if model.ahead else 0
-  if rule.estimator == 'activity' and own.taps == 'separate':
+  if rule.estimator == 'activity' and not own.joint:
     names = [name for stage in stages for name, _ in stage]
     derivatives = sum(
-      (own.tap_passes.get(name) or K) * flop for name, flop in zip(names, behind, strict=True)
+      (own.num_tangents_by_tap.get(name) or K) * flop
+      for name, flop in zip(names, behind, strict=True)
     )
     following = [
       block[after]
@@ -132,12 +133,12 @@ def gradient_flop(model: StagedModel, rule: Rule, options: Options) -> int:
 
 def _through(model: StagedModel, rule: Rule, options: Options) -> int:
   """Operations per example in the blocks that heads look through."""
-  K, total = options.passes, 0
+  K, total = options.num_tangents, 0
   for stack, after in zip(model.stacks, next_stacks(model.stacks), strict=True):
     derivatives = K
     if rule.estimator == 'backprop' or options.last_tap == 'exact':
       derivatives = 1
-    elif rule.estimator == 'activity' and options.taps == 'separate':
-      derivatives = sum(options.tap_passes.get(tap) or K for tap in stack.flop)
+    elif rule.estimator == 'activity' and not options.joint:
+      derivatives = sum(options.num_tangents_by_tap.get(tap) or K for tap in stack.flop)
     total += stack.count * (1 + derivatives) * sum(after.flop.values() if after else ())
   return total

@@ -72,13 +72,13 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
       data_dir=config.data_dir,
       image_size=config.image_size,
       seed=config.seed,
-      whole_images=config.loss == 'contrastive',
+      whole_images=config.objective == 'contrastive',
       workers=config.workers,
     )
     algorithm = algorithms.make(config, dataset, update.AXIS)
     stage_plan.check(config, algorithm.made_of)
-  job = Job(config, dataset, algorithm, update.make_mesh(config.stages))
-  job = first_images(job, config.images)
+  job = Job(config, dataset, algorithm, update.make_mesh(config.pipeline_stages))
+  job = first_images(job, config.num_train_examples)
   steps = -(-job.dataset.train.examples // config.batch_size)
   profiling.check(config.profile, config.epochs * steps)
   return job
@@ -95,7 +95,7 @@ def first_images(job: Job, images: int | None) -> Job:
   split = job.dataset.train
   if not isinstance(split, data.Arrays) or not 0 < images <= split.examples:
     raise UserError(
-      f'images is {images}; allowed: 1 … {split.examples}, of a data set that fits memory'
+      f'num_train_examples is {images}; allowed: 1 … {split.examples}, of a data set that fits memory'
     )
   return job._replace(dataset=job.dataset._replace(train=jax.tree.map(lambda x: x[:images], split)))
 
@@ -113,11 +113,11 @@ def load(workdir: pathlib.Path, data_dir: str | None = None) -> tuple[Job, Train
   }
   configs.use_model(config, stored['model.name'], stored['model.module'])
   config.update_from_flattened_dict(
-    {**stored, **({'data_dir': data_dir} if data_dir else {}), 'stages': 1}
+    {**stored, **({'data_dir': data_dir} if data_dir else {}), 'pipeline_stages': 1}
   )
   job = prepare(config)
   state = build(*job)[1]
-  with Checkpoints(workdir / 'checkpoints', config.keep) as checkpoints:
+  with Checkpoints(workdir / 'checkpoints', config.max_to_keep) as checkpoints:
     restored = checkpoints.restore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
   if restored is None:
     raise UserError(f'{workdir} has no checkpoint yet')
@@ -147,7 +147,7 @@ def _train(job: Job, workdir: pathlib.Path, clock: Clock) -> dict[str, Any]:
   """`train` in a folder that is already claimed."""
   functions, state = build(*job)
   config, active = job.config, processes.is_first()
-  with Checkpoints(workdir / 'checkpoints', config.keep) as checkpoints, processes.losses():
+  with Checkpoints(workdir / 'checkpoints', config.max_to_keep) as checkpoints, processes.losses():
     with clock.on('checkpoints'):
       restored = checkpoints.restore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
     if restored:

@@ -26,10 +26,10 @@ MAY_DIFFER = (
   'profile',
   'eval_every',
   'checkpoint_every',
-  'keep',
+  'max_to_keep',
   'steps_per_dispatch',
   'micro_batch',
-  'stages',
+  'pipeline_stages',
   'workers',
 )
 LOCK = 'lock'
