@@ -93,7 +93,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     [
       row['algorithm'],
       results.percent(row),
-      f'{100 * row["train_error"]:.2f}',
+      f'{row["train_error_percent"]:.2f}',
       f'{row["seconds"]:.0f}',
       str(row['seeds']),
     ]

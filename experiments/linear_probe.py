@@ -73,13 +73,13 @@ def probe(job: Job, variables: dict, options: command_line.Options) -> dict[str,
   fitted = fit(train_x, train_y, job.dataset.classes, options.l2, options.iterations)
   read_out = variables['params']['readout']['linear']
   online = np.asarray(read_out['kernel']), np.asarray(read_out['bias'])
-  error = lambda x, y, kernel, bias: float(np.mean((x @ kernel + bias).argmax(-1) != y))
+  error = lambda x, y, kernel, bias: 100 * float(np.mean((x @ kernel + bias).argmax(-1) != y))
   test_error = error(test_x, test_y, *fitted)
   return {
-    'train_error': error(train_x, train_y, *fitted),
-    'test_error': test_error,
-    'standard_error': float(np.sqrt(test_error * (1 - test_error) / len(test_y))),
-    'online_test_error': error(test_x, test_y, *online),
+    'train_error_percent': error(train_x, train_y, *fitted),
+    'test_error_percent': test_error,
+    'test_error_percent_se': float(np.sqrt(test_error * (100 - test_error) / len(test_y))),
+    'online_test_error_percent': error(test_x, test_y, *online),
     'images': job.dataset.train.examples,
     'pairs': options.pairs,
     'l2': options.l2,

@@ -264,7 +264,7 @@ def test_a_finished_run_says_so(run_of_one_epoch, tmp_path, monkeypatch, capsys)
   ]
   code, out, err = run(monkeypatch, capsys, arguments)
   assert (not code, err) == (True, '')
-  assert out.startswith(f'{run_of_one_epoch} has this run finished\n')
+  assert out.startswith(f'{run_of_one_epoch} has finished already\n')
   assert (run_of_one_epoch / 'summary.json').stat().st_mtime_ns == before
 
 

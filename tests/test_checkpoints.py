@@ -41,7 +41,7 @@ def whole(tmp_path_factory):
   process = start('train.py', f'--workdir={workdir}', '--config.epochs=8', *FLAGS)
   out, err = process.communicate()
   assert process.returncode == 0 and err == '', err
-  assert 'test_error' in out
+  assert 'test error' in out and out.count('compiling …') == 1
   return workdir
 
 
@@ -63,9 +63,19 @@ def has_rows(workdir, number):
 @pytest.mark.slow
 def test_files_of_a_run(whole):
   assert [row['epoch'] for row in rows(whole)] == list(range(1, 9))
-  assert rows(whole)[-1].keys() == {'step', 'epoch', 'train_loss', 'train_error', 'test_error'}
+  assert rows(whole)[-1].keys() == {
+    'step',
+    'epoch',
+    'train_loss',
+    'train_error_percent',
+    'test_error_percent',
+    'learning_rate',
+  }
   summary = json.loads((whole / 'summary.json').read_text())
-  assert summary['steps'] == 8 * STEPS and summary['test_error'] == rows(whole)[-1]['test_error']
+  assert (
+    summary['steps'] == 8 * STEPS
+    and summary['test_error_percent'] == rows(whole)[-1]['test_error_percent']
+  )
   assert (summary['algorithm'], summary['model'], summary['dataset']) == (
     'LG-FG-A',
     'S/1/2',
@@ -254,8 +264,12 @@ def test_nothing_is_removed_when_nothing_can_be_read(kept, tmp_path):
 def test_evaluations_may_be_rarer(tmp_path):
   config = tiny(epochs=3, eval_every=2, checkpoint_every=2, max_to_keep=1)
   summary = train.train(train.prepare(config), tmp_path / 'run')
-  assert [row['test_error'] is None for row in rows(tmp_path / 'run')] == [True, False, False]
-  assert summary['test_error'] == rows(tmp_path / 'run')[-1]['test_error']
+  assert [row['test_error_percent'] is None for row in rows(tmp_path / 'run')] == [
+    True,
+    False,
+    False,
+  ]
+  assert summary['test_error_percent'] == rows(tmp_path / 'run')[-1]['test_error_percent']
 
 
 def test_parts_of_a_failed_write_print_nothing_and_other_mistakes_do(tmp_path, monkeypatch):

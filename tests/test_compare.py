@@ -29,11 +29,11 @@ def test_comparison_goes_on(tmp_path, capsys):
   capsys.readouterr()
   compare(out, 'BP,LG-BP', '0,1')
   assert summary(out / 'BP-seed0') == first
-  assert capsys.readouterr().out.count('has this run finished') == 1
+  assert capsys.readouterr().out.count('has finished already') == 1
   summaries = {
     name: [summary(out / f'{name}-seed{seed}') for seed in (0, 1)] for name in ('BP', 'LG-BP')
   }
-  assert summaries['BP'][0]['train_error'] != summaries['BP'][1]['train_error']
+  assert summaries['BP'][0]['train_error_percent'] != summaries['BP'][1]['train_error_percent']
   content = json.loads((out / 'comparison.json').read_text())
   assert content['command'].startswith(
     'python experiments/compare.py --algorithms=BP,LG-BP --seeds=0,1 '
@@ -42,9 +42,9 @@ def test_comparison_goes_on(tmp_path, capsys):
   assert [result['algorithm'] for result in results] == ['BP', 'LG-BP']
   for result in results:
     own = summaries[result['algorithm']]
-    errors = [run['test_error'] for run in own]
-    assert result['test_error'] == pytest.approx(sum(errors) / 2)
-    assert result['test_error_se'] == pytest.approx(abs(errors[0] - errors[1]) / 2)
+    errors = [run['test_error_percent'] for run in own]
+    assert result['test_error_percent'] == pytest.approx(sum(errors) / 2)
+    assert result['test_error_percent_se'] == pytest.approx(abs(errors[0] - errors[1]) / 2)
     assert result['seeds'] == 2 and result['steps'] == 2 * STEPS
     assert result['seconds'] == pytest.approx((own[0]['seconds'] + own[1]['seconds']) / 2)
   lines = (out / 'comparison.md').read_text().splitlines()
@@ -54,8 +54,8 @@ def test_comparison_goes_on(tmp_path, capsys):
   ]
   r = results[1]
   assert lines[5] == (
-    f'| LG-BP | {100 * r["test_error"]:.2f} ± {100 * r["test_error_se"]:.2f} '
-    f'| {100 * r["train_error"]:.2f} | {r["seconds"]:.0f} | 2 |'
+    f'| LG-BP | {r["test_error_percent"]:.2f} ± {r["test_error_percent_se"]:.2f} '
+    f'| {r["train_error_percent"]:.2f} | {r["seconds"]:.0f} | 2 |'
   )
   assert (out / 'curves.png').read_bytes().startswith(b'\x89PNG')
 

@@ -128,7 +128,7 @@ def test_time_to_accuracy(tmp_path, capsys):
   assert rows['BP', 1e-2, 0]['seconds'] is None and rows['BP', 1e-2, 0]['ratio_to_bp'] is None
   for curve in content['curves']:
     assert curve['steps'] == [0, 20, 40, 60, 69] and curve['seconds'] == sorted(curve['seconds'])
-    assert curve['test_error'][0] > 0.8
+    assert curve['test_error_percent'][0] > 80
   assert (tmp_path / 'time_to_accuracy.png').stat().st_size > 1000
   capsys.readouterr()
   run('bench/time_to_accuracy', *arguments, '--seeds=0')
@@ -148,7 +148,9 @@ def test_a_run_ends_at_its_last_threshold(tmp_path):
     f'--out={tmp_path}',
   )
   (curve,) = json.loads((tmp_path / 'time_to_accuracy.json').read_text())['curves']
-  assert curve['finished'] and curve['test_error'][-1] <= 0.6 < min(curve['test_error'][:-1])
+  assert curve['finished'] and curve['test_error_percent'][-1] <= 60 < min(
+    curve['test_error_percent'][:-1]
+  )
   assert curve['steps'][-1] < 69
 
 

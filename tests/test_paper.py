@@ -48,7 +48,7 @@ def study(tmp_path_factory):
   with contextlib.redirect_stdout(text):
     start(out, '--rules=LG-FG-A-paper', '--seeds=0,1')
   assert len(before) == 2 and all(path.stat().st_mtime_ns == time for path, time in before.items())
-  assert text.getvalue().count('has this run finished') == 1
+  assert text.getvalue().count('has finished already') == 1
   return out
 
 
@@ -141,9 +141,9 @@ def test_both_kinds_of_lg_fg_a_are_told_apart(study):
     folders = sorted((study / row['label'].replace(' (ours)', '-ours')).iterdir())
     own = [json.loads((folder / 'summary.json').read_text()) for folder in folders]
     assert {summary['algorithm'] for summary in own} == {row['algorithm']}
-    errors = [summary['test_error'] for summary in own]
-    assert row['test_error'] == pytest.approx(sum(errors) / len(errors))
-    assert row['test_error_se'] == (
+    errors = [summary['test_error_percent'] for summary in own]
+    assert row['test_error_percent'] == pytest.approx(sum(errors) / len(errors))
+    assert row['test_error_percent_se'] == (
       pytest.approx(abs(errors[0] - errors[1]) / 2) if len(errors) > 1 else None
     )
     assert all({'command', 'commit', 'jax', 'device'} == {*origin} for origin in row['origins'])

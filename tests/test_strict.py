@@ -107,5 +107,5 @@ def trace_stages(job, optimizer, feed, state, inputs):
 def test_a_run_is_trained(tmp_path):
   """The whole run, with evaluation and checkpoints."""
   fields = {'epochs': 1, 'optimizer__warmup_epochs': 0.5}
-  assert train.train(train.prepare(tiny(**fields)), tmp_path / 'run')['test_error'] < 0.5
+  assert train.train(train.prepare(tiny(**fields)), tmp_path / 'run')['test_error_percent'] < 50
   train.load(tmp_path / 'run')

@@ -183,7 +183,10 @@ def test_a_new_run_starts_from_the_parameters_of_another(finished, tmp_path, mon
   assert here.step == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(here.opt_state))
   jax.tree.map(np.testing.assert_array_equal, here.rest['guess'], there.rest['guess'])
   jax.tree.map(np.testing.assert_array_equal, here.params, there.params)
-  assert rows(tmp_path / 'run')[0]['train_error'] < 0.6 * rows(finished)[0]['train_error']
+  assert (
+    rows(tmp_path / 'run')[0]['train_error_percent']
+    < 0.6 * rows(finished)[0]['train_error_percent']
+  )
   assert rows(tmp_path / 'run')[0]['step'] == STEPS
   # It goes on, and is finished, whether the other is there or not.
   (tmp_path / 'run' / 'summary.json').unlink()
@@ -205,7 +208,9 @@ def test_a_new_run_needs_the_same_model(fields, message, finished, tmp_path):
 def test_another_rule_may_start_from_the_parameters(finished, tmp_path):
   """Feedback alignment starts with its own matrices."""
   start(tmp_path / 'FA', init_from=str(finished), algorithm='FA', epochs=1, **ENDLESS)
-  assert rows(tmp_path / 'FA')[0]['train_error'] < 0.8 * rows(finished)[0]['train_error']
+  assert (
+    rows(tmp_path / 'FA')[0]['train_error_percent'] < 0.8 * rows(finished)[0]['train_error_percent']
+  )
 
 
 # --- what goes wrong with files -------------------------------------------------------------------

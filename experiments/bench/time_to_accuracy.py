@@ -142,9 +142,9 @@ class Training:
   """
 
   def __init__(self, job: train.Job, options: command_line.Options) -> None:
-    self.interval, self.strictest = options.interval, options.thresholds[-1] / 100
+    self.interval, self.strictest = options.interval, options.thresholds[-1]
     self.functions, state = train.build(*job)
-    error = self.functions.test_error(state)
+    error = 100 * self.functions.test_error(state)
     self.state = self.functions.begin(state)
     self.total = options.max_epochs * self.functions.feed.steps
     _, inputs = next(self.functions.feed.epoch(0, 0))
@@ -156,7 +156,7 @@ class Training:
       'seed': job.config.seed,
       'steps': [0],
       'seconds': [0.0],
-      'test_error': [error],
+      'test_error_percent': [error],
       'finished': False,
     }
 
@@ -175,16 +175,16 @@ class Training:
           break
     self.state = jax.block_until_ready(self.functions.finish(self.state, inputs))
     seconds = time.perf_counter() - begin
-    error = self.functions.test_error(self.functions.whole(self.state))
+    error = 100 * self.functions.test_error(self.functions.whole(self.state))
     is_finite = int(self.state.bad_step) < 0
     self.curve['steps'].append(step)
     self.curve['seconds'].append(self.curve['seconds'][-1] + seconds)
-    self.curve['test_error'].append(error if is_finite else 1.0)
+    self.curve['test_error_percent'].append(error if is_finite else 100.0)
     self.curve['finished'] = step == self.total or error <= self.strictest or not is_finite
     name, rate, seed = _case(self.curve)
     print(
       f'{name}, rate {rate:g}, seed {seed}: step {step}, {self.curve["seconds"][-1]:.1f} s, '
-      f'test error {error:.4f}',
+      f'test error {error:.2f} %',
       flush=True,
     )
 

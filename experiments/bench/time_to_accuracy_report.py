@@ -54,8 +54,8 @@ def _row(case: tuple[str, float], curves: list[Curve], threshold: float) -> Row:
 
 def _first(curve: Curve, key: str, threshold: float) -> float | None:
   """The value of `key` at the first evaluation with an error of at most the threshold."""
-  values = zip(curve[key], curve['test_error'], strict=True)
-  return next((value for value, error in values if 100 * error <= threshold), None)
+  values = zip(curve[key], curve['test_error_percent'], strict=True)
+  return next((value for value, error in values if error <= threshold), None)
 
 
 def _median(values: list[float | None]) -> float | None:
@@ -111,7 +111,7 @@ def draw(
   for colour, (name, rate) in zip(plots.COLOURS, best, strict=False):
     own = [curve for curve in curves if (curve['algorithm'], curve['rate']) == (name, rate)]
     for curve in own:
-      errors = [max(100 * error, 1e-2) for error in curve['test_error'][1:]]
+      errors = [max(error, 1e-2) for error in curve['test_error_percent'][1:]]
       axes.loglog(curve['seconds'][1:], errors, '.-', color=colour, markersize=3, linewidth=1)
   axes.set(xlabel='seconds of training, without evaluation', ylabel='test error, %')
   others = [
@@ -127,7 +127,7 @@ def draw(
   axes.grid(axis='x', alpha=0.3)
   ends = [
     next(
-      100 * curve['test_error'][-1]
+      curve['test_error_percent'][-1]
       for curve in curves
       if (curve['algorithm'], curve['rate']) == case
     )

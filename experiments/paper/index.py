@@ -207,11 +207,11 @@ def old_rows(files: dict[str, Any], study: str) -> Iterator[list[str]]:
     if run.study == study and run.path in files:
       content = files[run.path]
       rows = content['runs'][run.key] if run.key else content['rows']
-      last = [row for row in rows if row['test_error'] is not None][-1]
+      last = [row for row in rows if row['test_error_percent'] is not None][-1]
       paper = '{:.2f} / {:.2f}'.format(*published(study, run.paper)) if run.paper else '–'
       yield [
         run.label,
-        f'{100 * last["test_error"]:.2f} / {100 * last["train_error"]:.2f}',
+        f'{last["test_error_percent"]:.2f} / {last["train_error_percent"]:.2f}',
         paper,
         f'{last["epoch"]}{run.note}',
         str(run.images or 'all'),

@@ -17,9 +17,9 @@ EXPLANATION = """Errors in %, test / training, after the last epoch; ± standard
 Training error: mean over the last epoch, while it was learnt.
 Contrastive: errors of the linear read-out."""
 PANELS = {
-  'test_error': ('test error, %', 100),
-  'train_error': ('training error, %', 100),
-  'train_contrastive_loss': ('contrastive loss, nats, mean over heads', 1),
+  'test_error_percent': 'test error, %',
+  'train_error_percent': 'training error, %',
+  'train_contrastive_loss': 'contrastive loss, nats, mean over heads',
 }
 
 
@@ -89,7 +89,7 @@ def cells(row: Row) -> list[str]:
   together = lambda key: ', '.join(dict.fromkeys(str(origin[key]) for origin in row['origins']))
   return [
     row['label'],
-    f'{results.percent(row)} / {100 * row["train_error"]:.2f}',
+    f'{results.percent(row)} / {row["train_error_percent"]:.2f}',
     published(row),
     f'{row["dataset"]}, {row["model"]}',
     str(row['epochs']),
@@ -112,14 +112,12 @@ def draw(path: pathlib.Path, study: Study, rows: list[Row]) -> None:
   """Draws the test error on the left, the training error or contrastive loss on the right."""
   figure = Figure(figsize=(14, max(4, 1 + 0.3 * len(rows))), layout='constrained')
   figure.suptitle(study.title)
-  for axes, key in zip(figure.subplots(1, 2), ('test_error', study.loss), strict=True):
-    label, scale = PANELS[key]
+  for axes, key in zip(figure.subplots(1, 2), ('test_error_percent', study.loss), strict=True):
     lines = [
-      (name, *plots.means(row['curves'], key, scale))
-      for name, row in zip(names(rows), rows, strict=True)
+      (name, *plots.means(row['curves'], key)) for name, row in zip(names(rows), rows, strict=True)
     ]
-    plots.panel(axes, lines, errors=scale == 100)
-    axes.set(xlabel='epoch', ylabel=label)
+    plots.panel(axes, lines, errors=key.endswith('percent'))
+    axes.set(xlabel='epoch', ylabel=PANELS[key])
   figure.savefig(path, dpi=110)
 
 

@@ -61,14 +61,14 @@ class Study(NamedTuple):
     config: name of a file in `configs/`.
     runs: its lines.
     images: default number of training images; None: all.
-    loss: what the figure's second panel shows: 'train_error', or 'train_contrastive_loss'.
+    loss: what the figure's second panel shows: 'train_error_percent', or 'train_contrastive_loss'.
   """
 
   title: str
   config: str
   runs: tuple[Run, ...]
   images: int | None = None
-  loss: str = 'train_error'
+  loss: str = 'train_error_percent'
 
 
 class Column(NamedTuple):

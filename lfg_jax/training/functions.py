@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -22,7 +23,8 @@ class Functions(NamedTuple):
   Attributes:
     feed: the training data.
     steps: `(state, number of steps, inputs of the feed) -> state`.
-    test_error: `TrainState -> float`.
+    test_error: `TrainState -> float`, a fraction.
+    learning_rate: by step, from 0.
     begin: `TrainState -> state`: the state with which `steps` continues. In stages, every device
       has a part of it.
     finish: `(state, inputs) -> state`: completes all steps that have begun.
@@ -32,6 +34,7 @@ class Functions(NamedTuple):
   feed: Feed
   steps: Callable[[State, int, tuple], State]
   test_error: Callable[[TrainState], float]
+  learning_rate: optax.Schedule
   begin: Callable[[TrainState], State] = lambda state: state
   finish: Callable[[State, tuple], State] = lambda state, inputs: state
   whole: Callable[[State], TrainState] = lambda state: state
@@ -60,13 +63,14 @@ def build(
       feed,
       lambda state, count, inputs: stages.steps(state, noise_key, count, inputs),
       test_error,
+      rate,
       stages.begin,
       lambda state, inputs: stages.finish(state, noise_key, inputs),
       stages.whole,
     ), state
   step = update.make_update(algorithm, optimizer, mesh, feed)
   return Functions(
-    feed, lambda state, count, inputs: step(state, noise_key, count, *inputs), test_error
+    feed, lambda state, count, inputs: step(state, noise_key, count, *inputs), test_error, rate
   ), state
 
 

@@ -21,34 +21,58 @@ from lfg_jax.training.run_log import Row
 # Okabe and Ito: colour-blind people can tell them apart. Yellow is left out: it is faint on white.
 COLOURS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 STYLES = ('-', '--', ':')
+# A learning rule has one colour in all figures. Those with another colour share the rest.
+RULES = {
+  'BP': COLOURS[0],
+  'LG-BP': COLOURS[1],
+  'LG-FG-A': COLOURS[2],
+  'LG-FG-A-paper': COLOURS[3],
+  'LG-FG-W': COLOURS[4],
+  'FG-A': COLOURS[5],
+  'DFA': COLOURS[6],
+}
 FLOOR = 0.01  # %: a logarithmic axis has no zero
 
 Line = tuple[str, Sequence[float], Sequence[float]]  # name, x, y
 
 
-def curves(path: pathlib.Path, runs: dict[str, Sequence[Sequence[Row]]]) -> None:
+def colours_of(names: Sequence[str]) -> list[str]:
+  """Returns a colour for every line: that of its rule, or else the next that is free.
+
+  >>> colours_of(['LG-FG-A', 'else'])
+  ['#D55E00', '#000000']
+  """
+  own = {name: RULES[name] for name in names if name in RULES}
+  free = itertools.cycle([colour for colour in COLOURS if colour not in own.values()] or COLOURS)
+  return [own.get(name) or next(free) for name in names]
+
+
+def curves(
+  path: pathlib.Path, runs: dict[str, Sequence[Sequence[Row]]], title: str | None = None
+) -> None:
   """Draws test and training errors by epoch into a PNG file, as means over repeated runs.
 
   Args:
     path: path of the file.
-    runs: for each name, the rows of one or more runs. Each name gets a colour.
+    runs: for each name, the rows of one or more runs. A rule keeps its colour.
+    title: of the figure.
   """
   figure = Figure(figsize=(11, 4), layout='constrained')
-  for axes, key in zip(figure.subplots(1, 2), ('test_error', 'train_error'), strict=True):
-    panel(axes, [(name, *means(own, key, 100)) for name, own in runs.items()], errors=True)
-    axes.set(xlabel='epoch', ylabel=f'{"test" if key == "test_error" else "training"} error, %')
+  figure.suptitle(title or '')
+  for axes, split in zip(figure.subplots(1, 2), ('test', 'train'), strict=True):
+    lines = [(name, *means(own, f'{split}_error_percent')) for name, own in runs.items()]
+    panel(axes, lines, errors=True)
+    axes.set(xlabel='epoch', ylabel=f'{split.replace("train", "training")} error, %')
   figure.savefig(path, dpi=110)
 
 
-def means(runs: Sequence[Sequence[Row]], key: str, scale: float) -> tuple[list[int], list[float]]:
-  """Returns the epochs in which all runs have a value of `key`, and `scale` × their means there.
+def means(runs: Sequence[Sequence[Row]], key: str) -> tuple[list[int], list[float]]:
+  """Returns the epochs in which all runs have a value of `key`, and their means there.
 
-  >>> means([[{'epoch': 1, 'e': 0.5}], [{'epoch': 1, 'e': 0.25}, {'epoch': 2, 'e': 0.1}]], 'e', 100)
-  ([1], [37.5])
+  >>> means([[{'epoch': 1, 'e': 0.5}], [{'epoch': 1, 'e': 0.25}, {'epoch': 2, 'e': 0.1}]], 'e')
+  ([1], [0.375])
   """
-  known = [
-    {row['epoch']: scale * row[key] for row in rows if row[key] is not None} for rows in runs
-  ]
+  known = [{row['epoch']: row[key] for row in rows if row[key] is not None} for rows in runs]
   epochs = sorted(set.intersection(*map(set, known)))
   return epochs, [statistics.mean(own[epoch] for own in known) for epoch in epochs]
 
@@ -67,14 +91,16 @@ def panel(axes: Axes, lines: Sequence[Line], *, errors: bool) -> None:
     logarithmic_errors(axes)
   if logarithmic and min(values) < FLOOR:
     axes.set_title(f'{FLOOR} stands for {FLOOR} % and less', fontsize='small')
+  names = [name for name, _, _ in lines]
+  colours = colours_of(names)
   for index, (_, epochs, own) in enumerate(lines):
-    colour, style = COLOURS[index % len(COLOURS)], STYLES[index // len(COLOURS) % len(STYLES)]
+    colour, style = colours[index], STYLES[index // len(COLOURS) % len(STYLES)]
     axes.plot(epochs, own, style, marker='.', color=colour)
     axes.plot([epochs[-1], last], [own[-1]] * 2, ':', color=colour, linewidth=0.8)
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   axes.margins(x=0)
   axes.grid(alpha=0.3)
-  name_lines(axes, [name for name, _, _ in lines], [own[-1] for _, _, own in lines])
+  name_lines(axes, names, [own[-1] for _, _, own in lines], colours)
 
 
 def logarithmic_errors(axes: Axes) -> None:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from lfg_jax.errors import UserError
 from lfg_jax.training import command_line, configs, guard, launch, processes
 from lfg_jax.training.processes import Place
+from lfg_jax.training.summary import last_line
 from lfg_jax.training.train import prepare, train
 
 
@@ -66,8 +67,7 @@ def _place(options: command_line.Options, config: ConfigDict) -> Place | None:
 def _train(config: ConfigDict, workdir: pathlib.Path, at: Place | None = None) -> None:
   if at is not None:
     processes.connect(at, config.lost_after)
-  summary = train(prepare(config), workdir)
-  processes.say(f'{workdir}:', '  '.join(f'{name} {value}' for name, value in summary.items()))
+  processes.say(last_line(train(prepare(config), workdir)))
 
 
 def run() -> None:

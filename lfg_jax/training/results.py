@@ -144,22 +144,22 @@ def over_seeds(summaries: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
   The standard error of the test error is None for a single run.
   """
-  test = [summary['test_error'] for summary in summaries]
+  test = [summary['test_error_percent'] for summary in summaries]
   return {
-    'test_error': statistics.mean(test),
-    'test_error_se': statistics.stdev(test) / len(test) ** 0.5 if len(test) > 1 else None,
+    'test_error_percent': statistics.mean(test),
+    'test_error_percent_se': statistics.stdev(test) / len(test) ** 0.5 if len(test) > 1 else None,
     **{
       key: statistics.mean(summary[key] for summary in summaries)
-      for key in ('train_error', 'seconds')
+      for key in ('train_error_percent', 'seconds')
     },
   }
 
 
 def percent(row: dict[str, Any]) -> str:
-  """The test error from `over_seeds` in %, with its standard error if there is one.
+  """The test error from `over_seeds`, with its standard error if there is one.
 
-  >>> percent({'test_error': 0.0223, 'test_error_se': 0.0043})
+  >>> percent({'test_error_percent': 2.23, 'test_error_percent_se': 0.43})
   '2.23 ± 0.43'
   """
-  deviation = '' if row['test_error_se'] is None else f' ± {100 * row["test_error_se"]:.2f}'
-  return f'{100 * row["test_error"]:.2f}{deviation}'
+  error, deviation = row['test_error_percent'], row['test_error_percent_se']
+  return f'{error:.2f}' + ('' if deviation is None else f' ± {deviation:.2f}')

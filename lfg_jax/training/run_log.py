@@ -1,4 +1,7 @@
-"""The log of a run: metrics.jsonl, TensorBoard files, and a progress bar or printed lines."""
+"""The log of a run: metrics.jsonl, TensorBoard files, and a progress bar or printed lines.
+
+Errors are in %, here and wherever else people look, and their names say so.
+"""
 
 import json
 import os
@@ -34,6 +37,24 @@ def read_rows(path: pathlib.Path) -> list[Row]:
   ]
 
 
+def in_words(row: Row) -> str:
+  """A row as people read it; what is None is left out.
+
+  >>> in_words({'epoch': 2, 'train_loss': 0.51234, 'test_error_percent': 2.2284, 'speed': None})
+  'epoch 2  train loss 0.512  test error 2.23 %'
+  """
+  digits = lambda value: (
+    f'{value:.3g}' if isinstance(value, float) and value < 1000 else f'{value:.0f}'
+  )
+  words = {
+    name.replace('_', ' '): digits(value) for name, value in row.items() if value is not None
+  }
+  return '  '.join(
+    f'{name.removesuffix(" percent")} {value}' + ' %' * name.endswith(' percent')
+    for name, value in words.items()
+  )
+
+
 class RunLog:
   """A context manager that writes rows of metrics.
 
@@ -59,7 +80,10 @@ class RunLog:
       unit_scale=True,
       disable=not bar_is_useful,
       dynamic_ncols=True,
+      desc='compiling …',
     )
+    measured = [row for row in self.rows if row['test_error_percent'] is not None]
+    self._test_error = measured[-1]['test_error_percent'] if measured else None
     if not active:
       return
     write_atomically(path, ''.join(json.dumps(row) + '\n' for row in self.rows))
@@ -71,13 +95,21 @@ class RunLog:
     self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
   def progress(self, step: int, **shown: Any) -> None:
-    """Moves the bar to `step`."""
-    self._bar.set_postfix(shown, refresh=False)
+    """Moves the bar to `step`, and shows metrics, the newest test error among them."""
+    row = {**shown, 'test_error_percent': self._test_error}
+    self._bar.set_description('', refresh=False)
+    self._bar.set_postfix_str(in_words(row), refresh=False)
     self._bar.update(step * self._batch_size - self._bar.n)
+
+  def doing(self, what: str) -> None:
+    """Says in the bar what takes long now, until the next `progress`."""
+    self._bar.set_description(what)
 
   def write(self, row: Row) -> None:
     """Adds a row, and returns when it is in the file."""
     self.rows.append(row)
+    if row['test_error_percent'] is not None:
+      self._test_error = row['test_error_percent']
     if not self._active:
       return
     self._file.write(json.dumps(row) + '\n')
@@ -87,10 +119,9 @@ class RunLog:
         self._event(row['step'], summary=scalar(name, value))
     self._events.flush()
     if self._bar.disable:
-      print(
-        '  '.join(f'{name} {value:.6g}' for name, value in row.items() if value is not None),
-        flush=True,
-      )
+      print(in_words(row), flush=True)
+    else:
+      self.progress(row['step'], epoch=row['epoch'])
 
   def _event(self, step: int, **what: Any) -> None:
     self._events.write_event(Event(wall_time=time.time(), step=step, **what))

@@ -5,9 +5,9 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from lfg_jax.training import clock, processes, run_log, timing
+import lfg_jax
+from lfg_jax.training import clock, processes, run_log
 from lfg_jax.training.run_log import Row
 
 
@@ -17,7 +17,6 @@ def write(
   rows: list[Row],
   seconds: dict[str, float],
   flop: float | None,
-  precision: str = 'float32',
 ) -> dict[str, Any]:
   """Writes both files, in the first process only; returns the summary.
 
@@ -27,27 +26,35 @@ def write(
     rows: the run's rows of metrics.
     seconds: as returned by `clock.Clock.read`.
     flop: number of operations that the run's gradients need at least; None: unknown.
-    precision: dtype of its matrix products.
   """
-  last = rows[-1]
+  rate = None if flop is None else float(f'{flop / seconds["steps"]:.4g}')
   summary = {
     **facts,
-    'train_error': last['train_error'],
-    'test_error': last['test_error'],
     'seconds': round(seconds['seconds'], 2),
     'time': shares(seconds),
+    'flop_per_second': rate,
+    'jax': jax.__version__,
+    'lfg_jax': lfg_jax.__version__,
   }
   if not processes.is_first():
     return summary
-  if flop is not None:
-    rate, peak = flop / seconds['steps'], machine_rate(precision)
-    summary['flop_per_second'] = float(f'{rate:.4g}')
-    summary['utilisation'] = float(f'{rate / peak:.4g}') if peak else None
   from lfg_jax.training import plots  # here: matplotlib takes a sixth of a program's start
 
-  plots.curves(workdir / 'curves.png', {facts['algorithm']: [rows]})
+  title = '{model} on {dataset}, {algorithm}, seed {seed}'.format(**facts)
+  plots.curves(workdir / 'curves.png', {facts['algorithm']: [rows]}, title)
   run_log.write_atomically(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
   return summary
+
+
+def last_line(summary: dict[str, Any]) -> str:
+  """What a run has reached, in words.
+
+  >>> last_line({'test_error_percent': 0.8357, 'test_mistakes': 3, 'test_examples': 359})
+  'test error 0.8 % (3 of 359)'
+  """
+  return 'test error {test_error_percent:.1f} % ({test_mistakes} of {test_examples})'.format(
+    **summary
+  )
 
 
 def shares(seconds: dict[str, float]) -> dict[str, float]:
@@ -59,17 +66,3 @@ def shares(seconds: dict[str, float]) -> dict[str, float]:
   parts = {part: seconds[part] for part in clock.PARTS}
   parts['other'] = max(0.0, seconds['seconds'] - sum(parts.values()))
   return {part: round(value, 2) for part, value in parts.items()}
-
-
-def machine_rate(precision: str) -> float | None:
-  """Operations per second of a plain matrix product on all devices; None: too little memory.
-
-  One device is measured, and its rate is multiplied by the number of devices. On CPUs, it is
-  multiplied by the number of processes, because virtual devices share their process's CPU.
-  """
-  devices = jax.process_count() if jax.default_backend() == 'cpu' else jax.device_count()
-  try:
-    product, flop = timing.matmul(jnp.dtype(precision))
-    return devices * flop / (1e-3 * timing.one_ms(product))
-  except jax.errors.JaxRuntimeError:  # the run fills the device's memory
-    return None

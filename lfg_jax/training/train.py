@@ -138,13 +138,14 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
       start.check(pathlib.Path(job.config.init_from), job.algorithm)  # before there is a folder
     with folders.claim(workdir, job.config) as finished:
       if finished:
-        processes.say(f'{workdir} has this run finished')
+        processes.say(f'{workdir} has finished already')
         return finished
       return _train(job, workdir, Clock(begin))
 
 
 def _train(job: Job, workdir: pathlib.Path, clock: Clock) -> dict[str, Any]:
   """`train` in a folder that is already claimed."""
+  processes.say('compiling …')
   functions, state = build(*job)
   config, active = job.config, processes.is_first()
   with Checkpoints(workdir / 'checkpoints', config.max_to_keep) as checkpoints, processes.losses():
@@ -198,6 +199,7 @@ def _epochs(
     whole: State = functions.whole(state) if evaluates or saves else None
     error = None
     if evaluates:
+      watch.log.doing('evaluating …')
       with clock.on('evaluation'):
         error = functions.test_error(whole)
     if is_whole:
@@ -206,7 +208,8 @@ def _epochs(
           'step': step,
           'epoch': done,
           **_means(state),
-          'test_error': error,
+          'test_error_percent': None if error is None else 100 * error,
+          'learning_rate': float(functions.learning_rate(step - 1)),
           'examples_per_second': speed,
         }
       )
@@ -237,6 +240,7 @@ def _epoch(
       if step == first:
         jax.block_until_ready(state)
         begin, untimed = time.monotonic(), count
+        log.progress(int(state.step), epoch=epoch + 1)
       step += count
       # Waits until at most IN_FLIGHT dispatches are unfinished: no signal has to wait for more.
       bad_steps.append(jnp.copy(state.bad_step))
@@ -257,11 +261,10 @@ def _epoch(
 
 def _means(state: State) -> dict[str, float]:
   """Mean training metrics of the epoch so far."""
-  return {
-    f'train_{name}': float(value / state.sums['examples'])
-    for name, value in state.sums.items()
-    if name != 'examples'
-  }
+  means = {name: float(value / state.sums['examples']) for name, value in state.sums.items()}
+  del means['examples']
+  error = 100 * means.pop('error')
+  return {'train_error_percent': error, **{f'train_{name}': means[name] for name in means}}
 
 
 def _finish(
@@ -269,14 +272,19 @@ def _finish(
 ) -> dict[str, Any]:
   """Writes the curves and the summary; returns the summary."""
   config, steps, flop = job.config, int(state.step), job.algorithm.flop
+  test, last = job.dataset.test.examples, rows[-1]
   facts = {
     'algorithm': config.algorithm,
     'model': config.model.get('size', config.model.name),
     'dataset': job.dataset.name,
-    'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    'seed': config.seed,
+    'epochs': config.epochs,
     'steps': steps,
+    'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    'train_error_percent': last['train_error_percent'],
+    'test_error_percent': last['test_error_percent'],
+    'test_mistakes': round(last['test_error_percent'] / 100 * test),
+    'test_examples': test,
   }
   all_flop = None if flop is None else flop * steps * config.batch_size
-  return summary.write(
-    workdir, facts, rows, clock.read(), all_flop, config.model.get('precision', 'float32')
-  )
+  return summary.write(workdir, facts, rows, clock.read(), all_flop)
