@@ -16,7 +16,7 @@ from lfg_jax.errors import UserError
 from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.staged import StagedModel, no_variant
 
-MODELS = {'mixer': 'local_mixer', 'mlp': 'mlp', 'resnet': 'resnet'}
+MODELS = ('mixer', 'mlp', 'resnet')
 
 
 class Images(NamedTuple):
@@ -72,7 +72,7 @@ def find(name: str, path: str | None = None) -> Model:
         f'model.name is {name!r}; allowed: {", ".join(MODELS)}, or a file of your '
         'own: --config.model.module=FILE.py'
       )
-    return importlib.import_module(f'lfg_jax.models.{MODELS[name]}')  # type: ignore[return-value]
+    return importlib.import_module(f'lfg_jax.models.{name}')  # type: ignore[return-value]
   own: Any = user_files.load('model.module', path, ('DEFAULTS', 'TAPS', 'make'))
   return own
 
