@@ -215,10 +215,6 @@ def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, 
       {'algorithm': 'LG-FA'},
       'losses.head_ahead=True is for rules with local losses, but not for feed',
     ),
-    (
-      {'algorithm': 'LG-FD-A'},
-      'losses.head_ahead=True is for rules with local losses, but not for',
-    ),
     ({'model__norm': 'batch'}, "no average of the statistics of model.norm='batch'; allowed with"),
     (
       {'model__size': 'S/1/2'},

@@ -68,7 +68,7 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
      '--coordinator=HOST:PORT --processes=N --process=I, or of the environment variables '
      'JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID'),
     ('--config.image_size=0', 'image_size is 0; allowed: 1 or more, None'),
-    ('--config.estimator.step=inf', 'estimator.step is inf; allowed: finite numbers'),
+    ('--config.estimator.guess_rate=inf', 'estimator.guess_rate is inf; allowed: finite numbers'),
     ('--config.seed=2147483648', 'seed is 2147483648; allowed: integers of 32 bits'),
     ('--config.epochs=0', 'epochs is 0; allowed: 1 or more'),
     ('--config.batch_size=30', 'batch_size is 30; allowed: multiples of 8, the number of devices'),

@@ -169,22 +169,6 @@ def test_feedback_alignment_with_transposed_forward_matrices_is_backprop(name):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('float64')
-@pytest.mark.parametrize('name', ['FD-A', 'FD-W', 'LG-FD-W', 'LG-FD-A'])
-def test_finite_differences_approach_the_exact_derivative(name):
-  s, key = contrastive_small(), jax.random.key(5)
-  exact, variables = randomised(s, {'LG-FD-A': 'LG-FG-A-paper'}.get(name, name.replace('FD', 'FG')))
-  wanted = jax.jit(exact.gradient)(variables, key, s.batch)[0]
-  errors = [
-    relative_error(
-      jax.jit(composed(s, name, step=step).gradient)(variables, key, s.batch)[0], wanted
-    )
-    for step in (1e-5, 1e-6)
-  ]
-  assert errors[0] < 0.01 and errors[1] < 0.2 * errors[0]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures('float64')
 def test_direct_feedback_sends_the_error_of_the_projection():
   s = contrastive_small()
   algorithm, variables = randomised(s, 'DFA')

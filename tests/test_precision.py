@@ -78,10 +78,3 @@ def test_tangents_keep_their_tails():
   assert abs(float(u.mean())) < 5 / u.size**0.5
   assert abs(float((u**2).mean()) - 1) < 5 * (2 / u.size) ** 0.5
   assert u.max() > 4
-
-
-def test_finite_differences_are_refused():
-  with pytest.raises(
-    ValueError, match=r"model\.precision is 'bfloat16'.*allowed with them: 'float32'"
-  ):
-    gradient(small(precision='bfloat16'), 'LG-FD-A')

@@ -101,7 +101,6 @@ class StagedModel:
     group_axis: `(path in a block's params, credit) -> axis`: the axis of a weight that runs over
       groups with losses of their own, or None; see `weight.weight_perturbation`.
     mixes_examples: whether batch norm makes the losses of one example depend on other examples.
-    rounds: whether blocks compute with fewer digits than finite differences need.
     activity_bytes: size of the largest activity, per example. CPUs work on as many examples at once
       as fit in their cache.
     slow_in_loops: whether CPUs are slow at the blocks inside a loop, as at convolutions. There,
@@ -112,7 +111,7 @@ class StagedModel:
     project: `(variables, x, weight_B) -> (anchors [B, K], candidates [B, K], updates)`: the
       projection at the end of a network that learns contrastively without local losses. Its
       parameters are under 'head'.
-    variant: `(train=True, fused=True, project=False) -> StagedModel`: the same network for training
+    variant: `(train=True, project=False) -> StagedModel`: the same network for training
       or for evaluation, where batch norm does not look at the batch, and with other `Heads`.
       `registry.build` adds it to models without batch norm.
   """
@@ -128,7 +127,6 @@ class StagedModel:
   boundary: tuple[str, str] | None = None
   group_axis: Callable[[tuple[str, ...], str], int | None] = lambda path, credit: None
   mixes_examples: bool = False
-  rounds: bool = False
   activity_bytes: int = 2**20
   slow_in_loops: bool = False
   contrast: Contrast | None = None

@@ -87,8 +87,8 @@ def staged(spec: MixerSpec, prepare: Callable[[jax.Array], jax.Array]) -> Staged
   style, stem = spec.style, spec.runs[0].spec
   conv_size = style.conv_size if style.mixing == 'conv' else None
 
-  def variant(*, train: bool = True, fused: bool = True, project: bool = False) -> StagedModel:
-    heads = style.heads._replace(fused=fused, project=project)
+  def variant(*, train: bool = True, project: bool = False) -> StagedModel:
+    heads = style.heads._replace(project=project)
     changed = style._replace(train=train, heads=heads)
     return staged(dataclasses.replace(spec, style=changed), prepare)
 
@@ -115,7 +115,6 @@ def staged(spec: MixerSpec, prepare: Callable[[jax.Array], jax.Array]) -> Staged
     boundary=(BOUNDARY, TAPS[-1]),
     group_axis=_group_axis if style.norm == 'layer' else lambda path, credit: None,
     mixes_examples=style.norm == 'batch',
-    rounds=style.dtype is not None,
     activity_bytes=digits * max(run.spec.tokens * run.spec.channels for run in spec.runs),
     contrast=style.heads.contrast,
     project=functools.partial(project, spec) if style.heads.project else None,

@@ -88,9 +88,9 @@ def build(
   """
   made = model.make(fields, images, heads)
 
-  def variant(*, train: bool = True, fused: bool = True, project: bool = False) -> StagedModel:
+  def variant(*, train: bool = True, project: bool = False) -> StagedModel:
     del train
-    return build(model, fields, images, heads._replace(fused=fused, project=project))
+    return build(model, fields, images, heads._replace(project=project))
 
   return made if made.variant is not no_variant else dataclasses.replace(made, variant=variant)
 

@@ -29,14 +29,13 @@ def base() -> ConfigDict:
   - `info_nce.Contrast`: the contrastive loss.
   - `datasets.load`: your own file with a data set.
   - `model_fields`: what every model has.
-  - A model's `make`: the model's own. For the mixer, `sizes.mixer_spec` and `block.Style`.
+  - A model's `make`: the model's own. For the mixer, `sizes.mixer_spec` and `sizes.Style`.
 
   The others are explained here. `--help` prints them all.
 
   Attributes:
     algorithm: a learning rule: 'BP', 'L-BP', 'LG-BP', 'FA', 'L-FA', 'LG-FA', 'DFA', 'FG-W', 'FG-A',
-      'LG-FG-W', 'LG-FG-A', 'LG-FG-A-paper', 'FD-W', 'FD-A', 'LG-FD-W' or 'LG-FD-A'; see
-      `rules.REGISTRY`.
+      'LG-FG-W', 'LG-FG-A' or 'LG-FG-A-paper'; see `rules.REGISTRY`.
     loss: 'supervised' or 'contrastive'. With 'contrastive', a batch has two views of each image.
     dataset: 'digits', 'mnist', 'fashion_mnist', 'cifar10', 'imagenet2012', or the name of another
       TFDS data set.
@@ -122,7 +121,6 @@ def base() -> ConfigDict:
         'tap_passes': dict.fromkeys(registry.find('mixer').TAPS, 0),
         'sharing': 'paper',
         'credit': 'exact',
-        'step': 1e-3,
       },
       'optimizer': {
         'name': 'sgd',

@@ -25,8 +25,8 @@ _ENTRY = re.compile(r'^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)', re.M)
 def explained(thing: Any) -> dict[str, str]:
   """Returns the entries `name: text` of a docstring's lists.
 
-  >>> explained(rules.Options)['step']
-  'ε of finite differences.'
+  >>> explained(rules.Options)['every']
+  'number of blocks per stage of a greedy rule.'
   """
   text = textwrap.indent(inspect.getdoc(thing) or '', '  ')
   return {

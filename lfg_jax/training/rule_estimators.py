@@ -9,7 +9,6 @@ from flax.traverse_util import flatten_dict
 from lfg_jax.estimators import tangents
 from lfg_jax.estimators.activity import activity_perturbation
 from lfg_jax.estimators.boundary import Estimator, exact_behind
-from lfg_jax.estimators.derivatives import Derivative, finite_difference, jvp_derivative
 from lfg_jax.estimators.feedback import backprop, direct_feedback
 from lfg_jax.estimators.parts import WHOLE, Part
 from lfg_jax.estimators.sampling import Sampling
@@ -45,22 +44,17 @@ def build_estimator(
     part,
     rows,
   )
-  derivative = finite_difference(options.step) if rule.finite else jvp_derivative
   if weight:
     group_axis = (
       functools.partial(_group_axis, model, options.credit) if rule.cut else lambda path: None
     )
     return _never_guessed(
       functools.partial(
-        weight_perturbation,
-        sampling=sampling,
-        derivative=derivative,
-        is_exact=_under_a_loss,
-        group_axis=group_axis,
+        weight_perturbation, sampling=sampling, is_exact=_under_a_loss, group_axis=group_axis
       )
     )
   if rule.estimator == 'activity':
-    return _activity_estimator(options, model, sampling, derivative)
+    return _activity_estimator(options, model, sampling)
   if rule.estimator == 'direct_feedback':
     matrices = flatten_dict(variables['feedback'], sep='/')
     return _never_guessed(functools.partial(direct_feedback, matrices=matrices))
@@ -71,15 +65,12 @@ def _never_guessed(estimator: Callable[[LossFn], GradFn]) -> Estimator:
   return lambda fun, _: estimator(fun)
 
 
-def _activity_estimator(
-  options: Options, model: StagedModel, sampling: Sampling, derivative: Derivative
-) -> Estimator:
+def _activity_estimator(options: Options, model: StagedModel, sampling: Sampling) -> Estimator:
   own_passes = {tap: n for tap, n in options.tap_passes.items() if n}
   passes_of = lambda name: own_passes.get(in_block(name), options.passes)
   activity = functools.partial(
     activity_perturbation,
     sampling=sampling,
-    derivative=derivative,
     separate=options.taps == 'separate',
     passes_of=passes_of if own_passes else None,
     is_guessed=lambda name: in_block(name) in options.guessed_taps(model),

@@ -22,7 +22,6 @@ class Rule(NamedTuple):
     cut: whether gradients are stopped between blocks (greedy).
     local: whether local losses are used.
     feedback: whether linear layers send gradients back through fixed random matrices.
-    finite: whether derivatives are finite differences instead of `jax.jvp`.
     quiet: whether activity perturbation has less noise at the same cost. This decides what 'auto'
       means in `Options`. If True: taps are perturbed one by one, the last tap under a local loss is
       exact, and guesses are learned. If False, as in the paper: all taps in one pass.
@@ -32,7 +31,6 @@ class Rule(NamedTuple):
   cut: bool = False
   local: bool = False
   feedback: bool = False
-  finite: bool = False
   quiet: bool = False
 
 
@@ -50,10 +48,6 @@ REGISTRY: dict[str, Rule] = {
   'LG-FG-W': Rule('weight', **_LOCAL_GREEDY),
   'LG-FG-A': Rule('activity', quiet=True, **_LOCAL_GREEDY),
   'LG-FG-A-paper': Rule('activity', **_LOCAL_GREEDY),
-  'FD-W': Rule('weight', finite=True),
-  'FD-A': Rule('activity', finite=True),
-  'LG-FD-W': Rule('weight', finite=True, **_LOCAL_GREEDY),
-  'LG-FD-A': Rule('activity', finite=True, **_LOCAL_GREEDY),
 }
 
 
@@ -91,7 +85,6 @@ class Options:
       influences. 'paper' credits the columns of the linear layer before the grouped one with their
       own group only, as the authors' program does. This is biased, because the norm after that
       layer carries them to every group.
-    step: ε of finite differences.
     patch: whether every patch has local losses of its own.
     group: whether every channel group has local losses of its own.
     every: number of blocks per stage of a greedy rule.
@@ -115,7 +108,6 @@ class Options:
   tap_passes: Mapping[str, int] = dataclasses.field(default_factory=dict)
   sharing: str = 'paper'
   credit: str = 'exact'
-  step: float = 1e-3
   patch: bool = True
   group: bool = True
   every: int = 1
@@ -140,9 +132,8 @@ class Options:
     ):
       if value < low:
         raise ValueError(f'{field} is {value!r}; allowed: {low} or more')
-    for field, number in (('step', self.step), ('guess_rate', self.guess_rate)):
-      if number <= 0:
-        raise ValueError(f'estimator.{field} is {number!r}; allowed: more than 0')
+    if self.guess_rate <= 0:
+      raise ValueError(f'estimator.guess_rate is {self.guess_rate!r}; allowed: more than 0')
     if not 0 <= self.head_average < 1:
       raise ValueError(f'losses.head_average is {self.head_average!r}; allowed: 0 … 1, without 1')
     if self.overlap and self.every > 1:
