@@ -149,7 +149,7 @@ def test_the_credit_of_a_head_that_does_not_look_ahead_is_rejected(monkeypatch):
 @pytest.mark.slow
 def test_weights_credited_with_their_own_group_are_rejected(monkeypatch):
   def kept(model, bounded):
-    return dataclasses.replace(look_ahead(model, bounded=bounded), group_axis=model.group_axis)
+    return dataclasses.replace(look_ahead(model, bounded=bounded), grouped=model.grouped)
 
   monkeypatch.setattr(algorithms, 'look_ahead', kept)
   bad = judge('LG-FG-W')

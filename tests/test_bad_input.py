@@ -84,7 +84,7 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
     ('--config.epoch=3', f'unknown config field epoch; did you mean epochs? allowed: {TOP}'),
     ('--config.estimator.laws=normal',
      'unknown config field estimator.laws; did you mean estimator.law? allowed: chunk, combine, credit, guess, '
-     'guess_rate, last_tap, law, module, passes, sharing, step, tap_passes, taps'),
+     'guess_rate, last_tap, law, module, passes, sharing, tap_passes, taps'),
     ('--config.learning_rat=1',
      f'unknown config field learning_rat; did you mean optimizer.learning_rate? allowed: {TOP}'),
     ('--config.trainer.x=1', f'unknown config field trainer; allowed: {TOP}'),

@@ -19,6 +19,7 @@ from lfg_jax.losses.staged import Variables
 from lfg_jax.losses.targets import Targets
 from lfg_jax.promotion import upcast
 
+PyTree = Any
 Params = dict[str, jax.Array]
 EPSILON = 1e-5
 LEARNING_STRIDE = 5  # between the patches used to learn feedback; must not divide a row's length
@@ -335,29 +336,19 @@ def _mean_feature(x: jax.Array) -> jax.Array:
   return layer_norm(x.reshape(x.shape[0], -1, x.shape[-1]).mean(1))
 
 
-def init_projection(
-  key: jax.Array, width: int, heads: Heads, kind: str = 'lecun'
-) -> dict[str, Any]:
-  """{'head': parameters of `projection`}, or nothing where there is none."""
-  if not (heads.contrast and heads.project):
-    return {}
-  outputs = heads.contrast.projections
-  return {'head': {'linear': init(key, (width, outputs), (outputs,), width, kind)}}
+def init_projection(key: jax.Array, width: int, heads: Heads, kind: str = 'lecun') -> PyTree:
+  """Parameters of `projection`."""
+  outputs = heads.outputs(0)
+  return {'linear': init(key, (width, outputs), (outputs,), width, kind)}
 
 
-def projection(heads: Heads) -> Callable | None:
-  """Mean over positions → norm → linear, for `StagedModel.project`; None where there is none."""
-  if not (heads.contrast and heads.project):
-    return None
-
-  def project(
-    variables: Variables, x: jax.Array, weight_B: jax.Array
-  ) -> tuple[jax.Array, jax.Array, Variables]:
-    del weight_B
-    z_BxK = layer(variables, 'linear', dense, _mean_feature(x))
-    return z_BxK, candidates(z_BxK, heads), {}
-
-  return project
+def projection(
+  heads: Heads, variables: Variables, x: jax.Array, weight_B: jax.Array
+) -> tuple[jax.Array, jax.Array, Variables]:
+  """Mean over positions → norm → linear, for `StagedModel.project`: anchors and candidates."""
+  del weight_B
+  z_BxK = layer(variables, 'linear', dense, _mean_feature(x))
+  return z_BxK, candidates(z_BxK, heads), {}
 
 
 def candidates(z_BxK: jax.Array, heads: Heads) -> jax.Array:

@@ -30,10 +30,8 @@ from lfg_jax.promotion import upcast
 
 PyTree = Any
 # The block's name is put in front: 'blocks/after_token'.
-TAPS = ('after_token', 'after_channel', 'after_group')
+TAPS = {'after_token': 'token', 'after_channel': 'channel', 'after_group': 'group'}
 BOUNDARY = 'last_linear'  # also a tap: the grouped layer's output, in a block with a local loss
-# The layer through which a tap's guess passes.
-GUESSED = {'after_channel': 'group', 'after_token': 'channel'}
 DEFAULTS: dict[str, Any] = {
   'size': 'M/8/16',  # size / patches per side / groups
   # None: as the size implies.
@@ -92,7 +90,6 @@ def staged(spec: MixerSpec, prepare: Callable[[jax.Array], jax.Array]) -> Staged
     changed = style._replace(train=train, heads=heads)
     return staged(dataclasses.replace(spec, style=changed), prepare)
 
-  digits = 2 if style.dtype else 4
   return StagedModel(
     stacks=tuple(
       Stack(
@@ -109,25 +106,13 @@ def staged(spec: MixerSpec, prepare: Callable[[jax.Array], jax.Array]) -> Staged
     read_out=functools.partial(read_out, style),
     variant=variant,
     input_shape=(stem.tokens, stem.inputs),
-    classes=spec.classes,
     taps=TAPS,
-    guessed=GUESSED,
-    boundary=(BOUNDARY, TAPS[-1]),
-    group_axis=_group_axis if style.norm == 'layer' else lambda path, credit: None,
+    grouped=('group',) if style.norm == 'layer' else (),
+    boundary=BOUNDARY,
     mixes_examples=style.norm == 'batch',
-    activity_bytes=digits * max(run.spec.tokens * run.spec.channels for run in spec.runs),
-    contrast=style.heads.contrast,
     project=functools.partial(project, spec) if style.heads.project else None,
+    contrast=style.heads.contrast,
   )
-
-
-def _group_axis(path: tuple[str, ...], credit: str) -> int | None:
-  layer, leaf = path[0], path[-1]
-  if layer == 'group':
-    return 0
-  if layer == 'channel' and credit == 'paper':
-    return 1 if leaf == 'kernel' else 0
-  return None
 
 
 # --- parameters -----------------------------------------------------------------------------------
@@ -170,7 +155,8 @@ def init(spec: MixerSpec, key: jax.Array) -> Variables:
   params['readout'] = layers.init_read_out(key, width, spec.classes)
   stats['readout'] = _statistics(style, {'readout': width})
   if heads.project:
-    params |= layers.init_projection(_key_of(key, 'head', 'linear'), width, heads, style.init)
+    head_key = _key_of(key, 'head', 'linear')
+    params['head'] = layers.init_projection(head_key, width, heads, style.init)
     stats['head'] = _statistics(style, {'head': width})
   kept = {name: tree for name, tree in stats.items() if tree}
   return {'params': params, **({'batch_stats': kept} if kept else {})}

@@ -15,7 +15,7 @@ from lfg_jax.models import layers
 from lfg_jax.models.registry import Images, check_divides, check_range, pixels
 
 DEFAULTS: dict[str, Any] = {'blocks': 3, 'channels': 256, 'groups': 8}
-TAPS = ('hidden', 'out')
+TAPS = {'hidden': 'hidden', 'out': 'out'}
 
 
 def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> StagedModel:
@@ -39,11 +39,10 @@ def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> Stag
     }
 
   def init(key: jax.Array) -> Variables:
-    stem, blocks, readout, head = jax.random.split(key, 4)
+    stem, blocks, readout = jax.random.split(key, 3)
     rest = {'blocks': layers.stacked(init_block, blocks, more)} if more else {}
     last = {'readout': layers.init_read_out(readout, C, images.classes)}
-    projection = layers.init_projection(head, C, heads)
-    return {'params': {'stem': init_block(stem, images.size), **rest, **last, **projection}}
+    return {'params': {'stem': init_block(stem, images.size), **rest, **last}}
 
   def block(variables: Variables, x_Bx1xC: jax.Array, targets: Targets, at: Place) -> Outcome:
     local_axes, layer = 3 if at.last else 1, layers.layer
@@ -63,12 +62,6 @@ def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> Stag
     prepare=lambda image: pixels(image, images).reshape(image.shape[0], 1, -1),
     read_out=layers.read_out,
     input_shape=(1, images.size),
-    classes=images.classes,
     taps=TAPS,
-    guessed={'hidden': 'out'},
-    boundary=('out', 'out'),
-    activity_bytes=4 * max(images.size, C),
-    group_axis=lambda path, credit: 0 if path[0] == 'out' else None,
-    contrast=heads.contrast,
-    project=layers.projection(heads),
+    grouped=('out',),
   )

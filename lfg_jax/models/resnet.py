@@ -27,7 +27,7 @@ from lfg_jax.models import layers
 from lfg_jax.models.registry import Images, check_divides, check_range, pixels
 
 DEFAULTS: dict[str, Any] = {'stages': (1, 1, 1), 'channels': 16, 'groups': 4, 'patches': 4}
-TAPS = ('first', 'second')
+TAPS = {'first': 'first', 'second': 'second'}
 
 
 def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> StagedModel:
@@ -49,14 +49,13 @@ def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> Stag
   )
 
   def init(key: jax.Array) -> Variables:
-    *keys, readout, head = jax.random.split(key, len(shapes) + 2)
+    *keys, readout = jax.random.split(key, len(shapes) + 1)
     params: Variables = {
       name: _init_block(k, C, D, G, images.classes, heads)
       for k, (name, _, C, D, _) in zip(keys, shapes, strict=True)
     }
-    D = shapes[-1][3]
-    params['readout'] = layers.init_read_out(readout, D, images.classes)
-    return {'params': {**params, **layers.init_projection(head, D, heads)}}
+    params['readout'] = layers.init_read_out(readout, shapes[-1][3], images.classes)
+    return {'params': params}
 
   return StagedModel(
     stacks=stacks,
@@ -64,13 +63,8 @@ def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> Stag
     prepare=functools.partial(pixels, images=images),
     read_out=layers.read_out,
     input_shape=images.shape,
-    classes=images.classes,
     taps=TAPS,
-    guessed={'first': 'second'},
-    boundary=('second', 'second'),
     slow_in_loops=True,
-    contrast=heads.contrast,
-    project=layers.projection(heads),
   )
 
 

@@ -1,6 +1,7 @@
 """Builds the estimator that a rule names, with a config's options, for a model's taps."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -75,10 +76,11 @@ def _activity_estimator(options: Options, model: StagedModel, sampling: Sampling
     passes_of=passes_of if own_passes else None,
     is_guessed=lambda name: in_block(name) in options.guessed_taps(model),
   )
-  if options.last_tap == 'perturbed' or not model.boundary:
+  if options.last_tap == 'perturbed':
     return functools.partial(activity, is_perturbed=lambda name: in_block(name) in model.taps)
   # The two taps at the boundary of the block right below a stage's losses.
-  boundary, behind = (f'last/{tap}' for tap in model.boundary)
+  *_, last = model.taps
+  boundary, behind = (f'last/{tap}' for tap in (model.boundary or last, last))
   before = functools.partial(
     activity, is_perturbed=lambda name: in_block(name) in model.taps and name != behind
   )
@@ -95,5 +97,12 @@ def _under_a_loss(path: tuple) -> bool:
 
 def _group_axis(model: StagedModel, credit: str, path: tuple) -> int | None:
   """A weight's axis over the groups that have their own losses; see `weight_perturbation`."""
-  stage, *rest = (part.key for part in path)
-  return model.group_axis(tuple(rest), credit) if stage == 'last' else None
+  stage, layer, *_, leaf = (part.key for part in path)
+  if stage != 'last':
+    return None
+  if layer in model.grouped:
+    return 0
+  nexts = dict(itertools.pairwise(model.taps.values()))
+  if credit == 'paper' and nexts.get(layer) in model.grouped:
+    return 1 if leaf == 'kernel' else 0  # the columns that lead to a group
+  return None

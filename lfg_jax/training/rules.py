@@ -174,7 +174,7 @@ class Options:
     quiet = rule.quiet and self.taps != 'joint'
     choice: dict[str, Any] = {
       'taps': 'separate' if quiet else 'joint',
-      'last_tap': 'exact' if rule.quiet and model.boundary else 'perturbed',
+      'last_tap': 'exact' if rule.quiet else 'perturbed',
       'guess': next(iter(model.guessed), 'none') if quiet and one_block else 'none',
     }
     open_fields = {
@@ -185,9 +185,7 @@ class Options:
     return options
 
   def _check_activity(self, rule: Rule, model: StagedModel, one_block: bool) -> None:
-    if self.last_tap == 'exact' and not (
-      rule.estimator == 'activity' and rule.cut and model.boundary
-    ):
+    if self.last_tap == 'exact' and not (rule.estimator == 'activity' and rule.cut):
       raise ValueError(
         "estimator.last_tap='exact' is for activity perturbation with losses per block; allowed: "
         "'auto', 'perturbed'"
