@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lfg_jax.data.datasets import Batch
-from lfg_jax.models import local_mixer
+from lfg_jax.models import mixer
 from lfg_jax.models.sizes import mixer_spec, patches
 from lfg_jax.training import algorithms, rules
 
@@ -42,7 +42,7 @@ def small(side=2, groups=4, channels=16, blocks=3, batch=4, classes=5, dtype=jnp
   image = jnp.asarray(rng.integers(0, 256, (batch, *image_shape)), jnp.uint8)
   label = jnp.asarray(rng.integers(0, classes, batch), jnp.int32)
   weight = jnp.full((batch,), 1 / batch, dtype)
-  model = local_mixer.staged(spec, prepare)
+  model = mixer.staged(spec, prepare)
   algorithm = algorithms.compose(rules.REGISTRY['BP'], rules.Options(), model)
   # By shape alone: compiling the network's own initialisation takes seconds.
   shapes = jax.eval_shape(algorithm.init, jax.random.key(0))

@@ -149,7 +149,7 @@ def test_the_credit_of_a_head_that_does_not_look_ahead_is_rejected(monkeypatch):
 @pytest.mark.slow
 def test_weights_credited_with_their_own_group_are_rejected(monkeypatch):
   def kept(model, bounded):
-    return dataclasses.replace(look_ahead(model, bounded=bounded), group_axis=model.group_axis)
+    return dataclasses.replace(look_ahead(model, bounded=bounded), grouped=model.grouped)
 
   monkeypatch.setattr(algorithms, 'look_ahead', kept)
   bad = judge('LG-FG-W')
@@ -214,10 +214,6 @@ def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, 
     (
       {'algorithm': 'LG-FA'},
       'losses.head_ahead=True is for rules with local losses, but not for feed',
-    ),
-    (
-      {'algorithm': 'LG-FD-A'},
-      'losses.head_ahead=True is for rules with local losses, but not for',
     ),
     ({'model__norm': 'batch'}, "no average of the statistics of model.norm='batch'; allowed with"),
     (

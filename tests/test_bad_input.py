@@ -7,7 +7,7 @@ import pytest
 
 from lfg_jax import data
 from lfg_jax.estimators import tangents
-from lfg_jax.models import block
+from lfg_jax.models import sizes
 from lfg_jax.training import algorithms, command_line, configs, optimizers, rules
 from tests import runs
 from tests.runs import FLAGS, ROOT, STEPS
@@ -55,7 +55,7 @@ def told(err, *facts, program='train.py'):
     ('optimizer.warmup_epochs=20', ('optimizer.warmup_epochs', '20', 'less than epochs')),
     ('optimizer.staircase_epochs=1,b', ('optimizer.staircase_epochs', "'b'", 'numbers, 0 or more')),
     ('optimizer.staircase_epochs=-1', ('optimizer.staircase_epochs', '-1', '0 or more')),
-    ('model.norms=head,readuot', ('model.norms', "'readuot'", ', '.join(block.NORMS))),
+    ('model.norms=head,readuot', ('model.norms', "'readuot'", ', '.join(sizes.NORMS))),
     ('model.channels=0', ('model.channels', '0', '1 or more')),
     ('model.hidden=-2', ('model.hidden', '-2', '1 or more')),
     ('model.blocks=0', ('model.blocks', '0', '1 … 10000')),
@@ -73,7 +73,7 @@ def told(err, *facts, program='train.py'):
     ('profile=5:4', ('profile', "'5:4'", 'FIRST:LAST', 'None')),
     ('lost_after=1', ('lost_after', '1', '2 or more')),
     ('image_size=0', ('image_size', '0', '1 or more', 'None')),
-    ('estimator.step=inf', ('estimator.step', 'inf', 'finite')),
+    ('estimator.control_variate_rate=inf', ('estimator.control_variate_rate', 'inf', 'finite')),
     ('seed=2147483648', ('seed', '2147483648', '32 bits')),
     ('epochs=0', ('epochs', '0', '1 or more')),
     ('batch_size=30', ('batch_size', '30', 'multiples of 8', 'devices')),

@@ -39,7 +39,7 @@ def test_every_field_that_may_be_none_reads_none():
 
 def test_none_is_for_fields_of_the_models_that_may_be_open(tmp_path):
   path = tmp_path / 'mine.py'
-  path.write_text("""DEFAULTS, TAPS = {'width': int, 'size': 3}, ('out',)
+  path.write_text("""DEFAULTS, TAPS = {'width': int, 'size': 3}, {'out': 'out'}
 make = None
 """)
   own = [f'--config.model.module={path}']

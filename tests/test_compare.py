@@ -6,7 +6,7 @@ import pytest
 
 from lfg_jax.losses import row_losses
 from lfg_jax.losses.heads import Heads
-from lfg_jax.models import block
+from lfg_jax.models import sizes
 from lfg_jax.training import configs, rules
 from tests.runs import FLAGS, ROOT, STEPS, script
 
@@ -61,7 +61,7 @@ def test_comparison_goes_on(tmp_path, capsys):
 
 
 def test_base_config_has_the_defaults_of_the_code():
-  base, style, heads = configs.base(), block.Style(), Heads()
+  base, style, heads = configs.base(), sizes.Style(), Heads()
   assert set(base.estimator.num_tangents_by_tap.values()) == {0}
   assert rules.Options.read(base, num_tangents_by_tap={}) == rules.Options()
   assert (row_losses.find(base.losses.row), base.losses.head_hidden) == (

@@ -126,14 +126,13 @@ def test_as_many_orthogonal_passes_as_dimensions_give_the_exact_gradient():
     ('FG-A', {}),
     ('LG-FG-W', {}),
     ('LG-FG-W', {'sharing': 'independent'}),
-    ('LG-FD-A', {'step': 1e-2}),
   ],
 )
 def test_chunks_of_passes_change_nothing(name, options):
   s = small(blocks=1)
   whole = estimate(s, {'num_tangents': 6, **options}, name)
   in_chunks = estimate(s, {'num_tangents': 6, 'chunk': 2, **options}, name)
-  assert relative_error(in_chunks, whole) < (1e-2 if 'FD' in name else 1e-4)
+  assert relative_error(in_chunks, whole) < 1e-4
 
 
 def test_projection_is_shorter_by_k_over_d_and_exact_when_the_span_is_all():

@@ -9,25 +9,19 @@ import pytest
 
 from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.info_nce import Contrast
-from lfg_jax.models import layers
-from lfg_jax.models.block import NORMS
-from lfg_jax.models.mixer import LocalMixer
-from lfg_jax.models.sizes import mixer_spec
+from lfg_jax.losses.staged import Place, evaluate, own
+from lfg_jax.losses.targets import Targets
+from lfg_jax.models import layers, mixer
+from lfg_jax.models.sizes import NORMS, mixer_spec
 from tests import oracle
 from tests.small import compose, gradient, relative_error, small
 
 MNIST, CIFAR10, IMAGENET = (28, 28, 1), (32, 32, 3), (224, 224, 3)
 
 
-def shapes(spec):
-  """The variables' shapes, without computing anything."""
-  run = spec.runs[0].spec
-  tokens = jax.ShapeDtypeStruct((1, run.tokens, run.inputs), jnp.float32)
-  return jax.eval_shape(LocalMixer(spec).init, jax.random.key(0), tokens)
-
-
 def parameters(spec):
-  return sum(leaf.size for leaf in jax.tree.leaves(shapes(spec)['params']))
+  variables = jax.eval_shape(functools.partial(mixer.init, spec), jax.random.key(0))
+  return sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +44,8 @@ def test_parameter_count_of_the_imagenet_size():
 
 
 def logits(s):
-  return jax.jit(LocalMixer(s.spec).apply)(s.variables, s.prepare(s.batch.image))[0]
+  run = jax.jit(functools.partial(evaluate, s.model))
+  return run(s.variables, s.prepare(s.batch.image))[0]
 
 
 def expected_logits(s, without=None):
@@ -83,14 +78,12 @@ def test_pooling_halves_the_grid_and_widens(kind):
   s = small(side=4, blocks=3, pool_every=1, channel_ratio=2, group_ratio=4, pool=kind)
   sizes = [(run.spec.tokens, run.spec.channels, run.spec.groups) for run in s.spec.runs]
   assert sizes == [(16, 16, 4), (4, 32, 16), (1, 64, 64)]
-  run = jax.jit(
-    lambda v, x: LocalMixer(s.spec).apply(v, x, capture_intermediates=True, mutable='intermediates')
-  )
-  found = {
-    name: kept['__call__'][0][0]
-    for name, kept in run(s.variables, s.prepare(s.batch.image))[1]['intermediates'].items()
-    if name in ('stem', 'blocks')
-  }
+  found, x = {}, s.prepare(s.batch.image)
+  for stack in s.model.stacks[:2]:
+    of_stack = own(s.variables, stack.name)
+    run = jax.jit(functools.partial(stack.block, at=Place('')))
+    x, *_ = run(of_stack, x, Targets(s.batch.label, s.batch.weight))
+    found[stack.name] = x
   p = s.variables['params']['blocks']
   cells = np.asarray(found['stem']).reshape(4, 2, 2, 2, 2, 16)
   pooled = {'average': cells.mean((2, 4)), 'max': cells.max((2, 4))}[kind].reshape(4, 4, 16)
@@ -159,7 +152,7 @@ def test_derivative_of_layer_norm_along_several_tangents():
 
 def test_whole_norm_is_over_all_of_an_example():
   x = jax.random.normal(jax.random.key(0), (3, 4, 5)) + jnp.arange(4)[:, None]
-  y = layers.Norm('whole').apply({}, x, jnp.ones(3))
+  y = layers.layer_norm(x, (1, 2))
   np.testing.assert_allclose(y.mean((1, 2)), 0, atol=1e-5)
   np.testing.assert_allclose(y.var((1, 2)), 1, atol=1e-4)
   assert jnp.abs(y.mean(2)).max() > 0.5
@@ -169,9 +162,7 @@ def test_whole_norm_is_over_all_of_an_example():
 def test_batch_norm_is_per_channel_over_real_examples(shape):
   x = jax.random.normal(jax.random.key(0), shape) + jnp.arange(shape[-1])
   weight = jnp.array([1.0, 1, 1, 1, 0, 0])
-  norm = layers.Norm('batch')
-  before = norm.init(jax.random.key(1), x, weight)
-  y, after = norm.apply(before, x, weight, mutable='batch_stats')
+  y, stats = layers.batch_norm(x, weight, layers.init_statistics(8))
   real = np.asarray(x[:4]).reshape(-1, 8)
   np.testing.assert_allclose(
     np.asarray(y[:4]).reshape(-1, 8),
@@ -179,10 +170,9 @@ def test_batch_norm_is_per_channel_over_real_examples(shape):
     rtol=1e-4,
     atol=1e-5,
   )
-  stats = after['batch_stats']
   np.testing.assert_allclose(stats['mean'], 0.1 * real.mean(0), rtol=1e-4, atol=1e-6)
   np.testing.assert_allclose(stats['var'], 0.9 + 0.1 * real.var(0), rtol=1e-4)
-  still, same = layers.Norm('batch', train=False).apply(after, x, weight, mutable='batch_stats')
+  still, same = layers.batch_norm(x, weight, stats, train=False)
   flat = np.asarray(x).reshape(-1, 8)
   np.testing.assert_allclose(
     np.asarray(still).reshape(-1, 8),
@@ -190,7 +180,7 @@ def test_batch_norm_is_per_channel_over_real_examples(shape):
     rtol=1e-4,
     atol=1e-5,
   )
-  jax.tree.map(np.testing.assert_array_equal, same, after)
+  jax.tree.map(np.testing.assert_array_equal, same, stats)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +194,7 @@ def test_batch_norm_is_per_channel_over_real_examples(shape):
   ],
 )
 def test_initial_weights(kind, fan_in, scale):
-  w = layers.initializer(kind, fan_in)(jax.random.key(0), (200, 200))
+  w = layers.init(jax.random.key(0), (200, 200), (200,), fan_in, kind)['kernel']
   # 5 standard errors of a standard deviation over 40,000 normal numbers.
   np.testing.assert_allclose(w.std(), scale, rtol=5 / np.sqrt(2 * 40_000))
 
@@ -212,7 +202,7 @@ def test_initial_weights(kind, fan_in, scale):
 @pytest.mark.slow
 def test_read_out_heads_and_biases_start_at_zero():
   spec = mixer_spec('S/2/4', image_shape=(4, 4, 1), classes=3, channels=16)
-  params = LocalMixer(spec).init(jax.random.key(0), jnp.zeros((1, 4, 4)))['params']
+  params = mixer.init(spec, jax.random.key(0))['params']
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = jax.tree_util.keystr(path)
     assert bool((leaf == 0).all()) == ('bias' in name or 'head' in name or 'readout' in name), name

@@ -1,5 +1,6 @@
 """The rules that every staged model must obey, and a model from outside the package."""
 
+import dataclasses
 import math
 
 import jax
@@ -141,14 +142,54 @@ def test_shapes_flops_and_taps_are_what_the_model_says(name):
   x = jax.ShapeDtypeStruct((2, *model.input_shape), jnp.float32)
   assert jax.eval_shape(model.prepare, BATCH.image).shape[1:] == model.input_shape
   logits, features = jax.eval_shape(lambda v, x: staged.evaluate(model, v, x), variables, x)
-  assert logits.shape == (2, model.classes) and features.ndim == 2
+  assert logits.shape == (2, IMAGES.classes) and features.ndim == 2
   names = {stack.name for stack in model.stacks}
   assert {*variables['params']} == {*names, 'readout'}
   for stack in model.stacks:
     assert {*stack.flop} <= {*model.taps} and min(stack.flop.values()) > 0
     params = variables['params'][stack.name]
-    assert params['head']['kernel'].shape[-1] == model.classes
+    assert params['head']['kernel'].shape[-1] == IMAGES.classes
     assert not stack.is_stacked or params['head']['bias'].shape[0] == stack.count
+
+
+@pytest.mark.parametrize(
+  ('name', 'guessed', 'largest'),
+  [
+    ('mixer', [('after_channel', 'group'), ('after_token', 'channel')], 4 * 8),
+    ('mlp', [('hidden', 'out')], 16),
+    ('resnet', [('first', 'second')], 4 * 4 * 4),
+  ],
+)
+def test_what_is_derived_from_a_model(name, guessed, largest):
+  """The guessed taps, the nearest to the loss first, and the size of an example's activity."""
+  model = model_of(name)
+  assert [*model.guessed.items()] == guessed
+  assert model.activity_bytes == 4 * largest
+  assert model.shapes[0].shape == (1, *model.input_shape)
+
+
+def test_half_the_digits_are_half_the_bytes():
+  fields = {name: f.default for name, f in registry.fields_of(registry.find('mixer')).items()}
+  fields |= {**FIELDS['mixer'], 'hidden': None, 'precision': 'bfloat16'}
+  model = registry.build(registry.find('mixer'), fields, IMAGES)
+  assert model.activity_bytes == max(2 * 4 * 8, 4 * 4 * 4)  # of blocks, and of the input
+
+
+@pytest.mark.parametrize('taps', [(), {}, ('hidden', 'out')])
+def test_taps_that_name_no_layers(taps):
+  with pytest.raises(
+    ValueError, match=r'the taps of the model are .*; allowed: a dict, by tap the'
+  ):
+    dataclasses.replace(model_of('mlp'), taps=taps)
+
+
+def test_a_guess_through_a_layer_that_is_none():
+  made_of = composed('mlp', 'LG-FG-A')[0].made_of
+  model = dataclasses.replace(made_of.model, taps={'hidden': 'hidden', 'out': 'outt'})
+  with pytest.raises(
+    ValueError, match=r"name a layer 'outt' with a 'kernel'.*allowed: one of them"
+  ):
+    made_of._replace(model=model).init(KEYS[0])
 
 
 @pytest.mark.slow

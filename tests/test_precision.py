@@ -10,8 +10,10 @@ from lfg_jax.estimators.sampling import Sampling
 from lfg_jax.estimators.tangents import LAWS, Passes
 from lfg_jax.estimators.taps import Tap
 from lfg_jax.estimators.traced import Traced
+from lfg_jax.losses import staged
+from lfg_jax.losses.replicated import Cut
+from lfg_jax.losses.targets import Targets
 from lfg_jax.models.layers import layer_norm
-from lfg_jax.models.mixer import LocalMixer
 from tests.small import gradient, small
 
 KEY = jax.random.key(3)
@@ -47,14 +49,20 @@ def test_gradients_agree_and_are_float32(models, name, least):
 def test_blocks_compute_in_bfloat16_and_losses_in_float32(norm):
   model = small(precision='bfloat16', norm=norm)
   tokens = model.prepare(model.batch.image)
-  apply = lambda v: LocalMixer(model.spec).apply(v, tokens, mutable=['batch_stats'])
-  traced = Traced(apply, {k: v for k, v in model.variables.items() if k != 'feedback'})
-  (logits, _), updates = traced.shape
+  targets = Targets(model.batch.label, model.batch.weight)
+
+  def run(v):
+    x, local, updates = staged.apply(model.model, v, tokens, targets, Cut())
+    logits, _, new = model.model.read_out(staged.own(v, 'readout'), x, targets.weight_B)
+    return logits, local, (updates.get('batch_stats', {}), new)
+
+  traced = Traced(run, {k: v for k, v in model.variables.items() if k != 'feedback'})
+  logits, local, updates = traced.shape
   assert logits.dtype == jnp.float32
   assert {tap.dtype for tap in traced.taps.values()} == {jnp.dtype('bfloat16')} and len(
     traced.taps
   ) == 5
-  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(updates.get('batch_stats', {})))
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((local, updates)))
 
 
 def test_norms_are_as_exact_as_their_result():
@@ -70,10 +78,3 @@ def test_tangents_keep_their_tails():
   assert abs(float(u.mean())) < 5 / u.size**0.5
   assert abs(float((u**2).mean()) - 1) < 5 * (2 / u.size) ** 0.5
   assert u.max() > 4
-
-
-def test_finite_differences_are_refused():
-  with pytest.raises(
-    ValueError, match=r"model\.precision is 'bfloat16'.*allowed with them: 'float32'"
-  ):
-    gradient(small(precision='bfloat16'), 'LG-FD-A')

@@ -10,7 +10,7 @@ from tests.runs import tiny
 CASES = {
   **{
     rule: {'algorithm': rule}
-    for rule in ('BP', 'LG-FA', 'DFA', 'FG-W', 'LG-FG-W', 'LG-FG-A', 'LG-FG-A-paper', 'LG-FD-A')
+    for rule in ('BP', 'LG-FA', 'DFA', 'FG-W', 'LG-FG-W', 'LG-FG-A', 'LG-FG-A-paper')
   },
   **{
     f'contrastive-{rule}': {'algorithm': rule, 'objective': 'contrastive'}

@@ -8,8 +8,8 @@ import pytest
 from lfg_jax import value_and_activity_grad
 from lfg_jax.losses.replicated import replicated_loss
 from lfg_jax.losses.row_losses import cross_entropy
+from lfg_jax.losses.staged import evaluate
 from lfg_jax.losses.targets import Targets
-from lfg_jax.models.mixer import LocalMixer
 from tests import bare
 from tests.small import compose, small
 
@@ -53,4 +53,4 @@ def test_shapes_that_do_not_fit_are_told():
       replicated_loss(cross_entropy, x_, {'kernel': kernel_, 'bias': bias_}, targets)
   s = small()
   with pytest.raises(AssertionError, match=r'tokens are \[examples, patches, inputs\]'):
-    jax.eval_shape(LocalMixer(s.spec).init, jax.random.key(0), jnp.ones((2, 4, 7)))
+    evaluate(s.model, s.variables, jnp.ones((2, 4, 7)))

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from lfg_jax import data
 from lfg_jax.errors import as_user_errors
 from lfg_jax.losses.staged import StagedModel
-from lfg_jax.models import local_mixer
+from lfg_jax.models import mixer
 from lfg_jax.models.sizes import mixer_spec, parse, patches
 from lfg_jax.training import algorithms, command_line, plots, results, rules, timing
 
@@ -54,7 +54,7 @@ def model_of(size: str, blocks: int) -> StagedModel:
   images = data.TFDS['cifar10']
   spec = mixer_spec(size, image_shape=images.image_shape, classes=images.classes, blocks=blocks)
   prepare = functools.partial(patches, side=parse(size)[1], mean=images.mean, std=images.std)
-  return local_mixer.staged(spec, prepare)
+  return mixer.staged(spec, prepare)
 
 
 def measure(name: str, blocks: int, options: command_line.Options) -> Row:

@@ -21,10 +21,9 @@ from lfg_jax.estimators.tangents import LAWS
 from lfg_jax.losses.greedy import greedy
 from lfg_jax.losses.staged import StagedModel
 from lfg_jax.losses.targets import Targets
-from lfg_jax.models import local_mixer
-from lfg_jax.models.block import TAPS
-from lfg_jax.models.mixer import Run
-from lfg_jax.models.sizes import mixer_spec, parse, patches
+from lfg_jax.models import mixer
+from lfg_jax.models.mixer import TAPS
+from lfg_jax.models.sizes import Run, mixer_spec, parse, patches
 from lfg_jax.training import algorithms, rule_estimators
 from lfg_jax.training.rules import REGISTRY, Options
 
@@ -77,7 +76,7 @@ class Bench:
     self.spec = mixer_spec(size, image_shape=dataset.image_shape, classes=dataset.classes, **sizes)
     self.batch = batch_at(dataset, dataset.train.examples - batch, batch)
     prepare = functools.partial(patches, side=parse(size)[1], mean=dataset.mean, std=dataset.std)
-    self.model, self.tokens = local_mixer.staged(self.spec, prepare), prepare(self.batch.image)
+    self.model, self.tokens = mixer.staged(self.spec, prepare), prepare(self.batch.image)
 
   @property
   def has_tokens(self) -> bool:

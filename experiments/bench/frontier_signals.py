@@ -17,8 +17,8 @@ from lfg_jax.estimators.signature import GradFn, LossFn
 from lfg_jax.estimators.taps import tap
 from lfg_jax.estimators.traced import Traced, perturb
 from lfg_jax.losses.staged import in_block
-from lfg_jax.models.block import TAPS
-from lfg_jax.models.mixer import Run
+from lfg_jax.models.mixer import TAPS
+from lfg_jax.models.sizes import Run
 
 PyTree = Any
 

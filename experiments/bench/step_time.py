@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from lfg_jax import data
 from lfg_jax.errors import as_user_errors
 from lfg_jax.fields import one_of
-from lfg_jax.models import local_mixer
+from lfg_jax.models import mixer
 from lfg_jax.models.sizes import mixer_spec, parse
 from lfg_jax.training import (
   algorithms,
@@ -138,7 +138,7 @@ def compile_step(name: str, options: command_line.Options) -> Step:
     return state
 
   spec = mixer_spec(model, image_shape=images.image_shape, classes=images.classes)
-  staged = local_mixer.staged(spec, lambda image: image)
+  staged = mixer.staged(spec, lambda image: image)
   flop = batch * timing.gradient_flop(
     staged, rules.REGISTRY[name], rules.Options(num_tangents=passes)
   )

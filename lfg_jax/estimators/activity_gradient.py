@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from lfg_jax.estimators import activity, tangents
 from lfg_jax.estimators.calls import Static, bind, explained, with_aux
-from lfg_jax.estimators.derivatives import recomputed_jvp
+from lfg_jax.estimators.derivatives import Derivative, recomputed_jvp
 from lfg_jax.estimators.mixing import Influence
 from lfg_jax.estimators.mixing_rules import Mixed
 from lfg_jax.estimators.sampling import Sampling
@@ -46,6 +46,7 @@ def value_and_activity_grad(
   mixes_examples: bool | None = None,
   checkpoint_names: bool = False,
   axis_name: str | None = None,
+  derivative: Derivative | None = None,
 ) -> Callable:
   """The mean loss and an estimate of its gradient, from forward derivatives at the taps of `fun`.
 
@@ -76,6 +77,8 @@ def value_and_activity_grad(
     checkpoint_names: whether values named with `jax.ad_checkpoint.checkpoint_name` are taps too.
     axis_name: in shard_map, the mesh axis over which the batch is sharded. The mean over devices
       of value and gradient is then the same on any number of devices.
+    derivative: `derivatives.finite_difference(ε)`, one-sided or two-sided, in place of exact forward
+      derivatives; the estimate is then as far off as the differences are.
 
   Returns:
     `(*args, key, **kwargs) -> (value, gradient)`, or `((value, aux), gradient)`; gradients are like
@@ -116,7 +119,7 @@ def value_and_activity_grad(
     estimator = activity.activity_perturbation(
       of_point,
       sampling=sampling,
-      derivative=recomputed_jvp,
+      derivative=derivative or recomputed_jvp,
       separate=separate,
       passes_of=_passes_of(traced, passes, tap_passes) if tap_passes else None,
       is_perturbed=perturbed.__contains__,

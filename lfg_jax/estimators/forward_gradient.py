@@ -14,7 +14,7 @@ import numpy as np
 
 from lfg_jax.estimators import tangents
 from lfg_jax.estimators.calls import Static, bind, explained, with_aux
-from lfg_jax.estimators.derivatives import recomputed_jvp
+from lfg_jax.estimators.derivatives import Derivative, recomputed_jvp
 from lfg_jax.estimators.sampling import Sampling, combine, sum_over_chunks
 from lfg_jax.estimators.tangents import Passes
 
@@ -30,6 +30,7 @@ def value_and_forward_grad(
   passes: int = 1,
   chunk: int | None = None,
   combination: str = 'mean',
+  derivative: Derivative | None = None,
 ) -> Callable:
   """`jax.value_and_grad` without a backward pass.
 
@@ -55,6 +56,8 @@ def value_and_forward_grad(
       all. Every chunk evaluates `fun` again, and `fun` is then traced as with `jax.jit`.
     combination: 'mean', or 'projection' onto the tangents' span (too short by K/d, see
       `sampling.combine`).
+    derivative: `derivatives.finite_difference(ε)`, one-sided or two-sided, in place of exact forward
+      derivatives; the estimate is then as far off as the differences are.
 
   Returns:
     `(*args, key, **kwargs) -> (value, gradient)`, or `((value, aux), gradient)`; gradients are like
@@ -85,7 +88,7 @@ def value_and_forward_grad(
       return _scalar(value), static.split(aux)
 
     try:
-      value, arrays, estimate = _estimate(evaluate, point, key, sampling)
+      value, arrays, estimate = _estimate(evaluate, point, key, sampling, derivative)
     except TypeError as error:
       raise explained(error, lambda: jax.make_jaxpr(evaluate)(point)) from error
     gradient = estimate[0] if isinstance(argnums, int) else estimate
@@ -136,7 +139,11 @@ def forward_grad(
 
 
 def _estimate(
-  evaluate: Callable, point: tuple, key: jax.Array, sampling: Sampling
+  evaluate: Callable,
+  point: tuple,
+  key: jax.Array,
+  sampling: Sampling,
+  derivative: Derivative | None,
 ) -> tuple[jax.Array, list[jax.Array], tuple]:
   """(value, aux, estimate). A tangent covers all entries, so orthogonality holds for the whole."""
   leaves, treedef = jax.tree.flatten(point)
@@ -160,7 +167,7 @@ def _estimate(
     return u_KxD if set(dtypes) == {wide} else jax.vmap(lambda u: ravel(unravel(u)))(u_KxD)
 
   mean = lambda slope_K, u_KxD: combine(sampling.combine, slope_K[:, None], u_KxD, sampling.passes)
-  if sampling.at_once == sampling.passes:
+  if sampling.at_once == sampling.passes and derivative is None:
     u_KxD = draw(Passes(sampling.passes))
     along = lambda u: jax.jvp(evaluate, (point,), (unravel(u),), has_aux=True)
     value, slope_K, aux = jax.vmap(along, out_axes=(None, 0, None))(u_KxD)
@@ -168,7 +175,7 @@ def _estimate(
 
   once = jax.jit(evaluate)  # traced once for all chunks
   value, aux = once(point)
-  slope = recomputed_jvp(lambda point: once(point)[0], point, in_chunks=True)
+  slope = (derivative or recomputed_jvp)(lambda point: once(point)[0], point, True)
 
   def part(passes: Passes) -> jax.Array:
     u_KxD = draw(passes)

@@ -77,7 +77,7 @@ def look_ahead(model: StagedModel, *, bounded: bool = False) -> StagedModel:
     stacks=stacks,
     init=init,
     ahead=lambda params: following(model.stacks, params),
-    group_axis=lambda path, credit: None,  # every weight influences the losses of all groups
+    grouped=(),  # every weight influences the losses of all groups
     variant=lambda **changes: look_ahead(model.variant(**changes), bounded=bounded),
   )
 

@@ -22,9 +22,6 @@ class Heads(NamedTuple):
     row_loss: loss of the outputs, see `row_losses`.
     hidden: channels of the hidden layer; 0: there is none.
     contrast: options of the contrastive loss, which replaces `row_loss`; None: heads classify.
-    fused: whether losses have a derivative rule of their own, at the cost of one plain loss. Finite
-      differences do not use derivative rules. For them, every replica is written out, with the
-      other replicas' features behind a stop-gradient.
     project: whether a projection at the end of the network replaces the heads, for contrastive
       learning without local losses.
   """
@@ -32,7 +29,6 @@ class Heads(NamedTuple):
   row_loss: RowLoss = cross_entropy
   hidden: int = 0
   contrast: Contrast | None = None
-  fused: bool = True
   project: bool = False
 
   def outputs(self, classes: int) -> int:
@@ -72,7 +68,6 @@ class Heads(NamedTuple):
       targets,
       cut,
       feedback=feedback,
-      held_BxPxGxC=None if self.fused else jax.lax.stop_gradient(features_BxPxGxC),
       mixes_rows=self.contrast is not None and not self.contrast.stop_gradient,
     )
     return losses * targets.weight_B[:, None, None]

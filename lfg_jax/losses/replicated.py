@@ -197,7 +197,6 @@ def replicated_loss(
   cut: Cut = Cut(),
   *,
   feedback: dict[str, Any] | None = None,
-  held_BxPxGxC: jax.Array | None = None,
   mixes_rows: bool = False,
 ) -> jax.Array:
   """The loss of a head on the mean feature, with one replica per patch and group.
@@ -213,9 +212,6 @@ def replicated_loss(
     cut: which axes have their own losses; the others have size 1 in the result.
     feedback: fixed kernels that replace the head's in derivatives with respect to their inputs
       (feedback alignment).
-    held_BxPxGxC: the value of the copies behind the stop-gradient; by default that of the features.
-      Pass it if `features` is *evaluated* at a perturbed point (finite differences), where the
-      replicas differ.
     mixes_rows: whether a row's loss also depends on other rows' outputs.
 
   Returns:
@@ -234,9 +230,6 @@ def replicated_loss(
   def loss(z_BxK: jax.Array, above: tuple, targets: Targets) -> jax.Array:
     return row_loss(_behind_relu(z_BxK, *above) if above else z_BxK, targets)
 
-  if held_BxPxGxC is not None:
-    of_outputs = lambda z_BxK: loss(z_BxK, above, targets)
-    return _displaced(of_outputs, features_BxPxGxC, held_BxPxGxC, kernel, bias, cut)
   return _fused(
     _Form(loss, cut, mixes_rows),
     features_BxPxGxC,
@@ -256,20 +249,3 @@ def _behind_relu(z_BxK: jax.Array, layer: dict[str, jax.Array], feedback: dict |
   still_BxK = jax.lax.stop_gradient(h_BxK)
   moving_BxL = (h_BxK - still_BxK) @ jax.lax.stop_gradient(feedback['kernel'])  # zero
   return still_BxK @ layer['kernel'] + moving_BxL + layer['bias'][None]
-
-
-def _displaced(
-  loss: Callable[[jax.Array], jax.Array],
-  features_BxPxGxC: jax.Array,
-  held_BxPxGxC: jax.Array,
-  kernel_GxCxK: jax.Array,
-  bias_K: jax.Array,
-  cut: Cut,
-) -> jax.Array:
-  """Replicas at a point where each sees its own features displaced and all others fixed."""
-  P = features_BxPxGxC.shape[1]
-  step_BxPxGxK = jnp.einsum('bpgc,gck->bpgk', features_BxPxGxC - held_BxPxGxC, kernel_GxCxK) / P
-  z_BxK = head_outputs(held_BxPxGxC, kernel_GxCxK, bias_K)
-  one_patch = jax.vmap(lambda step_BxK: loss(z_BxK + step_BxK), 1, 1)
-  step_PxBxGxK = jnp.moveaxis(sum_uncut(step_BxPxGxK, cut), 1, 0)
-  return jnp.moveaxis(jax.lax.map(one_patch, step_PxBxGxK), 0, 1)

@@ -19,8 +19,8 @@ from lfg_jax.losses.targets import Targets
 
 PyTree = Any
 Variables = dict[str, PyTree]  # 'params', and where used 'batch_stats', 'feedback', 'ahead'
-
-
+# `(variables, x, weight_B) -> (output, another, updated variables)`: what follows the last block.
+End = Callable[[Variables, jax.Array, jax.Array], tuple[jax.Array, jax.Array, Variables]]
 Outcome = tuple[jax.Array, jax.Array | None, Variables]  # output, losses, updated variables
 
 
@@ -83,6 +83,9 @@ def no_variant(**changes: bool) -> Any:
 class StagedModel:
   """A network of stacks of blocks.
 
+  A model's author gives the first six fields, and others where they apply. The last three are the
+  package's: `registry.build` and `look_ahead` fill them.
+
   Attributes:
     stacks: the stacks, from the input to the output.
     init: `key -> variables`: {'params': {stack: …, 'readout': …}} and, where used, 'batch_stats'.
@@ -90,56 +93,77 @@ class StagedModel:
     read_out: `(variables, x, weight_B) -> (logits [B, classes], features [B, C], updates)`. It gets
       only its own variables.
     input_shape: shape of the first block's input, without the axis of examples.
-    classes: number of the read-out's outputs.
-    taps: names of a block's taps, without the block's name.
-    guessed: the taps that can have a learned guess, the nearest to the loss first. Each has the
-      name of a layer in `params`: the guess comes through this layer's feedback matrix. See
-      `guesses`.
-    boundary: names of two taps. The first is a tap of a last block, after which exact signals are
-      cheap (see `boundary`). The second is the tap that then needs no perturbation; it may be the
-      same. None: there is no boundary.
-    group_axis: `(path in a block's params, credit) -> axis`: the axis of a weight that runs over
-      groups with losses of their own, or None; see `weight.weight_perturbation`.
+    taps: names of a block's taps, without the block's name, in their order; and by tap the layer
+      before it, a key of the block's params, or None. The learned guess at a tap comes back through
+      the layer of the next one; see `guesses`.
+    grouped: names of the layers whose weights have groups with losses of their own on the first
+      axis; see `weight.weight_perturbation`.
+    boundary: name of a tap of a last block, after which exact signals are cheap; see `boundary`.
+      The last of `taps` then needs no perturbation. None: it is the last of `taps`.
     mixes_examples: whether batch norm makes the losses of one example depend on other examples.
-    rounds: whether blocks compute with fewer digits than finite differences need.
-    activity_bytes: size of the largest activity, per example. CPUs work on as many examples at once
-      as fit in their cache.
     slow_in_loops: whether CPUs are slow at the blocks inside a loop, as at convolutions. There,
       every step is then dispatched by itself, with the whole batch at once.
+    project: `(variables, x, weight_B) -> (anchors [B, K], candidates [B, K], updates)`: the
+      projection at the end of a network that learns contrastively without local losses. Its
+      parameters are under 'head'. None: `registry.build` makes one where it is needed.
     contrast: options of the contrastive losses; None: heads classify.
     ahead: `params -> params`: by stack, the parameters of the block after each block. Heads look
       through an average of them, see `ahead`. None: heads read the output of their own block.
-    project: `(variables, x, weight_B) -> (anchors [B, K], candidates [B, K], updates)`: the
-      projection at the end of a network that learns contrastively without local losses. Its
-      parameters are under 'head'.
-    variant: `(train=True, fused=True, project=False) -> StagedModel`: the same network for training
-      or for evaluation, where batch norm does not look at the batch, and with other `Heads`.
-      `registry.build` adds it to models without batch norm.
+    variant: `(train=True, project=False) -> StagedModel`: the same network for training or for
+      evaluation, where batch norm does not look at the batch, and with other `Heads`.
   """
 
   stacks: tuple[Stack, ...]
   init: Callable[[jax.Array], Variables]
   prepare: Callable[[jax.Array], jax.Array]
-  read_out: Callable[[Variables, jax.Array, jax.Array], tuple[jax.Array, jax.Array, Variables]]
+  read_out: End
   input_shape: tuple[int, ...]
-  classes: int
-  taps: tuple[str, ...]
-  guessed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  boundary: tuple[str, str] | None = None
-  group_axis: Callable[[tuple[str, ...], str], int | None] = lambda path, credit: None
+  taps: Mapping[str, str | None]
+  grouped: tuple[str, ...] = ()
+  boundary: str | None = None
   mixes_examples: bool = False
-  rounds: bool = False
-  activity_bytes: int = 2**20
   slow_in_loops: bool = False
+  project: End | None = None
   contrast: Contrast | None = None
   ahead: Callable[[PyTree], PyTree] | None = None
-  project: Callable[..., tuple[jax.Array, jax.Array, Variables]] | None = None
   variant: Callable[..., Any] = no_variant
+
+  def __post_init__(self) -> None:
+    if not (isinstance(self.taps, Mapping) and self.taps):
+      raise ValueError(
+        f'the taps of the model are {self.taps!r}; allowed: a dict, by tap the layer before it or None'
+      )
 
   @property
   def depth(self) -> int:
     """Number of blocks."""
     return sum(stack.count for stack in self.stacks)
+
+  @property
+  def guessed(self) -> dict[str, str]:
+    """The taps that can have a learned guess, the nearest to the loss first, and its layer."""
+    nexts = zip(self.taps, [*self.taps.values()][1:], strict=False)
+    return {tap: layer for tap, layer in reversed([*nexts]) if layer}
+
+  @functools.cached_property
+  def shapes(self) -> list[jax.ShapeDtypeStruct]:
+    """Of every stack's input, for one example, and of the last stack's output."""
+    x = jax.ShapeDtypeStruct((1, *self.input_shape), jnp.result_type(float))
+    variables, found = jax.eval_shape(self.init, jax.random.key(0)), [x]
+    for stack in self.stacks:
+      one = dataclasses.replace(self, stacks=(stack,))
+      targets = Targets(jnp.zeros(1, jnp.int32), jnp.ones(1))
+      y = jax.eval_shape(lambda v, x: apply(one, v, x, targets, None)[0], variables, found[-1])  # noqa: B023
+      found.append(y)
+    return found
+
+  @property
+  def activity_bytes(self) -> int:
+    """Size of the largest activity between stacks, per example.
+
+    CPUs work on as many examples at once as fit in their cache.
+    """
+    return max(x.size * x.dtype.itemsize for x in self.shapes)
 
 
 def own(variables: Variables, name: str) -> Variables:

@@ -1,7 +1,8 @@
-"""The layers of a LocalMixer: norms without parameters, linear maps, fixed feedback matrices.
+"""Layers as pure functions of their parameters: norms, linear maps, local heads, ends of a network.
 
-If the collection `feedback` has a fixed random matrix for a linear layer, that matrix replaces the
-kernel when gradients are sent to the layer's input (feedback alignment, Lillicrap et al. 2016).
+A linear layer's parameters are {'kernel', 'bias'}. With `feedback` {'kernel'}, a fixed or learned
+matrix replaces the kernel when gradients are sent to the layer's input (feedback alignment,
+Lillicrap et al. 2016). Norms have no parameters.
 """
 
 import functools
@@ -9,16 +10,23 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
 
+from lfg_jax.losses.heads import Heads
+from lfg_jax.losses.replicated import Cut
+from lfg_jax.losses.staged import Variables
+from lfg_jax.losses.targets import Targets
 from lfg_jax.promotion import upcast
 
+PyTree = Any
+Params = dict[str, jax.Array]
 EPSILON = 1e-5
 LEARNING_STRIDE = 5  # between the patches used to learn feedback; must not divide a row's length
 RUNNING = 0.9  # weight of the past in running statistics, per step
+
+
+# --- norms ----------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -49,52 +57,160 @@ def _layer_norm_jvp(
   return y.astype(x.dtype), dy.astype(x.dtype)
 
 
-class Norm(nn.Module):
-  """`layer` (last axis), `whole` (all axes of an example) or `batch` norm.
+def init_statistics(channels: int) -> Params:
+  """Running statistics of `batch_norm`, before the first step."""
+  return {'mean': jnp.zeros(channels, jnp.float32), 'var': jnp.ones(channels, jnp.float32)}
 
-  Batch norm uses running statistics when not training.
+
+def batch_norm(
+  x: jax.Array,
+  weight_B: jax.Array,
+  running: Params,
+  *,
+  train: bool = True,
+  axis_name: str | None = None,
+) -> tuple[jax.Array, Params]:
+  """x with zero mean and unit variance over the global batch, and the new running statistics.
+
+  The statistics are sums over devices, which may have different numbers of real examples, or none.
+  (`flax.linen.BatchNorm` averages the devices' means, and divides 0 by 0 if a device has only
+  padding.)
+
+  Args:
+    x: [B, C], [B, P, C] or, in groups, [B, P, G, C].
+    weight_B: zero for examples that pad the batch.
+    running: 'mean' and 'var' of steps before, in place of the batch's if not `train`.
+    axis_name: mesh axis over which the batch is sharded.
+
+  >>> x, new = batch_norm(jnp.array([[1.], [3.]]), jnp.ones(2), init_statistics(1))
+  >>> x.round(2).tolist(), [round(mean, 3) for mean in new['mean'].tolist()]
+  ([[-1.0], [1.0]], [0.2])
   """
+  channels = math.prod(x.shape[2:] or x.shape[1:])
+  flat_BxNxC = upcast(x).reshape(x.shape[0], -1, channels)
+  mean, variance = running['mean'], running['var']
+  if train:
+    total = lambda a: jax.lax.psum(a, axis_name) if axis_name else a
+    real_Bx1x1 = (weight_B > 0).astype(x.dtype)[:, None, None]
+    count = total(real_Bx1x1.sum() * flat_BxNxC.shape[1])
+    mean = total((flat_BxNxC * real_Bx1x1).sum((0, 1))) / count
+    variance = total(((flat_BxNxC - mean[None, None]) ** 2 * real_Bx1x1).sum((0, 1))) / count
+    moved = lambda old, new: RUNNING * old + (1 - RUNNING) * jax.lax.stop_gradient(new)
+    running = {'mean': moved(running['mean'], mean), 'var': moved(running['var'], variance)}
+  normalised = (flat_BxNxC - mean[None, None]) * jax.lax.rsqrt(variance + EPSILON)[None, None]
+  return normalised.astype(x.dtype).reshape(x.shape), running
 
-  kind: str
-  train: bool = True
-  axis_name: str | None = None
 
-  @nn.compact
-  def __call__(self, x: jax.Array, weight_B: jax.Array) -> jax.Array:
-    """x [B, ..., C]; weight_B is zero for examples that pad the batch."""
-    if self.kind == 'layer':
-      return layer_norm(x)
-    if self.kind == 'whole':
-      return layer_norm(x, tuple(range(1, x.ndim)))
-    return self._batch_norm(x, weight_B)
+# --- products, whose orientation decides their speed ----------------------------------------------
 
-  def _batch_norm(self, x: jax.Array, weight_B: jax.Array) -> jax.Array:
-    """Batch norm with the statistics of the global batch.
 
-    They are sums over devices, which may have different numbers of real examples, or none.
-    (`nn.BatchNorm` averages the devices' means, and divides 0 by 0 if a device has only padding.)
-    """
-    # x is [B, C], [B, P, C] or, in groups, [B, P, G, C].
-    channels = math.prod(x.shape[2:] or x.shape[1:])
-    flat_BxNxC = upcast(x).reshape(x.shape[0], -1, channels)
-    running = [
-      self.variable('batch_stats', name, fill, flat_BxNxC.shape[-1:], jnp.float32)
-      for name, fill in (('mean', jnp.zeros), ('var', jnp.ones))
-    ]
-    if not self.train:
-      mean, variance = (r.value for r in running)
-    else:
-      over_devices = None if self.is_initializing() else self.axis_name
-      total = lambda a: jax.lax.psum(a, over_devices) if over_devices else a
-      real_Bx1x1 = (weight_B > 0).astype(x.dtype)[:, None, None]
-      count = total(real_Bx1x1.sum() * flat_BxNxC.shape[1])
-      mean = total((flat_BxNxC * real_Bx1x1).sum((0, 1))) / count
-      variance = total(((flat_BxNxC - mean[None, None]) ** 2 * real_Bx1x1).sum((0, 1))) / count
-      if not self.is_initializing() and self.is_mutable_collection('batch_stats'):
-        for r, new in zip(running, (mean, variance), strict=True):
-          r.value = RUNNING * r.value + (1 - RUNNING) * jax.lax.stop_gradient(new)
-    normalised = (flat_BxNxC - mean[None, None]) * jax.lax.rsqrt(variance + EPSILON)[None, None]
-    return normalised.astype(x.dtype).reshape(x.shape)
+def dense(x: jax.Array, kernel_CxD: jax.Array) -> jax.Array:
+  """[..., C] → [..., D], as one product of two matrices.
+
+  With several leading axes, XLA would copy the arguments to compute the kernel's gradient.
+  """
+  return (x.reshape(-1, x.shape[-1]) @ kernel_CxD).reshape(*x.shape[:-1], -1)
+
+
+def grouped(x_BxPxGxC: jax.Array, kernel_GxCxD: jax.Array) -> jax.Array:
+  """Multiplies every group by its own matrix.
+
+  The group axis leads the product, which is several times faster on CPUs.
+  """
+  B, P, G, C = x_BxPxGxC.shape
+  x_GxNxC = jnp.moveaxis(x_BxPxGxC.reshape(B * P, G, C), 1, 0)
+  return jnp.moveaxis(x_GxNxC @ kernel_GxCxD, 0, 1).reshape(B, P, G, -1)
+
+
+def across_tokens(x_BxPxC: jax.Array, kernel_PxP: jax.Array) -> jax.Array:
+  """One P×P matrix, shared by channels.
+
+  The token axis leads the product, which makes the kernel's gradient twice as fast.
+  """
+  B, P, C = x_BxPxC.shape
+  x_PxN = jnp.moveaxis(x_BxPxC, 1, 0).reshape(P, B * C)
+  return jnp.moveaxis((kernel_PxP.T @ x_PxN).reshape(P, B, C), 0, 1)
+
+
+# --- convolutions ---------------------------------------------------------------------------------
+
+
+def depthwise(x_BxPxC: jax.Array, kernel_KxKx1xC: jax.Array) -> jax.Array:
+  """Depth-wise k×k convolution over the square grid of tokens, zero padding.
+
+  As a sum of shifted images, because on CPUs XLA's own depth-wise convolution is 30 times slower.
+  """
+  (B, P, C), k = x_BxPxC.shape, len(kernel_KxKx1xC)
+  side, before = round(P**0.5), (k - 1) // 2
+  margin = (before, k - 1 - before)
+  padded = jnp.pad(x_BxPxC.reshape(B, side, side, C), ((0, 0), margin, margin, (0, 0)))
+  shifted = lambda i, j: padded[:, i : i + side, j : j + side] * kernel_KxKx1xC[i, j][None, None]
+  summed = functools.reduce(jnp.add, (shifted(i, j) for i in range(k) for j in range(k)))
+  return summed.reshape(B, P, C)
+
+
+def convolution(x_BxHxWxC: jax.Array, kernel_KxKxCxD: jax.Array, stride: int = 1) -> jax.Array:
+  """k×k convolution with zero padding, at every `stride`-th position."""
+  return jax.lax.conv_general_dilated(
+    x_BxHxWxC, kernel_KxKxCxD, (stride, stride), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
+
+
+# --- linear layers --------------------------------------------------------------------------------
+
+
+def init(
+  key: jax.Array, kernel: tuple[int, ...], bias: tuple[int, ...], fan_in: int, kind: str = 'lecun'
+) -> Params:
+  """A kernel of normal numbers times a scale, or of zeros ("zero"), and a zero bias.
+
+  The scale is min(2/√fan_in, 0.1) ("kaiming"), min(1/√fan_in, 0.1) ("lecun") or 0.1 ("constant").
+
+  >>> jax.tree.map(jnp.shape, init(jax.random.key(0), (3, 4), (4,), 3))
+  {'bias': (4,), 'kernel': (3, 4)}
+  """
+  scale = {
+    'kaiming': min(2 / fan_in**0.5, 0.1),
+    'lecun': min(1 / fan_in**0.5, 0.1),
+    'constant': 0.1,
+    'zero': 0.0,
+  }[kind]
+  random = scale * jax.random.normal(key, kernel) if scale else jnp.zeros(kernel)
+  return {'kernel': random, 'bias': jnp.zeros(bias)}
+
+
+def affine(
+  linear: Callable, params: Params, x: jax.Array, feedback: Any = None, dtype: Any = None
+) -> jax.Array:
+  """linear(x, kernel) + bias.
+
+  Args:
+    linear: `dense`, `grouped`, `across_tokens`, `depthwise`, `convolution`, or another product.
+    feedback: {'kernel'} for gradients sent to x, or nothing.
+    dtype: in which to compute; None: that of the arguments.
+  """
+  kernel, bias = params['kernel'], params['bias']
+  if dtype:
+    x, kernel, bias = x.astype(dtype), kernel.astype(dtype), bias.astype(dtype)
+  back = feedback['kernel'].astype(kernel.dtype) if feedback else None
+  out = linear(x, kernel) if back is None else with_feedback(linear, x, kernel, back)
+  return out + jnp.expand_dims(bias, tuple(range(out.ndim - bias.ndim)))
+
+
+def layer(
+  variables: Variables, name: str, linear: Callable, x: jax.Array, dtype: Any = None
+) -> jax.Array:
+  """A block's layer `name`, as `affine`, with its feedback matrices if there are any."""
+  feedback = variables.get('feedback', {}).get(name)
+  return affine(linear, variables['params'][name], x, feedback, dtype)
+
+
+def stacked(init_one: Callable[[jax.Array], Any], key: jax.Array, count: int) -> Any:
+  """Parameters of `count` equal blocks, stacked along the first axis."""
+  return jax.vmap(init_one)(jax.random.split(key, count))
+
+
+# --- feedback -------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -153,100 +269,6 @@ def _learn_backward(linear: Callable, residuals: tuple, moved: jax.Array) -> tup
 _carried_back.defvjp(_learn_forward, _learn_backward)
 
 
-def dense(x: jax.Array, kernel_CxD: jax.Array) -> jax.Array:
-  """[..., C] → [..., D], as one product of two matrices.
-
-  With several leading axes, XLA would copy the arguments to compute the kernel's gradient.
-  """
-  return (x.reshape(-1, x.shape[-1]) @ kernel_CxD).reshape(*x.shape[:-1], -1)
-
-
-def grouped(x_BxPxGxC: jax.Array, kernel_GxCxD: jax.Array) -> jax.Array:
-  """Multiplies every group by its own matrix.
-
-  The group axis leads the product, which is several times faster on CPUs.
-  """
-  B, P, G, C = x_BxPxGxC.shape
-  x_GxNxC = jnp.moveaxis(x_BxPxGxC.reshape(B * P, G, C), 1, 0)
-  return jnp.moveaxis(x_GxNxC @ kernel_GxCxD, 0, 1).reshape(B, P, G, -1)
-
-
-def across_tokens(x_BxPxC: jax.Array, kernel_PxP: jax.Array) -> jax.Array:
-  """One P×P matrix, shared by channels.
-
-  The token axis leads the product, which makes the kernel's gradient twice as fast.
-  """
-  B, P, C = x_BxPxC.shape
-  x_PxN = jnp.moveaxis(x_BxPxC, 1, 0).reshape(P, B * C)
-  return jnp.moveaxis((kernel_PxP.T @ x_PxN).reshape(P, B, C), 0, 1)
-
-
-def depthwise(x_BxPxC: jax.Array, kernel_KxKx1xC: jax.Array) -> jax.Array:
-  """Depth-wise k×k convolution over the square grid of tokens, zero padding.
-
-  As a sum of shifted images, because on CPUs XLA's own depth-wise convolution is 30 times slower.
-  """
-  (B, P, C), k = x_BxPxC.shape, len(kernel_KxKx1xC)
-  side, before = round(P**0.5), (k - 1) // 2
-  margin = (before, k - 1 - before)
-  padded = jnp.pad(x_BxPxC.reshape(B, side, side, C), ((0, 0), margin, margin, (0, 0)))
-  shifted = lambda i, j: padded[:, i : i + side, j : j + side] * kernel_KxKx1xC[i, j][None, None]
-  summed = functools.reduce(jnp.add, (shifted(i, j) for i in range(k) for j in range(k)))
-  return summed.reshape(B, P, C)
-
-
-def convolution(x_BxHxWxC: jax.Array, kernel_KxKxCxD: jax.Array, stride: int = 1) -> jax.Array:
-  """k×k convolution with zero padding, at every `stride`-th position."""
-  return jax.lax.conv_general_dilated(
-    x_BxHxWxC, kernel_KxKxCxD, (stride, stride), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-  )
-
-
-def initializer(kind: str, fan_in: int) -> Callable:
-  """Normal numbers times a scale, or zeros ("zero").
-
-  The scale is min(2/√fan_in, 0.1) ("kaiming"), min(1/√fan_in, 0.1) ("lecun") or 0.1 ("constant").
-  """
-  if kind == 'zero':
-    return nn.initializers.zeros_init()
-  scale = {
-    'kaiming': min(2 / fan_in**0.5, 0.1),
-    'lecun': min(1 / fan_in**0.5, 0.1),
-    'constant': 0.1,
-  }[kind]
-  return nn.initializers.normal(scale)
-
-
-class Linear(nn.Module):
-  """linear(x, kernel) + bias, with the feedback matrix if there is one.
-
-  Attributes:
-    linear: one of `dense`, `grouped`, `across_tokens`, `depthwise`.
-    kernel_shape, bias_shape: bias_shape broadcasts with the output.
-    fan_in: inputs per output, for the initial scale.
-    dtype: in which to compute; None: that of inputs and parameters.
-  """
-
-  linear: Callable
-  kernel_shape: tuple[int, ...]
-  bias_shape: tuple[int, ...]
-  fan_in: int
-  init_kind: str = 'lecun'
-  dtype: Any = None
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    kernel = self.param('kernel', initializer(self.init_kind, self.fan_in), self.kernel_shape)
-    bias = self.param('bias', nn.initializers.zeros_init(), self.bias_shape)
-    x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-    if self.has_variable('feedback', 'kernel'):
-      feedback: jax.Array = self.get_variable('feedback', 'kernel').astype(kernel.dtype)
-      out = with_feedback(self.linear, x, kernel, feedback)
-    else:
-      out = self.linear(x, kernel)
-    return out + jnp.expand_dims(bias, tuple(range(out.ndim - bias.ndim)))
-
-
 def like_kernels(key: jax.Array, params: Any) -> Any:
   """Fixed feedback matrices: for every `kernel` in `params`, a normal matrix of the same scale.
 
@@ -261,3 +283,75 @@ def like_kernels(key: jax.Array, params: Any) -> Any:
     node = functools.reduce(lambda d, p: d.setdefault(p.key, {}), path[:-1], out)
     node['kernel'] = scale * jax.random.normal(k, leaf.shape, leaf.dtype)
   return out
+
+
+# --- local heads and the ends of a network --------------------------------------------------------
+
+
+def init_head(
+  key: jax.Array, heads: Heads, groups: int, width: int, classes: int, kind: str = 'lecun'
+) -> dict[str, Any]:
+  """Parameters of a local head on `groups` groups of `width` channels.
+
+  The last layer is zero, except with contrastive losses, where a zero projection would have no
+  direction. A hidden layer is random.
+
+  >>> jax.tree.map(jnp.shape, init_head(jax.random.key(0), Heads(hidden=7), 2, 3, 10))['out']
+  {'bias': (10,), 'kernel': (7, 10)}
+  """
+  outputs, last = heads.outputs(classes), kind if heads.contrast else 'zero'
+  if not heads.hidden:
+    return init(key, (groups, width, outputs), (outputs,), groups * width, last)
+  first, second = jax.random.split(key)
+  hidden = init(first, (groups, width, heads.hidden), (heads.hidden,), groups * width, kind)
+  return {**hidden, 'out': init(second, (heads.hidden, outputs), (outputs,), heads.hidden, last)}
+
+
+def losses(
+  variables: Variables, heads: Heads, features: jax.Array, targets: Targets, cut: Cut | None
+) -> jax.Array | None:
+  """Those of a block's features [B, P, G, C], see `Heads.losses`; None without a cut."""
+  if cut is None:
+    return None
+  feedback = variables.get('feedback', {}).get('head')
+  return heads.losses(features, variables['params']['head'], targets, cut, feedback)
+
+
+def init_read_out(key: jax.Array, width: int, classes: int) -> dict[str, Params]:
+  """Parameters of `read_out`: zeros."""
+  return {'linear': init(key, (width, classes), (classes,), width, 'zero')}
+
+
+def read_out(
+  variables: Variables, x: jax.Array, weight_B: jax.Array
+) -> tuple[jax.Array, jax.Array, Variables]:
+  """Mean over positions → norm → linear. Returns logits, features [B, C] and no updates."""
+  del weight_B
+  features = _mean_feature(x)
+  return layer(variables, 'linear', dense, features), features, {}
+
+
+def _mean_feature(x: jax.Array) -> jax.Array:
+  """[B, C] of [B, ..., C]."""
+  return layer_norm(x.reshape(x.shape[0], -1, x.shape[-1]).mean(1))
+
+
+def init_projection(key: jax.Array, width: int, heads: Heads, kind: str = 'lecun') -> PyTree:
+  """Parameters of `projection`."""
+  outputs = heads.outputs(0)
+  return {'linear': init(key, (width, outputs), (outputs,), width, kind)}
+
+
+def projection(
+  heads: Heads, variables: Variables, x: jax.Array, weight_B: jax.Array
+) -> tuple[jax.Array, jax.Array, Variables]:
+  """Mean over positions → norm → linear, for `StagedModel.project`: anchors and candidates."""
+  del weight_B
+  z_BxK = layer(variables, 'linear', dense, _mean_feature(x))
+  return z_BxK, candidates(z_BxK, heads), {}
+
+
+def candidates(z_BxK: jax.Array, heads: Heads) -> jax.Array:
+  """What anchors are compared with: the same projections, behind a stop-gradient if there is one."""
+  assert heads.contrast
+  return jax.lax.stop_gradient(z_BxK) if heads.contrast.stop_gradient else z_BxK

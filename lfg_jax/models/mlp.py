@@ -12,7 +12,7 @@ from lfg_jax.fields import Field, between
 from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.staged import Outcome, Place, Stack, StagedModel, Variables
 from lfg_jax.losses.targets import Targets
-from lfg_jax.models import functional, layers
+from lfg_jax.models import layers
 from lfg_jax.models.registry import Images, check_divides, pixels
 
 DEFAULTS = {
@@ -20,7 +20,7 @@ DEFAULTS = {
   'channels': Field(256, 'channels of every layer', between(1, 10**6)),
   'groups': Field(8, 'number of channel groups, each with its own losses', between(1, 10_000)),
 }
-TAPS = ('hidden', 'out')
+TAPS = {'hidden': 'hidden', 'out': 'out'}
 
 
 def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> StagedModel:
@@ -31,26 +31,25 @@ def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> Stag
   def init_block(key: jax.Array, inputs: int = C) -> Any:
     first, second, head = jax.random.split(key, 3)
     return {
-      'hidden': functional.init(first, (inputs, C), (C,), inputs),
-      'out': functional.init(second, (G, C // G, C // G), (G, C // G), C // G),
-      'head': functional.init_head(head, heads, G, C // G, images.classes),
+      'hidden': layers.init(first, (inputs, C), (C,), inputs),
+      'out': layers.init(second, (G, C // G, C // G), (G, C // G), C // G),
+      'head': layers.init_head(head, heads, G, C // G, images.classes),
     }
 
   def init(key: jax.Array) -> Variables:
-    stem, blocks, readout, head = jax.random.split(key, 4)
-    rest = {'blocks': functional.stacked(init_block, blocks, more)} if more else {}
-    last = {'readout': functional.init_read_out(readout, C, images.classes)}
-    projection = functional.init_projection(head, C, heads)
-    return {'params': {'stem': init_block(stem, images.size), **rest, **last, **projection}}
+    stem, blocks, readout = jax.random.split(key, 3)
+    rest = {'blocks': layers.stacked(init_block, blocks, more)} if more else {}
+    last = {'readout': layers.init_read_out(readout, C, images.classes)}
+    return {'params': {'stem': init_block(stem, images.size), **rest, **last}}
 
   def block(variables: Variables, x_Bx1xC: jax.Array, targets: Targets, at: Place) -> Outcome:
-    local_axes, layer = 3 if at.last else 1, functional.layer
+    local_axes, layer = 3 if at.last else 1, layers.layer
     h = layer(variables, 'hidden', layers.dense, layers.layer_norm(x_Bx1xC))
     h = h.reshape(*h.shape[:2], G, C // G)
     h = jax.nn.relu(tap(h, f'{at.name}/hidden', local_axes=local_axes, active=h > 0))
     y = tap(layer(variables, 'out', layers.grouped, h), f'{at.name}/out', local_axes=local_axes)
     y = jax.nn.relu(layers.layer_norm(y))
-    losses = functional.losses(variables, heads, layers.layer_norm(y), targets, at.cut)
+    losses = layers.losses(variables, heads, layers.layer_norm(y), targets, at.cut)
     return y.reshape(*y.shape[:2], C), losses, {}
 
   flop = {'hidden': 2 * C * C, 'out': 2 * C * C // G}
@@ -59,14 +58,8 @@ def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> Stag
     stacks=(stem, Stack('blocks', more, block, True, flop)) if more else (stem,),
     init=init,
     prepare=lambda image: pixels(image, images).reshape(image.shape[0], 1, -1),
-    read_out=functional.read_out,
+    read_out=layers.read_out,
     input_shape=(1, images.size),
-    classes=images.classes,
     taps=TAPS,
-    guessed={'hidden': 'out'},
-    boundary=('out', 'out'),
-    activity_bytes=4 * max(images.size, C),
-    group_axis=lambda path, credit: 0 if path[0] == 'out' else None,
-    contrast=heads.contrast,
-    project=functional.projection(heads),
+    grouped=('out',),
   )

@@ -2,10 +2,11 @@
 
 A model is a Python module with `DEFAULTS`, the fields of config.model: each a default (a type stands
 for a field that may be None) or a `lfg_jax.fields.Field`, which also has a meaning and a range;
-`TAPS`, the names of its taps; and `make`, see `Model`.
+`TAPS`, its taps, as in `StagedModel`; and `make`, see `Model`.
 """
 
 import dataclasses
+import functools
 import importlib
 from typing import Any, NamedTuple, Protocol
 
@@ -16,9 +17,10 @@ from lfg_jax import user_files
 from lfg_jax.errors import UserError
 from lfg_jax.fields import Field
 from lfg_jax.losses.heads import Heads
-from lfg_jax.losses.staged import StagedModel, no_variant
+from lfg_jax.losses.staged import StagedModel, Variables, no_variant
+from lfg_jax.models import layers
 
-MODELS = {'mixer': 'local_mixer', 'mlp': 'mlp', 'resnet': 'resnet'}
+MODELS = ('mixer', 'mlp', 'resnet')
 
 
 class Images(NamedTuple):
@@ -47,7 +49,7 @@ class Model(Protocol):
   """A Python module that defines a model."""
 
   DEFAULTS: dict[str, Any]
-  TAPS: tuple[str, ...]
+  TAPS: dict[str, str | None]
 
   def make(self, fields: dict[str, Any], images: Images, heads: Heads) -> StagedModel:
     """The staged model with these fields, which have the types of the defaults.
@@ -64,7 +66,7 @@ def find(name: str, path: str | None = None) -> Model:
     UserError: there is no such model, or the file does not define one.
 
   >>> find('mlp').TAPS
-  ('hidden', 'out')
+  {'hidden': 'hidden', 'out': 'out'}
   """
   if path is None:
     if name not in MODELS:
@@ -72,7 +74,7 @@ def find(name: str, path: str | None = None) -> Model:
         f'model.name is {name!r}; allowed: {", ".join(MODELS)}, or a file of your '
         'own: --config.model.module=FILE.py'
       )
-    return importlib.import_module(f'lfg_jax.models.{MODELS[name]}')  # type: ignore[return-value]
+    return importlib.import_module(f'lfg_jax.models.{name}')  # type: ignore[return-value]
   own: Any = user_files.load('model.module', path, ('DEFAULTS', 'TAPS', 'make'))
   return own
 
@@ -96,19 +98,34 @@ def fields_of(model: Model) -> dict[str, Field]:
 def build(
   model: Model, fields: dict[str, Any], images: Images, heads: Heads = Heads()
 ) -> StagedModel:
-  """`model.make(…)`, with its variants; what a model without batch norm does is the same in evaluation.
+  """`model.make(…)`, completed with what follows from the heads, and with its variants.
+
+  What a model without batch norm does is the same in evaluation.
 
   >>> fields, images = {'blocks': 3, 'channels': 8, 'groups': 2}, Images((8, 8, 1), 10, (0.5,), (0.3,))
   >>> build(find('mlp'), fields, images).variant(train=False).depth
   3
   """
-  made = model.make(fields, images, heads)
+  made = dataclasses.replace(model.make(fields, images, heads), contrast=heads.contrast)
+  if heads.project and made.project is None:
+    made = _with_projection(made, heads)
 
-  def variant(*, train: bool = True, fused: bool = True, project: bool = False) -> StagedModel:
+  def variant(*, train: bool = True, project: bool = False) -> StagedModel:
     del train
-    return build(model, fields, images, heads._replace(fused=fused, project=project))
+    return build(model, fields, images, heads._replace(project=project))
 
   return made if made.variant is not no_variant else dataclasses.replace(made, variant=variant)
+
+
+def _with_projection(model: StagedModel, heads: Heads) -> StagedModel:
+  """The model with `layers.projection` at its end."""
+
+  def init(key: jax.Array) -> Variables:
+    variables, own_key = model.init(key), jax.random.fold_in(key, 2**31)
+    head = layers.init_projection(own_key, model.shapes[-1].shape[-1], heads)
+    return {**variables, 'params': {**variables['params'], 'head': head}}
+
+  return dataclasses.replace(model, init=init, project=functools.partial(layers.projection, heads))
 
 
 def pixels(image_BxHxWxC: jax.Array, images: Images) -> jax.Array:

@@ -24,7 +24,7 @@ from lfg_jax.fields import Allowed, Field, at_least, between
 from lfg_jax.losses.heads import Heads
 from lfg_jax.losses.staged import Block, Outcome, Place, Stack, StagedModel, Variables
 from lfg_jax.losses.targets import Targets
-from lfg_jax.models import functional, layers
+from lfg_jax.models import layers
 from lfg_jax.models.registry import Images, check_divides, pixels
 
 DEFAULTS = {
@@ -44,7 +44,7 @@ DEFAULTS = {
     4, 'number of rows and of columns of patches with their own losses', at_least(1)
   ),
 }
-TAPS = ('first', 'second')
+TAPS = {'first': 'first', 'second': 'second'}
 
 
 def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> StagedModel:
@@ -59,28 +59,22 @@ def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> Stag
   )
 
   def init(key: jax.Array) -> Variables:
-    *keys, readout, head = jax.random.split(key, len(shapes) + 2)
+    *keys, readout = jax.random.split(key, len(shapes) + 1)
     params: Variables = {
       name: _init_block(k, C, D, G, images.classes, heads)
       for k, (name, _, C, D, _) in zip(keys, shapes, strict=True)
     }
-    D = shapes[-1][3]
-    params['readout'] = functional.init_read_out(readout, D, images.classes)
-    return {'params': {**params, **functional.init_projection(head, D, heads)}}
+    params['readout'] = layers.init_read_out(readout, shapes[-1][3], images.classes)
+    return {'params': params}
 
   return StagedModel(
     stacks=stacks,
     init=init,
     prepare=functools.partial(pixels, images=images),
-    read_out=functional.read_out,
+    read_out=layers.read_out,
     input_shape=images.shape,
-    classes=images.classes,
     taps=TAPS,
-    guessed={'first': 'second'},
-    boundary=('second', 'second'),
     slow_in_loops=True,
-    contrast=heads.contrast,
-    project=functional.projection(heads),
   )
 
 
@@ -119,9 +113,9 @@ def _flop(height: int, C: int, D: int, stride: int) -> dict[str, int]:
 def _init_block(key: jax.Array, C: int, D: int, G: int, classes: int, heads: Heads) -> Any:
   first, second, head = jax.random.split(key, 3)
   return {
-    'first': functional.init(first, (3, 3, C, D), (D,), 9 * C, 'kaiming'),
-    'second': functional.init(second, (3, 3, D, D), (D,), 9 * D, 'kaiming'),
-    'head': functional.init_head(head, heads, G, D // G, classes),
+    'first': layers.init(first, (3, 3, C, D), (D,), 9 * C, 'kaiming'),
+    'second': layers.init(second, (3, 3, D, D), (D,), 9 * D, 'kaiming'),
+    'head': layers.init_head(head, heads, G, D // G, classes),
   }
 
 
@@ -131,14 +125,14 @@ def _block(G: int, side: int, heads: Heads, stride: int) -> Block:
   def block(variables: Variables, x_BxHxWxC: jax.Array, targets: Targets, at: Place) -> Outcome:
     # Convolutions and norms carry an activity to all patches and groups: credit as `at.last` allows
     # would be too narrow.
-    y = functional.layer(variables, 'first', first, x_BxHxWxC)
+    y = layers.layer(variables, 'first', first, x_BxHxWxC)
     h = _group_norm(y, G)
     h = jax.nn.relu(tap(h, f'{at.name}/first', active=h > 0))
-    y = functional.layer(variables, 'second', second, h)
+    y = layers.layer(variables, 'second', second, h)
     y = _group_norm(tap(y, f'{at.name}/second'), G)
     out = jax.nn.relu(y + _shortcut(x_BxHxWxC, y.shape[-1], stride))
     features = layers.layer_norm(_patches(out, side, G))
-    return out, functional.losses(variables, heads, features, targets, at.cut), {}
+    return out, layers.losses(variables, heads, features, targets, at.cut), {}
 
   return block
 

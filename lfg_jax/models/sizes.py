@@ -2,16 +2,103 @@
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import einops
 import jax
+import jax.numpy as jnp
 
-from lfg_jax.models.block import NORMS, BlockSpec, Style
-from lfg_jax.models.mixer import MixerSpec, Run
+from lfg_jax.losses.heads import Heads
 from lfg_jax.models.registry import normalised
 
 CHANNELS = {'S': 256, 'M': 512, 'L': 2048}
+NORMS = (
+  'token_in',
+  'token_out',
+  'channel_in',
+  'channel_out',
+  'group_in',
+  'group_out',
+  'head',
+  'readout',
+)
+
+
+class Style(NamedTuple):
+  """Options shared by all blocks of a model.
+
+  Attributes:
+    mixing: `linear` (a P×P matrix) or `conv` (depth-wise `conv_size` × `conv_size`).
+    conv_size: height and width of the convolution of mixing='conv'.
+    norm: `layer`, `whole` (all axes of an example) or `batch`.
+    norms: which of `NORMS` to use.
+    init: `kaiming`, `lecun` or `constant`.
+    pool: `average` or `max`, where tokens are pooled.
+    norm_derivative: whether a tap's signal reaches its linear layer through the derivative of the
+      norm in between, or directly.
+    train: whether batch norm uses the batch's statistics.
+    axis_name: mesh axis over which batch norm takes its statistics.
+    heads: of local losses.
+    precision: 'bfloat16': blocks compute in bfloat16; parameters, norm statistics, heads, losses
+      and read-out are in float32. 'float32': everything has the parameters' type.
+  """
+
+  mixing: str = 'linear'
+  conv_size: int = 3
+  norm: str = 'layer'
+  norms: tuple[str, ...] = NORMS
+  init: str = 'lecun'
+  pool: str = 'average'
+  norm_derivative: bool = True
+  train: bool = True
+  axis_name: str | None = None
+  heads: Heads = Heads()
+  precision: str = 'float32'
+
+  @property
+  def dtype(self) -> Any:
+    """The type in which blocks compute; None: the parameters'."""
+    return jnp.bfloat16 if self.precision == 'bfloat16' else None
+
+
+class BlockSpec(NamedTuple):
+  """Sizes of one block. A stem has no token mixing and no residual."""
+
+  tokens: int
+  inputs: int
+  hidden: int
+  channels: int
+  groups: int
+  mix: bool = True
+  pool: bool = False
+
+  @property
+  def residual(self) -> bool:
+    """Only a block that keeps its width can add its input."""
+    return self.mix and self.inputs == self.channels
+
+  @property
+  def stacked(self) -> bool:
+    """A block whose output has its input's shape can be scanned, with stacked parameters."""
+    return self.residual and not self.pool
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """`count` blocks of one shape; more than one only if `spec.stacked`."""
+
+  name: str
+  spec: BlockSpec
+  count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerSpec:
+  """A whole LocalMixer: its stacks of blocks and what they share."""
+
+  runs: tuple[Run, ...]
+  style: Style
+  classes: int
 
 
 def _check(ok: bool, message: str) -> None:
@@ -48,7 +135,7 @@ def mixer_spec(
   Args:
     image_shape: (height, width, colours).
     classes: number of outputs of read-out and local heads.
-    style: further fields of `block.Style`. `local_mixer.DEFAULTS` explains all others.
+    style: further fields of `Style`. `mixer.DEFAULTS` explains all others.
 
   Raises:
     ValueError: one line, for sizes that do not divide.

@@ -122,7 +122,7 @@ def compose(
   compatible.check(rule, options, model)
   contrast = model.contrast
   still = model.variant(train=False)
-  model = model.variant(fused=not rule.finite, project=contrast is not None and not rule.local)
+  model = model.variant(project=contrast is not None and not rule.local)
   options = options.of(rule, model)
   if options.head_ahead:
     model = look_ahead(model, bounded=options.last_tap == 'exact')

@@ -22,11 +22,6 @@ def check(rule: Rule, options: Options, model: StagedModel) -> None:
       f'micro_batch is {options.micro_batch}, and the losses of one example depend '
       'on others; allowed here: 0'
     )
-  if model.rounds and rule.finite:
-    raise ValueError(
-      "model.precision is 'bfloat16', whose rounding hides finite differences; "
-      "allowed with them: 'float32'"
-    )
   if options.head_ahead:
     _ahead(rule, options, model)
   if model.contrast and independent:
@@ -38,13 +33,11 @@ def check(rule: Rule, options: Options, model: StagedModel) -> None:
 
 def _ahead(rule: Rule, options: Options, model: StagedModel) -> None:
   """Raises a one-line ValueError if heads cannot look ahead."""
-  if not rule.local or rule.feedback or rule.finite:
-    names = ', '.join(
-      name for name, r in REGISTRY.items() if r.local and not r.feedback and not r.finite
-    )
+  if not rule.local or rule.feedback:
+    names = ', '.join(name for name, r in REGISTRY.items() if r.local and not r.feedback)
     raise ValueError(
-      'losses.head_ahead=True is for rules with local losses, but not for feedback alignment or finite '
-      f'differences; allowed: False, or one of {names}'
+      'losses.head_ahead=True is for rules with local losses, but not for feedback alignment; '
+      f'allowed: False, or one of {names}'
     )
   if rule.estimator == 'weight' and options.credit == 'paper':
     raise ValueError(

@@ -144,7 +144,13 @@ def _guess_weights(params: PyTree, model: StagedModel, guessed: tuple[str, ...])
   weights: dict[str, PyTree] = {}
   for stack in model.stacks:
     own = params[stack.name]
-    names = [model.guessed[tap] for tap in guessed if tap in stack.flop]
+    names = [model.guessed[tap] for tap in guessed if model.taps[tap] in own]
+    for name in names:
+      if 'kernel' not in own.get(name, ()):
+        raise ValueError(
+          f"the taps of the model name a layer {name!r} with a 'kernel'; the params of "
+          f'{stack.name} are {", ".join(own)}; allowed: one of them, or None'
+        )
     weights[stack.name] = {name: {'kernel': jnp.zeros_like(own[name]['kernel'])} for name in names}
   return weights
 
@@ -155,8 +161,9 @@ def _tap_matrices(key: jax.Array, model: StagedModel, variables: Variables) -> P
   They are scaled so that a signal is about as long as the error.
   """
   x = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.result_type(float))
-  taps = Traced(functools.partial(staged.evaluate, model), variables, x).taps
-  outputs = model.contrast.projections if model.contrast else model.classes
+  traced = Traced(functools.partial(staged.evaluate, model), variables, x)
+  taps, (logits, _) = traced.taps, traced.shape
+  outputs = model.contrast.projections if model.contrast else logits.shape[-1]
 
   def matrix(key: jax.Array, tap: Tap) -> jax.Array:
     scan, rest = tap.shape[: tap.scanned], tap.shape[tap.scanned + 1 :]

@@ -1,6 +1,7 @@
 """Builds the estimator that a rule names, with a config's options, for a model's taps."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,6 @@ from flax.traverse_util import flatten_dict
 from lfg_jax.estimators import tangents
 from lfg_jax.estimators.activity import activity_perturbation
 from lfg_jax.estimators.boundary import Estimator, exact_behind
-from lfg_jax.estimators.derivatives import Derivative, finite_difference, jvp_derivative
 from lfg_jax.estimators.feedback import backprop, direct_feedback
 from lfg_jax.estimators.parts import WHOLE, Part
 from lfg_jax.estimators.sampling import Sampling
@@ -45,22 +45,17 @@ def build_estimator(
     part,
     rows,
   )
-  derivative = finite_difference(options.step) if rule.finite else jvp_derivative
   if weight:
     group_axis = (
       functools.partial(_group_axis, model, options.credit) if rule.cut else lambda path: None
     )
     return _never_guessed(
       functools.partial(
-        weight_perturbation,
-        sampling=sampling,
-        derivative=derivative,
-        is_exact=_under_a_loss,
-        group_axis=group_axis,
+        weight_perturbation, sampling=sampling, is_exact=_under_a_loss, group_axis=group_axis
       )
     )
   if rule.estimator == 'activity':
-    return _activity_estimator(options, model, sampling, derivative)
+    return _activity_estimator(options, model, sampling)
   if rule.estimator == 'direct_feedback':
     matrices = flatten_dict(variables['feedback'], sep='/')
     return _never_guessed(functools.partial(direct_feedback, matrices=matrices))
@@ -71,23 +66,21 @@ def _never_guessed(estimator: Callable[[LossFn], GradFn]) -> Estimator:
   return lambda fun, _: estimator(fun)
 
 
-def _activity_estimator(
-  options: Options, model: StagedModel, sampling: Sampling, derivative: Derivative
-) -> Estimator:
+def _activity_estimator(options: Options, model: StagedModel, sampling: Sampling) -> Estimator:
   own_passes = {tap: n for tap, n in options.num_tangents_by_tap.items() if n}
   passes_of = lambda name: own_passes.get(in_block(name), options.num_tangents)
   activity = functools.partial(
     activity_perturbation,
     sampling=sampling,
-    derivative=derivative,
     separate=not options.joint,
     passes_of=passes_of if own_passes else None,
     is_guessed=lambda name: in_block(name) in options.guessed_taps(model),
   )
-  if options.last_tap == 'perturbed' or not model.boundary:
+  if options.last_tap == 'perturbed':
     return functools.partial(activity, is_perturbed=lambda name: in_block(name) in model.taps)
   # The two taps at the boundary of the block right below a stage's losses.
-  boundary, behind = (f'last/{tap}' for tap in model.boundary)
+  *_, last = model.taps
+  boundary, behind = (f'last/{tap}' for tap in (model.boundary or last, last))
   before = functools.partial(
     activity, is_perturbed=lambda name: in_block(name) in model.taps and name != behind
   )
@@ -104,5 +97,12 @@ def _under_a_loss(path: tuple) -> bool:
 
 def _group_axis(model: StagedModel, credit: str, path: tuple) -> int | None:
   """A weight's axis over the groups that have their own losses; see `weight_perturbation`."""
-  stage, *rest = (part.key for part in path)
-  return model.group_axis(tuple(rest), credit) if stage == 'last' else None
+  stage, layer, *_, leaf = (part.key for part in path)
+  if stage != 'last':
+    return None
+  if layer in model.grouped:
+    return 0
+  nexts = dict(itertools.pairwise(model.taps.values()))
+  if credit == 'paper' and nexts.get(layer) in model.grouped:
+    return 1 if leaf == 'kernel' else 0  # the columns that lead to a group
+  return None

@@ -23,7 +23,6 @@ class Rule(NamedTuple):
     cut: whether gradients are stopped between blocks (greedy).
     local: whether local losses are used.
     feedback: whether linear layers send gradients back through fixed random matrices.
-    finite: whether derivatives are finite differences instead of `jax.jvp`.
     quiet: whether activity perturbation has less noise at the same cost. This decides what
       'auto' and None mean in `Options`. If True: taps are perturbed one by one, the last tap under a local loss is
       exact, and control variates are learned. If False, as in the paper: all taps at once.
@@ -33,7 +32,6 @@ class Rule(NamedTuple):
   cut: bool = False
   local: bool = False
   feedback: bool = False
-  finite: bool = False
   quiet: bool = False
 
 
@@ -51,10 +49,6 @@ REGISTRY: dict[str, Rule] = {
   'LG-FG-W': Rule('weight', **_LOCAL_GREEDY),
   'LG-FG-A': Rule('activity', quiet=True, **_LOCAL_GREEDY),
   'LG-FG-A-paper': Rule('activity', **_LOCAL_GREEDY),
-  'FD-W': Rule('weight', finite=True),
-  'FD-A': Rule('activity', finite=True),
-  'LG-FD-W': Rule('weight', finite=True, **_LOCAL_GREEDY),
-  'LG-FD-A': Rule('activity', finite=True, **_LOCAL_GREEDY),
 }
 
 
@@ -103,7 +97,6 @@ class EstimatorOptions:
     'biased, because the norm behind that layer carries them to every group',
     one_of(('exact', 'paper')),
   )
-  step: float = field(1e-3, 'ε of finite differences', above(0))
 
 
 # Of a field of config.estimator.num_tangents_by_tap, which has one for every tap of the model.
@@ -181,7 +174,7 @@ class Options(EstimatorOptions, LossOptions):
     quiet = rule.quiet and not self.joint
     choice: dict[str, Any] = {
       'joint': not quiet,
-      'last_tap': 'exact' if rule.quiet and model.boundary else 'perturbed',
+      'last_tap': 'exact' if rule.quiet else 'perturbed',
       'control_variate': next(iter(model.guessed), 'none') if quiet and one_block else 'none',
     }
     open_fields = {
@@ -192,9 +185,7 @@ class Options(EstimatorOptions, LossOptions):
     return options
 
   def _check_activity(self, rule: Rule, model: StagedModel, one_block: bool) -> None:
-    if self.last_tap == 'exact' and not (
-      rule.estimator == 'activity' and rule.cut and model.boundary
-    ):
+    if self.last_tap == 'exact' and not (rule.estimator == 'activity' and rule.cut):
       raise ValueError(
         "estimator.last_tap='exact' is for activity perturbation with losses per block; allowed: "
         "'auto', 'perturbed'"
