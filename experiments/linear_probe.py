@@ -14,7 +14,6 @@ no checkpoint.
 
 import argparse
 import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lfg_jax import data
+from lfg_jax import data, user_files
 from lfg_jax.data import augmentation
 from lfg_jax.errors import UserError
 from lfg_jax.losses import info_nce
@@ -35,7 +34,13 @@ BATCH = 500
 def main(arguments: list[str]) -> None:
   """Computes the features, fits the probe and reports its errors."""
   parser = command_line.Parser(description=__doc__)
-  parser.option('workdir', None, 'of a run', type=pathlib.Path, required=True)
+  parser.option(
+    'workdir',
+    None,
+    'of a run',
+    type=functools.partial(user_files.local, '--workdir'),
+    required=True,
+  )
   parser.option('data_dir', None, 'of TFDS; default: as the run had it')
   parser.number('images', None, 'number of training images, counted from the first; default: all')
   parser.number('pairs', 0, 'of views, of every training image; 0: the image', least=0)

@@ -3,12 +3,39 @@
 import contextlib
 import functools
 import importlib.util
+import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
 from types import ModuleType
 
 from lfg_jax.errors import UserError
+
+
+def local(what: str, path: str | os.PathLike[str]) -> pathlib.Path:
+  """A path that a user gives; `~` is the home.
+
+  Args:
+    what: name of the option or field that has it.
+    path: the path.
+
+  Raises:
+    UserError: it is the address of a bucket, or begins with `~` and a name that has no home.
+
+  >>> local('--workdir', 's3://b')
+  Traceback (most recent call last):
+  lfg_jax.errors.UserError: --workdir is 's3://b'; allowed: a path on this machine, as where a bucket is mounted
+  """
+  text = os.fspath(path)
+  if re.match(r'\w[\w+.-]*:/', text):
+    raise UserError(
+      f'{what} is {text!r}; allowed: a path on this machine, as where a bucket is mounted'
+    )
+  try:
+    return pathlib.Path(text).expanduser()
+  except RuntimeError as error:
+    raise UserError(f'{what} is {text!r}; allowed: ~ or ~NAME of a user who has a home') from error
 
 
 def load(field: str, path: str, needs: tuple[str, ...]) -> ModuleType:
@@ -26,10 +53,10 @@ def load(field: str, path: str, needs: tuple[str, ...]) -> ModuleType:
   Traceback (most recent call last):
   lfg_jax.errors.UserError: losses.module is 'nowhere.py'; allowed: a Python file that exists
   """
-  if '\0' in path or not path.endswith('.py') or not pathlib.Path(path).is_file():
+  if '\0' in path or not path.endswith('.py') or not local(field, path).is_file():
     raise UserError(f'{field} is {path!r}; allowed: a Python file that exists')
   with mistakes(f'{field} {path}'):
-    file = pathlib.Path(path).resolve()
+    file = local(field, path).resolve()
     module = _run(file, file.read_bytes())
   for name in needs:
     if not hasattr(module, name):

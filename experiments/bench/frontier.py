@@ -16,7 +16,7 @@ frontier.json, frontier.md and frontier.png.
 """
 
 import argparse
-import pathlib
+import functools
 from typing import Any
 
 import frontier_figure
@@ -27,6 +27,7 @@ from frontier_network import VARIANTS, Bench
 from frontier_rows import LAW, SINGLE, WITHIN
 from ml_collections import ConfigDict
 
+from lfg_jax import user_files
 from lfg_jax.errors import UserError
 from lfg_jax.estimators.tangents import LAWS
 from lfg_jax.training import command_line, configs, results, train
@@ -55,7 +56,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
   parser = results.parser(__doc__, out='runs/frontier', model='M/8/16', batch=16, repetitions=10)
   parser.option('dataset', 'cifar10')
   parser.option('data_dir', None, 'folder of the data sets')
-  parser.option('workdir', None, 'of a run of LG-FG-A, not to train', type=pathlib.Path)
+  parser.option(
+    'workdir',
+    None,
+    'of a run of LG-FG-A, not to train',
+    type=functools.partial(user_files.local, '--workdir'),
+  )
   parser.number('epochs', 2, 'of training; 0: none', least=0)
   parser.number('warm_up', 40, 'steps of LG-BP')
   parser.names('variants', ','.join(VARIANTS), VARIANTS)

@@ -9,6 +9,7 @@ own.
 import dataclasses
 import importlib.resources
 import math
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -109,7 +110,7 @@ def load(
 def _own(module: str, data_dir: str | None) -> Dataset:
   own = user_files.load('data.module', module, ('load',))
   with user_files.mistakes(f'data.module {module}'):
-    dataset = own.load(data_dir)
+    dataset = own.load(data_dir and os.path.expanduser(data_dir))
   if not isinstance(dataset, Dataset):
     raise ValueError(
       f'data.module {module}: load gives a {type(dataset).__name__}; allowed: a '
@@ -249,7 +250,9 @@ def from_arrays(name: str, train: Pair, test: Pair, classes: int | None = None) 
   return Dataset(name, classes, (height, width, colours), mean, std, *splits)
 
 
-def _split(name: str, which: str, given: Pair, shape: tuple[int, ...], classes: int) -> Arrays:
+def _split(
+  name: str, which: str, given: Pair | Arrays, shape: tuple[int, ...], classes: int
+) -> Arrays:
   """The arrays of a split, if `from_arrays` allows them."""
   image, label = map(np.asarray, given)
   what = f'dataset {name}: its {which} split has'

@@ -50,7 +50,7 @@ def opened(image: Any) -> Image.Image:
     raise ValueError(f'allowed: {ALLOWED}')
   if image.ndim == 3 and image.shape[2] == 1:
     image = image[..., 0]
-  if not image.size or image.ndim != 2 and (image.ndim != 3 or image.shape[2] != 3):
+  if not image.size or (image.ndim != 2 and (image.ndim != 3 or image.shape[2] != 3)):
     raise ValueError(f'allowed: {ALLOWED}')
   return Image.fromarray(image)
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lfg_jax import user_files
 from lfg_jax.data.streams import BadExample, Source, decode
 
 
@@ -41,8 +42,9 @@ def builder(name: str, data_dir: str | None, known: tuple[str, ...]) -> Any:
   """
   import tensorflow_datasets as tfds  # here: it takes half a second, and `digits` does not need it
 
-  place = data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
-  place = tfds.core.Path(place).expanduser()
+  given = data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
+  # array_record reads files only.
+  place = tfds.core.Path(user_files.local('data_dir' if data_dir else '$TFDS_DATA_DIR', given))
   files = (place / name).glob('*/dataset_info.json') if re.fullmatch(r'\w+', name) else ()
   folders = [info.parent for info in files]
   folders = [folder for folder in folders if tfds.core.Version.is_valid(folder.name)]

@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lfg_jax import user_files
 from lfg_jax.errors import UserError
 from lfg_jax.training import configs, optimizers, profiling
 
@@ -78,6 +79,8 @@ def validate(config: ConfigDict) -> None:
       raise UserError(f'{field} is {value!r}; allowed: integers of 32 bits')
     if isinstance(value, float) and not math.isfinite(value):
       raise UserError(f'{field} is {value!r}; allowed: finite numbers')
+  if config.init_from:
+    user_files.local('init_from', config.init_from)
   warmup, epochs = config.optimizer.warmup_epochs, config.epochs
   if warmup >= epochs:
     raise UserError(f'optimizer.warmup_epochs is {warmup!r}; allowed: less than epochs, {epochs}')

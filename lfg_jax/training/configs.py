@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from lfg_jax import user_files
 from lfg_jax.errors import UserError
 from lfg_jax.models import registry
 
@@ -246,7 +247,7 @@ def load(path: str) -> ConfigDict:
   Raises:
     UserError: the file does not exist, or has an error.
   """
-  path = str(_find(path))
+  path = str(_find(user_files.local('--config', path)))
   try:
     return runpy.run_path(path)['get_config']()
   except Exception as error:  # whatever the user's file raises
@@ -255,9 +256,10 @@ def load(path: str) -> ConfigDict:
     ) from error
 
 
-def _find(path: str) -> pathlib.Path:
-  if pathlib.Path(path).is_file():
-    return pathlib.Path(path)
+def _find(file: pathlib.Path) -> pathlib.Path:
+  if file.is_file():
+    return file
+  path = str(file)
   if not re.fullmatch(r'\w+', path):
     raise UserError(f'config file {path} not found')
   if (named := folder() / f'{path}.py').is_file():

@@ -8,19 +8,20 @@ ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar in the folder that --manual_
 """
 
 import difflib
+import functools
 import importlib.util
 import pathlib
 
 import tensorflow_datasets as tfds
 
-from lfg_jax import data
+from lfg_jax import data, user_files
 from lfg_jax.errors import UserError
 from lfg_jax.training import command_line
 
 TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
 
 
-def check(dataset: str, manual_dir: str | None) -> None:
+def check(dataset: str, manual_dir: pathlib.Path | None) -> None:
   """Raises UserError if the name is unknown or something that the user must provide is missing."""
   known = tfds.list_builders(with_community_datasets=False)
   if dataset not in known:
@@ -28,9 +29,7 @@ def check(dataset: str, manual_dir: str | None) -> None:
     hint = f'did you mean {near[0]}? ' if near else ''
     raise UserError(f'--dataset is {dataset!r}; {hint}allowed: names of TFDS')
   if dataset == 'imagenet2012':
-    missing = [
-      tar for tar in TARS if not manual_dir or not (pathlib.Path(manual_dir) / tar).exists()
-    ]
+    missing = [tar for tar in TARS if not manual_dir or not (manual_dir / tar).exists()]
     if missing:
       raise UserError(
         f'imagenet2012 must be downloaded by hand, from https://image-net.org/download-images: '
@@ -49,9 +48,15 @@ def main(arguments: list[str]) -> None:
     '--dataset', required=True, help=f'{", ".join(data.TFDS)}, or another name of TFDS'
   )
   parser.add_argument(
-    '--data_dir', help='where to; default: $TFDS_DATA_DIR or ~/tensorflow_datasets'
+    '--data_dir',
+    type=functools.partial(user_files.local, '--data_dir'),
+    help='where to; default: $TFDS_DATA_DIR or ~/tensorflow_datasets',
   )
-  parser.add_argument('--manual_dir', help='where the two tar files of ImageNet are')
+  parser.add_argument(
+    '--manual_dir',
+    type=functools.partial(user_files.local, '--manual_dir'),
+    help='where the two tar files of ImageNet are',
+  )
   given = parser.parse_args(arguments)
   check(given.dataset, given.manual_dir)
   builder = tfds.builder(given.dataset, data_dir=given.data_dir, file_format='array_record')

@@ -13,6 +13,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
+from lfg_jax import user_files
 from lfg_jax.errors import UserError
 from lfg_jax.training import command_line, config_checks, configs, guard, launch, processes
 from lfg_jax.training.processes import Place
@@ -25,7 +26,8 @@ def main(arguments: list[str]) -> None:
   parser.add_argument(
     '--config', default='digits', help='name of a config that comes with the package, or a file'
   )
-  parser.add_argument('--workdir', type=pathlib.Path, help='default: runs/NAME')
+  in_files = functools.partial(user_files.local, '--workdir')
+  parser.add_argument('--workdir', type=in_files, help='default: runs/NAME')
   parser.add_argument(
     '--print_config', action='store_true', help='print the config that would run, and end'
   )

@@ -1,5 +1,6 @@
 """Shared parts of the measuring programs: options, and result files that record their origin."""
 
+import functools
 import json
 import pathlib
 import shlex
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 
+from lfg_jax import user_files
 from lfg_jax.errors import UserError, as_user_errors
 from lfg_jax.training import rules, run_log
 from lfg_jax.training.command_line import Parser
@@ -30,7 +32,12 @@ def parser(
 ) -> Parser:
   """A parser with --out and with the shared options for which a default is given."""
   made = Parser(description)
-  made.option('out', out and pathlib.Path(out), 'folder of the results', type=pathlib.Path)
+  made.option(
+    'out',
+    out and pathlib.Path(out),
+    'folder of the results',
+    type=functools.partial(user_files.local, '--out'),
+  )
   if config:
     made.option('config', config, 'name of a config, or a file')
   if model:
