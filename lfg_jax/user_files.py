@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
-from lfg_jax.errors import UserError
+from lfg_jax.errors import UserError, as_one_line
 
 
 def local(what: str, path: str | os.PathLike[str]) -> pathlib.Path:
@@ -47,7 +47,8 @@ def load(field: str, path: str, needs: tuple[str, ...]) -> ModuleType:
     needs: names that the module must have.
 
   Raises:
-    UserError: one line: there is no such file, what went wrong in it, or what it lacks.
+    UserError: one line: there is no such file, what went wrong in it, or what it lacks. It has the
+      frames of the user's file.
 
   >>> load('losses.module', 'nowhere.py', ())
   Traceback (most recent call last):
@@ -66,21 +67,27 @@ def load(field: str, path: str, needs: tuple[str, ...]) -> ModuleType:
 
 @contextlib.contextmanager
 def mistakes(what: str) -> Iterator[None]:
-  """Whatever the user's code raises, as a `UserError` of one line that begins with `what`."""
+  """Whatever the user's code raises, as a `UserError` of one line that begins with `what`.
+
+  Its `frames` are those of the user's code.
+  """
   try:
     yield
   except Exception as error:
-    reason = ' '.join(str(error).split())
-    raise UserError(f'{what}: {type(error).__name__}: {reason}') from error
+    raise as_one_line(error, what) from error
 
 
 @functools.cache
 def _run(file: pathlib.Path, content: bytes) -> ModuleType:
   """Only programs that change their files while they run hold more than one of a file."""
+  import cloudpickle  # here: only users with files of their own need it
+
   del content
   spec = importlib.util.spec_from_file_location(f'user_file.{file.stem}', file)
   assert spec and spec.loader
   module = importlib.util.module_from_spec(spec)
   sys.modules[spec.name] = module  # dataclasses look there for the names in their annotations
+  # Other processes, such as the workers of a stream, cannot import it by its name.
+  cloudpickle.register_pickle_by_value(module)
   spec.loader.exec_module(module)
   return module

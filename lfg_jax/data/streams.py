@@ -22,6 +22,7 @@ from absl import flags
 from PIL import Image
 
 from lfg_jax.data import pictures
+from lfg_jax.errors import UserError, as_one_line, as_user_errors
 
 RATIO = (3 / 4, 4 / 3)  # width / height of a random crop
 CENTRE = 224 / 256  # side of the test crop, as a fraction of the image's short side
@@ -151,13 +152,26 @@ class Stream:
 
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # grain reads its own
+    self._sendable()
     alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     workers = grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=1)
     return slots.batch(batch_size).to_iter_dataset(alone).mp_prefetch(workers, _be_worker)
 
+  def _sendable(self) -> None:
+    """Raises UserError if the source cannot be sent to a worker."""
+    import cloudpickle
+
+    try:
+      cloudpickle.dumps(self.source)
+    except Exception as error:  # what is raised depends on the object that stands in the way
+      reason = as_one_line(error, 'the source of a stream cannot be sent to its workers')
+      raise UserError(f'{reason}; allowed: workers=0, or a source that can be pickled') from error
+
   def example(self, epoch: int, index: int) -> Batch:
     """One example without a batch axis, cropped as in this epoch."""
-    with _named(self.source[index], index, self.classes) as (picture, label):
+    with as_user_errors(()):  # a worker's own kinds of exceptions could not be sent from there
+      example = self.source[index]
+    with _named(example, index, self.classes) as (picture, label):
       flip = False
       if self.train:
         rng = np.random.default_rng((self.seed, epoch, index))

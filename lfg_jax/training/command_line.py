@@ -28,6 +28,9 @@ class Parser(argparse.ArgumentParser):
       allow_abbrev=False,
       formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    self.add_argument(
+      '--traceback', action='store_true', help='for a mistake, show all frames, ours too'
+    )
 
   def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
     """Parses, and keeps the arguments, because the text of `--help` depends on them."""

@@ -248,12 +248,8 @@ def load(path: str) -> ConfigDict:
     UserError: the file does not exist, or has an error.
   """
   path = str(_find(user_files.local('--config', path)))
-  try:
+  with user_files.mistakes(f'config file {path}'):
     return runpy.run_path(path)['get_config']()
-  except Exception as error:  # whatever the user's file raises
-    raise UserError(
-      f'config file {path}: {type(error).__name__}: {" ".join(str(error).split())}'
-    ) from error
 
 
 def _find(file: pathlib.Path) -> pathlib.Path:
