@@ -15,6 +15,7 @@ from lfg_jax.losses.replicated import Cut
 from lfg_jax.losses.staged import Variables
 from lfg_jax.losses.targets import Targets
 from lfg_jax.models import layers
+from lfg_jax.promotion import upcast
 
 Params = dict[str, jax.Array]
 
@@ -91,7 +92,8 @@ def read_out(
 
 def _mean_feature(x: jax.Array) -> jax.Array:
   """[B, C] of [B, ..., C]."""
-  return layers.layer_norm(x.reshape(x.shape[0], -1, x.shape[-1]).mean(1))
+  mean_BxC = upcast(x).reshape(x.shape[0], -1, x.shape[-1]).mean(1)
+  return layers.layer_norm(mean_BxC).astype(x.dtype)
 
 
 def stacked(init_one: Callable[[jax.Array], Any], key: jax.Array, count: int) -> Any:

@@ -86,7 +86,8 @@ class Norm(nn.Module):
     else:
       over_devices = None if self.is_initializing() else self.axis_name
       total = lambda a: jax.lax.psum(a, over_devices) if over_devices else a
-      real_Bx1x1 = (weight_B > 0).astype(x.dtype)[:, None, None]
+      # Not in x's dtype: in bfloat16, 359 examples would be 360.
+      real_Bx1x1 = (weight_B > 0).astype(flat_BxNxC.dtype)[:, None, None]
       count = total(real_Bx1x1.sum() * flat_BxNxC.shape[1])
       mean = total((flat_BxNxC * real_Bx1x1).sum((0, 1))) / count
       variance = total(((flat_BxNxC - mean[None, None]) ** 2 * real_Bx1x1).sum((0, 1))) / count
