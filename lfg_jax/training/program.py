@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from lfg_jax import user_files
 from lfg_jax.errors import UserError
 from lfg_jax.training import command_line, config_checks, configs, guard, launch, processes
+from lfg_jax.training import workdir as folders
 from lfg_jax.training.processes import Place
 from lfg_jax.training.train import prepare, train
 
@@ -72,8 +73,10 @@ def _place(options: argparse.Namespace, config: ConfigDict) -> Place | None:
 def _train(config: ConfigDict, workdir: pathlib.Path, at: Place | None = None) -> None:
   if at is not None:
     processes.connect(at, config.lost_after)
+  earlier = processes.is_first() and folders.is_finished(workdir, config)
   summary = train(prepare(config), workdir)
-  processes.say(f'{workdir}:', '  '.join(f'{name} {value}' for name, value in summary.items()))
+  if not earlier:  # else `train` has said so
+    processes.say(f'{workdir}:', '  '.join(f'{name} {value}' for name, value in summary.items()))
 
 
 def run() -> None:

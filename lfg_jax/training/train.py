@@ -141,7 +141,7 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
       )  # before there is a folder
     with folders.claim(workdir, job.config) as finished:
       if finished:
-        processes.say(f'{workdir} has this run finished')
+        processes.say(folders.finished_line(workdir, finished))
         return finished
       return _train(job, workdir, Clock(begin))
 

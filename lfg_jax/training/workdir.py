@@ -139,6 +139,20 @@ def _finished(folder: pathlib.Path, config: ConfigDict) -> dict[str, Any] | None
   return json.loads(path.read_text())
 
 
+def is_finished(folder: pathlib.Path, config: ConfigDict) -> bool:
+  """Whether `claim` would yield a summary, if it raises no error."""
+  with contextlib.suppress(UserError):
+    return (folder / 'config.json').exists() and _finished(folder, config) is not None
+  return False
+
+
+def finished_line(folder: pathlib.Path, summary: dict[str, Any]) -> str:
+  """What is said of a run that has nothing left to do, and its summary."""
+  epochs, error = stored(folder)['epochs'], 100 * summary['test_error']
+  many = '' if epochs == 1 else 's'
+  return f'{folder}: finished already, after {epochs} epoch{many}; test error {error:.2f} %'
+
+
 @contextlib.contextmanager
 def _lock(folder: pathlib.Path) -> Iterator[None]:
   """Locks a file in the folder; the kernel releases the lock when the process ends in any way.
