@@ -13,7 +13,6 @@ no checkpoint.
 """
 
 import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -34,7 +33,7 @@ BATCH = 500
 def main(arguments: list[str]) -> None:
   """Computes the features, fits the probe and reports its errors."""
   parser = command_line.Parser(__doc__)
-  parser.option('workdir', None, 'of a run', kind=pathlib.Path, required=True)
+  parser.path('workdir', None, 'of a run', required=True)
   parser.option('data_dir', None, 'of TFDS; default: as the run had it')
   parser.number('images', None, 'number of training images, counted from the first; default: all')
   parser.number('pairs', 0, 'of views, of every training image; 0: the image', least=0)

@@ -29,7 +29,7 @@ def test_comparison_goes_on(tmp_path, capsys):
   capsys.readouterr()
   compare(out, 'BP,LG-BP', '0,1')
   assert summary(out / 'BP-seed0') == first
-  assert capsys.readouterr().out.count('has finished already') == 1
+  assert capsys.readouterr().out.count('finished already, after 2 epochs') == 1
   summaries = {
     name: [summary(out / f'{name}-seed{seed}') for seed in (0, 1)] for name in ('BP', 'LG-BP')
   }

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 from jax.sharding import PartitionSpec as P
 
 from lfg_jax import data
@@ -56,6 +57,13 @@ def write(data_dir, version='3.0.1', file_format='array_record', splits=('train'
   for split in splits:
     (folder / f'mnist-{split}.{file_format}-00000-of-00001').touch()
   return folder
+
+
+def _records(path, count):
+  writer = ArrayRecordWriter(str(path), 'group_size:1')
+  for _ in range(count):
+    writer.write(b'record')
+  writer.close()
 
 
 def nearest_mean_accuracy(dataset):
@@ -187,8 +195,9 @@ def test_a_broken_off_preparation_is_not_taken_for_data(tmp_path):
 def test_missing_files_and_splits_are_refused(tmp_path):
   folder = write(tmp_path)
   (folder / 'mnist-test.array_record-00000-of-00001').unlink()
+  _records(folder / 'mnist-train.array_record-00000-of-00001', 4)
   expected = (
-    f'{folder} lacks files of the test split; remove it and run: '
+    f'{folder}/mnist-test.array_record-00000-of-00001 is missing; remove {folder} and run: '
     f'python -m lfg_jax.training.prepare_data --dataset=mnist --data_dir={tmp_path}'
   )
   assert refusal(FileNotFoundError, 'mnist', data_dir=str(tmp_path)) == expected
@@ -197,8 +206,9 @@ def test_missing_files_and_splits_are_refused(tmp_path):
 def test_the_newest_version_is_read(tmp_path):
   for version in ('3.0.2', '3.0.10', '3.0.9'):
     write(tmp_path, version=version, splits=('train',))
+  (tmp_path / 'mnist' / '3.0.10' / 'mnist-train.array_record-00000-of-00001').unlink()
   message = refusal(FileNotFoundError, 'mnist', data_dir=str(tmp_path))
-  assert message.startswith(f'{tmp_path}/mnist/3.0.10 lacks files of the test split')
+  assert message.startswith(f'{tmp_path}/mnist/3.0.10/mnist-train.array_record-00000-of-00001 is')
 
 
 def test_files_without_random_access_are_refused(tmp_path):

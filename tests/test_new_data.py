@@ -1,5 +1,6 @@
 """Data sets written by TFDS under any name, and own arrays: read as they were, or refused."""
 
+import dataclasses
 import io
 import sys
 
@@ -9,6 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from lfg_jax import data
+from lfg_jax.data import datasets
 from lfg_jax.errors import UserError
 from lfg_jax.training import prepare_data, train
 from tests.runs import tiny
@@ -137,11 +139,54 @@ def test_arrays_of_ones_own_are_normalised_by_their_training_images():
     ((IMAGES, LABELS[1:]), (IMAGES, LABELS), r'train split has labels int64 \[7\] for 8 images'),
     ((IMAGES, LABELS - 1), (IMAGES, LABELS), 'train split has labels -1 … 1; allowed: 0 … 1'),
     ((IMAGES, LABELS), (IMAGES, LABELS + 1), 'test split has labels 1 … 3; allowed: 0 … 2'),
+    ((IMAGES.astype(np.uint16), LABELS), (IMAGES, LABELS), r'train split has images uint16 \[8, 4, 6, 2\]; allowed: u'),
+    ((IMAGES.astype(np.int8), LABELS), (IMAGES, LABELS), r'train split has images int8'),
+    ((IMAGES, LABELS), (IMAGES > 9, LABELS), r'test split has images bool'),
+    ((IMAGES, LABELS > 1), (IMAGES, LABELS), r'train split has labels bool \[8\] for 8 images; allowed: an integer'),
+    ((IMAGES, LABELS.astype(str)), (IMAGES, LABELS), r'train split has labels <U21 \[8\]'),
+    ((IMAGES, LABELS * np.nan), (IMAGES, LABELS), r'train split has labels float64 \[8\]'),
+    ((IMAGES, np.eye(8, dtype=int)), (IMAGES, LABELS), r'train split has labels int64 \[8, 8\]'),
+    ((IMAGES, LABELS + 2**40), (IMAGES, LABELS), 'has 1099511627779 classes; allowed: 1 … 1000000'),
+    ((IMAGES, LABELS), (IMAGES, LABELS.astype('u8') + np.uint64(2**63)), 'test split has labels 92'),
     ((0 * IMAGES, LABELS), (IMAGES, LABELS), 'has a colour that is the same in all pixels'),
 ])  # fmt: skip
 def test_arrays_that_are_no_images_are_refused(train, test, message):
   with pytest.raises(ValueError, match=message):
     data.from_arrays('mine', train, test)
+
+
+ARRAYS = data.Arrays(IMAGES[..., :1], LABELS)
+STREAM = data.Stream([{'image': IMAGES[0, ..., :1], 'label': 0}], image_size=4)
+SOUND = data.Dataset('mine', 3, (4, 6, 1), (0.5,), (0.3,), ARRAYS, ARRAYS)
+STREAMED = SOUND._replace(
+  image_shape=(4, 4, 3), mean=(0.5,) * 3, std=(0.3,) * 3, train=STREAM, test=STREAM
+)
+
+
+def test_a_data_set_of_ones_own_is_taken():
+  taken = datasets.checked(SOUND._replace(train=ARRAYS._replace(label_N=LABELS.astype(np.uint8))))
+  assert taken.train.label_N.dtype == np.int32 and taken.train.label_N.tolist() == LABELS.tolist()
+  assert datasets.checked(STREAMED).train.classes == 3  # so a label out of range is named
+
+
+@pytest.mark.parametrize(('dataset', 'message'), [
+    (SOUND._replace(train=data.Arrays(IMAGES / 255, LABELS)), 'train split has images float64'),
+    (SOUND._replace(test=data.Arrays(IMAGES, LABELS)), r'test split has images uint8 \[8, 4, 6, 2\]'),
+    (SOUND._replace(classes=2), 'train split has labels 0 … 2; allowed: 0 … 1'),
+    (SOUND._replace(classes=0), 'has 0 classes; allowed: 1 … 1000000'),
+    (SOUND._replace(image_shape=(4, 6)), r'has image_shape \(4, 6\); allowed: \(H, W, C\)'),
+    (SOUND._replace(std=(0.0,)), r'has std \(0.0,\); allowed: numbers above 0, one for each of 1 colours'),
+    (SOUND._replace(mean=(0.1, 0.2)), r'has mean \(0.1, 0.2\); allowed: finite numbers, one for each of 1'),
+    (SOUND._replace(mean=(np.nan,)), r'has mean \(nan,\); allowed: finite numbers'),
+    (SOUND._replace(train=IMAGES), 'has a train split of type ndarray; allowed: data.Arrays, data.Stream'),
+    (STREAMED._replace(image_shape=(8, 8, 3)), r'has image_shape \(8, 8, 3\); its train stream gives \(4, 4, 3\)'),
+    (STREAMED._replace(test=dataclasses.replace(STREAM, classes=5)), 'has 3 classes; its test stream has 5'),
+    (STREAMED._replace(test=dataclasses.replace(STREAM, source=[])), 'has a test stream of no examples'),
+])  # fmt: skip
+def test_a_data_set_whose_parts_do_not_fit_is_refused(dataset, message):
+  with pytest.raises(ValueError, match=f'^dataset mine:? (its )?{message}') as error:
+    datasets.checked(dataset)
+  assert '\n' not in str(error.value)
 
 
 def test_what_is_wrong_with_a_data_set_of_ones_own_is_one_line(tmp_path):

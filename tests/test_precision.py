@@ -13,8 +13,9 @@ from lfg_jax.estimators.traced import Traced
 from lfg_jax.losses import staged
 from lfg_jax.losses.replicated import Cut
 from lfg_jax.losses.targets import Targets
-from lfg_jax.models.layers import layer_norm
-from tests.small import gradient, small
+from lfg_jax.models import layers
+from lfg_jax.models.layers import batch_norm, init_statistics, layer_norm
+from tests.small import compose, gradient, small
 
 KEY = jax.random.key(3)
 
@@ -78,3 +79,70 @@ def test_tangents_keep_their_tails():
   assert abs(float(u.mean())) < 5 / u.size**0.5
   assert abs(float((u**2).mean()) - 1) < 5 * (2 / u.size) ** 0.5
   assert u.max() > 4
+
+
+@pytest.mark.parametrize(('examples', 'padding'), [(359, 0), (257, 3), (1001, 23)])
+@pytest.mark.parametrize('shape', [(3,), (5, 3), (2, 4, 3)])
+def test_batch_norm_counts_exactly(examples, padding, shape):
+  """In bfloat16 these numbers of examples, or of tokens, would be rounded by up to 0.3 %."""
+  x = 3 + jax.random.normal(KEY, (examples + padding, *shape))
+  weight_B = jnp.arange(examples + padding) < examples
+  for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+    low = x.astype(dtype)
+    new = batch_norm(low, weight_B, init_statistics(np.prod(shape[1:] or shape, dtype=int)))[1]
+    real = np.asarray(low[:examples].astype(jnp.float32), np.float64)
+    real = real.reshape(examples, -1, np.prod(shape[1:] or shape, dtype=int))
+    for name, before, expected in (('mean', 0, real.mean((0, 1))), ('var', 1, real.var((0, 1)))):
+      stat = (np.asarray(new[name], np.float64) - 0.9 * before) / 0.1
+      np.testing.assert_allclose(stat, expected, rtol=3e-5)
+
+
+EPS = 2.0**-8  # between 1 and the next number of bfloat16; rounding errs by half of it
+# Between two norms, which start anew, a block rounds six times: norm, product, bias, ReLU, product, sum.
+ROUNDINGS = 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('norm', ['layer', 'batch', 'whole'])
+def test_statistics_of_a_mixer_agree_with_those_in_float32(norm):
+  """Losses, errors, running statistics and gradients; 23 examples of 16 tokens, 3 blocks."""
+  found = []
+  for precision in ('float32', 'bfloat16'):
+    model = small(side=4, channels=64, batch=23, precision=precision, norm=norm)
+    algorithm = compose(model, 'LG-BP')
+    found.append(jax.jit(algorithm.gradient)(model.variables, KEY, model.batch)[:2])
+  (exact, there), (rounded, here) = found
+  assert jax.tree.structure(there) == jax.tree.structure(here)
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((rounded, here)))
+  np.testing.assert_allclose(here['loss'], there['loss'], rtol=EPS)
+  assert here['loss'] != there['loss']  # the arithmetic was another
+  np.testing.assert_allclose(here['error'], there['error'], atol=1 / 23 + 1e-6)  # one may flip
+  assert bool(there['batch_stats']) == (norm == 'batch')
+  for name, (low, high) in _pairs(here['batch_stats'], there['batch_stats']).items():
+    scale = np.abs(high).max()  # a channel's mean may vanish; its activations do not
+    assert np.abs(low - high).max() <= ROUNDINGS * EPS * scale, name
+  for name, (low, high) in _pairs(rounded, exact).items():
+    if 'kernel' in name:  # a bias before a norm has no gradient but rounding
+      assert 1 - cosine(low, high) < ROUNDINGS * EPS, name
+      assert abs(np.linalg.norm(low) / np.linalg.norm(high) - 1) < ROUNDINGS * EPS, name
+
+
+def _pairs(*trees):
+  """{path: leaves in float64}; running statistics without the past of 0.9, which hides errors."""
+  flat = [jax.tree_util.tree_flatten_with_path(tree)[0] for tree in trees]
+  recent = lambda path, x: (x - 0.9) / 0.1 if str(path[-1].key) in ('mean', 'var') else x
+  return {
+    jax.tree_util.keystr(path): tuple(
+      recent(path, np.asarray(leaf, np.float64)) for leaf in (one, other)
+    )
+    for (path, one), (_, other) in zip(*flat, strict=True)
+  }
+
+
+def test_the_mean_feature_of_a_long_sequence():
+  """That of a user's own model: as exact as its dtype."""
+  x = (100 + jax.random.normal(KEY, (4, 4096, 32))).astype(jnp.bfloat16)
+  exact = layers._mean_feature(x.astype(jnp.float32))
+  found = layers._mean_feature(x)
+  assert found.dtype == jnp.bfloat16
+  assert jnp.abs(found.astype(jnp.float32) - exact).max() < EPS * jnp.abs(exact).max()

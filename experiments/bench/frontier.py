@@ -15,7 +15,6 @@ Rows with 'allocated' spend the time of uniform passes as `variance.allocate` sa
 frontier.json, frontier.md and frontier.png.
 """
 
-import pathlib
 from typing import Any
 
 import frontier_figure
@@ -54,7 +53,7 @@ def _parse(arguments: list[str]) -> command_line.Options:
   parser = results.parser(__doc__, out='runs/frontier', model='M/8/16', batch=16, repetitions=10)
   parser.option('dataset', 'cifar10')
   parser.option('data_dir', None, 'folder of the data sets')
-  parser.option('workdir', None, 'of a run of LG-FG-A, not to train', kind=pathlib.Path)
+  parser.path('workdir', None, 'of a run of LG-FG-A, not to train')
   parser.number('epochs', 2, 'of training; 0: none', least=0)
   parser.number('warm_up', 40, 'steps of LG-BP')
   parser.names('variants', ','.join(VARIANTS), VARIANTS)

@@ -6,8 +6,11 @@ Repository, doi 10.24432/C50P49, CC BY 4.0). The others are TFDS data sets (see 
 own.
 """
 
+import dataclasses
 import importlib.resources
-from typing import NamedTuple
+import math
+import os
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +56,7 @@ TFDS = {
   ),
 }
 NAMES = ('digits', *TFDS)
+MOST_CLASSES = 10**6
 
 
 def load(
@@ -106,13 +110,65 @@ def load(
 def _own(module: str, data_dir: str | None) -> Dataset:
   own = user_files.load('data.module', module, ('load',))
   with user_files.mistakes(f'data.module {module}'):
-    dataset = own.load(data_dir)
+    dataset = own.load(data_dir and os.path.expanduser(data_dir))
   if not isinstance(dataset, Dataset):
     raise ValueError(
       f'data.module {module}: load gives a {type(dataset).__name__}; allowed: a '
       'lfg_jax.data.Dataset, as data.from_arrays makes it'
     )
-  return dataset
+  return checked(dataset)
+
+
+def checked(dataset: Dataset) -> Dataset:
+  """The data set, with labels int32, if its splits are as its other fields say.
+
+  Raises:
+    ValueError: one line, about the first field that does not fit.
+
+  >>> checked(load('digits')).classes
+  10
+  """
+  name, classes, shape, mean, std, *splits = dataset
+  what = f'dataset {name} has'
+  if len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
+    raise ValueError(f'{what} image_shape {shape}; allowed: (H, W, C)')
+  for field, numbers, least in (('mean', mean, -math.inf), ('std', std, 0)):
+    if len(numbers) != shape[2] or not all(least < number < math.inf for number in numbers):
+      allowed = 'finite numbers' if least else 'numbers above 0'
+      raise ValueError(
+        f'{what} {field} {numbers}; allowed: {allowed}, one for each of {shape[2]} colours'
+      )
+  taken = [
+    _taken(name, which, split, shape, classes)
+    for which, split in zip(('train', 'test'), splits, strict=True)
+  ]
+  return dataset._replace(train=taken[0], test=taken[1])
+
+
+def _taken(name: str, which: str, split: Any, shape: tuple[int, ...], classes: int) -> Any:
+  """A split of `checked`; one of another class than ours is as it is."""
+  if isinstance(split, Arrays):
+    return _split(name, which, split, tuple(shape), classes)
+  if isinstance(split, Stream):
+    return _stream(f'dataset {name} has', which, split, tuple(shape), classes)
+  if not hasattr(split, 'epoch'):
+    raise ValueError(
+      f'dataset {name} has a {which} split of type {type(split).__name__}; allowed: data.Arrays, '
+      'data.Stream'
+    )
+  return split
+
+
+def _stream(what: str, which: str, stream: Stream, shape: tuple[int, ...], classes: int) -> Stream:
+  """The stream, if its images and labels are those of its data set."""
+  wanted = (stream.image_size, stream.image_size, 3)
+  if wanted != tuple(shape):
+    raise ValueError(f'{what} image_shape {shape}; its {which} stream gives {wanted}')
+  if stream.classes not in (None, classes):
+    raise ValueError(f'{what} {classes} classes; its {which} stream has {stream.classes}')
+  if not stream.examples:
+    raise ValueError(f'{what} a {which} stream of no examples; allowed: 1 or more')
+  return stream if stream.classes else dataclasses.replace(stream, classes=classes)
 
 
 def _imagenet(
@@ -171,8 +227,10 @@ def from_arrays(name: str, train: Pair, test: Pair, classes: int | None = None) 
   >>> mine.classes, mine.image_shape, [round(255 * m, 1) for m in mine.mean]
   (2, (2, 2, 3), [10.5, 11.5, 12.5])
   """
-  image = np.asarray(train[0])
-  classes = int(np.max(train[1], initial=0)) + 1 if classes is None else classes
+  image, label = map(np.asarray, train)
+  if classes is None:
+    numbers = label if np.issubdtype(label.dtype, np.integer) else ()
+    classes = int(np.max(numbers, initial=0)) + 1
   splits = [
     _split(name, which, given, image.shape[1:], classes)
     for which, given in (('train', train), ('test', test))
@@ -192,10 +250,14 @@ def from_arrays(name: str, train: Pair, test: Pair, classes: int | None = None) 
   return Dataset(name, classes, (height, width, colours), mean, std, *splits)
 
 
-def _split(name: str, which: str, given: Pair, shape: tuple[int, ...], classes: int) -> Arrays:
+def _split(
+  name: str, which: str, given: Pair | Arrays, shape: tuple[int, ...], classes: int
+) -> Arrays:
   """The arrays of a split, if `from_arrays` allows them."""
   image, label = map(np.asarray, given)
   what = f'dataset {name}: its {which} split has'
+  if not isinstance(classes, int | np.integer) or not 1 <= classes <= MOST_CLASSES:
+    raise ValueError(f'dataset {name} has {classes!r} classes; allowed: 1 … {MOST_CLASSES}')
   if image.dtype != np.uint8 or image.ndim != 4 or not image.size or image.shape[1:] != shape:
     raise ValueError(
       f'{what} images {image.dtype} {list(image.shape)}; allowed: uint8 [N, H, W, C], '

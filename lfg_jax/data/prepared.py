@@ -1,12 +1,21 @@
 """TFDS data sets, read without TensorFlow from the files that `training.prepare_data` writes."""
 
+import bisect
+import contextlib
+import functools
+import itertools
 import os
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from lfg_jax import user_files
 from lfg_jax.data.streams import BadExample, Source, decode
+
+OPENED_AT_ONCE = 32  # files, for their numbers of examples; a network answers them together
 
 
 class Facts(NamedTuple):
@@ -41,8 +50,9 @@ def builder(name: str, data_dir: str | None, known: tuple[str, ...]) -> Any:
   """
   import tensorflow_datasets as tfds  # here: it takes half a second, and `digits` does not need it
 
-  place = data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
-  place = tfds.core.Path(place).expanduser()
+  given = data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
+  # array_record reads files only.
+  place = tfds.core.Path(user_files.local('data_dir' if data_dir else '$TFDS_DATA_DIR', given))
   files = (place / name).glob('*/dataset_info.json') if re.fullmatch(r'\w+', name) else ()
   folders = [info.parent for info in files]
   folders = [folder for folder in folders if tfds.core.Version.is_valid(folder.name)]
@@ -56,11 +66,78 @@ def builder(name: str, data_dir: str | None, known: tuple[str, ...]) -> Any:
       f'dataset {name} is not in {place}; prepare it with: {_command(name, place)}'
     )
   newest = max(folders, key=lambda folder: tfds.core.Version(folder.name))
-  return tfds.builder_from_directory(newest)
+  advice = _advice(newest, _command(name, place))
+  with _damage(newest / 'features.json', advice):
+    tfds.features.FeatureConnector.from_config(newest)
+  with _damage(newest / 'dataset_info.json', advice):
+    return tfds.builder_from_directory(newest)
 
 
 def _command(name: str, place: Any) -> str:
   return f'python -m lfg_jax.training.prepare_data --dataset={name} --data_dir={place}'
+
+
+def _advice(folder: Any, command: str) -> str:
+  return f'remove {folder} and run: {command}'
+
+
+@contextlib.contextmanager
+def _damage(file: Any, advice: str) -> Iterator[None]:
+  """Whatever the readers of a file raise, as a `Damaged` that names it."""
+  try:
+    yield
+  except Exception as error:
+    reason = ' '.join(str(error).split())[:200]
+    raise Damaged(f'{file} is damaged ({type(error).__name__}: {reason}); {advice}') from error
+
+
+class Damaged(BadExample):
+  """A file that was written by TFDS and has changed since; the message is one line."""
+
+
+class Shards:
+  """A split in files; what cannot be read is a `Damaged` that names the file."""
+
+  def __init__(self, examples: Any, paths: Sequence[Any], lengths: Sequence[int], advice: str):
+    """`examples` are read from `paths`, which have as many of them as `lengths` says."""
+    self._examples, self._paths, self._advice = examples, [*map(str, paths)], advice
+    self._ends = list(itertools.accumulate(lengths))
+
+  def __len__(self) -> int:
+    return self._ends[-1]
+
+  def __getitem__(self, index: int) -> Mapping[str, Any]:
+    with _damage(self._paths[bisect.bisect(self._ends, index)], self._advice):
+      return _whole(self._examples[index])
+
+  def __getitems__(self, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]:
+    try:
+      return [_whole(example) for example in self._examples.__getitems__(indices)]
+    except Exception:
+      for index in indices:  # finds the file
+        self[index]
+      raise
+
+
+def _whole(example: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The example; where a file ends early, array_record gives records without content."""
+  if example.get('image') is None or example.get('label') is None:
+    raise ValueError('an empty record')
+  return example
+
+
+def _check_shard(path: Any, examples: int, advice: str) -> None:
+  """Raises `Damaged` if the file has another number of examples."""
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  with _damage(path, advice):
+    reader = ArrayRecordReader(str(path))
+    try:
+      found = reader.num_records()
+      if not reader.ok() or found != examples:
+        raise ValueError(f'it has {found} examples, dataset_info.json says {examples}')
+    finally:
+      reader.close()
 
 
 def source(builder: Any, split: str) -> Source:
@@ -68,23 +145,29 @@ def source(builder: Any, split: str) -> Source:
 
   Raises:
     FileNotFoundError: files are missing.
-    ValueError: the files do not allow random access.
+    ValueError: the files do not allow random access, or one of them is damaged.
   """
   import tensorflow_datasets as tfds
 
   info, folder = builder.info, builder.data_path
   command = _command(builder.name, folder.parent.parent)
-  if split not in info.splits or not all(path.exists() for path in info.splits[split].filepaths):
-    raise FileNotFoundError(
-      f'{folder} lacks files of the {split} split; remove it and run: {command}'
-    )
+  advice = _advice(folder, command)
+  paths = info.splits[split].filepaths if split in info.splits else []
+  if not paths:
+    raise FileNotFoundError(f'{folder} has no {split} split; {advice}')
+  if missing := [path for path in paths if not path.exists()]:
+    raise FileNotFoundError(f'{missing[0]} is missing; {advice}')
   if info.file_format.value != 'array_record':
     raise ValueError(
       f'{folder} is in the format {info.file_format.value}, which has no random access; choose '
       f'another data_dir, or remove this folder and run: {command}'
     )
+  lengths = info.splits[split].shard_lengths
+  with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+    list(pool.map(functools.partial(_check_shard, advice=advice), paths, lengths))
   # TFDS's own decoding takes twice as long for small images.
-  return builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
+  examples = builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
+  return Shards(examples, paths, lengths, advice)
 
 
 def facts(builder: Any) -> Facts:

@@ -7,9 +7,9 @@ without interruption.
 
 import contextlib
 import dataclasses
-import io
 import math
 import multiprocessing
+import operator
 import os
 import signal
 import threading
@@ -21,10 +21,14 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from lfg_jax.data import pictures
+from lfg_jax.errors import UserError, as_one_line, as_user_errors
+
 RATIO = (3 / 4, 4 / 3)  # width / height of a random crop
 CENTRE = 224 / 256  # side of the test crop, as a fraction of the image's short side
 WORKER_SECONDS = 30  # a worker lives on after a SIGTERM, while the program handles its own
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+INT32 = 2**31
 ATTEMPTS = 10  # to find a random box that fits, before the central one is used
 
 
@@ -39,7 +43,8 @@ class Batch(NamedTuple):
 class Source(Protocol):
   """Random access to examples with an 'image' and an integer 'label'.
 
-  The image is a uint8 array [H, W, 3] or an encoded file.
+  The image is the bytes of an encoded file, or a uint8 array [H, W], [H, W, 1] or [H, W, 3]. What is
+  done about depth, colours and orientation of files: see `pictures`.
   """
 
   def __len__(self) -> int: ...
@@ -147,15 +152,27 @@ class Stream:
 
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # grain reads its own
+    self._sendable()
     alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     workers = grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=1)
     return slots.batch(batch_size).to_iter_dataset(alone).mp_prefetch(workers, _be_worker)
 
+  def _sendable(self) -> None:
+    """Raises UserError if the source cannot be sent to a worker."""
+    import cloudpickle
+
+    try:
+      cloudpickle.dumps(self.source)
+    except Exception as error:  # what is raised depends on the object that stands in the way
+      reason = as_one_line(error, 'the source of a stream cannot be sent to its workers')
+      raise UserError(f'{reason}; allowed: workers=0, or a source that can be pickled') from error
+
   def example(self, epoch: int, index: int) -> Batch:
     """One example without a batch axis, cropped as in this epoch."""
-    example = self.source[index]
-    with _named(example, index, self.classes):
-      picture, flip = _opened(example['image']), False
+    with as_user_errors(()):  # a worker's own kinds of exceptions could not be sent from there
+      example = self.source[index]
+    with _named(example, index, self.classes) as (picture, label):
+      flip = False
       if self.train:
         rng = np.random.default_rng((self.seed, epoch, index))
         box = random_box(rng, *picture.size, self.min_area)
@@ -165,7 +182,7 @@ class Stream:
       image = cropped(picture, box, self.image_size)
     if flip:
       image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return Batch(np.asarray(image), np.array(example['label'], np.int32), np.array(1, np.float32))
+    return Batch(np.asarray(image), np.array(label, np.int32), np.array(1, np.float32))
 
   def _padding(self) -> Batch:
     image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
@@ -229,32 +246,55 @@ def decode(
 
   Raises:
     BadExample: the file is not an image or is truncated, the array is not an image, or the label is
-      out of range.
+      not an integer or out of range.
   """
-  with _named(example, index, classes):
-    return _opened(example['image']).convert('RGB'), int(example['label'])
+  with _named(example, index, classes) as (picture, label):
+    return pictures.as_rgb(picture), label
 
 
 @contextlib.contextmanager
-def _named(example: Mapping[str, Any], index: int, classes: int | None) -> Iterator[None]:
-  """Turns errors about an example's image or label into a `BadExample`."""
-  image, label = example['image'], int(example['label'])
+def _named(
+  example: Mapping[str, Any], index: int, classes: int | None
+) -> Iterator[tuple[Image.Image, int]]:
+  """Yields picture and label; whatever is wrong with the picture, until the end, is a `BadExample`."""
+  if not isinstance(example, Mapping) or not {'image', 'label'} <= {*example}:
+    given = (
+      f'the fields {sorted(example)}' if isinstance(example, Mapping) else type(example).__name__
+    )
+    raise BadExample(f"example {index} is {given}; allowed: a dict with 'image' and 'label'")
+  label, image = _integer(example['label'], index, classes), example['image']
   try:
-    yield
+    yield pictures.opened(image), label
   # What Pillow raises depends on the file.
   except Exception as error:
-    what = f'{len(image)} bytes' if isinstance(image, bytes) else f'{image.dtype} {image.shape}'
     reason = ' '.join(str(error).split())
     raise BadExample(
-      f'example {index} (label {label}) has no image that can be decoded: {what}; {reason}'
+      f'example {index} (label {label}) has no image that can be decoded: {_kind(image)}; {reason}'
     ) from error
-  if classes is not None and not 0 <= label < classes:
-    raise BadExample(f'example {index} has the label {label}; allowed: 0 … {classes - 1}')
 
 
-def _opened(image: bytes | np.ndarray) -> Image.Image:
-  """The image; a file's pixels are not decoded yet."""
-  return Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
+def _integer(label: Any, index: int, classes: int | None) -> int:
+  low, high = (-INT32, INT32 - 1) if classes is None else (0, classes - 1)
+  try:
+    number = operator.index(label)
+  except TypeError as error:
+    raise BadExample(
+      f'example {index} has the label {_short(label)}, {_kind(label)}; allowed: an integer'
+    ) from error
+  if not low <= number <= high:
+    raise BadExample(f'example {index} has the label {number}; allowed: {low} … {high}')
+  return number
+
+
+def _kind(value: Any) -> str:
+  if isinstance(value, bytes):
+    return f'{len(value)} bytes'
+  return f'{value.dtype} {value.shape}' if hasattr(value, 'dtype') else type(value).__name__
+
+
+def _short(value: Any, width: int = 40) -> str:
+  text = ' '.join(repr(value).split())
+  return text if len(text) <= width else f'{text[:width]}…'
 
 
 def cropped(picture: Image.Image, box: Box, size: int) -> Image.Image:
@@ -275,6 +315,4 @@ def cropped(picture: Image.Image, box: Box, size: int) -> Image.Image:
     ratio = drafted[1][2] / width
     left, top, right, bottom = (ratio * side for side in box)
     box = left, top, right, bottom
-  picture.load()
-  picture = picture if picture.mode == 'RGB' else picture.convert('RGB')
-  return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+  return pictures.as_rgb(picture).resize((size, size), Image.Resampling.BICUBIC, box=box)

@@ -91,7 +91,8 @@ def batch_norm(
   mean, variance = running['mean'], running['var']
   if train:
     total = lambda a: jax.lax.psum(a, axis_name) if axis_name else a
-    real_Bx1x1 = (weight_B > 0).astype(x.dtype)[:, None, None]
+    # Not in x's dtype: in bfloat16, 359 examples would be 360.
+    real_Bx1x1 = (weight_B > 0).astype(flat_BxNxC.dtype)[:, None, None]
     count = total(real_Bx1x1.sum() * flat_BxNxC.shape[1])
     mean = total((flat_BxNxC * real_Bx1x1).sum((0, 1))) / count
     variance = total(((flat_BxNxC - mean[None, None]) ** 2 * real_Bx1x1).sum((0, 1))) / count
@@ -333,7 +334,8 @@ def read_out(
 
 def _mean_feature(x: jax.Array) -> jax.Array:
   """[B, C] of [B, ..., C]."""
-  return layer_norm(x.reshape(x.shape[0], -1, x.shape[-1]).mean(1))
+  mean_BxC = upcast(x).reshape(x.shape[0], -1, x.shape[-1]).mean(1)
+  return layer_norm(mean_BxC).astype(x.dtype)
 
 
 def init_projection(key: jax.Array, width: int, heads: Heads, kind: str = 'lecun') -> PyTree:

@@ -5,12 +5,12 @@ import codecs
 import contextlib
 import copy
 import difflib
+import functools
 import itertools
 import pathlib
 import re
 import sys
 import textwrap
-import traceback
 import types
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NoReturn
@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from lfg_jax import user_files
 from lfg_jax.errors import UserError
 from lfg_jax.fields import Allowed, Field, at_least, one_of
 from lfg_jax.training import configs, guard
@@ -55,8 +56,6 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     try:
       main(arguments)
     except UserError as error:
-      if TRACEBACK.value:
-        traceback.print_exception(error)
       sys.exit(guard.complain(error))
 
   app.run(guarded, flags_parser=_arguments)
@@ -80,7 +79,7 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 class _Values(flags.ArgumentParser):
   """Parses a value, or several with commas between them, and checks each."""
 
-  def __init__(self, kind: type, allowed: Allowed, *, several: bool) -> None:
+  def __init__(self, kind: Callable[[str], Any], allowed: Allowed, *, several: bool) -> None:
     self._kind, self._allowed, self._several = kind, allowed, several
     self.syntactic_help = allowed.text + ', with commas between them' * several
 
@@ -121,7 +120,7 @@ class Parser:
     default: Any,
     meaning: str | None = '',
     *,
-    kind: type = str,
+    kind: Callable[[str], Any] = str,
     allowed: Allowed = ANY,
     several: bool = False,
     required: bool = False,
@@ -137,6 +136,11 @@ class Parser:
     flags.DEFINE(parser, name, given, meaning, flag_values=self._values)
     if required:
       self._required.append(name)
+
+  def path(self, name: str, default: Any, meaning: str, *, required: bool = False) -> None:
+    """Adds an option for a path on this machine; `~` is the home."""
+    kind = functools.partial(user_files.local, f'--{name}')
+    self.option(name, default, meaning, kind=kind, required=required)
 
   def number(
     self, name: str, default: float | None, meaning: str = '', *, least: float = 1, kind: type = int

@@ -16,6 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from lfg_jax import user_files
 from lfg_jax.errors import UserError
 from lfg_jax.fields import BELOW_ONE, Allowed, Field, above, at_least, described, field, one_of
 from lfg_jax.losses.row_losses import ROW_LOSSES
@@ -278,6 +279,8 @@ def validate(config: ConfigDict) -> None:
       raise UserError(f'config field {name} is missing')
     if allowed := entry.wrong(given[name]):
       raise UserError(f'{name} is {_line(given[name])}; allowed: {allowed}')
+  if config.init_from:
+    user_files.local('init_from', config.init_from)
   warmup, epochs = config.optimizer.warmup_epochs, config.epochs
   if warmup >= epochs:
     raise UserError(f'optimizer.warmup_epochs is {warmup!r}; allowed: less than epochs, {epochs}')
@@ -365,18 +368,15 @@ def load(path: str) -> ConfigDict:
   Raises:
     UserError: the file does not exist, or has an error.
   """
-  path = str(_find(path))
-  try:
+  path = str(_find(user_files.local('--config', path)))
+  with user_files.mistakes(f'config file {path}'):
     return runpy.run_path(path)['get_config']()
-  except Exception as error:  # whatever the user's file raises
-    raise UserError(
-      f'config file {path}: {type(error).__name__}: {" ".join(str(error).split())}'
-    ) from error
 
 
-def _find(path: str) -> pathlib.Path:
-  if pathlib.Path(path).is_file():
-    return pathlib.Path(path)
+def _find(file: pathlib.Path) -> pathlib.Path:
+  if file.is_file():
+    return file
+  path = str(file)
   if not re.fullmatch(r'\w+', path):
     raise UserError(f'config file {path} not found')
   if (named := folder() / f'{path}.py').is_file():

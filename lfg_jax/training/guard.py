@@ -7,7 +7,6 @@ text.
 
 import contextlib
 import os
-import pathlib
 import re
 import signal
 import sys
@@ -17,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
-from lfg_jax.errors import LOST, UserError
+from lfg_jax.errors import LOST, UserError, told
 
 GOES_ON = 'the same command goes on from the last checkpoint'
 _RECORD = re.compile(r'[IWEF]\d{4} [\d:.]+ +\d+ ([\w.]+):\d+\] ')
@@ -189,16 +188,12 @@ def _code(child: Child, code: int) -> int:
 
 
 def complain(error: UserError) -> int:
-  """Prints a program's last line, and returns its exit code."""
-  print(_line(error), file=sys.stderr)
+  """Prints a program's last line, below the frames of the user's code, and returns its exit code."""
+  print(told(error), file=sys.stderr)
   return error.exit_code
 
 
 def tell(error: UserError) -> int:
   """Like `complain`, for a child: its guard prints the line, even if JAX then ends the child."""
-  os.write(2, f'{_LAST}{_line(error)}\n'.encode())
+  os.write(2, ''.join(f'{_LAST}{line}\n' for line in told(error).splitlines()).encode())
   return error.exit_code
-
-
-def _line(error: UserError) -> str:
-  return f'{pathlib.Path(sys.argv[0]).name}: {error}'

@@ -20,7 +20,7 @@ from lfg_jax.training import command_line
 TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
 
 
-def check(dataset: str, manual_dir: str | None) -> None:
+def check(dataset: str, manual_dir: pathlib.Path | None) -> None:
   """Raises UserError if the name is unknown or something that the user must provide is missing."""
   known = tfds.list_builders(with_community_datasets=False)
   if dataset not in known:
@@ -28,9 +28,7 @@ def check(dataset: str, manual_dir: str | None) -> None:
     hint = f'did you mean {near[0]}? ' if near else ''
     raise UserError(f'--dataset is {dataset!r}; {hint}allowed: names of TFDS')
   if dataset == 'imagenet2012':
-    missing = [
-      tar for tar in TARS if not manual_dir or not (pathlib.Path(manual_dir) / tar).exists()
-    ]
+    missing = [tar for tar in TARS if not manual_dir or not (manual_dir / tar).exists()]
     if missing:
       raise UserError(
         f'imagenet2012 must be downloaded by hand, from https://image-net.org/download-images: '
@@ -47,8 +45,8 @@ def main(arguments: list[str]) -> None:
   parser = command_line.Parser(__doc__)
   names = f'{", ".join(data.TFDS)}, or another name of TFDS'
   parser.option('dataset', None, names, required=True)
-  parser.option('data_dir', None, 'where to; default: $TFDS_DATA_DIR or ~/tensorflow_datasets')
-  parser.option('manual_dir', None, 'where the two tar files of ImageNet are')
+  parser.path('data_dir', None, 'where to; default: $TFDS_DATA_DIR or ~/tensorflow_datasets')
+  parser.path('manual_dir', None, 'where the two tar files of ImageNet are')
   given = parser.parse(arguments)
   check(given.dataset, given.manual_dir)
   builder = tfds.builder(given.dataset, data_dir=given.data_dir, file_format='array_record')

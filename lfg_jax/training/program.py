@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
   """Trains a model and prints the summary."""
   parser = command_line.Parser(__doc__)
   parser.option('config', 'digits', 'name of a config that comes with the package, or a file')
-  parser.option('workdir', None, 'folder of the run; default: runs/NAME', kind=pathlib.Path)
+  parser.path('workdir', None, 'folder of the run; default: runs/NAME')
   parser.switch('print_config', 'print the config that would run, and end')
   parser.option(
     'coordinator',

@@ -30,7 +30,7 @@ def parser(
 ) -> Parser:
   """A parser with --out and with the shared options for which a default is given."""
   made = Parser(description)
-  made.option('out', out, 'folder of the results', kind=pathlib.Path)
+  made.path('out', out, 'folder of the results')
   if config:
     made.option('config', config, 'name of a config, or a file')
   if model:

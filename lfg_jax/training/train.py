@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lfg_jax import data
+from lfg_jax import data, user_files
 from lfg_jax.data.streams import BadExample
 from lfg_jax.errors import UserError, as_user_errors
 from lfg_jax.training import (
@@ -106,7 +106,7 @@ def load(workdir: pathlib.Path, data_dir: str | None = None) -> tuple[Job, Train
   Raises:
     UserError: the folder has no run, or no checkpoint.
   """
-  config = configs.base()
+  config, workdir = configs.base(), user_files.local('workdir', workdir)
   stored: dict[str, Any] = {
     name: tuple(value) if isinstance(value, list) else value
     for name, value in folders.stored(workdir).items()
@@ -132,13 +132,15 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
       NaN; a disk is full; an example cannot be decoded.
     Interrupted: a signal stopped the run.
   """
-  begin = time.monotonic()
+  begin, workdir = time.monotonic(), user_files.local('workdir', workdir)
   with as_user_errors((BadExample,)), folders.file_errors(workdir), processes.losses():
     if job.config.init_from and not (workdir / 'config.json').exists():
-      start.check(pathlib.Path(job.config.init_from), job.algorithm)  # before there is a folder
+      start.check(
+        user_files.local('init_from', job.config.init_from), job.algorithm
+      )  # before there is a folder
     with folders.claim(workdir, job.config) as finished:
       if finished:
-        processes.say(f'{workdir} has finished already')
+        processes.say(folders.finished_line(workdir))
         return finished
       return _train(job, workdir, Clock(begin))
 
@@ -156,7 +158,7 @@ def _train(job: Job, workdir: pathlib.Path, clock: Clock) -> dict[str, Any]:
       clock.go_on(stored)
       processes.say(f'resuming {workdir} at step {int(state.step)}')
     elif config.init_from:
-      state = start.from_run(pathlib.Path(config.init_from), state, job.algorithm)
+      state = start.from_run(user_files.local('init_from', config.init_from), state, job.algorithm)
     state = functions.begin(state)
     total = config.epochs * functions.feed.steps
     with (

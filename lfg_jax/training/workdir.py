@@ -136,6 +136,12 @@ def _finished(folder: pathlib.Path, config: ConfigDict) -> dict[str, Any] | None
   return json.loads(path.read_text())
 
 
+def finished_line(folder: pathlib.Path) -> str:
+  """What is said of a run that has nothing left to do."""
+  epochs = stored(folder)['epochs']
+  return f'{folder}: finished already, after {epochs} epoch{"" if epochs == 1 else "s"}'
+
+
 @contextlib.contextmanager
 def _lock(folder: pathlib.Path) -> Iterator[None]:
   """Locks a file in the folder; the kernel releases the lock when the process ends in any way.
