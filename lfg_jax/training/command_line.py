@@ -8,6 +8,7 @@ import difflib
 import itertools
 import pathlib
 import re
+import signal
 import sys
 import textwrap
 import traceback
@@ -58,6 +59,9 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
       if TRACEBACK.value:
         traceback.print_exception(error)
       sys.exit(guard.complain(error))
+    except KeyboardInterrupt:  # where no `Signals` wait for it, or once more
+      guard.complain(UserError('interrupted'))
+      sys.exit(128 + signal.SIGINT)
 
   app.run(guarded, flags_parser=_arguments)
   sys.exit()
