@@ -136,6 +136,16 @@ def test_a_traceback_on_demand(monkeypatch, capsys):
   assert 'Traceback' not in run(monkeypatch, capsys, [wrong])[2]
 
 
+def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
+  def interrupted(arguments):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(sys, 'argv', ['train.py'])
+  with pytest.raises(SystemExit) as stop:
+    command_line.run(interrupted)
+  assert stop.value.code == 130 and told(capsys.readouterr().err, 'interrupted')
+
+
 def test_views_and_streams_are_not_augmented_twice(tmp_path, monkeypatch, capsys):
   arguments = [
     '--config.augment.flip=True',
@@ -173,7 +183,7 @@ def test_missing_data_names_the_command(tmp_path, monkeypatch, capsys):
   ]
   message = (
     f'train.py: dataset mnist is not in {tmp_path}; prepare it with: '
-    f'python -m lfg_jax.training.prepare_data --dataset=mnist --data_dir={tmp_path}\n'
+    f'pip install tensorflow; lfg-prepare-data --dataset=mnist --data_dir={tmp_path}\n'
   )
   assert run(monkeypatch, capsys, arguments) == (2, '', message)
 

@@ -131,9 +131,14 @@ def test_no_more_than_two_dispatches_are_not_done(monkeypatch):
     return states[-1]
 
   epoch = lambda epoch, first: ((1, ()) for _ in range(first, 20))
-  functions = train.Functions(Feed(20, None, (), epoch, 1, False), steps, None)
+  functions = train.Functions(Feed(20, None, (), epoch, 1, False), steps, None, None)
   state = train.TrainState(
-    jnp.zeros((), jnp.int32), {}, {}, {}, {'examples': jnp.ones(())}, jnp.full((), -1)
+    jnp.zeros((), jnp.int32),
+    {},
+    {},
+    {},
+    {'examples': jnp.ones(()), 'error': jnp.ones(())},
+    jnp.full((), -1),
   )
   quiet = type(
     'Quiet',

@@ -175,7 +175,7 @@ def test_image_size_of_arrays_is_their_own():
 def test_missing_data_is_refused_with_the_command_that_prepares_it(name, tmp_path):
   assert refusal(FileNotFoundError, name, data_dir=str(tmp_path)) == (
     f'dataset {name} is not in {tmp_path}; prepare it with: '
-    f'python -m lfg_jax.training.prepare_data --dataset={name} --data_dir={tmp_path}'
+    f'pip install tensorflow; lfg-prepare-data --dataset={name} --data_dir={tmp_path}'
   )
 
 
@@ -198,7 +198,7 @@ def test_missing_files_and_splits_are_refused(tmp_path):
   _records(folder / 'mnist-train.array_record-00000-of-00001', 4)
   expected = (
     f'{folder}/mnist-test.array_record-00000-of-00001 is missing; remove {folder} and run: '
-    f'python -m lfg_jax.training.prepare_data --dataset=mnist --data_dir={tmp_path}'
+    f'pip install tensorflow; lfg-prepare-data --dataset=mnist --data_dir={tmp_path}'
   )
   assert refusal(FileNotFoundError, 'mnist', data_dir=str(tmp_path)) == expected
 

@@ -55,7 +55,7 @@ def test_pairs_are_refused_where_there_are_no_views(supervised):
     UserError, match=r'--pairs is 2, and .* has a supervised run, which has no views'
   ):
     probe(f'--workdir={supervised[0]}', '--pairs=2')
-  with pytest.raises(UserError, match='--pairs is -1; allowed: 0 or more'):
+  with pytest.raises(UserError, match="--pairs is '-1'; allowed: 0 or more"):
     probe(f'--workdir={supervised[0]}', '--pairs=-1')
 
 

@@ -105,7 +105,7 @@ def test_what_is_no_set_of_labelled_images_is_refused(changes, message, tmp_path
 
 def test_a_name_that_tfds_knows_is_told_how_to_prepare(tmp_path):
   assert refusal(FileNotFoundError, 'kmnist', data_dir=str(tmp_path)).endswith(
-    f'prepare it with: python -m lfg_jax.training.prepare_data --dataset=kmnist --data_dir={tmp_path}'
+    f'prepare it with: pip install tensorflow; lfg-prepare-data --dataset=kmnist --data_dir={tmp_path}'
   )
   with pytest.raises(
     UserError, match=r"--dataset is 'kminst'; did you mean kmnist\? allowed: names of TFDS"

@@ -74,7 +74,7 @@ def builder(name: str, data_dir: str | None, known: tuple[str, ...]) -> Any:
 
 
 def _command(name: str, place: Any) -> str:
-  return f'python -m lfg_jax.training.prepare_data --dataset={name} --data_dir={place}'
+  return f'pip install tensorflow; lfg-prepare-data --dataset={name} --data_dir={place}'
 
 
 def _advice(folder: Any, command: str) -> str:

@@ -36,48 +36,31 @@ BOUNDARY = 'last_linear'  # also a tap: the grouped layer's output, in a block w
 DEFAULTS = {
   'size': Field(
     'M/8/16',
-    'SIZE/PATCHES/GROUPS, with PATCHES per side; S, M, L have 256, 512, 2048 channels. There is 1 '
+    'SIZE/PATCHES/GROUPS, with PATCHES per side; S, M, L have 256, 512, 2048 channels; there is 1 '
     'block with one patch, and 4 with more',
   ),
-  'blocks': Field(
-    None, 'number of blocks, including the stem; None: as the size implies', between(1, 10_000), int
-  ),
-  'channels': Field(
-    None, "number of channels of a block's output; None: as the size implies", at_least(1), int
-  ),
-  'hidden': Field(
-    None, 'number of channels before the grouped layer; None: channels', at_least(1), int
-  ),
-  'pool_every': Field(
-    0, 'pool tokens 2×2 → 1 after every pool_every blocks; 0: never', at_least(0)
-  ),
+  'blocks': Field(None, 'with the stem; None: as the size implies', between(1, 10_000), int),
+  'channels': Field(None, "of a block's output; None: as the size implies", at_least(1), int),
+  'hidden': Field(None, 'channels before the grouped layer; None: channels', at_least(1), int),
+  'pool_every': Field(0, 'pool tokens 2×2 → 1 after every so many blocks; 0: never', at_least(0)),
   'channel_ratio': Field(2, 'factor by which channels grow at every pooling', at_least(1)),
   'group_ratio': Field(2, 'factor by which groups grow at every pooling', at_least(1)),
   'pool': Field('average', 'how tokens are pooled', one_of(('average', 'max'))),
   'norm': Field(
-    'layer',
-    'over what is normalised: the last axis, all axes of an example, or the batch',
-    one_of(('layer', 'whole', 'batch')),
+    'layer', 'over channels, an example or the batch', one_of(('layer', 'whole', 'batch'))
   ),
-  'norm_derivative': Field(
-    True,
-    "whether a tap's signal reaches its linear layer through the derivative of the norm in "
-    'between, or directly',
-  ),
-  'mixing': Field(
-    'linear', 'of tokens: a P×P matrix, or a depth-wise convolution', one_of(('linear', 'conv'))
-  ),
+  'norm_derivative': Field(True, "whether a tap's signal passes the derivative of the norm"),
+  'mixing': Field('linear', 'of tokens: P×P matrix or depth-wise', one_of(('linear', 'conv'))),
   'conv_size': Field(3, 'height and width of the convolution of mixing=conv'),
   'init': Field('lecun', 'first weights', one_of(('kaiming', 'lecun', 'constant'))),
   'norms': Field(
     NORMS,
-    'the norms to use, with commas; the others are left out',
+    'the norms to use, with commas',
     Allowed(lambda names: all(name in NORMS for name in names), f'some of {", ".join(NORMS)}'),
   ),
   'precision': Field(
     'float32',
-    'bfloat16: blocks compute in bfloat16; parameters, norm statistics, heads, losses and read-out '
-    "are in float32. float32: everything has the parameters' type",
+    'of blocks; with bfloat16, parameters, norm statistics, heads and losses are in float32',
     one_of(('float32', 'bfloat16')),
   ),
 }

@@ -9,6 +9,7 @@ import functools
 import itertools
 import pathlib
 import re
+import signal
 import sys
 import textwrap
 import types
@@ -57,6 +58,9 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
       main(arguments)
     except UserError as error:
       sys.exit(guard.complain(error))
+    except KeyboardInterrupt:  # where no `Signals` wait for it, or once more
+      guard.complain(UserError('interrupted'))
+      sys.exit(128 + signal.SIGINT)
 
   app.run(guarded, flags_parser=_arguments)
   sys.exit()
@@ -129,48 +133,28 @@ class Parser:
 
     An option whose meaning is None is hidden from `--help`.
     """
-    if meaning is None:
-      self._hidden.append(name)
     parser = _Values(kind, allowed, several=several)
     given = None if default is None else str(default)
     flags.DEFINE(parser, name, given, meaning, flag_values=self._values)
-    if required:
-      self._required.append(name)
+    self._hidden += [name] * (meaning is None)
+    self._required += [name] * required
 
   def path(self, name: str, default: Any, meaning: str, *, required: bool = False) -> None:
     """Adds an option for a path on this machine; `~` is the home."""
     kind = functools.partial(user_files.local, f'--{name}')
     self.option(name, default, meaning, kind=kind, required=required)
 
-  def number(
-    self, name: str, default: float | None, meaning: str = '', *, least: float = 1, kind: type = int
-  ) -> None:
+  def number(self, *args: Any, least: float = 1, kind: type = int, **more: Any) -> None:
     """Adds an option for a number of at least `least`."""
-    self.option(name, default, meaning, kind=kind, allowed=at_least(least))
+    self.option(*args, kind=kind, allowed=at_least(least), **more)
 
-  def numbers(
-    self,
-    name: str,
-    default: str | None,
-    meaning: str = 'numbers, with commas',
-    *,
-    least: float = 1,
-    kind: type = int,
-  ) -> None:
-    """Adds an option for a list of numbers, each at least `least`."""
-    self.option(name, default, meaning, kind=kind, allowed=at_least(least), several=True)
+  def numbers(self, *args: Any, **more: Any) -> None:
+    """Adds an option for a list of numbers, as `number` does for one."""
+    self.number(*args, several=True, **more)
 
-  def names(
-    self,
-    name: str,
-    default: str | None,
-    allowed: Collection[str],
-    meaning: str = 'names, with commas',
-    *,
-    required: bool = False,
-  ) -> None:
+  def names(self, name: str, default: str | None, allowed: Collection[str], **more: Any) -> None:
     """Adds an option for a list of names from `allowed`."""
-    self.option(name, default, meaning, allowed=one_of(allowed), several=True, required=required)
+    self.option(name, default, allowed=one_of(allowed), several=True, **more)
 
   def switch(self, name: str, meaning: str) -> None:
     """Adds --NAME, which has no value."""

@@ -11,12 +11,13 @@ import math
 import pathlib
 import re
 import runpy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from lfg_jax import user_files
+from lfg_jax.data import datasets
 from lfg_jax.errors import UserError
 from lfg_jax.fields import BELOW_ONE, Allowed, Field, above, at_least, described, field, one_of
 from lfg_jax.losses.row_losses import ROW_LOSSES
@@ -24,127 +25,91 @@ from lfg_jax.models import registry
 from lfg_jax.training import optimizers, profiling
 from lfg_jax.training.rules import OF_A_TAP, REGISTRY, EstimatorOptions, LossOptions
 
+Group = dataclasses.dataclass(frozen=True)
 
-@dataclasses.dataclass(frozen=True)
+
+@Group
 class Data:
   """The fields of config.data."""
 
-  module: str | None = field(
-    None,
-    'a Python file with your own data set, as load(data_dir); None: the data set with that name',
-  )
+  module: str | None = field(None, 'Python file with your own load(data_dir); None: dataset')
 
 
-@dataclasses.dataclass(frozen=True)
+@Group
 class Augment:
-  """The fields of config.augment, for data sets of arrays."""
+  """The fields of config.augment, for data sets of arrays. Every epoch draws anew."""
 
-  shift: int = field(
-    0,
-    'the largest number of pixels by which a training image is moved, in both directions of both '
-    'axes, anew in every epoch',
-  )
-  flip: bool = field(
-    False, 'whether a training image is mirrored, left to right, in every other epoch at random'
-  )
+  shift: int = field(0, 'most pixels by which a training image is moved, along both axes')
+  flip: bool = field(False, 'whether half the training images are mirrored, left to right')
 
 
-@dataclasses.dataclass(frozen=True)
+@Group
 class Model:
   """The fields of config.model that every model has. A model's own are its `DEFAULTS`."""
 
-  name: str = field('mixer', f'name of a model: {", ".join(registry.MODELS)}')
-  module: str | None = field(
-    None, 'a Python file with your own model; None: the model with that name'
-  )
+  name: str = field('mixer', f'{", ".join(registry.MODELS)}; each has fields of its own')
+  module: str | None = field(None, 'Python file with your own model; None: the one with that name')
 
 
-@dataclasses.dataclass(frozen=True)
+@Group
 class Losses(LossOptions):
   """The fields of config.losses."""
 
   row: str = field(
-    'cross_entropy',
-    'loss of the local heads; the read-out always learns the cross-entropy',
-    one_of(ROW_LOSSES),
+    'cross_entropy', 'of local heads; the read-out has the first', one_of(ROW_LOSSES)
   )
-  module: str | None = field(
-    None, 'a Python file with your own row_loss; None: the loss with that name'
-  )
-  head_hidden: int = field(
-    0, 'channels of a hidden layer in every local head; 0: heads are linear', at_least(0)
-  )
+  module: str | None = field(None, 'Python file with your own row_loss; None: the one of row')
+  head_hidden: int = field(0, 'channels of a hidden layer in local heads; 0: linear', at_least(0))
 
 
-@dataclasses.dataclass(frozen=True)
+@Group
 class Contrastive:
   """The fields of config.contrastive."""
 
   temperature: float = field(0.5, 'τ of the contrastive loss', above(0))
   stop_gradient: bool = field(True, 'whether candidates are behind a stop-gradient')
-  shared_views: bool = field(
-    True, 'whether both views of an example share their activity perturbation'
-  )
-  min_area: float = field(
-    0.08, "smallest area of a view's crop, as a fraction of the image's area", above(0, 1)
-  )
+  shared_views: bool = field(True, 'whether both views of an example share their tangents')
+  min_area: float = field(0.08, "smallest part of the image's area that a view has", above(0, 1))
 
 
-@dataclasses.dataclass(frozen=True)
+def _are_epochs(values: tuple) -> bool:
+  return all(type(value) in (int, float) and 0 <= value < math.inf for value in values)
+
+
+@Group
 class Optimizer:
   """The fields of config.optimizer."""
 
-  name: str = field('sgd', 'optimizer', one_of(optimizers.OPTIMIZERS))
-  learning_rate: float = field(
-    0.1, 'the highest learning rate, reached after the warm-up', above(0)
-  )
+  name: str = field('sgd', 'optimizer of the parameters', one_of(optimizers.OPTIMIZERS))
+  learning_rate: float = field(0.1, 'the highest, reached after the warm-up', above(0))
   scale_with_batch: bool = field(
-    False,
-    'whether the learning rate is for a batch of 256 and grows in proportion to the batch size',
+    False, 'whether the learning rate is for a batch of 256, and grows'
   )
   momentum: float | None = field(None, 'of sgd and lars; None: 0.9', BELOW_ONE)
   b1: float | None = field(None, 'of adam and adamw; None: 0.9', BELOW_ONE)
-  weight_decay: float = field(
-    0.0, 'weight decay of kernels only; for sgd and adam, it is L2 regularisation', at_least(0)
-  )
-  schedule: str = field('constant', 'schedule of the learning rate', one_of(optimizers.SCHEDULES))
-  warmup_epochs: float = field(
-    0.0, 'number of epochs in which the learning rate rises from 0', at_least(0)
-  )
+  weight_decay: float = field(0.0, 'of kernels; for sgd and adam L2 regularisation', at_least(0))
+  schedule: str = field('constant', 'of the learning rate', one_of(optimizers.SCHEDULES))
+  warmup_epochs: float = field(0.0, 'epochs in which the rate rises from 0', at_least(0))
   staircase_epochs: tuple = field(
-    (),
-    'epochs at which the learning rate of a staircase falls',
-    Allowed(
-      lambda epochs: all(type(e) in (int, float) and 0 <= e < math.inf for e in epochs),
-      'numbers, 0 or more',
-    ),
+    (), 'epochs at which a staircase falls', Allowed(_are_epochs, 'numbers, 0 or more')
   )
-  staircase_factor: float = field(
-    0.1, 'factor by which a staircase multiplies the learning rate each time', above(0)
-  )
+  staircase_factor: float = field(0.1, 'by which a staircase multiplies the rate', above(0))
   readout_multiplier: float = field(0.1, 'factor on the updates of the read-out', at_least(0))
   head_multiplier: float = field(1.0, 'factor on the updates of local heads', at_least(0))
 
 
-@dataclasses.dataclass(frozen=True)
+@Group
 class Config:
   """All fields but those of the chosen model, and those for every tap of it."""
 
   algorithm: str = field('LG-FG-A', 'a learning rule', one_of(REGISTRY))
   objective: str = field(
-    'supervised',
-    'what is learned; with contrastive, a batch has two views of each image',
-    one_of(('supervised', 'contrastive')),
+    'supervised', 'contrastive: two views of each image', one_of(('supervised', 'contrastive'))
   )
-  dataset: str = field(
-    'digits',
-    'digits, mnist, fashion_mnist, cifar10, imagenet2012, or the name of another TFDS data set',
-  )
-  data_dir: str | None = field(
-    None, 'folder of the data sets; None: $TFDS_DATA_DIR or ~/tensorflow_datasets'
-  )
+  dataset: str = field('digits', f'{", ".join(datasets.NAMES)}, or another name of TFDS')
+  data_dir: str | None = field(None, 'None: $TFDS_DATA_DIR or ~/tensorflow_datasets')
   epochs: int = field(10, 'number of passes over the training examples', at_least(1))
-  batch_size: int = field(128, 'number of examples in a batch, over all devices', at_least(1))
+  batch_size: int = field(128, 'examples in a batch, over all devices', at_least(1))
   seed: int = field(0, 'random seed of parameters, order and tangents', at_least(0))
   model: Model = dataclasses.field(default_factory=Model)
   estimator: EstimatorOptions = dataclasses.field(default_factory=EstimatorOptions)
@@ -152,60 +117,33 @@ class Config:
   contrastive: Contrastive = dataclasses.field(default_factory=Contrastive)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   data: Data = dataclasses.field(default_factory=Data)
-  image_size: int | None = field(
-    None, "height and width of streamed images; None: the data set's own", at_least(1)
-  )
-  num_train_examples: int | None = field(
-    None, 'number of training images to use, counted from the first; None: all'
-  )
-  workers: int = field(
-    0, 'number of processes that read and decode a stream; 0: threads', at_least(0)
-  )
+  image_size: int | None = field(None, "of streams; None: the data set's own", at_least(1))
+  num_train_examples: int | None = field(None, 'the first so many; None: all')
+  workers: int = field(0, 'processes that read and decode a stream; 0: threads', at_least(0))
   augment: Augment = dataclasses.field(default_factory=Augment)
-  init_from: str | None = field(
-    None, 'folder of a run from whose parameters this run starts; None: random parameters'
-  )
-  micro_batch: int = field(
-    0, 'most examples computed at once on a device; 0: what suits the machine', at_least(0)
-  )
+  init_from: str | None = field(None, 'folder of a run that has learned first parameters')
+  micro_batch: int = field(0, 'most examples at once on a device; 0: what suits it', at_least(0))
   steps_per_dispatch: int = field(
     1,
-    'number of steps that a device takes at a time, without the host; signals and progress wait '
-    'for them. A model of convolutions takes one at a time on CPUs',
+    'steps that a device takes at a time; signals and progress wait for them. A model of '
+    'convolutions takes one at a time on CPUs',
     at_least(1),
   )
-  pipeline_stages: int = field(
-    1,
-    'number of stages of the block pipeline, groups of devices with their own blocks',
-    at_least(1),
-  )
+  pipeline_stages: int = field(1, 'groups of devices with their own blocks', at_least(1))
   eval_every: int = field(1, 'epochs between measurements of the test error', at_least(1))
   checkpoint_every: int = field(1, 'epochs between checkpoints', at_least(1))
-  max_to_keep: int = field(
-    2,
-    'number of newest checkpoints to keep; the one with the best test error is kept too',
-    at_least(1),
-  )
-  distributed: bool = field(
-    False, 'whether there are several processes; if so, calls jax.distributed.initialize()'
-  )
-  lost_after: int = field(
-    25, 'seconds of silence after which a process counts as lost and the others end', at_least(2)
-  )
+  max_to_keep: int = field(2, 'newest checkpoints to keep, besides the best', at_least(1))
+  distributed: bool = field(False, 'whether to call jax.distributed.initialize()')
+  lost_after: int = field(25, 'seconds of silence after which a process is lost', at_least(2))
   profile: str | None = field(
     None,
-    "FIRST:LAST, the steps for which jax.profiler writes a trace into the run's folder; None: no "
-    'trace',
+    'steps that jax.profiler traces',
     Allowed(lambda text: profiling.steps_of(text) is not None, 'FIRST:LAST, steps from 1'),
   )
 
 
 def table(name: str = 'mixer', module: str | None = None) -> dict[str, Field]:
-  """Returns all fields, by dotted name, with those of a model.
-
-  Args:
-    name: of the model.
-    module: a Python file with your own model; None: the model with that name.
+  """Returns all fields, by dotted name, with those of the model with a name or in a file.
 
   Raises:
     UserError: there is no such model.
@@ -233,18 +171,17 @@ def base(name: str = 'mixer', module: str | None = None) -> ConfigDict:
   >>> base('mlp').model.blocks
   3
   """
-  config = ConfigDict()
+  config: dict[str, Any] = {}
   for dotted, entry in table(name, module).items():
     *parents, last = dotted.split('.')
     node = config
     for parent in parents:
-      if parent not in node:
-        node[parent] = ConfigDict()
-      node = node[parent]
+      node = node.setdefault(parent, {})
     is_open = entry.default is None
     node[last] = config_dict.placeholder(entry.type) if is_open else entry.default
-  config.model.update(name=name, module=module)
-  return config
+  made = ConfigDict(config)
+  made.model.update(name=name, module=module)
+  return made
 
 
 def use_model(
@@ -260,12 +197,13 @@ def use_model(
   fresh = base(name, module)
   with config.unlocked():
     config.model = fresh.model
-    config.estimator.num_tangents_by_tap = fresh.estimator.get('num_tangents_by_tap', ConfigDict())
+    taps = fresh.estimator.get('num_tangents_by_tap', ConfigDict())
+    config.estimator.num_tangents_by_tap = taps
   config.model.update(fields)
 
 
 def validate(config: ConfigDict) -> None:
-  """Checks the names, types and ranges of all fields, each by itself.
+  """Checks the names, types and ranges of all fields, each by itself, and of a few together.
 
   Raises:
     UserError: a field is unknown, missing or wrong. The line says what is allowed.
@@ -278,32 +216,26 @@ def validate(config: ConfigDict) -> None:
     if name not in given:
       raise UserError(f'config field {name} is missing')
     if allowed := entry.wrong(given[name]):
-      raise UserError(f'{name} is {_line(given[name])}; allowed: {allowed}')
+      shown = ' '.join(repr(given[name]).split())
+      shown = shown if len(shown) <= 80 else f'{shown[:80]}…'
+      raise UserError(f'{name} is {shown}; allowed: {allowed}')
   if config.init_from:
     user_files.local('init_from', config.init_from)
-  warmup, epochs = config.optimizer.warmup_epochs, config.epochs
+  name, warmup, epochs = config.optimizer.name, config.optimizer.warmup_epochs, config.epochs
   if warmup >= epochs:
     raise UserError(f'optimizer.warmup_epochs is {warmup!r}; allowed: less than epochs, {epochs}')
-  name = config.optimizer.name
-  unused = 'momentum' if name in optimizers.ADAPTIVE else 'b1'
-  if (value := config.optimizer[unused]) is not None:
-    other = {'momentum': 'b1', 'b1': 'momentum'}[unused]
+  own, other = ('b1', 'momentum') if name in optimizers.ADAPTIVE else ('momentum', 'b1')
+  if (value := config.optimizer[other]) is not None:
     raise UserError(
-      f'optimizer.{unused} is {value!r}, and {name} has none; allowed: None; its own is {other}'
+      f'optimizer.{other} is {value!r}, and {name} has none; allowed: None; its own is {own}'
     )
 
 
-def _inside(part: str, wanted: dict[str, Field]) -> list[str]:
+def _inside(part: str, wanted: Iterable[str]) -> list[str]:
   """The names right inside a group of fields; '' is the whole config."""
   prefix = f'{part}.' if part else ''
-  inside = [name.removeprefix(prefix) for name in wanted if name.startswith(prefix)]
+  inside = (name.removeprefix(prefix) for name in wanted if name.startswith(prefix))
   return sorted({name.partition('.')[0] for name in inside})
-
-
-def _line(value: Any) -> str:
-  """A value of any type as one short line."""
-  text = ' '.join(repr(value).split())
-  return text if len(text) <= 80 else f'{text[:80]}…'
 
 
 def near(name: str, known: dict[str, Field]) -> str | None:
