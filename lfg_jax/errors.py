@@ -1,6 +1,7 @@
 """Mistakes that a user can mend, told in one line."""
 
 import contextlib
+import difflib
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,4 +30,7 @@ def as_user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -
 def one_of(field: str, given: Any, allowed: Any) -> None:
   """Raises ValueError, in one line, for a value that is not allowed."""
   if given not in allowed:
-    raise ValueError(f'{field} is {given!r}; allowed: {", ".join(map(str, allowed))}')
+    names = [str(one) for one in allowed]
+    near = difflib.get_close_matches(str(given), names, 1)
+    hint = f'did you mean {near[0]!r}? ' if near else ''
+    raise ValueError(f'{field} is {given!r}; {hint}allowed: {", ".join(names)}')

@@ -34,7 +34,7 @@ def value_and_activity_grad(
   argnums: int | Sequence[int] = 0,
   has_aux: bool = False,
   *,
-  law: tangents.Law = tangents.rademacher,
+  law: tangents.Law | str = tangents.rademacher,
   passes: int = 1,
   chunk: int | None = None,
   combination: str = 'mean',
@@ -57,10 +57,10 @@ def value_and_activity_grad(
       `has_aux`, a pair of losses and anything.
     argnums: which positional arguments (pytrees of real floating-point arrays) to differentiate.
     has_aux: see `jax.grad`; aux comes from the unperturbed evaluation.
-    law: the distribution of tangents, for each tap and example.
+    law: the distribution of tangents, for each tap and example; one of `tangents`, or its name.
     passes: number of tangents, K.
-    chunk: how many tangents are in memory at once (rounded down to a divisor of `passes`); None:
-      all. Every chunk re-evaluates the computation after the taps.
+    chunk: how many tangents are in memory at once; None: all. Every chunk re-evaluates the
+      computation after the taps. A chunk of one needs no `vmap`.
     combination: 'mean', or with `separate` also 'projection'; see `sampling.combine`.
     shared: one tangent for the whole batch instead of an independent one for every example.
     separate: whether to perturb each tap separately; see `activity.activity_perturbation`.
