@@ -87,7 +87,7 @@ def value_and_forward_grad(
 
     try:
       value, arrays, estimate = _estimate(evaluate, point, key, sampling)
-    except TypeError as error:
+    except (TypeError, NotImplementedError) as error:
       raise explained(error, lambda: jax.make_jaxpr(evaluate)(point)) from error
     gradient = estimate[0] if isinstance(argnums, int) else estimate
     return ((value, static.join(arrays)) if has_aux else value), gradient
