@@ -1,6 +1,7 @@
 """Mistakes that a user can mend, told in one line; below the frames of the user's own files, if any."""
 
 import contextlib
+import difflib
 import pathlib
 import re
 import sys
@@ -114,4 +115,7 @@ def told(error: UserError) -> str:
 def one_of(field: str, given: Any, allowed: Any) -> None:
   """Raises ValueError, in one line, for a value that is not allowed."""
   if given not in allowed:
-    raise ValueError(f'{field} is {given!r}; allowed: {", ".join(map(str, allowed))}')
+    names = [str(one) for one in allowed]
+    near = difflib.get_close_matches(str(given), names, 1)
+    hint = f'did you mean {near[0]!r}? ' if near else ''
+    raise ValueError(f'{field} is {given!r}; {hint}allowed: {", ".join(names)}')

@@ -124,12 +124,9 @@ def test_what_is_refused(fun, options, error, message):
   ('options', 'message'),
   [
     ({'passes': 0}, 'passes=0'),
-    ({'combination': 'sum'}, "combine is 'sum'; allowed: mean"),
-    ({'combination': 'projection'}, "allowed: taps 'separate'"),
-    (
-      {'tap_passes': {'a': 2}},
-      "only where they are perturbed one by one; allowed: taps 'separate'",
-    ),
+    ({'combination': 'sum'}, "the combination is 'sum'; allowed: mean"),
+    ({'combination': 'projection'}, 'allowed: separate=True'),
+    ({'tap_passes': {'a': 2}}, 'only where they are perturbed one by one; allowed: separate=True'),
     ({'tap_passes': {'a': 0}, 'separate': True}, 'passes=0'),
     (
       {'tap_passes': {'a': 4}, 'separate': True, 'chunk': 2, 'combination': 'projection'},

@@ -81,7 +81,7 @@ def test_parts_that_mix_are_named_though_the_estimate_is_refused():
 
 def test_what_could_be_more_local():
   found = diagnose(patches, V, X, draws=100)
-  assert verdicts(found) == {'h': 'could be more local: local_axes=2'}
+  assert verdicts(found) == {'h': 'could be more local: local_axes=2 (of tap or mark)'}
   said = diagnose(functools.partial(patches, local_axes=2), V, X, draws=100, mixes_examples=True)
   assert verdicts(said) == {'h': 'could be more local: mixes_examples=False'}
   assert (said.taps[0].declared.dimensions, said.taps[0].real) == (B * P * C, 2)

@@ -286,7 +286,7 @@ straight_through.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
       (jnp.ones(3),),
       {'combination': 'sum'},
       ValueError,
-      "combine is 'sum'; allowed: mean",
+      "the combination is 'sum'; allowed: mean",
     ),
   ],
 )

@@ -178,4 +178,4 @@ def test_options_that_make_no_sense(options, message):
 def test_sampling_refuses_projection_in_chunks():
   with pytest.raises(ValueError, match='needs all 4 tangents at once'):
     Sampling(tangents.normal, passes=4, chunk=2, combine='projection').check()
-  assert Sampling(passes=6, chunk=4).at_once == 3
+  assert Sampling(passes=6, chunk=4).at_once == 4

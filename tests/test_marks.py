@@ -1,5 +1,7 @@
 """One network written four times (bare, linen, NNX, Equinox): the estimates are equal and right."""
 
+import functools
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from lfg_jax import mark, tap, value_and_activity_grad
 from lfg_jax.estimators import tangents
@@ -200,3 +203,86 @@ def test_the_model_that_was_given_is_not_changed():
 def test_a_type_that_no_layer_has_is_refused(model, message):
   with pytest.raises(ValueError, match=f'no layer is marked; allowed, as `layers`: .*{message}'):
     mark(model, nn.Dense)
+
+
+@pytest.mark.parametrize(
+  ('layers', 'local_axes', 'message'),
+  [
+    ('Linear', 1, "layers is 'Linear'; allowed: a layer type such as nn.Dense, several types, or"),
+    (['Linear'], 1, r"layers is \['Linear'\]; allowed: a layer type"),
+    (None, 1, 'layers is None; allowed: a layer type'),
+    (nnx.Linear, -1, 'local_axes is -1; allowed: 0 or more'),
+    (nnx.Linear, {'out': '2'}, 'allowed: 0 or more, or a mapping from layer types or names'),
+    (nnx.Linear, {'outer': 2}, "local_axes has 'outer', which is no marked layer; .* mix, out"),
+    (
+      nnx.Linear,
+      {nnx.Conv: 2},
+      'local_axes has .*Conv.*, which is no marked layer; allowed: types',
+    ),
+  ],
+)
+def test_a_choice_that_makes_no_sense_is_refused(layers, local_axes, message):
+  with pytest.raises(ValueError, match=message):
+    mark(NNX(nnx.Rngs(0)), layers, local_axes=local_axes)
+
+
+def local_axes_of(jaxpr):
+  """{name: local_axes} of all taps."""
+  found = {}
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'tap':
+      found[eqn.params['name']] = eqn.params['local_axes']
+    for inner in jaxprs_in_params(eqn.params):
+      found |= local_axes_of(inner)
+  return found
+
+
+LINEN_PARAMS = {'conv': WEIGHTS['conv'], 'scan': {'mix': WEIGHTS['mix']}, 'out': WEIGHTS['out']}
+LIBRARIES = {
+  'linen': (Linen(), nn.Conv, nn.Dense, lambda m: m.apply({'params': LINEN_PARAMS}, X)),
+  'nnx': (NNX(nnx.Rngs(0)), nnx.Conv, nnx.Linear, lambda m: m(X)),
+  'equinox': (EMPTY, eqx.nn.Conv, eqx.nn.Linear, lambda m: m(X[0])),
+}
+
+
+@pytest.mark.parametrize(
+  ('by', 'expected'), [('number', (2, 2)), ('type', (2, 1)), ('name', (2, 0))]
+)
+@pytest.mark.parametrize('name', LIBRARIES)
+def test_local_axes_by_type_or_name(name, by, expected):
+  model, conv, linear, run = LIBRARIES[name]
+  local_axes = {'number': 2, 'type': {conv: 2}, 'name': {'c*': 2, 'conv': 3, '*out': 0}}[by]
+  marked = mark(model, (conv, linear), local_axes=local_axes)
+  found = local_axes_of(jax.make_jaxpr(lambda: run(marked))().jaxpr)
+  assert (found['conv'], found['out']) == expected
+
+
+def test_marks_of_linen_are_checked_when_layers_are_called():
+  marked = mark(Linen(), nn.Conv, local_axes={'conf': 2})
+  with pytest.raises(ValueError, match=r"local_axes has 'conf', which is no marked layer; .* conv"):
+    LIBRARIES['linen'][3](marked)
+
+
+def test_the_first_rule_that_fits_counts():
+  marked = mark(NNX(nnx.Rngs(0)), nnx.Linear, local_axes={'mix': 3, nnx.Linear: 2, '*': 1})
+  found = local_axes_of(jax.make_jaxpr(lambda: marked(X))().jaxpr)
+  assert found == {'mix': 3, 'out': 2}
+
+
+@pytest.mark.parametrize('name', LIBRARIES)
+def test_a_model_marked_in_every_step_is_compiled_once(name):
+  traces = []
+  model, conv, linear, run = LIBRARIES[name]
+
+  def counted(model):
+    traces.append(1)
+    return run(model)
+
+  jits = {'linen': functools.partial(jax.jit, static_argnums=0), 'nnx': nnx.jit}
+  step = jits.get(name, eqx.filter_jit)(counted)
+  for _ in range(3):
+    step(mark(model, linear))
+  assert len(traces) == 1
+  for changed in (mark(model, conv), mark(model, linear, local_axes=2)):
+    step(changed)
+  assert len(traces) == 3

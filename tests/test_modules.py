@@ -182,7 +182,7 @@ class SharedPosition(nn.Module):
 
 
 @pytest.mark.parametrize(('model', 'layers', 'message'), [
-    (MLP(), nn.Conv, 'no layer is marked; allowed, as `layers`: types or a predicate that fit some of Dense_0, Dense'),
+    (MLP(), nn.Conv, 'no layer is marked; allowed, as `layers`: types or a predicate that fit some of Dense, MLP'),
     (SharedPosition(), nn.Dense, r"tap 'position' has shape \(4, 4\) and local_axes=[01]; allowed: 3, the number"),
 ])  # fmt: skip
 def test_what_is_refused(model, layers, message):

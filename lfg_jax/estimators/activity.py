@@ -1,5 +1,6 @@
 """Activity perturbation: tangents at the taps (equation 4 of the paper)."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,14 +9,22 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.estimators import tangents
-from lfg_jax.estimators.derivatives import Derivative, jvp_derivative
+from lfg_jax.estimators.derivatives import Derivative, along_each, jvp_derivative
 from lfg_jax.estimators.feedback import reverse_with_signals
 from lfg_jax.estimators.guesses import Guess, Learned, corrected, cotangents, regression
-from lfg_jax.estimators.sampling import Sampling, after, combine, each_chunk, sum_over_chunks
+from lfg_jax.estimators.sampling import (
+  Sampling,
+  after,
+  combine,
+  each_chunk,
+  sum_over_chunks,
+  tangent_key,
+)
 from lfg_jax.estimators.signature import GradFn, Losses, LossFn, PyTree
 from lfg_jax.estimators.tangents import Passes
 from lfg_jax.estimators.taps import Tap
 from lfg_jax.estimators.traced import Traced, perturb, record
+from lfg_jax.promotion import upcast
 
 Names = Callable[[str], bool]
 
@@ -81,7 +90,7 @@ def activity_perturbation(
     return sampling._replace(passes=passes_of(name)) if passes_of else sampling
 
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
-    traced = trace(fun, params, *args)
+    traced, key = trace(fun, params, *args), tangent_key(key)
     taps = traced.taps
     keys = dict(zip(taps, jax.random.split(key, max(len(taps), 1)), strict=False))
     perturbed = {name: tap for name, tap in taps.items() if is_perturbed(name)}
@@ -132,15 +141,15 @@ def check_options(
   """Raises ValueError for options of `activity_perturbation` that contradict each other."""
   sampling.check()
   if sampling.combine == 'projection' and not separate:
-    raise ValueError("combine='projection' takes the taps one by one; allowed: taps 'separate'")
+    raise ValueError('a projection takes the taps one by one; allowed: separate=True')
   if has_guess and not separate:
     raise ValueError(
-      "a guess is of one tap's derivative, not of the sum over taps; allowed: taps 'separate'"
+      "a guess is of one tap's derivative, not of the sum over taps; allowed: separate=True"
     )
   if has_own_passes and not separate:
     raise ValueError(
       'taps have numbers of passes of their own only where they are perturbed one '
-      "by one; allowed: taps 'separate'"
+      'by one; allowed: separate=True'
     )
 
 
@@ -149,7 +158,7 @@ def _check_shared(taps: Mapping[str, Tap]) -> None:
     if tap.local_axes == 0:
       raise ValueError(
         f'tap {name!r} influences the losses of other examples, and one tangent for '
-        'the whole batch cannot tell the examples apart; allowed: an independent '
+        'the whole batch cannot tell the examples apart; allowed: shared=False, an independent '
         'one for every example'
       )
 
@@ -175,7 +184,7 @@ def _slopes(
   shapes = jax.eval_shape(lambda: draw(Passes(1)))
   at_rest = {name: jnp.zeros(u.shape[1:], u.dtype) for name, u in shapes.items()}
   along = derivative(evaluate, at_rest, sampling.at_once < sampling.passes)
-  return each_chunk(lambda passes: jax.vmap(along)(draw(passes)), sampling)
+  return each_chunk(lambda passes: along_each(along, draw(passes)), sampling)
 
 
 def _signal(
@@ -202,7 +211,7 @@ def _guessed_slope(
 ) -> jax.Array:
   """h·u of each tangent, [K, *1, B, ...], summed over the axes that the tap's credit covers."""
   axes = (*range(1, 1 + tap.scanned), *range(1 + tap.scanned + tap.local_axes, u_K.ndim))
-  dot_K = (guessed.astype(jnp.float32)[None] * u_K).sum(axes, keepdims=True)
+  dot_K = (upcast(guessed)[None] * upcast(u_K)).sum(axes, keepdims=True)
   return jax.lax.psum(dot_K, axis_name) if tap.local_axes == 0 and axis_name else dot_K
 
 
@@ -215,7 +224,8 @@ def draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap, passes: Passes) ->
   batch, *rest = tap.shape[tap.scanned :]
   own = rest[: max(tap.local_axes, 1) - 1]
   d = math.prod(rest) // math.prod(own)
-  one = lambda k: sampling.law.draw(k, passes, tuple(own), d, tap.dtype).reshape(-1, *rest)
+  law = tangents.as_law(sampling.law)
+  one = lambda k: law.draw(k, passes, tuple(own), d, tap.dtype).reshape(-1, *rest)
   if sampling.shared:
     draw = lambda k: one(k)[:, None]
   else:
@@ -237,6 +247,6 @@ def credit(tap: Tap, dL: Losses, axis_name: str | None = None) -> jax.Array:
     summed = d.sum(tuple(range(tap.local_axes, d.ndim)))
     return summed.reshape(summed.shape + (1,) * (tap.ndim - summed.ndim))
 
-  influenced = sum((one(d) for d in jax.tree.leaves(dL)), jnp.float32(0))
+  influenced = functools.reduce(jnp.add, [one(d) for d in jax.tree.leaves(dL)])
   is_global = tap.local_axes == 0 and axis_name
   return jax.lax.psum(influenced, axis_name) if is_global else influenced

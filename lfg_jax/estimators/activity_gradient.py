@@ -34,7 +34,7 @@ def value_and_activity_grad(
   argnums: int | Sequence[int] = 0,
   has_aux: bool = False,
   *,
-  law: tangents.Law = tangents.rademacher,
+  law: tangents.Law | str = tangents.rademacher,
   passes: int = 1,
   chunk: int | None = None,
   combination: str = 'mean',
@@ -48,20 +48,21 @@ def value_and_activity_grad(
   axis_name: str | None = None,
   derivative: Derivative | None = None,
 ) -> Callable:
-  """The mean loss and an estimate of its gradient, from forward derivatives at the taps of `fun`.
+  """The objective and an estimate of its gradient, from forward derivatives at the taps of `fun`.
 
-  The objective is the sum of all losses divided by the number of examples. `fun` is traced once,
-  as with `jax.jit`.
+  The objective is the sum of all losses divided by the number B of examples: the mean of losses
+  [B], but T times the mean of losses [B, T] of tokens. For that mean, return `losses / T`; with a
+  mask, `losses * mask * (B / mask.sum())`. `fun` is traced once, as with `jax.jit`.
 
   Args:
     fun: returns losses, one array or a pytree of arrays, with examples on the first axis; with
       `has_aux`, a pair of losses and anything.
     argnums: which positional arguments (pytrees of real floating-point arrays) to differentiate.
     has_aux: see `jax.grad`; aux comes from the unperturbed evaluation.
-    law: the distribution of tangents, for each tap and example.
+    law: the distribution of tangents, for each tap and example; one of `tangents`, or its name.
     passes: number of tangents, K.
-    chunk: how many tangents are in memory at once (rounded down to a divisor of `passes`); None:
-      all. Every chunk re-evaluates the computation after the taps.
+    chunk: how many tangents are in memory at once; None: all. Every chunk re-evaluates the
+      computation after the taps. A chunk of one needs no `vmap`.
     combination: 'mean', or with `separate` also 'projection'; see `sampling.combine`.
     shared: one tangent for the whole batch instead of an independent one for every example.
     separate: whether to perturb each tap separately; see `activity.activity_perturbation`.
@@ -129,7 +130,7 @@ def value_and_activity_grad(
     )
     try:
       (losses, aux), gradient = estimator(point, key)
-    except TypeError as error:
+    except (TypeError, NotImplementedError) as error:
       raise explained(error, lambda: traced.jaxpr) from error
     value = total(losses)
     gradient = gradient[0] if isinstance(argnums, int) else gradient
@@ -213,10 +214,15 @@ def perturbed_taps(traced: Traced, chosen: Taps, tap_passes: Mapping[str, int] |
   for unknown in sorted((asked | set(tap_passes or {})) - names):
     raise ValueError(f'there is no tap {unknown!r}; allowed: {", ".join(sorted(names))}')
   if chosen is None:
-    return list(traced.taps)
-  if callable(chosen):
-    return [name for name in traced.taps if chosen(name)]
-  return [name for name in traced.taps if {name, traced.calls[name]} & asked]
+    perturbed = list(traced.taps)
+  elif callable(chosen):
+    perturbed = [name for name in traced.taps if chosen(name)]
+  else:
+    perturbed = [name for name in traced.taps if {name, traced.calls[name]} & asked]
+  for name in perturbed:
+    if 0 in traced.taps[name].shape:
+      raise ValueError(f'tap {name!r} has shape {traced.taps[name].shape}; allowed: some entries')
+  return perturbed
 
 
 def _batch(losses: PyTree) -> int:
@@ -235,6 +241,8 @@ def _batch(losses: PyTree) -> int:
       f'losses have the shapes {shapes}; allowed: the same number of examples on '
       'the first axis of all (for a pair of losses and anything, has_aux=True)'
     )
+  if 0 in shapes[0]:
+    raise ValueError(f'losses have the shapes {shapes}; allowed: one example or more')
   for path, leaf in leaves:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise TypeError(

@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lfg_jax.promotion import upcast
+
 SIGMAS = 5.0
 _ZERO = 1e-6  # a leaf with this small a share of the whole gradient is zero up to rounding
 
@@ -128,7 +130,7 @@ def sample(
     at_once: how many draws are kept and compared with each other; even, and at least 6.
     together: for every leaf, whether it belongs to the last group, which has several leaves.
   """
-  norms = [jnp.linalg.norm(t.astype(jnp.float32)) for t in truth]
+  norms = [jnp.linalg.norm(upcast(t)) for t in truth]
   whole = jnp.sqrt(sum(norm**2 for norm, is_in in zip(norms, together, strict=True) if is_in))
   unit_of_all = jnp.where(whole > 0, whole, 1)
   units = jnp.stack([jnp.where(norm > _ZERO * whole, norm, unit_of_all) for norm in norms])
@@ -139,7 +141,7 @@ def sample(
   def chunk(total: list[jax.Array], keys: jax.Array) -> tuple[list[jax.Array], tuple]:
     values = jax.lax.map(estimate, keys)
     errors = [
-      ((x.astype(jnp.float32) - t) / unit).reshape(at_once, -1)
+      ((upcast(x) - t) / unit).reshape(at_once, -1)
       for x, t, unit in zip(values, truth, units, strict=True)
     ]
     along = jnp.stack(

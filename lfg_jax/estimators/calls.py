@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lfg_jax.estimators.walk import backward_only
 
@@ -23,14 +24,28 @@ def positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
   return tuple(n % count for n in numbers)
 
 
-def check_floating(point: tuple) -> None:
-  """Raises TypeError if a differentiated argument is not real floating-point."""
-  for path, leaf in jax.tree_util.tree_leaves_with_path(point):
+def check_floating(numbers: tuple[int, ...], point: tuple) -> None:
+  """Raises TypeError unless the differentiated arguments, of these numbers, are real floating-point.
+
+  Raises:
+    ValueError: they have no entries.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(dict(zip(numbers, point, strict=True)))
+  for (number, *path), leaf in leaves:
+    name = f'argument {number.key}{jax.tree_util.keystr(path)}'
+    if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, int, complex)):
+      raise TypeError(
+        f'{name} is {type(leaf).__name__}, not an array; allowed: arrays only, such as the first of '
+        'eqx.partition(model, eqx.is_inexact_array)'
+      )
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
       raise TypeError(
-        'forward gradients are of real floating-point inputs; argument '
-        f'{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}'
+        f'forward gradients are of real floating-point inputs; {name} has dtype '
+        f'{jnp.result_type(leaf)}'
       )
+  if not any(jnp.size(leaf) for _, leaf in leaves):
+    given = ', '.join(map(str, numbers))
+    raise ValueError(f'argument {given} has no entries; allowed: something to differentiate')
 
 
 def bind(
@@ -45,7 +60,7 @@ def bind(
     kwargs = {**kwargs, 'key': own}
   numbers = positions(argnums, len(args))
   point = tuple(args[n] for n in numbers)
-  check_floating(point)
+  check_floating(numbers, point)
 
   def of_point(point: tuple) -> Any:
     replaced = dict(zip(numbers, point, strict=True))
@@ -95,8 +110,10 @@ class Static:
     return jax.tree.unflatten(self._treedef, leaves)
 
 
-def explained(error: TypeError, jaxpr: Callable[[], Any]) -> TypeError:
-  """The error, or one that names the function without a forward derivative."""
+def explained(error: Exception, jaxpr: Callable[[], Any]) -> Exception:
+  """The error, or one that names the function without a forward derivative, or the way around."""
+  if isinstance(error, NotImplementedError):
+    return NotImplementedError(f'{error}; allowed: chunk=1, which needs no vmap over tangents')
   if 'custom_vjp' not in str(error):
     return error
   names = ', '.join(backward_only(jaxpr())) or 'a function'

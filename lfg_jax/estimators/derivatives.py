@@ -20,6 +20,17 @@ Along = Callable[[PyTree], PyTree]
 Derivative = Callable[[Callable[[PyTree], PyTree], PyTree, bool], Along]
 
 
+def along_each(along: Along, v_K: PyTree) -> PyTree:
+  """along(v) for K tangents, [K, ...]. One tangent needs no `vmap`: not everything has a rule for it.
+
+  >>> along_each(lambda v: 3 * v, jax.numpy.ones(1)).tolist()
+  [3.0]
+  """
+  if jax.tree.leaves(v_K)[0].shape[0] > 1:
+    return jax.vmap(along)(v_K)
+  return jax.tree.map(lambda d: d[None], along(jax.tree.map(lambda v: v[0], v_K)))
+
+
 def jvp_derivative(fn: Callable[[PyTree], PyTree], x: PyTree, in_chunks: bool = False) -> Along:
   """Exact, by `jax.jvp`; for several chunks by `jax.linearize`, which stores what they share.
 

@@ -37,7 +37,7 @@ def diagnose(
   argnums: int | Sequence[int] = 0,
   has_aux: bool = False,
   *,
-  num_tangents: Sequence[int] = (1, 4, 16),
+  num_tangents: int | Sequence[int] = (1, 4, 16),
   draws: int = 1000,
   at_once: int = 20,
   probes: int = 8,
@@ -53,7 +53,8 @@ def diagnose(
     fun: as for `value_and_activity_grad`.
     argnums: which positional arguments to differentiate.
     has_aux: whether `fun` returns a pair of losses and anything.
-    num_tangents: numbers of tangents K, increasing. Bias is tested with the largest.
+    num_tangents: a number of tangents K, or increasing numbers. Bias is tested with the largest.
+      `passes` stands for it too.
     draws: number of estimates for every K. More draws detect a smaller bias.
     at_once: how many estimates are kept in memory and compared with each other; even, and at
       least 6. They are computed one at a time.
@@ -80,8 +81,10 @@ def diagnose(
   >>> check(w, x, key=jax.random.key(1)).problems[0]
   'tap h: too local: declares local_axes=1, influences along axis 0'
   """
-  num_tangents = tuple(num_tangents)
-  _check(num_tangents, draws, at_once, probes, options)
+  given = options.pop('passes', num_tangents)
+  num_tangents = (given,) if isinstance(given, int) else tuple(given)
+  _check(num_tangents, draws, at_once, probes)
+  law = tangents.as_law(options.get('law', tangents.rademacher))
 
   def run(*args: Any, key: jax.Array, **kwargs: Any) -> Diagnosis:
     call, refused = shifted.accepted(Call(fun, argnums, has_aux, options, args, key, kwargs))
@@ -103,7 +106,6 @@ def diagnose(
     ]
     leaves = shifted.named(function.point, 'gradient')
     names = [*(tap.name for tap in function.taps), *leaves, 'all']
-    law = options.get('law', tangents.rademacher)
     found = averaging.accuracies(
       names, num_tangents, sampled, _rounding(exact), is_orthogonal=law.excess(64, 64) == 0
     )
@@ -114,14 +116,8 @@ def diagnose(
   return run
 
 
-def _check(
-  num_tangents: tuple[int, ...], draws: int, at_once: int, probes: int, options: dict[str, Any]
-) -> None:
+def _check(num_tangents: tuple[int, ...], draws: int, at_once: int, probes: int) -> None:
   """Raises ValueError for a number out of range."""
-  if 'passes' in options:
-    raise ValueError(
-      f'passes is {options["passes"]}; allowed here: num_tangents=({options["passes"]},)'
-    )
   if not num_tangents or num_tangents[0] < 1 or list(num_tangents) != sorted(set(num_tangents)):
     raise ValueError(f'num_tangents is {num_tangents}; allowed: increasing numbers, 1 or more')
   if at_once < 6 or at_once % 2 or draws < 1 or probes < 1:

@@ -14,8 +14,13 @@ import numpy as np
 
 from lfg_jax.estimators import tangents
 from lfg_jax.estimators.calls import Static, bind, explained, with_aux
+<<<<<<< HEAD
 from lfg_jax.estimators.derivatives import Derivative, recomputed_jvp
 from lfg_jax.estimators.sampling import Sampling, combine, sum_over_chunks
+=======
+from lfg_jax.estimators.derivatives import along_each, recomputed_jvp
+from lfg_jax.estimators.sampling import Sampling, combine, sum_over_chunks, tangent_key
+>>>>>>> w-b
 from lfg_jax.estimators.tangents import Passes
 
 PyTree = Any
@@ -26,7 +31,7 @@ def value_and_forward_grad(
   argnums: int | Sequence[int] = 0,
   has_aux: bool = False,
   *,
-  law: tangents.Law = tangents.rademacher,
+  law: tangents.Law | str = tangents.rademacher,
   passes: int = 1,
   chunk: int | None = None,
   combination: str = 'mean',
@@ -50,10 +55,11 @@ def value_and_forward_grad(
     fun: returns a scalar, or with `has_aux` a scalar and anything.
     argnums: which positional arguments (pytrees of real floating-point arrays) to differentiate.
     has_aux: see `jax.grad`; aux comes from the unperturbed evaluation.
-    law: the distribution of tangents, over all differentiated entries together.
+    law: the distribution of tangents, over all differentiated entries together; one of `tangents`,
+      or its name.
     passes: number of tangents, K.
-    chunk: how many tangents are in memory at once (rounded down to a divisor of `passes`); None:
-      all. Every chunk evaluates `fun` again, and `fun` is then traced as with `jax.jit`.
+    chunk: how many tangents are in memory at once; None: all. Every chunk evaluates `fun` again,
+      and `fun` is then traced as with `jax.jit`. A chunk of one needs no `vmap`.
     combination: 'mean', or 'projection' onto the tangents' span (too short by K/d, see
       `sampling.combine`).
     derivative: `derivatives.finite_difference(ε)`, one-sided or two-sided, in place of exact forward
@@ -88,8 +94,13 @@ def value_and_forward_grad(
       return _scalar(value), static.split(aux)
 
     try:
+<<<<<<< HEAD
       value, arrays, estimate = _estimate(evaluate, point, key, sampling, derivative)
     except TypeError as error:
+=======
+      value, arrays, estimate = _estimate(evaluate, point, key, sampling)
+    except (TypeError, NotImplementedError) as error:
+>>>>>>> w-b
       raise explained(error, lambda: jax.make_jaxpr(evaluate)(point)) from error
     gradient = estimate[0] if isinstance(argnums, int) else estimate
     return ((value, static.join(arrays)) if has_aux else value), gradient
@@ -146,6 +157,7 @@ def _estimate(
   derivative: Derivative | None,
 ) -> tuple[jax.Array, list[jax.Array], tuple]:
   """(value, aux, estimate). A tangent covers all entries, so orthogonality holds for the whole."""
+  key = tangent_key(key)
   leaves, treedef = jax.tree.flatten(point)
   shapes, dtypes = [jnp.shape(leaf) for leaf in leaves], [jnp.result_type(leaf) for leaf in leaves]
   ends = np.cumsum([math.prod(shape) for shape in shapes])
@@ -161,8 +173,10 @@ def _estimate(
     [leaf.ravel().astype(wide) for leaf in jax.tree.leaves(tree)]
   )
 
+  law = tangents.as_law(sampling.law)
+
   def draw(passes: Passes) -> jax.Array:
-    u_KxD = sampling.law.draw(key, passes, (), int(ends[-1]), wide)
+    u_KxD = law.draw(key, passes, (), int(ends[-1]), wide)
     # Use each tangent as rounded to the parameters' types.
     return u_KxD if set(dtypes) == {wide} else jax.vmap(lambda u: ravel(unravel(u)))(u_KxD)
 
@@ -170,7 +184,11 @@ def _estimate(
   if sampling.at_once == sampling.passes and derivative is None:
     u_KxD = draw(Passes(sampling.passes))
     along = lambda u: jax.jvp(evaluate, (point,), (unravel(u),), has_aux=True)
-    value, slope_K, aux = jax.vmap(along, out_axes=(None, 0, None))(u_KxD)
+    # A function such as a Pallas kernel computes value and derivative in one, so there are K values.
+    value_K, slope_K, aux_K = along_each(along, u_KxD)
+    value, aux = jax.tree.map(
+      lambda x: jax.lax.index_in_dim(x, 0, keepdims=False), (value_K, aux_K)
+    )
     return value, aux, unravel(mean(slope_K, u_KxD))
 
   once = jax.jit(evaluate)  # traced once for all chunks
@@ -179,6 +197,6 @@ def _estimate(
 
   def part(passes: Passes) -> jax.Array:
     u_KxD = draw(passes)
-    return mean(jax.vmap(lambda u: slope(unravel(u)))(u_KxD), u_KxD)
+    return mean(along_each(lambda u: slope(unravel(u)), u_KxD), u_KxD)
 
   return value, aux, unravel(sum_over_chunks(part, sampling))

@@ -28,18 +28,20 @@ span of W's rows. If W has fewer rows than columns, a guess from upstream weight
 in this form is unbiased, and its error grows only with the number of rows.
 """
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.estimators.tangents import Law, Passes, normal
+from lfg_jax.estimators.tangents import Law, Passes, as_law, normal
 
 
-def _basis(guide_MxD: jax.Array) -> jax.Array:
-  """Orthonormal rows [M, D] of the same span."""
-  return jnp.linalg.qr(guide_MxD.T)[0].T
+def _basis(guide_MxD: jax.Array, dtype: Any) -> jax.Array:
+  """Orthonormal rows [M, D] of the same span; they are as orthonormal as the dtype allows."""
+  wide = functools.reduce(jnp.promote_types, (guide_MxD.dtype, dtype), jnp.float32)
+  return jnp.linalg.qr(guide_MxD.T.astype(wide))[0].T.astype(dtype)
 
 
 def _check(guide_MxD: jax.Array, d: int) -> None:
@@ -65,7 +67,7 @@ def along(guide_MxD: jax.Array) -> Law:
       raise ValueError(
         f'{passes.total} passes along a guide of {len(guide_MxD)} directions; allowed: as many'
       )
-    rows_K = math.sqrt(passes.total) * _basis(guide_MxD)[passes.ids_K].astype(dtype)
+    rows_K = math.sqrt(passes.total) * _basis(guide_MxD, dtype)[passes.ids_K]
     return jnp.broadcast_to(rows_K.reshape(-1, *[1] * len(shape), d), (len(rows_K), *shape, d))
 
   return Law(draw, lambda d, K: max(1 - K / d, 0))
@@ -86,7 +88,7 @@ def mixed(guide_MxD: jax.Array) -> Law:
       raise ValueError(
         f'{K} passes for a guide of {M} directions; allowed: more, the others are random'
       )
-    basis_MxD = _basis(guide_MxD).astype(dtype)
+    basis_MxD = _basis(guide_MxD, dtype)
     v = normal.draw(key, passes, shape, d, dtype)
     rest = math.sqrt(K / (K - M)) * (v - (v @ basis_MxD.T) @ basis_MxD)
     ids_K = passes.ids_K.reshape(-1, *[1] * (len(shape) + 1))
@@ -98,12 +100,12 @@ def mixed(guide_MxD: jax.Array) -> Law:
   return Law(draw, lambda d, K: normal.excess(d - M, K - M) * (1 - M / d))
 
 
-def within(guide_MxD: jax.Array, law: Law = normal) -> Law:
+def within(guide_MxD: jax.Array, law: Law | str = normal) -> Law:
   """Tangents of another law inside the guide's span. Unbiased only for gradients in the span."""
-  M = len(guide_MxD)
+  M, inner = len(guide_MxD), as_law(law)
 
   def draw(key: jax.Array, passes: Passes, shape: tuple[int, ...], d: int, dtype: Any) -> jax.Array:
     _check(guide_MxD, d)
-    return law.draw(key, passes, shape, M, dtype) @ _basis(guide_MxD).astype(dtype)
+    return inner.draw(key, passes, shape, M, dtype) @ _basis(guide_MxD, dtype)
 
-  return Law(draw, lambda d, K: law.excess(M, K) * M / d + 1 - M / d)
+  return Law(draw, lambda d, K: inner.excess(M, K) * M / d + 1 - M / d)

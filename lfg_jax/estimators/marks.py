@@ -8,16 +8,16 @@ The model's code stays as it is.
 
     graph, params, rest = nnx.split(lfg_jax.mark(model, nnx.Linear), nnx.Param, ...)    # Flax NNX
 
-    def losses(model, x, y):                                            # Equinox
-      logits = jax.vmap(lfg_jax.mark(model, eqx.nn.Linear))(x)
-      return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    params, rest = eqx.partition(lfg_jax.mark(model, eqx.nn.Linear), eqx.is_inexact_array)  # Equinox
 
 A tap is named after its layer's path; a layer that is called twice has one tap per call.
 """
 
 import copy
+import fnmatch
+import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -29,62 +29,126 @@ from flax.core.scope import DenyList, subtract_filters, union_filters
 from lfg_jax.estimators.taps import tap
 
 PyTree = Any
-Layers = type | Sequence[type] | Callable[[Any], bool]
+Layers = type | Collection[type] | Callable[[Any], bool]
+LocalAxes = int | Mapping[type | str, int]
 
 
-def mark(model: Any, layers: Layers) -> Any:
+def mark(model: Any, layers: Layers, *, local_axes: LocalAxes = 1) -> Any:
   """The model, with taps at the outputs of some layers. The given model is not changed.
 
   Args:
     model: a Flax linen or NNX module, or an Equinox module (or another pytree of layers).
     layers: a layer type, several types, or a predicate of a layer.
+    local_axes: of the taps, see `tap`; or a mapping from layer types or names (`'block/Dense_0'`,
+      `'*/Dense_0'`) to it. The first that fits a layer counts; other layers have 1.
 
   Returns:
     For linen, an object with the model's `apply` and `init`; otherwise a copy of the model, whose
-    parameters keep their paths and values.
+    parameters keep their paths and values. Models that are marked alike have the same types, so a
+    jitted function of them is compiled once.
 
   Raises:
-    ValueError: no layer fits. (With linen, `apply` raises it, because layers are created when
-      called.)
+    ValueError: no layer fits `layers`, or none a type or name in `local_axes`. (With linen, `apply`
+      raises it, because layers are created when called.)
 
   >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
   >>> marked = mark(model, nnx.Linear)
   >>> str(jax.make_jaxpr(marked)(jnp.ones((1, 2)))).count('tap[')
   1
   """
-  is_marked = _matcher(layers)
+  choice = _choice(layers, local_axes)
   if isinstance(model, nn.Module):
-    return MarkedLinen(model, is_marked, tuple(layers) if isinstance(layers, Sequence) else layers)
+    return MarkedLinen(model, choice)
   mark_copy = _mark_nnx if isinstance(model, nnx.Module) else _mark_tree
-  return mark_copy(model, is_marked)
+  return mark_copy(model, choice)
 
 
-def _matcher(layers: Layers) -> Callable[[Any], bool]:
-  if isinstance(layers, (type, Sequence)):
-    kinds = layers if isinstance(layers, type) else tuple(layers)
-    return lambda layer: isinstance(layer, kinds)
-  return layers
+class Layer(NamedTuple):
+  """A layer of a model, its name, and whether it is marked."""
+
+  itself: Any
+  name: str
+  is_marked: bool
 
 
-def _tapped(output: PyTree, name: str) -> PyTree:
+class Choice(NamedTuple):
+  """Which layers are marked, and how local their taps are. Equal choices are equal keys.
+
+  Attributes:
+    layers: types, or a predicate of a layer.
+    local_axes: of all taps, or by type or name.
+  """
+
+  layers: tuple[type, ...] | Callable[[Any], bool]
+  local_axes: int | tuple[tuple[type | str, int], ...]
+
+  def is_marked(self, layer: Any) -> bool:
+    """Whether the layer has a tap."""
+    if isinstance(self.layers, tuple):
+      return isinstance(layer, self.layers)
+    return self.layers(layer)
+
+  def local_axes_of(self, layer: Any, name: str) -> int:
+    """That of a marked layer's tap."""
+    if isinstance(self.local_axes, int):
+      return self.local_axes
+    return next((axes for rule, axes in self.local_axes if _fits(rule, layer, name)), 1)
+
+  def problem(self, layers: Sequence[Layer]) -> str | None:
+    """Why these layers cannot be marked; None if they can."""
+    marked = [layer for layer in layers if layer.is_marked]
+    if not marked:
+      kinds = ', '.join(sorted({type(layer.itself).__name__ for layer in layers}))
+      return (
+        f'no layer is marked; allowed, as `layers`: types or a predicate that fit some of {kinds}'
+      )
+    rules = () if isinstance(self.local_axes, int) else self.local_axes
+    for rule, _ in rules:
+      if not any(_fits(rule, layer.itself, layer.name) for layer in marked):
+        names = ', '.join(layer.name for layer in marked)
+        return (
+          f'local_axes has {rule!r}, which is no marked layer; allowed: types, or some of {names}'
+        )
+    return None
+
+
+def _choice(layers: Layers, local_axes: LocalAxes) -> Choice:
+  kinds = (layers,) if isinstance(layers, type) else layers
+  if isinstance(kinds, Collection) and all(isinstance(kind, type) for kind in kinds):
+    kinds = tuple(kinds)
+  elif not callable(kinds):
+    raise ValueError(
+      f'layers is {layers!r}; allowed: a layer type such as nn.Dense, several types, or a predicate '
+      'of a layer'
+    )
+  pairs = tuple(local_axes.items()) if isinstance(local_axes, Mapping) else ((type, local_axes),)
+  for rule, axes in pairs:
+    if not isinstance(rule, (type, str)) or not isinstance(axes, int) or axes < 0:
+      raise ValueError(
+        f'local_axes is {local_axes!r}; allowed: 0 or more, or a mapping from layer types or names'
+      )
+  return Choice(kinds, pairs if isinstance(local_axes, Mapping) else local_axes)
+
+
+def _fits(rule: type | str, layer: Any, name: str) -> bool:
+  return isinstance(layer, rule) if isinstance(rule, type) else fnmatch.fnmatchcase(name, rule)
+
+
+def _tapped(output: PyTree, name: str, local_axes: int) -> PyTree:
   """A layer's output, with taps at all its floating-point arrays."""
-  is_floating = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-  return jax.tree.map(lambda leaf: tap(leaf, name) if is_floating(leaf) else leaf, output)
 
+  def one(leaf: Any) -> Any:
+    is_floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return tap(leaf, name, local_axes=local_axes) if is_floating else leaf
 
-def _none_fits(names: Sequence[str]) -> ValueError:
-  return ValueError(
-    'no layer is marked; allowed, as `layers`: types or a predicate that fit some '
-    f'of {", ".join(sorted(set(names)))}'
-  )
+  return jax.tree.map(one, output)
 
 
 class MarkedLinen(NamedTuple):
   """A linen module that taps its marked layers when applied."""
 
   model: nn.Module
-  is_marked: Callable[[Any], bool]
-  layers: Any
+  choice: Choice
 
   def init(self, *args: Any, **kwargs: Any) -> Any:
     """As `model.init`."""
@@ -93,34 +157,30 @@ class MarkedLinen(NamedTuple):
   def apply(self, variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
     """As `model.apply`."""
     run = lambda tag: self._apply(variables, args, mutable, kwargs, tag)
-    output, called, is_found = run(('marked', self.layers))
-    if not is_found:
+    output, called = run(('marked', self.choice))
+    if self.choice.problem(called):
       # Layers inside an nn.jit that was traced before are not called again. Now all of them are.
-      def names() -> None:
-        nonlocal called, is_found
-        _, called, is_found = run(object())
-
-      jax.eval_shape(names)
-    if not is_found:
-      raise _none_fits(called)
+      jax.eval_shape(lambda: called.extend(run(object())[1]))
+    problem = self.choice.problem(called)
+    if problem:
+      raise ValueError(problem)
     return output
 
   def _apply(
     self, variables: Any, args: tuple, mutable: Any, kwargs: dict, tag: Any
-  ) -> tuple[Any, list[str], bool]:
-    called, is_found = [], False
+  ) -> tuple[Any, list[Layer]]:
+    called: list[Layer] = []
 
     def intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-      nonlocal is_found
       output = next_fun(*args, **kwargs)
       if context.method_name != '__call__':
         return output
-      name = '/'.join(context.module.path)
-      called.append(name or 'the model itself')
-      if not self.is_marked(context.module):
+      layer = context.module
+      name = '/'.join(layer.path) or type(layer).__name__
+      called.append(Layer(layer, name, self.choice.is_marked(layer)))
+      if not called[-1].is_marked:
         return output
-      is_found = True
-      return _tapped(output, name or type(context.module).__name__)
+      return _tapped(output, name, self.choice.local_axes_of(layer, name))
 
     # nn.jit looks up earlier traces by (among other things) what is mutable. An entry that matches
     # no collection separates the traces of differently marked models.
@@ -128,49 +188,57 @@ class MarkedLinen(NamedTuple):
     own = (subtract_filters if deny else union_filters)(mutable, (tag,))
     with nn.intercept_methods(intercept):
       output, updates = self.model.apply(variables, *args, mutable=own, **kwargs)
-    return (output if mutable is False else (output, updates)), called, is_found
+    return (output if mutable is False else (output, updates)), called
 
 
-def _mark_nnx(model: nnx.Module, is_marked: Callable[[Any], bool]) -> nnx.Module:
-  model, kinds, is_found = nnx.clone(model), [], False
-  for path, layer in list(nnx.iter_modules(model)):
-    kinds.append(type(layer).__name__)
-    if is_marked(layer):
-      is_found = True
-      layer.__class__ = _tapping(type(layer), '/'.join(map(str, path)))
-  if not is_found:
-    raise _none_fits(kinds)
+def _mark_nnx(model: nnx.Module, choice: Choice) -> nnx.Module:
+  model = nnx.clone(model)
+  layers = [
+    Layer(layer, '/'.join(map(str, path)) or type(layer).__name__, choice.is_marked(layer))
+    for path, layer in nnx.iter_modules(model)
+  ]
+  problem = choice.problem(layers)
+  if problem:
+    raise ValueError(problem)
+  for layer, name, is_marked in layers:
+    if is_marked:
+      layer.__class__ = _tapping(type(layer), name, choice.local_axes_of(layer, name))
   return model
 
 
-def _mark_tree(model: PyTree, is_marked: Callable[[Any], bool]) -> PyTree:
+def _mark_tree(model: PyTree, choice: Choice) -> PyTree:
   """For Equinox, say, where a module is a frozen dataclass and a pytree."""
-  kinds: list[str] = []
+  layers: list[Layer] = []
 
   def is_leaf(node: Any) -> bool:
-    if callable(node):
-      kinds.append(type(node).__name__)
-    return is_marked(node)
+    is_marked = choice.is_marked(node)
+    if callable(node) and not is_marked:
+      layers.append(Layer(node, '', False))
+    return is_marked
 
   def one(path: tuple, node: Any) -> Any:
-    if not is_marked(node):
+    if not choice.is_marked(node):
       return node
+    name = jax.tree_util.keystr(path, simple=True, separator='/') or type(node).__name__
+    layers.append(Layer(node, name, True))
     marked = copy.copy(node)
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    object.__setattr__(marked, '__class__', _tapping(type(node), name))  # it is frozen
+    kind = _tapping(type(node), name, choice.local_axes_of(node, name))
+    object.__setattr__(marked, '__class__', kind)  # it is frozen
     return marked
 
   marked = jax.tree_util.tree_map_with_path(one, model, is_leaf=is_leaf)
-  if not any(map(is_marked, jax.tree.leaves(model, is_leaf=is_marked))):
-    raise _none_fits(kinds)
+  problem = choice.problem(layers)
+  if problem:
+    raise ValueError(problem)
   return marked
 
 
-def _tapping(kind: Any, name: str) -> type:
+@functools.cache  # one class for every mark: JAX compiles anew for a type that it does not know
+def _tapping(kind: Any, name: str, local_axes: int) -> type:
   """A subclass of a layer type that taps its output."""
 
   def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return _tapped(kind.__call__(self, *args, **kwargs), name or kind.__name__)
+    return _tapped(kind.__call__(self, *args, **kwargs), name, local_axes)
 
   body = lambda names: names.update(__call__=call)
   return types.new_class(kind.__name__, (kind,), exec_body=body)

@@ -203,6 +203,7 @@ def _compare(tap: Declared, real: int, mixed: frozenset[int], here: frozenset[in
     axes = ', '.join(map(str, wrong))
     return f'too local: declares local_axes={tap.credited}, influences along axis {axes}{where}'
   if math.prod(tap.shape[tap.credited : real]) > 1:
-    option = 'mixes_examples=False' if real == tap.local_axes else f'local_axes={real}'
+    option = f'local_axes={real} (of tap or mark)'
+    option = 'mixes_examples=False' if real == tap.local_axes else option
     return f'could be more local: {option}'
   return 'ok'

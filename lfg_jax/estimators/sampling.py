@@ -1,5 +1,6 @@
 """How many tangents to draw, how many at once, and how to combine their derivatives."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,18 +19,18 @@ class Sampling(NamedTuple):
   """How tangents are drawn and combined.
 
   Attributes:
-    law: the distribution of the tangents of all passes, from `tangents`.
+    law: the distribution of the tangents of all passes, one of `tangents` or its name.
     passes: number of tangents, K; they share one primal evaluation.
     shared: whether the whole batch shares one tangent, or every example has an independent one.
     axis_name: mesh axis over which the batch is sharded; noise follows the example's global place.
-    chunk: how many passes are in memory at once (rounded down to a divisor of `passes`); None: all.
+    chunk: how many passes are in memory at once; None: all. 7 passes in chunks of 4 run as 3 and 4.
       With several chunks, what the derivatives need of the primal is stored, as in backprop.
     combine: 'mean' or 'projection'; see `combine`.
     part: which part of this device's share of the batch is given.
     rows: how many consecutive rows of the batch share a tangent (2: both views of an example).
   """
 
-  law: tangents.Law = tangents.rademacher
+  law: tangents.Law | str = tangents.rademacher
   passes: int = 1
   shared: bool = False
   axis_name: str | None = None
@@ -41,19 +42,43 @@ class Sampling(NamedTuple):
   @property
   def at_once(self) -> int:
     """Number of passes in one chunk."""
-    limit = min(self.chunk or self.passes, self.passes)
-    return max(n for n in range(1, limit + 1) if self.passes % n == 0)
+    return min(self.chunk or self.passes, self.passes)
 
   def check(self) -> None:
-    """Raises ValueError for options that contradict each other."""
+    """Raises ValueError for an unknown law or options that contradict each other."""
+    tangents.as_law(self.law)
     if self.combine not in COMBINATIONS:
-      raise ValueError(f'combine is {self.combine!r}; allowed: {", ".join(COMBINATIONS)}')
+      raise ValueError(f'the combination is {self.combine!r}; allowed: {", ".join(COMBINATIONS)}')
     if self.passes < 1 or (self.chunk is not None and self.chunk < 1):
       raise ValueError(f'passes={self.passes}, chunk={self.chunk}; allowed: 1 or more')
     if self.combine == 'projection' and self.at_once < self.passes:
       raise ValueError(
-        f"combine='projection' needs all {self.passes} tangents at once; allowed: chunk=None"
+        f'a projection needs all {self.passes} tangents at once; allowed: chunk=None'
       )
+
+
+def tangent_key(key: jax.Array) -> jax.Array:
+  """A threefry key: from it, the same numbers are drawn every time, whatever `vmap` has mapped.
+
+  Tangents are drawn twice, where the losses' derivatives are measured and where they are used.
+  Under `vmap`, a key of another generator ('rbg', 'unsafe_rbg') may give two draws different
+  numbers, and then the estimate's mean is not the gradient. A threefry key is returned as it is.
+
+  Raises:
+    ValueError: there are several keys.
+
+  >>> key = tangent_key(jax.random.key(0, impl='rbg'))
+  >>> str(jax.random.key_impl(key))
+  'threefry2x32'
+  """
+  if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+    key = jax.random.wrap_key_data(key)
+  if key.ndim:
+    raise ValueError(f'key has shape {key.shape}; allowed: one key, or jax.vmap over several')
+  if jax.random.key_impl(key) == 'threefry2x32':
+    return key
+  words = jax.random.key_data(key).ravel().astype(jnp.uint32)
+  return functools.reduce(jax.random.fold_in, words, jax.random.key(0, impl='threefry2x32'))
 
 
 def after(key: jax.Array, x: PyTree) -> jax.Array:
@@ -71,12 +96,16 @@ def after(key: jax.Array, x: PyTree) -> jax.Array:
 
 
 def each_chunk(part: Callable[[Passes], PyTree], sampling: Sampling) -> PyTree:
-  """part(passes) for all passes, [K, ...], one chunk at a time."""
+  """part(passes) for all passes, [K, ...], one chunk at a time; what is left over comes first."""
   total, count = sampling.passes, sampling.at_once
   if count == total:
     return part(Passes(total))
-  chunks = jax.lax.map(lambda first: part(Passes(total, first, count)), jnp.arange(0, total, count))
-  return jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), chunks)
+  rest = total % count
+  starts = jnp.arange(rest, total, count)
+  chunks = jax.lax.map(lambda first: part(Passes(total, first, count)), starts)
+  whole = jax.tree.map(lambda x: x.reshape(total - rest, *x.shape[2:]), chunks)
+  join = lambda *parts: jnp.concatenate(parts)
+  return jax.tree.map(join, part(Passes(total, 0, rest)), whole) if rest else whole
 
 
 def sum_over_chunks(part: Callable[[Passes], PyTree], sampling: Sampling) -> PyTree:
@@ -89,8 +118,8 @@ def sum_over_chunks(part: Callable[[Passes], PyTree], sampling: Sampling) -> PyT
     return jax.tree.map(jnp.add, so_far, part(Passes(total, first, count))), None
 
   # Not zeros: under shard_map, the sum must vary over the mesh as the parts do.
-  first_part = part(Passes(total, 0, count))
-  return jax.lax.scan(add, first_part, jnp.arange(count, total, count))[0]
+  first = total % count or count
+  return jax.lax.scan(add, part(Passes(total, 0, first)), jnp.arange(first, total, count))[0]
 
 
 def combine(kind: str, slope_K: jax.Array, u_K: jax.Array, passes: int, axes: int = 1) -> jax.Array:

@@ -70,7 +70,7 @@ class Shifted(NamedTuple):
     """Derivatives [n, ...] of the losses, by name, along n shifts of every tap."""
     losses = lambda shifts: jax.tree.leaves(self(shifts, point))
     along = lambda u: jax.jvp(losses, (self.zeros,), (u,))[1]
-    return dict(zip(named(self.losses, 'the losses'), jax.vmap(along)(shifts), strict=True))
+    return dict(zip(named(self.losses, 'the losses'), jax.lax.map(along, shifts), strict=True))
 
   def exact(self) -> list[jax.Array]:
     """The gradient with respect to the shifts, then to the leaves of the point."""

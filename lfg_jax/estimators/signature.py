@@ -9,6 +9,7 @@ shape with examples first, rather than a scalar, because an estimator credits a 
 with the entries that it can influence.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ def total(losses: Losses) -> jax.Array:
   >>> total((jnp.ones(3), jnp.ones((3, 2)))).item()
   9.0
   """
-  return sum((leaf.sum() for leaf in jax.tree.leaves(losses)), jnp.float32(0))
+  return functools.reduce(jnp.add, [leaf.sum() for leaf in jax.tree.leaves(losses)])
 
 
 def objective(fun: LossFn) -> Callable[..., tuple[jax.Array, tuple[Losses, dict[str, Any]]]]:

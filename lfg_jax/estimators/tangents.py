@@ -182,6 +182,23 @@ LAWS = {
 }
 
 
+def as_law(law: Law | str) -> Law:
+  """A law, or the one with this name.
+
+  Raises:
+    ValueError: it is neither.
+
+  >>> as_law('sphere') is sphere
+  True
+  """
+  if isinstance(law, str):
+    one_of('law', law, LAWS)
+    return LAWS[law]
+  if not isinstance(law, Law):
+    raise ValueError(f'law is {law!r}; allowed: a tangents.Law, or one of {", ".join(LAWS)}')
+  return law
+
+
 def find(name: str, module: str | None = None) -> Law:
   """A law by name, or from a file.
 
@@ -209,7 +226,7 @@ def _check(what: str, law: Law, d: int = 4, passes: int = 2, draws: int = 4096) 
   """Raises ValueError unless E[u uᵀ] = I, as far as this many draws can tell."""
   with user_files.mistakes(what):
     draw = lambda key: law.draw(key, Passes(passes), (), d, jnp.float32)
-    u_NxKxD = jax.vmap(draw)(jax.random.split(jax.random.key(0), draws))
+    u_NxKxD = jax.vmap(draw)(jax.random.split(jax.random.key(0, impl='threefry2x32'), draws))
   if u_NxKxD.shape != (draws, passes, d):
     raise ValueError(
       f'{what}: law draws {u_NxKxD.shape[1:]} for {passes} passes in {d} dimensions; '
@@ -225,7 +242,7 @@ def _check(what: str, law: Law, d: int = 4, passes: int = 2, draws: int = 4096) 
     )
 
 
-def like_tree(law: Law, key: jax.Array, tree: Any, passes: Passes) -> Any:
+def like_tree(law: Law | str, key: jax.Array, tree: Any, passes: Passes) -> Any:
   """Tangents [K, ...] for every leaf of `tree`, in its dtype; independent between leaves.
 
   >>> v = like_tree(rademacher, jax.random.key(0), {'a': jnp.zeros(3), 'b': jnp.zeros((2, 2))}, Passes(5))
@@ -234,7 +251,12 @@ def like_tree(law: Law, key: jax.Array, tree: Any, passes: Passes) -> Any:
   """
   leaves, treedef = jax.tree.flatten(tree)
   keys = jax.random.split(key, max(len(leaves), 1))
-  draw = lambda k, leaf: law.draw(k, passes, (), leaf.size, leaf.dtype).reshape(-1, *leaf.shape)
+
+  def draw(key: jax.Array, leaf: jax.Array) -> jax.Array:
+    if not leaf.size:
+      return jnp.zeros((len(passes.ids_K), *leaf.shape), leaf.dtype)
+    return as_law(law).draw(key, passes, (), leaf.size, leaf.dtype).reshape(-1, *leaf.shape)
+
   return jax.tree.unflatten(treedef, [draw(k, leaf) for k, leaf in zip(keys, leaves, strict=False)])
 
 

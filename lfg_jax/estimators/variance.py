@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from lfg_jax.estimators.tangents import Law
+from lfg_jax.estimators.tangents import Law, as_law
 
 PyTree = Any
 ESTIMATORS = ('weight', 'activity')
@@ -42,7 +42,7 @@ ESTIMATORS = ('weight', 'activity')
 
 def predicted(
   estimator: str,
-  law: Law,
+  law: Law | str,
   passes: int,
   *,
   shared: bool,
@@ -71,12 +71,12 @@ def predicted(
   """
   if estimator not in ESTIMATORS:
     raise ValueError(f'estimator is {estimator!r}; allowed: {", ".join(ESTIMATORS)}')
-  e = left * law.excess(p * q if estimator == 'weight' else q, passes)
+  e = left * as_law(law).excess(p * q if estimator == 'weight' else q, passes)
   return (1 + e) * V / batch + e * S / (1 if shared else batch)
 
 
 def predicted_taps(
-  law: Law, passes: Sequence[int], dims: Sequence[int], norms: Sequence[float], *, joint: bool
+  law: Law | str, passes: Sequence[int], dims: Sequence[int], norms: Sequence[float], *, joint: bool
 ) -> list[float]:
   """Squared error of each tap's signal for one example (patch, group).
 
@@ -96,13 +96,13 @@ def predicted_taps(
   """
   others = [(sum(norms) - own) * joint for own in norms]
   return [
-    law.excess(d, K) * own + d / K * other
+    as_law(law).excess(d, K) * own + d / K * other
     for K, d, own, other in zip(passes, dims, norms, others, strict=True)
   ]
 
 
 def allocate(
-  law: Law, dims: Sequence[int], norms: Sequence[float], costs: Sequence[float], budget: float
+  law: Law | str, dims: Sequence[int], norms: Sequence[float], costs: Sequence[float], budget: float
 ) -> list[int]:
   """Passes for separate taps that minimise Σ excess(d_i, K_i) |g_i|² subject to Σ c_i K_i ≤ budget.
 
@@ -122,7 +122,7 @@ def allocate(
   >>> allocate(hadamard, dims=[32, 32], norms=[1., 1.], costs=[4., 1.], budget=40.)
   [6, 16]
   """
-  passes, left = [1] * len(dims), budget - sum(costs)
+  passes, left, excess = [1] * len(dims), budget - sum(costs), as_law(law).excess
   if left < 0:
     raise ValueError(
       f'budget is {budget}; allowed: {sum(costs)}, the cost of one pass for each tap, or more'
@@ -130,7 +130,7 @@ def allocate(
 
   def gain(i: int) -> float:
     d, K = dims[i], passes[i]
-    return (law.excess(d, K) - law.excess(d, K + 1)) * norms[i] / costs[i]
+    return (excess(d, K) - excess(d, K + 1)) * norms[i] / costs[i]
 
   heap = [(-gain(i), i) for i in range(len(dims))]
   heapq.heapify(heap)

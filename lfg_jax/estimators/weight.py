@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.estimators import tangents
-from lfg_jax.estimators.derivatives import Derivative, jvp_derivative
-from lfg_jax.estimators.sampling import Sampling, combine, sum_over_chunks
+from lfg_jax.estimators.derivatives import Derivative, along_each, jvp_derivative
+from lfg_jax.estimators.sampling import Sampling, combine, sum_over_chunks, tangent_key
 from lfg_jax.estimators.signature import GradFn, Losses, LossFn, PyTree, total
 from lfg_jax.estimators.tangents import Passes
 
@@ -42,7 +42,10 @@ def weight_perturbation(
   [2.0, 2.0]
   """
 
+  sampling.check()
+
   def shared_run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
+    key = tangent_key(key)
     paths_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     exact = [is_exact(path) for path, _ in paths_leaves]
 
@@ -60,7 +63,7 @@ def weight_perturbation(
 
     def part(passes: Passes) -> list[jax.Array]:
       v_K = tangents.like_tree(sampling.law, key, moving, passes)
-      dL_K = jax.vmap(along)(v_K)
+      dL_K = along_each(along, v_K)
       return [
         combine('mean', _credit(dL_K, v, axis), v, sampling.passes)
         for v, axis in zip(v_K, axes, strict=True)
@@ -75,7 +78,7 @@ def weight_perturbation(
   ) -> tuple[tuple[Losses, dict], PyTree]:
     batch = jax.tree.leaves(args)[0].shape[0]
     keys_B = tangents.fold_in_all(
-      key, tangents.example_ids(batch, sampling.axis_name, sampling.part)
+      tangent_key(key), tangents.example_ids(batch, sampling.axis_name, sampling.part)
     )
     one = lambda k, *example: shared_run(params, k, *jax.tree.map(lambda x: x[None], example))
     (losses, aux), grads_B = jax.vmap(one)(keys_B, *args)
