@@ -56,7 +56,7 @@ class _UnreadError(_NotApartError):
 
 
 # `(operation, axis of each input or None) -> axis of the outputs`, for some axis.
-Rule = Callable[[Operation, list], Any]
+Rule = Callable[..., Any]
 
 
 def moved(eqn: Any, ins: Sequence[Label]) -> Label:
@@ -200,10 +200,10 @@ def _batched(op: Operation, axes: list) -> int:
   return _same(op, axes)
 
 
-def _triangular_solve(op: Operation, axes: list) -> int:
+def _solved(op: Operation, axes: list) -> int:
   """Right-hand sides in the columns of b (rows, unless `left_side`) are solved one by one."""
-  columns = len(op.ins[1]) - (1 if op.params['left_side'] else 2)
-  return columns if axes == [None, columns] else _batched(op, axes)
+  columns = len(op.ins[-1]) - (1 if op.params.get('left_side', True) else 2)
+  return columns if axes == [*[None] * (len(axes) - 1), columns] else _batched(op, axes)
 
 
 def _dot_general(op: Operation, axes: list) -> int:
@@ -318,8 +318,8 @@ _TABLE: list[tuple[Rule | None, str, str]] = [
     (_batched, 'qr', 'full_matrices pivoting use_magma'), (_batched, 'geqrf', 'use_magma'),
     (_batched, 'svd', 'algorithm compute_uv full_matrices subset_by_index'),
     (_batched, 'symmetric_product', 'alpha beta'),
-    (_batched, 'tridiagonal_solve', 'perturb_singular'),
-    (_triangular_solve, 'triangular_solve', 'conjugate_a left_side lower transpose_a unit_diagonal'),
+    (_solved, 'tridiagonal_solve', 'perturb_singular'),
+    (_solved, 'triangular_solve', 'conjugate_a left_side lower transpose_a unit_diagonal'),
     (_dot_general, 'dot_general', 'dimension_numbers precision preferred_element_type out_sharding'),
     (_ragged_dot, 'ragged_dot_general', '''ragged_dot_dimension_numbers group_offset precision
         preferred_element_type out_sharding'''),
