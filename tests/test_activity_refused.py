@@ -45,7 +45,7 @@ loop = lambda w: jax.lax.while_loop(
       lambda w: square(X @ layer(w['a'], jnp.eye(4), 'a')),
       {},
       ValueError,
-      r"tap 'a' has shape \(4, 4\) and local_axes=0; allowed: 3",
+      r"tap 'a' has shape \(4, 4\) and local_axes=1; allowed: 3",
     ),
     (
       lambda w: square(loop(w)),
@@ -111,7 +111,7 @@ loop = lambda w: jax.lax.while_loop(
       lambda w: square(layer(w['a'], X, 'a', local_axes=-1)),
       {},
       ValueError,
-      'local_axes=-1; allowed: 0 or more',
+      "local_axes=-1; allowed: 0 or more, or 'auto'",
     ),
   ],
 )

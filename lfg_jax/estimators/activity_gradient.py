@@ -19,9 +19,10 @@ from lfg_jax.estimators import activity, tangents
 from lfg_jax.estimators.calls import Static, bind, explained, with_aux
 from lfg_jax.estimators.derivatives import Derivative, recomputed_jvp
 from lfg_jax.estimators.mixing import Influence
-from lfg_jax.estimators.mixing_rules import Mixed
+from lfg_jax.estimators.mixing_rules import Digit, Label, Mixed, join
 from lfg_jax.estimators.sampling import Sampling
 from lfg_jax.estimators.signature import total
+from lfg_jax.estimators.taps import Tap
 from lfg_jax.estimators.traced import Traced
 from lfg_jax.promotion import upcast
 
@@ -155,50 +156,88 @@ def _passes_of(traced: Traced, passes: int, tap_passes: Mapping[str, int]) -> Ca
   return lambda name: tap_passes.get(name, tap_passes.get(traced.calls[name], passes))
 
 
-def credited(traced: Traced, perturbed: list[str], mixes_examples: bool | None) -> None:
-  """Checks the shapes of these taps, and sets `local_axes` to 0 where examples mix."""
-  batch = _batch(traced.shape[0])
-  for name in perturbed:
-    tap = traced.taps[name]
-    shape = tap.shape[tap.scanned :]
-    asked = mixes_examples is None and tap.local_axes > 0
-    if mixes_examples or (asked and _mixes(traced, name, shape)):
-      tap = traced.taps[name] = tap._replace(local_axes=0)
-    if shape[:1] != (batch,) or len(shape) < tap.local_axes:
-      raise ValueError(
-        f'tap {name!r} has shape {shape} and local_axes={tap.local_axes}; allowed: '
-        f'{batch}, the number of examples, on its first axis, and that many axes'
-      )
-
-
-def _mixes(traced: Traced, name: str, shape: tuple[int, ...]) -> bool:
-  """Whether this tap influences the losses of other examples.
+def credited(traced: Traced, perturbed: Collection[str], mixes_examples: bool | None) -> None:
+  """Finds the axis of the examples of these taps, and sets `local_axes` to 0 where examples mix.
 
   Raises:
-    ValueError: it influences those of other parts of the example, contrary to its `local_axes`, or
-      the equations do not reveal it.
+    ValueError: a tap has no such axis, influences other parts of its example contrary to its
+      `local_axes`, or the equations do not reveal it.
   """
-  tap, losses = traced.taps[name], jax.tree.leaves(traced.shape[0])
-  is_seed, mixed = [other == name for other in traced.taps], False
-  for axis in range(min(tap.local_axes, len(shape))):
-    influence = Influence(traced.walk, axis, shape[axis])
-    labels = influence.of(traced.jaxpr, is_seed) if shape[axis] > 1 else []
-    for label, loss in zip(labels, losses, strict=False):
-      if label is None or label == axis or loss.ndim <= axis or loss.shape[axis] == 1:
-        continue
-      cause = label.primitive if isinstance(label, Mixed) else 'an axis that is moved'
-      if isinstance(label, Mixed) and not label.is_known:
+  batch, losses = _batch(traced.shape[0]), jax.tree.leaves(traced.shape[0])
+  asked = {
+    name: mixes_examples is None and tap.local_axes > 0 and name in perturbed
+    for name, tap in traced.taps.items()
+  }
+  followed = [_followed(tap, batch) if asked[name] else [] for name, tap in traced.taps.items()]
+  labels = Influence(traced.walk).of(traced.jaxpr, followed) if any(followed) else []
+  for n, (name, tap) in enumerate(traced.taps.items()):
+    reached = {axis: [of[n][m] for of in labels] for m, (axis, _) in enumerate(followed[n])}
+    if name in perturbed:
+      tap, front = _placed(name, tap, batch, reached, losses) if asked[name] else (tap, None)
+      tap = tap._replace(local_axes=0) if mixes_examples else tap
+      shape = tap.shape[tap.scanned :]
+      if front is None and batch in (shape[:1] if mixes_examples is False else shape):
+        front = shape.index(batch)
+      if front is None or len(shape) < front + tap.local_axes:
         raise ValueError(
-          f'whether tap {name!r} influences the losses of other examples cannot be read '
-          f'from {cause}; allowed: mixes_examples=True if it does, False if it does not'
+          f'tap {name!r} has shape {shape} and local_axes={tap.local_axes}; allowed: {batch}, the '
+          'number of examples, on its first axis (or, with mixes_examples=None, on one that leads '
+          'to the first axis of the losses), and that many axes from there'
         )
-      if axis:
-        raise ValueError(
-          f'tap {name!r} has local_axes={tap.local_axes}, but {cause} mixes '
-          f'its axis {axis}; allowed: local_axes={axis}'
-        )
-      mixed = True
-  return mixed
+      traced.taps[name] = tap.with_front(front)
+
+
+def _followed(tap: Tap, batch: int) -> list[tuple[int, int]]:
+  """Axes of a tap that may be those of the examples or of declared parts, and their sizes."""
+  shape = tap.shape[tap.scanned :]
+  parts = len(shape) if tap.is_auto else tap.local_axes
+  places = {a + n for a, size in enumerate(shape) if size == batch for n in range(parts)}
+  return [(axis, size) for axis, size in enumerate(shape) if axis in places and size > 1]
+
+
+def _placed(
+  name: str, tap: Tap, batch: int, reached: dict[int, list[Label]], losses: list[Any]
+) -> tuple[Tap, int | None]:
+  """The tap with the local axes that the equations show, and its axis of the examples."""
+  shape = tap.shape[tap.scanned :]
+  places = [axis for axis, size in enumerate(shape) if size == batch]
+  causes = {axis: _cause(reached.get(axis, []), losses, 0, batch) for axis in places}
+  front = next((axis for axis in places if causes[axis] is None), None)
+  refuse = lambda cause: ValueError(
+    f'whether tap {name!r} influences the losses of other examples cannot be read '
+    f'from {cause}; allowed: mixes_examples=True if it does, False if it does not'
+  )
+  if front is None:
+    if places and not causes[places[0]].is_known:
+      raise refuse(causes[places[0]].cause)
+    return tap._replace(local_axes=0) if places else tap, None
+  for n, axis in enumerate(
+    range(front + 1, len(shape) if tap.is_auto else front + tap.local_axes), 1
+  ):
+    labels = reached.get(axis, [])
+    cause = _cause(labels, losses, n, shape[axis] if axis < len(shape) else 0)
+    if tap.is_auto:
+      if cause or not any(label for label in labels) or all(loss.ndim <= n for loss in losses):
+        break
+      tap = tap._replace(local_axes=n + 1)
+    elif cause and not cause.is_known:
+      raise refuse(cause.cause)
+    elif cause:
+      raise ValueError(
+        f'tap {name!r} has local_axes={tap.local_axes}, but {cause.cause} mixes '
+        f'its axis {axis}; allowed: local_axes={n}'
+      )
+  return tap, front
+
+
+def _cause(labels: list[Label], losses: list[Any], axis: int, size: int) -> Any:
+  """What keeps an axis of a tap from being this axis of the losses, a `Mixed`; None: nothing."""
+  causes: list[Label] = []
+  for label, loss in zip(labels, losses, strict=False):
+    is_own = loss.shape[axis : axis + 1] == (size,) and label == (Digit(axis, size),)
+    if label is not None and not is_own and loss.shape[axis : axis + 1] not in ((), (1,)):
+      causes.append(label if isinstance(label, Mixed) else Mixed('an axis that is moved', True))
+  return join('', causes)
 
 
 def perturbed_taps(traced: Traced, chosen: Taps, tap_passes: Mapping[str, int] | None) -> list[str]:

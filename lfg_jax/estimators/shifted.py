@@ -112,7 +112,20 @@ def shifted(call: Call) -> Shifted:
   if guess is not None:
     options = {**options, 'guess': lambda activities, *_: guess(activities, *args, **kwargs)}
   point = point[0] if isinstance(call.argnums, int) else point
-  taps = [_declared(traced, name, declared[name].local_axes) for name in perturbed]
+  reaches = dict(zip(traced.taps, _reached(traced), strict=True))
+  taps = [
+    Declared(
+      name,
+      tap.shape[tap.scanned :],
+      tap.shape[: tap.scanned],
+      tap.dtype,
+      declared[name].local_axes,
+      tap.local_axes,
+      reaches[name],
+    )
+    for name, tap in traced.taps.items()
+    if name in perturbed
+  ]
   return Shifted(traced, point, taps, options)
 
 
@@ -149,13 +162,12 @@ def named(tree: PyTree, whole: str) -> dict[str, Any]:
   }
 
 
-def _declared(traced: Traced, name: str, local_axes: int) -> Declared:
-  tap = traced.taps[name]
-  shape = tap.shape[tap.scanned :]
-  is_seed = [other == name for other in traced.taps]
-  labels = Influence(traced.walk, 0, shape[0]).of(traced.jaxpr, is_seed)
+def _reached(traced: Traced) -> list[tuple[str, ...]]:
+  """For every tap, the names of the losses that it can influence, by the equations."""
+  axes = [[(tap.front, tap.shape[tap.scanned])] for tap in traced.taps.values()]
+  labels = Influence(traced.walk).of(traced.jaxpr, axes)
   losses = named(traced.shape[0], 'the losses')
-  reaches = tuple(loss for loss, label in zip(losses, labels, strict=False) if label is not None)
-  return Declared(
-    name, shape, tap.shape[: tap.scanned], tap.dtype, local_axes, tap.local_axes, reaches
-  )
+  return [
+    tuple(loss for loss, of in zip(losses, labels, strict=False) if of[n][0] is not None)
+    for n in range(len(axes))
+  ]

@@ -33,24 +33,47 @@ class Tap(NamedTuple):
     dtype: of the activity.
     ndim: number of axes of the activity as the function sees it, without scanned axes.
     local_axes: how many leading axes activity and losses share; see `tap`.
+    is_auto: whether it shares as many as the equations show.
+    front: the axis of the examples in the function; `shape` has it, and its parts, in front.
   """
 
   shape: tuple[int, ...]
   dtype: Any
   ndim: int
   local_axes: int
+  is_auto: bool = False
+  front: int = 0
 
   @property
   def scanned(self) -> int:
     """Number of scanned axes."""
     return len(self.shape) - self.ndim
 
+  def with_front(self, front: int) -> 'Tap':
+    """This tap, if the function has the examples on the axis `front`."""
+    tap = self._replace(front=front)
+    outside = jax.eval_shape(tap.outside, jax.ShapeDtypeStruct(self.shape, self.dtype))
+    return tap._replace(shape=outside.shape) if front else tap
+
+  def outside(self, x: jax.Array) -> jax.Array:
+    """An array with the function's axes, examples first."""
+    return jnp.moveaxis(x, *self._axes) if self.front else x
+
+  def inside(self, x: jax.Array) -> jax.Array:
+    """An array with the examples first, as the function has it."""
+    return jnp.moveaxis(x, *self._axes[::-1]) if self.front else x
+
+  @property
+  def _axes(self) -> tuple[list[int], list[int]]:
+    first = [self.scanned + n for n in range(max(self.local_axes, 1))]
+    return [axis + self.front for axis in first], first
+
 
 def tap(
   z: jax.Array,
   name: str,
   *,
-  local_axes: int = 1,
+  local_axes: int | str = 1,
   active: jax.Array | None = None,
   source: jax.Array | None = None,
 ) -> jax.Array:
@@ -58,7 +81,8 @@ def tap(
 
   Every call is a separate tap. A second call with the same name is known as `name_1`, and so on.
   Inside `vmap`, the mapped axes count as the first axes of `z`, so a function of one example can
-  tap its activities as they are and then be mapped over the batch.
+  tap its activities as they are and then be mapped over the batch. It may be mapped over heads or
+  an ensemble too: the axis of the examples is the one that leads to the first axis of the losses.
 
   Args:
     z: real floating-point, examples first.
@@ -73,7 +97,7 @@ def tap(
 
   Raises:
     TypeError: z is not real floating-point.
-    ValueError: `local_axes` is negative.
+    ValueError: `local_axes` is negative, or text other than 'auto'.
 
   >>> jax.grad(lambda z: (tap(z, 'z') ** 2).sum())(jnp.ones(2)).tolist()
   [2.0, 2.0]
@@ -81,8 +105,8 @@ def tap(
   z = jnp.asarray(z)
   if not jnp.issubdtype(z.dtype, jnp.floating):
     raise TypeError(f'tap {name!r} has dtype {z.dtype}; allowed: real floating-point')
-  if local_axes < 0:
-    raise ValueError(f'tap {name!r} has local_axes={local_axes}; allowed: 0 or more')
+  if local_axes != 'auto' and (isinstance(local_axes, str) or local_axes < 0):
+    raise ValueError(f"tap {name!r} has local_axes={local_axes!r}; allowed: 0 or more, or 'auto'")
   given = {'active': active, 'source': source}
   further = {kind: jnp.broadcast_to(x, z.shape) for kind, x in given.items() if x is not None}
   return tap_p.bind(z, *further.values(), name=name, local_axes=local_axes, further=tuple(further))

@@ -1,5 +1,6 @@
 """A loss function as a jaxpr: its taps, and its value with some action at each tap."""
 
+import collections
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,10 +47,11 @@ class Traced:
       visit: the action at a tap, one of the functions below.
       given: what `visit` is given at each tap; None where missing.
     """
-    of_taps = [given.get(name) for name in self.taps]
+    of_taps = [jax.tree.map(tap.inside, given.get(name)) for name, tap in self.taps.items()]
     outs, records = self.walk.run(self.jaxpr, jax.tree.leaves(args), of_taps, visit)
     out = jax.tree.unflatten(jax.tree.structure(self.shape), outs)
-    return out, dict(zip(self.taps, records, strict=True))
+    named = zip(self.taps.items(), records, strict=True)
+    return out, {name: jax.tree.map(tap.outside, record) for (name, tap), record in named}
 
 
 def without_taps(fun: Callable) -> Callable:
@@ -128,8 +130,10 @@ _WITH_CHECKPOINT_NAMES = Walk(_is_tap_or_checkpoint_name, _refused)
 
 def _tap(found: Found) -> Tap:
   aval = found.eqn.outvars[0].aval
-  local_axes = found.eqn.params.get('local_axes', 1)
-  return Tap((*found.lengths, *aval.shape), aval.dtype, aval.ndim, local_axes)
+  declared = found.eqn.params.get('local_axes', 1)
+  is_auto = declared == 'auto'
+  shape = (*found.lengths, *aval.shape)
+  return Tap(shape, aval.dtype, aval.ndim, 1 if is_auto else declared, is_auto)
 
 
 def _unique(names: list[str]) -> list[str]:
@@ -138,11 +142,11 @@ def _unique(names: list[str]) -> list[str]:
   >>> _unique(['h', 'h_1', 'h', 'h'])
   ['h', 'h_1', 'h_2', 'h_3']
   """
-  unique: list[str] = []
+  unique, given, counts = {}, set(names), collections.Counter()  # type: ignore[var-annotated]
   for name in names:
-    new, count = name, 0
-    while new in unique or (count and new in names):
-      count += 1
-      new = f'{name}_{count}'
-    unique.append(new)
-  return unique
+    new = name
+    while new in unique or (counts[name] and new in given):
+      counts[name] += 1
+      new = f'{name}_{counts[name]}'
+    unique[new] = None
+  return list(unique)

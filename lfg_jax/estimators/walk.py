@@ -66,6 +66,10 @@ class Walk(NamedTuple):
       return [Found(one.eqn, (eqn.params['length'], *one.lengths)) for one in found]
     return found
 
+  def count(self, eqn: Any) -> int:
+    """How many equations are visited in this one."""
+    return len(self.find_in(eqn))
+
   def run(
     self, jaxpr: Any, args: Sequence[Any], given: Sequence[Any], visit: Visit
   ) -> tuple[list, list]:
@@ -85,7 +89,7 @@ class Walk(NamedTuple):
     read = lambda v: v.val if isinstance(v, Literal) else env[v]
     given, records = list(given), []
     for eqn in inner.eqns:
-      count = len(self.find_in(eqn))
+      count = self.count(eqn)
       own, given = given[:count], given[count:]
       ins = [read(v) for v in eqn.invars]
       # The context in which the equation was traced (matmul precision, a mesh, …) applies here too.
