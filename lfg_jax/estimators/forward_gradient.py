@@ -14,13 +14,8 @@ import numpy as np
 
 from lfg_jax.estimators import tangents
 from lfg_jax.estimators.calls import Static, bind, explained, with_aux
-<<<<<<< HEAD
-from lfg_jax.estimators.derivatives import Derivative, recomputed_jvp
-from lfg_jax.estimators.sampling import Sampling, combine, sum_over_chunks
-=======
-from lfg_jax.estimators.derivatives import along_each, recomputed_jvp
+from lfg_jax.estimators.derivatives import Derivative, along_each, recomputed_jvp
 from lfg_jax.estimators.sampling import Sampling, combine, sum_over_chunks, tangent_key
->>>>>>> w-b
 from lfg_jax.estimators.tangents import Passes
 
 PyTree = Any
@@ -94,13 +89,8 @@ def value_and_forward_grad(
       return _scalar(value), static.split(aux)
 
     try:
-<<<<<<< HEAD
       value, arrays, estimate = _estimate(evaluate, point, key, sampling, derivative)
-    except TypeError as error:
-=======
-      value, arrays, estimate = _estimate(evaluate, point, key, sampling)
     except (TypeError, NotImplementedError) as error:
->>>>>>> w-b
       raise explained(error, lambda: jax.make_jaxpr(evaluate)(point)) from error
     gradient = estimate[0] if isinstance(argnums, int) else estimate
     return ((value, static.join(arrays)) if has_aux else value), gradient
