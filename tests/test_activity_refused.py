@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lfg_jax import tap, value_and_activity_grad
+from lfg_jax import diagnose, tap, value_and_activity_grad
 from tests.bare import KEYS, W, X, bare, layer, square, straight_through
 
 
@@ -142,3 +142,53 @@ def test_options_are_checked_before_any_call(options, message):
 def test_integers_are_refused_as_by_jax_grad():
   with pytest.raises(TypeError, match='has dtype int32'):
     value_and_activity_grad(lambda w: square(tap(w * X, 'x')))(3, key=KEYS[5])
+
+
+@pytest.mark.parametrize(
+  ('fun', 'argument', 'message'),
+  [
+    (lambda w: square(layer(w['a'], X, 'a')), {}, 'argument 0 has no entries; allowed: something'),
+    (
+      lambda w: (layer(w['a'], X[:0], 'a') ** 2).sum(-1),
+      W,
+      r'losses have the shapes \[\(0,\)\]; allowed: one example or more',
+    ),
+    (
+      lambda w: square(X @ w['a'] + tap(X[:, :0], 'nothing').sum(-1, keepdims=True)),
+      W,
+      r"tap 'nothing' has shape \(3, 0\); allowed: some entries",
+    ),
+  ],
+)
+def test_what_is_empty_is_refused(fun, argument, message):
+  for gradient in (value_and_activity_grad, diagnose):
+    with pytest.raises(ValueError, match=message):
+      gradient(fun)(argument, key=KEYS[5])
+
+
+def test_an_empty_tap_that_is_not_perturbed_and_an_empty_leaf_do_no_harm():
+  fun = lambda w: square(layer(w['a'], X, 'a') + tap(X[:, :0], 'nothing').sum(-1, keepdims=True))
+  w = {'a': W['a'], 'none': jnp.ones((0, 2))}
+  grads = value_and_activity_grad(fun, taps='a')(w, key=KEYS[5])[1]
+  assert grads['none'].shape == (0, 2) and jnp.isfinite(grads['a']).all()
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'combination': 'projection'}, 'separate=True'),
+    ({'guess': lambda *_: {}}, 'separate=True'),
+    ({'combination': 'projection', 'separate': True, 'chunk': 1, 'passes': 2}, 'chunk=None'),
+    ({'shared': True, 'mixes_examples': True}, 'shared=False'),
+  ],
+  ids=['projection', 'guess', 'projection in chunks', 'shared'],
+)
+def test_what_is_allowed_is_said_in_the_words_of_the_function(options, message):
+  """What the message allows is an argument, and with it the call works."""
+  run = lambda **options: value_and_activity_grad(
+    lambda w: square(layer(w['a'], X, 'a')), **options
+  )(W, key=KEYS[5])
+  with pytest.raises(ValueError, match=f'allowed: {message}'):
+    run(**options)
+  name, value = message.split('=')
+  run(**{**options, name: {'True': True, 'False': False, 'None': None}[value]})

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 import lfg_jax
@@ -276,3 +277,27 @@ def test_what_the_gradient_refuses_is_refused():
     lfg_jax.diagnose(lambda v: jnp.square(X @ v['a']).sum((1, 2)))(V, key=KEY)
   with pytest.raises(ValueError, match="no tap 'unknown'"):
     lfg_jax.diagnose(patches, taps='unknown')(V, X, key=KEY)
+
+
+@pytest.mark.parametrize('options', [{'passes': 2}, {'num_tangents': 2}, {'num_tangents': (2,)}])
+def test_the_number_of_tangents_by_any_of_its_names(options):
+  found = lfg_jax.diagnose(patches, draws=12, at_once=6, **options)(V, X, key=KEY)
+  assert found.num_tangents == (2,)
+
+
+def test_what_has_no_rule_for_vmap_can_be_diagnosed():
+  def fun(w, x):
+    sizes = jnp.array([2, len(x) - 2])
+    return jnp.square(jax.lax.ragged_dot(tap(x * w, 'h'), jnp.ones((2, C, 3)), sizes)).sum(-1)
+
+  found = diagnose(fun, jnp.ones(C), X[:, 0], num_tangents=1, draws=100, mixes_examples=False)
+  assert verdicts(found) == {'h': 'ok'} and found.problems == []
+
+
+@pytest.mark.parametrize('local_axes', [1, 2])
+def test_a_marked_layer_is_made_as_local_as_advised(local_axes):
+  model = nnx.Linear(C, C, rngs=nnx.Rngs(0))
+  graph, params = nnx.split(lfg_jax.mark(model, nnx.Linear, local_axes=local_axes))
+  losses = lambda params: jnp.square(nnx.merge(graph, params)(X)).sum(-1)
+  expected = 'could be more local: local_axes=2 (of tap or mark)' if local_axes == 1 else 'ok'
+  assert verdicts(diagnose(losses, params, draws=100)) == {'Linear': expected}

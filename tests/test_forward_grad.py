@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
-from lfg_jax import forward_grad, value_and_forward_grad
+from lfg_jax import Sampling, forward_grad, tap, value_and_activity_grad, value_and_forward_grad
 from lfg_jax.estimators import tangents
+from lfg_jax.estimators.weight import weight_perturbation
 from tests.statistics import SIGMAS, SINGLE, is_mean, z_of_mean
 
 
@@ -293,3 +295,95 @@ straight_through.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
 def test_what_is_refused(f, args, options, error, message):
   with pytest.raises(error, match=message):
     forward_grad(f, **options)(*args, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+  ('argument', 'message'),
+  [({}, 'argument 1 has no entries'), ({'a': jnp.ones((0, 3))}, 'argument 1 has no entries')],
+  ids=['nothing', 'an empty array'],
+)
+def test_nothing_to_differentiate_is_refused(argument, message):
+  with pytest.raises(ValueError, match=message):
+    forward_grad(lambda x, w: x.sum(), 1)(X, argument, key=jax.random.key(0))
+
+
+def test_an_empty_leaf_beside_others_has_an_empty_gradient():
+  w = {'a': jnp.ones((0, 3)), 'b': jnp.arange(4.0)}
+  run = forward_grad(lambda w: w['a'].sum() + (w['b'] ** 2).sum(), law='hadamard', passes=4)
+  gradient = run(w, key=jax.random.key(0))
+  assert gradient['a'].shape == (0, 3) and same(gradient['b'], 2 * w['b'])
+
+
+def kernel(x, out):
+  out[...] = jnp.tanh(x[...])
+
+
+def by_pallas(x):
+  """It has a rule for vmap, by which value and derivative are both mapped."""
+  shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+  return pl.pallas_call(kernel, out_shape=shape, interpret=True)(x)
+
+
+def by_ragged_dot(x):
+  """It has no rule for vmap over these axes."""
+  return jnp.tanh(jax.lax.ragged_dot(x, jnp.ones((2, 4, 3)), jnp.array([1, 1])))
+
+
+# A Pallas kernel has no rule for reverse mode, which taps need, and chunks of `Sampling`.
+CASES = [
+  ('arguments', by_pallas, [(1, None), (8, 1), (8, None), (8, 3)]),
+  ('weights', by_pallas, [(1, None), (8, None)]),
+  *(
+    (estimator, by_ragged_dot, [(1, None), (8, 1)])
+    for estimator in ('arguments', 'weights', 'taps')
+  ),
+]
+
+
+@pytest.mark.parametrize(
+  ('estimator', 'fun', 'passes', 'chunk'),
+  [(name, fun, *sizes) for name, fun, all_sizes in CASES for sizes in all_sizes],
+)
+def test_one_tangent_needs_no_vmap(estimator, fun, passes, chunk):
+  x, key = jnp.arange(8.0).reshape(2, 4) / 8, jax.random.key(0)
+  losses = lambda w: (fun(tap(x * w, 'h', local_axes=0)) ** 2).sum(-1)
+  f = lambda w: (losses(w).mean(), {'aux': fun(x)})
+  options = {'law': 'hadamard', 'passes': passes, 'chunk': chunk}
+  sampling = Sampling('hadamard', passes, shared=True, chunk=chunk)
+  run = {
+    'arguments': lambda: value_and_forward_grad(f, has_aux=True, **options)(x, key=key),
+    'weights': lambda: weight_perturbation(lambda w: (losses(w) / 2, {}), sampling=sampling)(
+      x, key
+    ),
+    'taps': lambda: value_and_activity_grad(losses, mixes_examples=True, **options)(x, key=key),
+  }[estimator]
+  value, gradient = run()
+  if estimator == 'arguments':
+    assert same(value, f(x))
+  rule = jnp.tanh if fun is by_pallas else fun  # the kernel's function
+  exact = jax.grad(lambda w: (rule(x * w) ** 2).sum() / 2)(x)
+  # For the whole batch, the tangents of the two examples at a tap are not orthogonal to each other.
+  assert gradient.shape == x.shape and same(gradient, exact) == (
+    passes == 8 and estimator != 'taps'
+  )
+
+
+def test_a_way_around_a_missing_rule_is_named():
+  f = lambda x: by_ragged_dot(x).sum()
+  with pytest.raises(
+    NotImplementedError, match=r'vmap over any dim .*; allowed: chunk=1, which needs'
+  ):
+    forward_grad(f, passes=2)(jnp.ones((2, 4)), key=jax.random.key(0))
+
+
+@pytest.mark.parametrize('combination', ['mean', 'projection'])
+def test_the_value_is_that_of_one_evaluation_whatever_the_passes(combination):
+  f = lambda x: ((x**2).sum(), x)
+  run = lambda passes: jax.make_jaxpr(
+    lambda x: value_and_forward_grad(f, has_aux=True, passes=passes, combination=combination)(
+      x, key=jax.random.key(0)
+    )
+  )(jnp.ones(3))
+  assert [x.aval.shape for x in run(1).jaxpr.outvars] == [
+    x.aval.shape for x in run(4).jaxpr.outvars
+  ]

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lfg_jax import Sampling, mark, value_and_activity_grad
-from lfg_jax.estimators import activity, tangents, variance
+from lfg_jax import Sampling, mark, tap, value_and_activity_grad
+from lfg_jax.estimators import activity, guided, tangents, variance
 from lfg_jax.estimators.tangents import Passes
 from lfg_jax.estimators.taps import Tap
 from lfg_jax.training import algorithms, rules
@@ -228,8 +228,8 @@ def test_a_guess_that_sees_the_tangent_is_biased_and_the_test_sees_it():
   def one(key):
     def guess(activities, params, x, y):
       keys = dict(zip(activities, jax.random.split(key, len(activities)), strict=True))
-      tap = Tap((4, 8), jnp.float32, 2, 1)
-      u = activity.draw_at_tap(Sampling(), jax.random.fold_in(keys[FIRST], 0), tap, Passes(1))[0]
+      first = Tap((4, 8), jnp.float32, 2, 1)
+      u = activity.draw_at_tap(Sampling(), jax.random.fold_in(keys[FIRST], 0), first, Passes(1))[0]
       return {FIRST: (u @ a)[:, None] * u}
 
     run = value_and_activity_grad(losses, separate=True, guess=guess)
@@ -308,3 +308,31 @@ def test_what_the_names_stand_for():
     jax.random.key(0),
   )
   assert 'guess' not in shapes
+
+
+@pytest.mark.parametrize('size', [1.0, 1e3])
+def test_a_guess_in_float64_is_not_rounded(size):
+  """With all orthogonal tangents the guess cancels, if what is added is what was subtracted."""
+  with jax.enable_x64(True):
+    x = jnp.asarray(X, jnp.float64) / 3
+    w = jax.random.normal(jax.random.key(0), (6, 4), jnp.float64)
+    fun = lambda w: (jnp.sin(tap(x @ w, 'z')) ** 2).sum(-1)
+    guess = lambda activities, w: {'z': size * jnp.cos(activities['z'])}
+    run = value_and_activity_grad(fun, separate=True, guess=guess, law='hadamard', passes=4)
+    exact = jax.grad(lambda w: fun(w).mean())(w)
+    assert relative_error(run(w, key=jax.random.key(1))[1], exact) < 1e-12 * size
+
+
+@pytest.mark.parametrize('kind', ['within', 'along', 'mixed'])
+def test_guides_in_float32_are_orthonormal_in_float64(kind):
+  """So that estimates in float64 are as unbiased as tangents can be."""
+  with jax.enable_x64(True):
+    guide = jax.random.normal(jax.random.key(0), (2, 4), jnp.float32)
+    law = {'within': lambda: guided.within(guide, 'haar')}.get(
+      kind, lambda: getattr(guided, kind)(guide)
+    )()
+    passes = 3 if kind == 'mixed' else 2
+    u = law.draw(jax.random.key(1), Passes(passes), (), 4, jnp.float64)[:2]
+    assert u.dtype == jnp.float64
+    gram = u @ u.T
+    assert abs(gram - gram[0, 0] * jnp.eye(2)).max() < 1e-14 * gram[0, 0]

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lfg_jax import diagnose, tap, value_and_activity_grad, value_and_forward_grad
 from lfg_jax.errors import UserError
-from lfg_jax.estimators import tangents
-from lfg_jax.estimators.sampling import Sampling
+from lfg_jax.estimators import guided, tangents, variance
+from lfg_jax.estimators.sampling import Sampling, each_chunk, sum_over_chunks
 from lfg_jax.estimators.tangents import LAWS, Passes
+from lfg_jax.estimators.weight import weight_perturbation
 from lfg_jax.training import algorithms, rules
 from tests.small import relative_error, small
 from tests.statistics import SIGMAS, is_mean, z_of_mean
@@ -179,3 +181,81 @@ def test_sampling_refuses_projection_in_chunks():
   with pytest.raises(ValueError, match='needs all 4 tangents at once'):
     Sampling(tangents.normal, passes=4, chunk=2, combine='projection').check()
   assert Sampling(passes=6, chunk=4).at_once == 4
+
+
+@pytest.mark.parametrize(('passes', 'chunk'), [(5, 4), (7, 4), (8, 4), (11, 3), (4, 9), (3, 1)])
+def test_chunks_with_a_rest(passes, chunk):
+  """Every pass counts once, in as few chunks as possible, and the result is that of all at once."""
+  whole, parts = Sampling('haar', passes), Sampling('haar', passes, chunk=chunk)
+  sizes = []
+
+  def part(own):
+    sizes.append(own.total if own.size is None else own.size)
+    return {'ids': own.ids_K, 'of': own.of(jnp.arange(passes) ** 2)}
+
+  found = each_chunk(part, parts)
+  assert found['ids'].tolist() == list(range(passes))
+  assert found['of'].tolist() == [n**2 for n in range(passes)]
+  rest = passes % chunk
+  assert set(sizes) == ({passes} if chunk >= passes else {rest, chunk} - {0})
+  summed = lambda sampling: sum_over_chunks(lambda own: (own.ids_K + 1).sum(), sampling)
+  assert summed(parts) == summed(whole) == passes * (passes + 1) / 2
+
+
+@pytest.mark.parametrize('law', sorted(LAWS))
+@pytest.mark.parametrize('separate', [False, True])
+def test_estimates_do_not_depend_on_the_chunk(law, separate):
+  with jax.enable_x64(True):
+    w = jax.random.normal(jax.random.key(0), (4, 4), jnp.float64)
+    x = jax.random.normal(jax.random.key(1), (3, 4), jnp.float64)
+    losses = lambda w: (tap(jnp.tanh(tap(x @ w, 'a')) @ w, 'b') ** 2).sum(-1)
+    taps = lambda chunk: value_and_activity_grad(
+      losses, law=law, passes=7, chunk=chunk, separate=separate
+    )(w, key=jax.random.key(2))
+    weights = lambda chunk: value_and_forward_grad(
+      lambda w: losses(w).mean(), law=law, passes=7, chunk=chunk
+    )(w, key=jax.random.key(2))
+    for run in (taps, weights):
+      assert relative_error(run(4), run(None)) < 1e-12
+
+
+@pytest.mark.parametrize('name', sorted(LAWS))
+def test_a_law_may_be_given_by_its_name(name):
+  w, key = jnp.arange(4.0), jax.random.key(0)
+  losses = lambda w: (tap(jnp.ones((2, 4)) * w, 'h') ** 2).sum(-1)
+  guide = jnp.eye(2, 4)
+  doors = {
+    'activity': lambda law: value_and_activity_grad(losses, law=law)(w, key=key)[1],
+    'forward': lambda law: value_and_forward_grad(lambda w: (w**2).sum(), law=law)(w, key=key)[1],
+    'weight': lambda law: weight_perturbation(
+      lambda w: (losses(w), {}), sampling=Sampling(law, shared=True)
+    )(w, key)[1],
+    'tree': lambda law: tangents.like_tree(law, key, w, Passes(2)),
+    'within': lambda law: guided.within(guide, law).draw(key, Passes(1), (), 4, jnp.float32),
+    'predicted': lambda law: variance.predicted_taps(law, [2], [4], [1.0], joint=False)[0],
+    'allocate': lambda law: jnp.array(variance.allocate(law, [4, 8], [1.0, 2.0], [1.0, 2.0], 9.0)),
+  }
+  for door in doors.values():
+    np.testing.assert_array_equal(door(name), door(LAWS[name]))
+
+
+@pytest.mark.parametrize(
+  ('law', 'message'),
+  [
+    ('rademache', r"law is 'rademache'; did you mean 'rademacher'\? allowed: normal, rademacher"),
+    ('gauss', "law is 'gauss'; allowed: normal, rademacher, sphere"),
+    (jax.random.normal, 'law is <.*; allowed: a tangents.Law, or one of normal, rademacher'),
+  ],
+  ids=['nearly', 'another', 'a function'],
+)
+def test_what_is_no_law_is_refused_at_every_door(law, message):
+  doors = (
+    lambda: value_and_activity_grad(lambda w: w, law=law),
+    lambda: value_and_forward_grad(lambda w: w, law=law),
+    lambda: diagnose(lambda w: w, law=law),
+    lambda: weight_perturbation(lambda w: w, sampling=Sampling(law)),
+    lambda: guided.within(jnp.eye(2, 4), law),
+  )
+  for door in doors:
+    with pytest.raises(ValueError, match=message):
+      door()
