@@ -2,12 +2,12 @@
 
 import contextlib
 import functools
-import importlib.util
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 from lfg_jax.errors import UserError, as_one_line
@@ -77,17 +77,27 @@ def mistakes(what: str) -> Iterator[None]:
     raise as_one_line(error, what) from error
 
 
+def loaded() -> tuple[tuple[pathlib.Path, bytes], ...]:
+  """All files that were loaded, with what was in them: for `load_again`."""
+  return tuple(_loaded.items())
+
+
+def load_again(files: Iterable[tuple[pathlib.Path, bytes]]) -> None:
+  """Makes the modules of `loaded` known to another process, which cannot import them by name."""
+  for file, content in files:
+    _run(file, content)
+
+
+_loaded: dict[pathlib.Path, bytes] = {}
+
+
 @functools.cache
 def _run(file: pathlib.Path, content: bytes) -> ModuleType:
   """Only programs that change their files while they run hold more than one of a file."""
-  import cloudpickle  # here: only users with files of their own need it
-
-  del content
-  spec = importlib.util.spec_from_file_location(f'user_file.{file.stem}', file)
-  assert spec and spec.loader
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[spec.name] = module  # dataclasses look there for the names in their annotations
-  # Other processes, such as the workers of a stream, cannot import it by its name.
-  cloudpickle.register_pickle_by_value(module)
-  spec.loader.exec_module(module)
+  # Not a part of a package, of which pickle would look for the rest; two files may have one name.
+  module = ModuleType(f'user_file_{file.stem}_{zlib.crc32(bytes(file)):08x}')
+  module.__file__ = str(file)
+  sys.modules[module.__name__] = module  # dataclasses and pickle look there
+  exec(compile(content, str(file), 'exec'), module.__dict__)
+  _loaded[file] = content
   return module

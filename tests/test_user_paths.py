@@ -58,7 +58,7 @@ def test_a_run_is_where_its_user_says(home):
 def test_files_and_folders_of_a_config(home):
   shutil.copy(ROOT / 'configs' / 'digits.py', home / 'a_config.py')
   assert configs.load('~/a_config.py').dataset == 'digits'
-  assert user_files.load('data.module', '~/mine.py', ('load',)).__name__.endswith('mine')
+  assert user_files.load('data.module', '~/mine.py', ('load',)).__file__ == f'{home}/mine.py'
   told = refused('--config.data.module=~/mine.py', '--config.data_dir=~/images')
   assert told.endswith(f'ValueError: in {home}/images')
   assert f'is not in {home}/images; ' in refused('--config=mnist', '--config.data_dir=~/images')

@@ -7,13 +7,15 @@ without interruption.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import multiprocessing
 import operator
 import os
+import pathlib
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -21,6 +23,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from lfg_jax import user_files
 from lfg_jax.data import pictures
 from lfg_jax.errors import UserError, as_one_line, as_user_errors
 
@@ -153,9 +156,10 @@ class Stream:
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # grain reads its own
     self._sendable()
+    init = functools.partial(_be_worker, user_files.loaded())
     alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     workers = grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=1)
-    return slots.batch(batch_size).to_iter_dataset(alone).mp_prefetch(workers, _be_worker)
+    return slots.batch(batch_size).to_iter_dataset(alone).mp_prefetch(workers, init)
 
   def _sendable(self) -> None:
     """Raises UserError if the source cannot be sent to a worker."""
@@ -189,8 +193,11 @@ class Stream:
     return Batch(image, np.array(0, np.int32), np.array(0, np.float32))
 
 
-def _be_worker(*_: int) -> None:
-  """Called in a worker: makes it end with the program, not before by Ctrl-C or SIGTERM."""
+def _be_worker(own: Iterable[tuple[pathlib.Path, bytes]], *_: int) -> None:
+  """Called in a worker: makes it end with the program, not before by Ctrl-C or SIGTERM.
+
+  It then knows the user's `own` files, as the source may be defined in one.
+  """
 
   def end_with_parent() -> None:
     if parent := multiprocessing.parent_process():
@@ -200,6 +207,7 @@ def _be_worker(*_: int) -> None:
   threading.Thread(target=end_with_parent, daemon=True).start()
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, lambda *_: threading.Timer(WORKER_SECONDS, os._exit, (1,)).start())
+  user_files.load_again(own)
 
 
 def random_box(rng: np.random.Generator, width: int, height: int, min_area: float) -> Box:
