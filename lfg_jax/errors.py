@@ -1,10 +1,14 @@
 """Mistakes that a user can mend, told in one line."""
 
 import contextlib
-from collections.abc import Iterator
+import pathlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 LOST = 75  # exit code of a process that lost another one: try again (EX_TEMPFAIL of sysexits.h)
+GOES_ON = 'the same command goes on from the last checkpoint'
 
 
 class UserError(Exception):
@@ -24,6 +28,25 @@ def as_user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -
     yield
   except kinds as error:
     raise UserError(' '.join(str(error).split())) from error
+
+
+def complain(error: UserError) -> int:
+  """Prints a program's last line, and returns its exit code."""
+  print(f'{pathlib.Path(sys.argv[0]).name}: {error}', file=sys.stderr)
+  return error.exit_code
+
+
+def exit_code(work: Callable[[], None]) -> int:
+  """Does `work`, and returns the program's exit code; a mistake or a Ctrl-C is one line."""
+  try:
+    work()
+  except KeyboardInterrupt:
+    error = UserError('SIGINT: ended at once; what was saved before is kept')
+    error.exit_code = 128 + signal.SIGINT
+    return complain(error)
+  except UserError as error:
+    return complain(error)
+  return 0
 
 
 def one_of(field: str, given: Any, allowed: Any) -> None:

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from lfg_jax.errors import UserError
-from lfg_jax.training import config_checks, configs, fields, guard
+from lfg_jax.errors import UserError, exit_code
+from lfg_jax.training import config_checks, configs, fields
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,12 +90,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
-  """Runs a program and exits. A `UserError` is printed as one line."""
-  try:
-    main(sys.argv[1:])
-  except UserError as error:
-    sys.exit(guard.complain(error))
-  sys.exit()
+  """Runs a program and exits. A `UserError` or a Ctrl-C is printed as one line."""
+  sys.exit(exit_code(functools.partial(main, sys.argv[1:])))
 
 
 def parse(

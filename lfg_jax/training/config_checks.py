@@ -30,7 +30,8 @@ _RANGES: dict[str, tuple[Any, str]] = {
     ),
     _from(1),
   ),
-  'lost_after': _from(2),
+  'initialization_timeout': _from(1),
+  'heartbeat_timeout': _from(2),
   'profile': (
     lambda v: v is None or profiling.steps_of(v) is not None,
     'FIRST:LAST, steps from 1; None',

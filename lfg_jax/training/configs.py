@@ -77,7 +77,9 @@ def base() -> ConfigDict:
     distributed: whether there are several processes; if so, calls jax.distributed.initialize().
     profile: 'FIRST:LAST', the steps for which jax.profiler writes a trace into the run's folder;
       None: no trace.
-    lost_after: seconds of silence after which a process counts as lost and the others end.
+    initialization_timeout: seconds in which all processes must have started.
+    heartbeat_timeout: seconds of silence after which a process counts as lost and JAX ends the
+      others.
   """
   return ConfigDict(
     {
@@ -147,7 +149,8 @@ def base() -> ConfigDict:
       'checkpoint_every': 1,
       'keep': 2,
       'distributed': False,
-      'lost_after': 25,
+      'initialization_timeout': 300,
+      'heartbeat_timeout': 25,
       'profile': config_dict.placeholder(str),
     }
   )

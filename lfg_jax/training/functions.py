@@ -22,7 +22,8 @@ class Functions(NamedTuple):
   Attributes:
     feed: the training data.
     steps: `(state, number of steps, inputs of the feed) -> state`.
-    test_error: `TrainState -> float`.
+    test_error: `(TrainState, optional: what may end a stream early) -> float`; see
+      `update.make_error`.
     begin: `TrainState -> state`: the state with which `steps` continues. In stages, every device
       has a part of it.
     finish: `(state, inputs) -> state`: completes all steps that have begun.
@@ -31,7 +32,7 @@ class Functions(NamedTuple):
 
   feed: Feed
   steps: Callable[[State, int, tuple], State]
-  test_error: Callable[[TrainState], float]
+  test_error: Callable[..., float]
   begin: Callable[[TrainState], State] = lambda state: state
   finish: Callable[[State, tuple], State] = lambda state, inputs: state
   whole: Callable[[State], TrainState] = lambda state: state

@@ -7,6 +7,7 @@ If run again with the same arguments, it continues where it stopped.
 """
 
 import argparse
+import contextlib
 import functools
 import os
 import pathlib
@@ -14,7 +15,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import command_line, config_checks, configs, guard, launch, processes
+from lfg_jax.training import command_line, config_checks, configs, launch, processes
 from lfg_jax.training.processes import Place
 from lfg_jax.training.train import prepare, train
 
@@ -43,34 +44,35 @@ def main(arguments: list[str]) -> None:
     print(configs.to_json(config), end='')
     return
   workdir = options.workdir or pathlib.Path('runs', pathlib.Path(options.config).stem)
-  at = _place(options, config)
+  at = _place(options, config, arguments)
   if at is None:
     _train(config, workdir)
     return
   launch.run(functools.partial(_train, config, workdir, at))
 
 
-def _place(options: argparse.Namespace, config: ConfigDict) -> Place | None:
-  """This process's place, now in a child of a guard; None if the run has only one process."""
+def _place(options: argparse.Namespace, config: ConfigDict, arguments: list[str]) -> Place | None:
+  """This process's place; None if the run has only one process. A rehearsal never returns."""
   given = Place(options.coordinator, options.processes, options.process)
   if options.rehearse is not None:
     if given != Place():
       raise UserError(
         '--rehearse starts all processes itself; allowed: it, or --coordinator --processes --process'
       )
-    return launch.rehearse(options.rehearse, config.lost_after)
+    rehearse = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    rehearse.add_argument('--rehearse')
+    patience = config.heartbeat_timeout + launch.ALONE_SECONDS
+    launch.rehearse(options.rehearse, rehearse.parse_known_args(arguments)[1], patience)
   at = launch.find_place(given, os.environ)
-  if at is None and config.distributed:
-    at = Place()
-  if at is not None:
-    guard.guard([at.process], grace=0)
-  return at
+  return Place() if at is None and config.distributed else at
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path, at: Place | None = None) -> None:
   if at is not None:
-    processes.connect(at, config.lost_after)
-  summary = train(prepare(config), workdir)
+    processes.connect(at, config.initialization_timeout, config.heartbeat_timeout)
+  with processes.together() if at else contextlib.nullcontext():
+    job = prepare(config)
+  summary = train(job, workdir)
   processes.say(f'{workdir}:', '  '.join(f'{name} {value}' for name, value in summary.items()))
 
 

@@ -22,7 +22,8 @@ from lfg_jax.training import configs, optimizers, processes, run_log
 MAY_DIFFER = (
   'data_dir',
   'distributed',
-  'lost_after',
+  'initialization_timeout',
+  'heartbeat_timeout',
   'profile',
   'eval_every',
   'checkpoint_every',
