@@ -62,7 +62,8 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
     ('--config.model.group_ratio=0', 'model.group_ratio is 0; allowed: 1 or more'),
     ('--config.profile=5', "profile is '5'; allowed: FIRST:LAST, steps from 1; None"),
     ('--config.profile=5:4', "profile is '5:4'; allowed: FIRST:LAST, steps from 1; None"),
-    ('--config.lost_after=1', 'lost_after is 1; allowed: 2 or more'),
+    ('--config.heartbeat_timeout=1', 'heartbeat_timeout is 1; allowed: 2 or more'),
+    ('--config.initialization_timeout=0', 'initialization_timeout is 0; allowed: 1 or more'),
     ('--rehearse=0', '--rehearse is 0; allowed: 1 or more'),
     ('--process=1', 'coordinator, processes, process are missing, missing, 1; allowed: all of '
      '--coordinator=HOST:PORT --processes=N --process=I, or of the environment variables '
