@@ -1,6 +1,7 @@
 """Mistakes that a user can mend, told in one line."""
 
 import contextlib
+import os
 import pathlib
 import signal
 import sys
@@ -37,13 +38,16 @@ def complain(error: UserError) -> int:
 
 
 def exit_code(work: Callable[[], None]) -> int:
-  """Does `work`, and returns the program's exit code; a mistake or a Ctrl-C is one line."""
+  """Does `work`, and returns the program's exit code; a mistake or a Ctrl-C is one line.
+
+  A Ctrl-C ends the program at once, because XLA may crash where it is interrupted.
+  """
   try:
     work()
   except KeyboardInterrupt:
-    error = UserError('SIGINT: ended at once; what was saved before is kept')
-    error.exit_code = 128 + signal.SIGINT
-    return complain(error)
+    complain(UserError('SIGINT: ended at once; what was saved before is kept'))
+    sys.stdout.flush()
+    os._exit(128 + signal.SIGINT)
   except UserError as error:
     return complain(error)
   return 0

@@ -208,7 +208,8 @@ def together() -> Iterator[None]:
     yield
   except UserError as caught:
     error = caught
-  failed = failing(error)
+  with losses():
+    failed = failing(error)
   if error is not None:
     raise error
   if failed:
