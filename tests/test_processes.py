@@ -83,8 +83,8 @@ def raise_signal(functions, state):
 
   def steps(state, count, inputs):
     state, counted[0] = functions.steps(state, count, inputs), counted[0] + count
-    if counted[0] >= 30:
-      signal.raise_signal(signal.{signal})
+    if counted[0] - count < 30 <= counted[0]:
+      signal.raise_signal(signal.Signals['{signal}'])
     return state
 
   return functions._replace(steps=steps), state
@@ -289,7 +289,7 @@ def test_a_refusal_of_the_first_ends_both(tmp_path):
   assert codes == [2, 2]
   assert lines == [
     f'train.py: {tmp_path} exists and is not the folder of a run; name another',
-    'train.py: process 0 could not begin; see what it says',
+    'train.py: processes [0] could not begin; see what they say',
   ]
 
 

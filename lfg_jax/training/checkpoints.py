@@ -65,7 +65,7 @@ class Checkpoints:
           found = self._read(manager, step, like)
         except Exception as caught:  # what a damaged file raises depends on the file
           error = caught
-        if not (failed := processes.failing(error)):
+        if not (failed := processes.failing(error is not None)):
           break
         found, broken[step] = None, _reason(error, failed)
     if broken and found is None:

@@ -1,6 +1,5 @@
 """Makes a program one of several processes: by options, environment variables or a rehearsal."""
 
-import contextlib
 import os
 import re
 import signal
@@ -9,8 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import NoReturn
 
@@ -22,7 +20,6 @@ from lfg_jax.training.processes import Place
 VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 # How long a process that has failed waits for the others to fail too.
 ALONE_SECONDS = 10
-_POLL_SECONDS = 0.1
 
 
 def find_place(given: Place, environment: Mapping[str, str]) -> Place | None:
@@ -60,59 +57,40 @@ def free_address() -> str:
     return f'localhost:{free.getsockname()[1]}'
 
 
-def rehearse(count: int, arguments: list[str], patience: float) -> NoReturn:
+def rehearse(count: int, arguments: list[str]) -> NoReturn:
   """Runs this program in `count` processes on this machine's CPUs, and exits.
 
   Only the first one's output is shown, and what others say that end in a way of their own. The exit
-  code is the worst of theirs. Signals are passed on to all.
-
-  Args:
-    count: the number of processes.
-    arguments: those of the program, for every process.
-    patience: seconds that the others have to end after one has failed, before they are killed.
+  code is the worst of theirs. Signals are passed on to all. If one fails, JAX ends the others.
   """
   place = [f'--coordinator={free_address()}', f'--processes={count}']
-  with contextlib.ExitStack() as files:
-    errors = [None, *(files.enter_context(tempfile.TemporaryFile('w+')) for _ in range(1, count))]
-    running = [
-      subprocess.Popen(
-        [sys.executable, sys.argv[0], *arguments, *place, f'--process={i}'],
-        env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL if file else None,
-        stderr=file,
-        process_group=0,  # Ctrl-C then reaches only this process, which passes it on once
-      )
-      for i, file in enumerate(errors)
-    ]
+  errors = [None, *(tempfile.TemporaryFile('w+') for _ in range(1, count))]  # noqa: SIM115
+  running = [
+    subprocess.Popen(
+      [sys.executable, sys.argv[0], *arguments, *place, f'--process={i}'],
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.DEVNULL if file else None,
+      stderr=file,
+      process_group=0,  # Ctrl-C then reaches only this process, which passes it on once
+    )
+    for i, file in enumerate(errors)
+  ]
 
-    def pass_on(number: int, _: FrameType | None) -> None:
-      for child in running:
-        child.send_signal(number)
+  def pass_on(number: int, _: FrameType | None) -> None:
+    for child in running:
+      child.send_signal(number)
 
-    signal.signal(signal.SIGTERM, pass_on)
-    signal.signal(signal.SIGINT, pass_on)
-    _wait(running, patience)
-    for i, (child, file) in enumerate(zip(running, errors, strict=True)):
-      if file and child.returncode not in (0, running[0].returncode):
-        file.seek(0)
-        sys.stderr.write(file.read())
-      if child.returncode < 0:
-        name = signal.Signals(-child.returncode).name
-        complain(UserError(f'process {i} was ended by {name}; {GOES_ON}'))
-  sys.exit(max(code if code >= 0 else 128 - code for code in (p.returncode for p in running)))
-
-
-def _wait(running: Sequence[subprocess.Popen], patience: float) -> None:
-  """Waits for all; `patience` seconds after one has failed, the others are killed."""
-  end = float('inf')
-  while None in (codes := [child.poll() for child in running]):
-    if any(codes):
-      end = min(end, time.monotonic() + patience)
-    if time.monotonic() > end:
-      for child in running:
-        child.kill()
-    time.sleep(_POLL_SECONDS)
+  signal.signal(signal.SIGTERM, pass_on)
+  signal.signal(signal.SIGINT, pass_on)
+  codes = [child.wait() for child in running]
+  for i, (code, file) in enumerate(zip(codes, errors, strict=True)):
+    if file and code not in (0, codes[0]):
+      file.seek(0)
+      sys.stderr.write(file.read())
+    if code < 0:
+      complain(UserError(f'process {i} was ended by {signal.Signals(-code).name}; {GOES_ON}'))
+  sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 
 
 def run(work: Callable[[], None]) -> NoReturn:

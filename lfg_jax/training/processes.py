@@ -19,6 +19,7 @@ from jax._src.clusters import ClusterEnv  # JAX has no public way to ask for the
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from lfg_jax.errors import GOES_ON, LOST, UserError
 from lfg_jax.training.roll_call import roll_call
@@ -47,15 +48,8 @@ class Lost(UserError):
 AS_TOLD = Place()
 
 
-def connect(
-  at: Place = AS_TOLD, initialization_timeout: int = 300, heartbeat_timeout: int = 25
-) -> None:
-  """Connects this process with the others.
-
-  Args:
-    at: this process's place among them.
-    initialization_timeout: seconds in which all processes must have started.
-    heartbeat_timeout: seconds of silence after which a process counts as lost.
+def connect(config: ConfigDict, at: Place = AS_TOLD) -> None:
+  """Connects this process, whose place is `at`, with the others.
 
   Raises:
     UserError: JAX finds no cluster, the processes do not find each other, or they have different
@@ -63,28 +57,22 @@ def connect(
   """
   if jax.distributed.is_initialized():
     return
-  terminate = signal.getsignal(signal.SIGTERM)
-  with _cannot_connect(), _no_proxies():
-    place = _complete(at, initialization_timeout)
-    roll_call(*place, initialization_timeout)
-    jax.distributed.initialize(
-      *place,
-      initialization_timeout=initialization_timeout,
-      heartbeat_timeout_seconds=heartbeat_timeout,
-    )
-  signal.signal(signal.SIGTERM, terminate)  # back from JAX's preemption service; see `Signals`
-  same_devices(Counter(device.process_index for device in jax.devices()))
-
-
-@contextlib.contextmanager
-def _cannot_connect() -> Iterator[None]:
+  terminate = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+  seconds = config.initialization_timeout
   try:
-    yield
+    with _no_proxies():
+      place = _complete(at, seconds)
+      roll_call(*place, seconds)
+      jax.distributed.initialize(
+        *place, initialization_timeout=seconds, heartbeat_timeout_seconds=config.heartbeat_timeout
+      )
   except (ValueError, RuntimeError) as error:
     raise UserError(
       f'the processes cannot be connected ({" ".join(str(error).split())[:200]}); where JAX knows no '
       'cluster, give each --coordinator=HOST:PORT --processes=N --process=I, I from 0'
     ) from error
+  signal.signal(signal.SIGTERM, terminate)  # back from JAX's preemption service; see `Signals`
+  same_devices(Counter(device.process_index for device in jax.devices()))
 
 
 @contextlib.contextmanager
@@ -149,27 +137,19 @@ def say(*words: Any, file: TextIO | None = None) -> None:
     print(*words, file=file, flush=True)
 
 
-def share_folder(folder: pathlib.Path | None) -> None:
-  """Checks that all processes see the folder that the first one has claimed.
-
-  All processes must call this. The first passes None if it could not claim the folder.
+def share_folder(folder: pathlib.Path) -> None:
+  """Checks that all processes see the folder that the first one has claimed; all must call this.
 
   Raises:
-    UserError: in all processes, if one does not see the folder of the first; in the others, if the
-      first could not claim it.
+    UserError: in all processes, if one does not see the folder of the first.
   """
   if jax.process_count() == 1:
     return
-  mine = -1 if folder is None else secrets.randbits(31)
-  if folder and is_first():
+  mine = secrets.randbits(31)
+  if is_first():
     (folder / TOKEN).write_text(str(mine))
   wanted = of_first(mine)
-  if folder is None:
-    return
-  if wanted == -1:
-    raise UserError('process 0 could not begin; see what it says')
-  blind = failing(None if _sees(folder / TOKEN, str(wanted)) else UserError())
-  if blind:
+  if blind := failing(not _sees(folder / TOKEN, str(wanted))):
     raise UserError(
       f'processes {blind} do not see the folder of process 0; allowed: one '
       f'--workdir for all, on a file system that they share; here it is {folder}'
@@ -194,22 +174,23 @@ def of_first(number: int) -> int:
   )
 
 
-def failing(error: Exception | None) -> list[int]:
-  """The processes that have an error, in all processes; all must call this."""
-  failed = multihost_utils.process_allgather(np.int32(error is not None))
-  return np.flatnonzero(failed).tolist()
+def failing(fails: bool) -> list[int]:
+  """The processes that fail, in all processes; all must call this."""
+  if jax.process_count() == 1:
+    return [0] * fails
+  return np.flatnonzero(multihost_utils.process_allgather(np.int32(fails))).tolist()
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """A context that ends in all processes if it ends in one with a UserError."""
+  """A context that ends with an error in all processes if it does in one; all must enter it."""
   error = None
   try:
     yield
-  except UserError as caught:
+  except Exception as caught:
     error = caught
   with losses():
-    failed = failing(error)
+    failed = failing(error is not None)
   if error is not None:
     raise error
   if failed:

@@ -7,7 +7,6 @@ If run again with the same arguments, it continues where it stopped.
 """
 
 import argparse
-import contextlib
 import functools
 import os
 import pathlib
@@ -61,16 +60,15 @@ def _place(options: argparse.Namespace, config: ConfigDict, arguments: list[str]
       )
     rehearse = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     rehearse.add_argument('--rehearse')
-    patience = config.heartbeat_timeout + launch.ALONE_SECONDS
-    launch.rehearse(options.rehearse, rehearse.parse_known_args(arguments)[1], patience)
+    launch.rehearse(options.rehearse, rehearse.parse_known_args(arguments)[1])
   at = launch.find_place(given, os.environ)
   return Place() if at is None and config.distributed else at
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path, at: Place | None = None) -> None:
   if at is not None:
-    processes.connect(at, config.initialization_timeout, config.heartbeat_timeout)
-  with processes.together() if at else contextlib.nullcontext():
+    processes.connect(config, at)
+  with processes.together():
     job = prepare(config)
   summary = train(job, workdir)
   processes.say(f'{workdir}:', '  '.join(f'{name} {value}' for name, value in summary.items()))

@@ -12,11 +12,8 @@ import time
 
 from lfg_jax.errors import UserError
 
-_HELLO = 'lfg process {} of {}\n'
-_ANSWER = 'lfg answer: {}\n'
-_GO = 'go'
-_PAUSE_SECONDS = 0.2
-_STEP_SECONDS = 5.0  # for one connection
+_HELLO, _ANSWER, _GO = 'lfg process {} of {}', 'lfg answer: {}', 'go'
+_PAUSE_SECONDS, _STEP_SECONDS = 0.2, 5.0  # between attempts; for one message
 
 
 def roll_call(address: str, count: int, index: int, seconds: float) -> None:
@@ -31,107 +28,96 @@ def roll_call(address: str, count: int, index: int, seconds: float) -> None:
   Raises:
     UserError: a process is missing or came twice; the port is in use or cannot be reached.
   """
-  first = index == 0
-  answer = _preside(address, count, seconds) if first else _answer(address, count, index, seconds)
+  end, hello = time.monotonic() + seconds, _HELLO.format(index, count)
+  if index == 0:
+    with _listen(address) as server, _reach(address, hello, end):  # it must reach itself, too
+      answer = _gather(server, count, end)
+  else:
+    answer = _ask(address, hello, end)
   if answer != _GO:
     raise UserError(f'the run cannot start: {answer}')
 
 
-def _preside(address: str, count: int, seconds: float) -> str:
-  """Process 0's part; returns the answer that it gives to all."""
-  end, came, answer = time.monotonic() + seconds, dict[int, socket.socket](), ''
-  with _listen(address) as server, _reach(address, count, 0, seconds):  # it must reach itself, too
-    while not answer:
-      server.settimeout(max(end - time.monotonic(), 0.01))
-      try:
-        connection = server.accept()[0]
-      except TimeoutError:
-        missing = ', '.join(str(i) for i in range(count) if i not in came)
-        answer = f'of {count} processes, {missing} did not come within {seconds:g} s'
-      else:
-        answer = _register(connection, count, came)
-    for connection in came.values():
-      with connection:
-        connection.sendall(_ANSWER.format(answer).encode())
+def _gather(server: socket.socket, count: int, end: float) -> str:
+  """Waits for all processes, in process 0; returns the answer that it gives to all."""
+  came: dict[int, socket.socket] = {}
+  everyone, answer = [*range(count)], ''
+  while not answer:
+    server.settimeout(max(end - time.monotonic(), 0.01))
+    try:
+      connection = server.accept()[0]
+    except TimeoutError:
+      missing = ', '.join(str(i) for i in everyone if i not in came)
+      answer = f'of {count} processes, {missing} did not come in time'
+      break
+    match = re.fullmatch(_HELLO.replace('{}', r'(\d+)'), _line(connection, _STEP_SECONDS))
+    if not match:  # a stranger, such as a scan of ports
+      connection.close()
+      continue
+    for i in [i for i, other in came.items() if select.select([other], [], [], 0)[0]]:
+      came.pop(i).close()  # it says nothing more, so it has ended
+    index, told = int(match[1]), int(match[2])
+    if index in came or told != count:
+      which = 'second process' if index in came else 'process'
+      answer = f'a {which} came as {index} of {told}; allowed: one each of 0 … {count - 1}'
+    came[-1 if index in came else index] = connection
+    if sorted(came) == everyone:
+      answer = answer or _GO
+  for connection in came.values():
+    with connection:
+      connection.sendall(f'{_ANSWER.format(answer)}\n'.encode())
   return answer
 
 
-def _answer(address: str, count: int, index: int, seconds: float) -> str:
-  """The other processes' part: process 0's answer."""
-  end = time.monotonic() + seconds
+def _ask(address: str, hello: str, end: float) -> str:
+  """Process 0's answer, in the other processes."""
   while True:
-    with _reach(address, count, index, end - time.monotonic()) as connection:
+    with _reach(address, hello, end) as connection:
       # Process 0 has waited for longer than this one, and answers when its own time is over.
-      connection.settimeout(seconds + _STEP_SECONDS)
-      if match := re.fullmatch(_ANSWER.strip().format('(.*)'), _line(connection)):
-        return match[1]
-    # It may be a process of a run that has just ended.
+      line = _line(connection, max(end - time.monotonic(), 0) + _STEP_SECONDS)
+    if match := re.fullmatch(_ANSWER.format('(.*)'), line):
+      return match[1]
     if time.monotonic() > end:
       return f'what listens at {address} is not process 0 of this run'
-    time.sleep(_PAUSE_SECONDS)
-
-
-def _register(connection: socket.socket, count: int, came: dict[int, socket.socket]) -> str:
-  """Adds a process to those that came; returns an answer, or '' while some are missing."""
-  connection.settimeout(_STEP_SECONDS)
-  match = re.fullmatch(_HELLO.strip().replace('{}', r'(\d+)'), _line(connection))
-  if not match:  # a stranger, such as a scan of ports
-    connection.close()
-    return ''
-  index, told = int(match[1]), int(match[2])
-  for other in [other for other in came if select.select([came[other]], [], [], 0)[0]]:
-    came.pop(other).close()  # it says nothing more, so it has ended
-  twice = index in came
-  came[-1 if twice else index] = connection
-  if twice:
-    return f'two processes were told that they are process {index}'
-  if told != count:
-    return f'process {index} was told of {told} processes, process 0 of {count}'
-  return _GO if len(came) == count else ''
+    time.sleep(_PAUSE_SECONDS)  # it may be a process of a run that has just ended
 
 
 def _listen(address: str) -> socket.socket:
-  port = int(address.rpartition(':')[2])
+  port, both = int(address.rpartition(':')[2]), socket.has_dualstack_ipv6()
   try:
-    if socket.has_dualstack_ipv6():
-      return socket.create_server(('', port), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(('', port))
+    return socket.create_server(
+      ('', port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
+    )
   except OSError as error:
     raise UserError(
-      f'the run cannot start: process 0 cannot listen on port {port} ({_reason(error)}); '
+      f'the run cannot start: process 0 cannot listen on port {port} ({error.strerror}); '
       'name a free one'
     ) from error
 
 
-def _reach(address: str, count: int, index: int, seconds: float) -> socket.socket:
+def _reach(address: str, hello: str, end: float) -> socket.socket:
   """Connects to process 0, and says who this is."""
   host, _, port = address.rpartition(':')
-  end = time.monotonic() + seconds
   while True:
     try:
-      connection = socket.create_connection(
-        (host.strip('[]'), int(port)), max(min(end - time.monotonic(), _STEP_SECONDS), 0.01)
-      )
-      connection.sendall(_HELLO.format(index, count).encode())
+      patience = max(min(end - time.monotonic(), _STEP_SECONDS), 0.01)
+      connection = socket.create_connection((host.strip('[]'), int(port)), patience)
+      connection.sendall(f'{hello}\n'.encode())
       return connection
     except OSError as error:
       if time.monotonic() > end:
         raise UserError(
-          f'the run cannot start: process {index} does not reach process 0 at {address} '
-          f'({_reason(error)}); check that it runs there, and that no firewall '
-          'closes the port'
+          f'the run cannot start: {address} cannot be reached from {hello.removeprefix("lfg ")} '
+          f'({error.strerror or error}); allowed: the address of process 0, and an open port there'
         ) from error
     time.sleep(_PAUSE_SECONDS)
 
 
-def _line(connection: socket.socket) -> str:
+def _line(connection: socket.socket, seconds: float) -> str:
   """One line from the other side; '' if there is none."""
+  connection.settimeout(seconds)
   try:
     with connection.makefile(errors='replace') as lines:
       return lines.readline(200).strip()
   except OSError:
     return ''
-
-
-def _reason(error: Exception) -> str:
-  return str(getattr(error, 'strerror', None) or error)

@@ -65,10 +65,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
   config_checks.validate(config)
   with as_user_errors():
     if config.distributed:
-      processes.connect(
-        initialization_timeout=config.initialization_timeout,
-        heartbeat_timeout=config.heartbeat_timeout,
-      )
+      processes.connect(config)
     stage_plan.check_devices(config, jax.device_count())
     dataset = dataset or data.load(
       config.dataset,
