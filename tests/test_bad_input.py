@@ -172,6 +172,27 @@ def test_a_process_ends_in_one_line(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('while_training', [False, True])
+def test_a_ctrl_c_ends_in_one_line(while_training):
+  """While a run trains, the second one; the first one only asks it to stop."""
+  code = f"""
+import contextlib, signal
+from lfg_jax.training import command_line, signals
+
+def main(_):
+  with signals.Signals() if {while_training} else contextlib.nullcontext():
+    for press in 'once', 'twice':
+      print(press)
+      signal.raise_signal(signal.SIGINT)
+
+command_line.run(main)
+"""
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+  assert done.returncode == 130
+  assert done.stdout.split() == ['once', 'twice'][: 1 + while_training]
+  assert done.stderr == '-c: SIGINT: ended at once; what was saved before is kept\n'
+
+
 def test_folders_of_others_stay(tmp_path, monkeypatch, capsys):
   folder, file = tmp_path / 'folder', tmp_path / 'file'
   folder.mkdir()

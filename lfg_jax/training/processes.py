@@ -167,11 +167,9 @@ def _sees(path: pathlib.Path, text: str) -> bool:
 
 def of_first(number: int) -> int:
   """The first process's number, in all processes; all must call this."""
-  return (
-    number
-    if jax.process_count() == 1
-    else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-  )
+  if jax.process_count() == 1:
+    return number
+  return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def failing(fails: bool) -> list[int]:
