@@ -108,9 +108,12 @@ def test_proxies_are_not_asked_for_processes_and_are_there_afterwards(monkeypatc
   for name in proxies:
     monkeypatch.setenv(name, 'http://localhost:1')
   monkeypatch.setattr(processes, 'roll_call', lambda *_: None)
-  monkeypatch.setattr(
-    jax.distributed, 'initialize', lambda *_, **more: seen.update(os.environ, **more)
-  )
+
+  def initialize(*_, **more):
+    seen.update(os.environ, **more)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # JAX's preemption service takes it
+
+  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
   handler = signal.getsignal(signal.SIGTERM)
   processes.connect(tiny(initialization_timeout=7, heartbeat_timeout=9), Place('localhost:1', 1, 0))
   assert not [name for name in seen if 'proxy' in name.lower()]

@@ -43,7 +43,7 @@ def until_a_row(both, folder):
 def ends(both):
   """Exit codes, and the single line that the program itself printed in each process."""
   try:
-    errors = [process.communicate(timeout=120)[1] for process in both]
+    errors = [process.communicate(timeout=300)[1] for process in both]
   finally:
     for process in both:
       process.kill()
@@ -126,20 +126,19 @@ def test_a_signal_to_one_stops_both_after_the_next_dispatch(name, flags, tmp_pat
 @pytest.mark.slow
 def test_all_restore_the_step_that_all_can_read(tmp_path):
   """One that cannot be read by process 1, for whatever reason, is kept."""
-  ends(driven(tmp_path, signal='SIGTERM'))
+  ends(driven(tmp_path, '--config.steps_per_dispatch=9', signal='SIGTERM'))
   checkpoints = tmp_path / 'run' / 'checkpoints'
   assert {folder.name for folder in checkpoints.iterdir()} == {'23', '41'}
-  both = driven(tmp_path, '--config.epochs=3', blind=True)
-  outputs = [process.communicate(timeout=200) for process in both]
-  assert [process.returncode for process in both] == [0, 0], outputs
-  (out, errors), (_, other_errors) = outputs
+  both = driven(tmp_path, '--config.steps_per_dispatch=9', signal='SIGTERM', blind=True)
+  (out, errors), (_, other_errors) = [process.communicate(timeout=300) for process in both]
   aside = tmp_path / 'run' / 'checkpoints-unreadable'
-  assert out.startswith(f'resuming {tmp_path / "run"} at step 23\n')
+  assert f'resuming {tmp_path / "run"} at step 23\n' in out
+  last = 'train.py: SIGTERM: saved step 64; the same command goes on from there\n'
   assert errors == (
     'warning: passing over the checkpoint of step 41, which cannot be read (by processes [1]); '
-    f'it is kept in {aside / "41"}\n'
+    f'it is kept in {aside / "41"}\n{last}'
   )
-  assert other_errors == ''
+  assert other_errors == last
   assert [folder.name for folder in aside.iterdir()] == ['41'] and list((aside / '41').iterdir())
 
 
@@ -230,10 +229,10 @@ def test_a_rehearsal_is_the_run_of_one_process(tmp_path, loss, monkeypatch):
     start('train.py', *options, f'--workdir={tmp_path / name}', *flags)
     for options, name in ((['--rehearse=2'], 'two'), ([], 'one'))
   )
-  out, errors = again.communicate(timeout=120)
+  out, errors = again.communicate(timeout=300)
   assert (again.returncode, errors) == (0, '')
-  assert out.startswith('resuming') and out.count('test_error') == out.count('epoch') + 1
-  alone.communicate(timeout=120)
+  assert 'resuming' in out and out.count('test_error') == out.count('epoch') + 1
+  alone.communicate(timeout=300)
   assert_same_parameters(tmp_path / 'two', tmp_path / 'one')
   rows = [
     [row['step'] for row in run_log.read_rows(tmp_path / name / 'metrics.jsonl')]
@@ -267,7 +266,7 @@ def test_a_stream_goes_on_within_an_epoch_on_another_number_of_processes(tmp_pat
     start('train.py', f'--workdir={tmp_path / name}', *flags) for name in ('two', 'one')
   )
   for process in (again, alone):
-    errors = process.communicate(timeout=120)[1]
+    errors = process.communicate(timeout=300)[1]
     assert process.returncode == 0, errors
   assert_same_parameters(tmp_path / 'two', tmp_path / 'one')
 
