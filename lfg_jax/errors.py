@@ -2,15 +2,18 @@
 
 import contextlib
 import difflib
+import os
 import pathlib
 import re
+import signal
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 LOST = 75  # exit code of a process that lost another one: try again (EX_TEMPFAIL of sysexits.h)
+GOES_ON = 'the same command goes on from the last checkpoint'
 LONGEST = 300  # characters of a reason in one line; compilers give pages
 _OURS = pathlib.Path(__file__).parent
 _INSTALLED = {pathlib.Path(sysconfig.get_paths()[name]) for name in ('stdlib', 'scripts')}
@@ -110,6 +113,28 @@ def told(error: UserError) -> str:
   whole = '--traceback' in sys.argv
   before = ''.join(traceback.format_exception(error)) if whole else error.frames
   return f'{before}{pathlib.Path(sys.argv[0]).name}: {error}'
+
+
+def complain(error: UserError) -> int:
+  """Prints what `told` returns, and returns the program's exit code."""
+  print(told(error), file=sys.stderr)
+  return error.exit_code
+
+
+def exit_code(work: Callable[[], None]) -> int:
+  """Does `work`, and returns the program's exit code; a mistake or a Ctrl-C is one line.
+
+  A Ctrl-C ends the program at once, because XLA may crash where it is interrupted.
+  """
+  try:
+    work()
+  except KeyboardInterrupt:
+    complain(UserError('SIGINT: ended at once; what was saved before is kept'))
+    sys.stdout.flush()
+    os._exit(128 + signal.SIGINT)
+  except UserError as error:
+    return complain(error)
+  return 0
 
 
 def one_of(field: str, given: Any, allowed: Any) -> None:

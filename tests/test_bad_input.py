@@ -72,7 +72,7 @@ def told(err, *facts, program='train.py'):
     ('micro_batch=-1', ('micro_batch', '-1', '0 or more')),
     ('profile=5', ('profile', "'5'", 'FIRST:LAST', 'None')),
     ('profile=5:4', ('profile', "'5:4'", 'FIRST:LAST', 'None')),
-    ('lost_after=1', ('lost_after', '1', '2 or more')),
+    ('heartbeat_timeout=1', ('heartbeat_timeout', '1', '2 or more')),
     ('image_size=0', ('image_size', '0', '1 or more', 'None')),
     ('estimator.control_variate_rate=inf', ('estimator.control_variate_rate', 'inf', 'finite')),
     ('seed=2147483648', ('seed', '2147483648', '32 bits')),
@@ -219,6 +219,27 @@ def test_a_process_ends_in_one_line(tmp_path):
   assert done.returncode == 2
   assert done.stderr == f"train.py: algorithm is 'X'; allowed: {ALGORITHMS}\n"
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('while_training', [False, True])
+def test_a_ctrl_c_ends_in_one_line(while_training):
+  """While a run trains, the second one; the first one only asks it to stop."""
+  code = f"""
+import contextlib, signal
+from lfg_jax.training import command_line, signals
+
+def main(_):
+  with signals.Signals() if {while_training} else contextlib.nullcontext():
+    for press in 'once', 'twice':
+      print(press)
+      signal.raise_signal(signal.SIGINT)
+
+command_line.run(main)
+"""
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+  assert done.returncode == 130
+  assert done.stdout.split() == ['once', 'twice'][: 1 + while_training]
+  assert done.stderr == '-c: SIGINT: ended at once; what was saved before is kept\n'
 
 
 def test_folders_of_others_stay(tmp_path, monkeypatch, capsys):

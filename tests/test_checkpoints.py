@@ -165,6 +165,37 @@ def _interrupted_within_an_epoch(job, saved, tmp_path, monkeypatch):
   assert_same_run(tmp_path / 'run', tmp_path / 'whole')
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('epochs', [1, 2])
+def test_interrupted_while_evaluating(epochs, tmp_path, monkeypatch):
+  """No row is lost, not even that of the last epoch, and the test error is the same."""
+  monkeypatch.setattr(data, 'load', lambda *_, **__: streamed(load('digits')))
+  job = train.prepare(tiny(epochs=epochs))
+  train.train(job, tmp_path / 'whole')
+  with monkeypatch.context() as patch:
+    interrupted = []
+
+    def until_stop(self, items):
+      for item in original(self, items):
+        if not interrupted:
+          interrupted.append(signal.raise_signal(signal.SIGINT))
+        yield item
+      assert len(list(items)) > 1  # batches were left
+
+    original = patched(patch, signals.Signals, 'until_stop', until_stop)
+    with pytest.raises(signals.Interrupted, match=f'SIGINT: saved step {STEPS}'):
+      train.train(job, tmp_path / 'run')
+  assert not rows(tmp_path / 'run')
+  train.train(job, tmp_path / 'run')
+  assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+
+
+def patched(patch, owner, name, new):
+  original = getattr(owner, name)
+  patch.setattr(owner, name, new)
+  return original
+
+
 load = data.load
 
 
@@ -229,6 +260,7 @@ def test_a_damaged_checkpoint_is_passed_over(name, how, kept, tmp_path, capfd):
   files = [path for path in (directory / '6').rglob('*') if path.is_file()]
   largest = max(files, key=lambda path: path.stat().st_size)
   damage(largest if name == 'largest' else directory / '6' / name, how)
+  damaged = contents(directory / '6')
   with Checkpoints(directory, keep=2) as checkpoints:
     state, _ = checkpoints.restore(LIKE)
     jax.tree.map(np.testing.assert_array_equal, state, numbers(5))
@@ -237,6 +269,43 @@ def test_a_damaged_checkpoint_is_passed_over(name, how, kept, tmp_path, capfd):
   assert err.startswith('warning: passing over the checkpoint of step 6, which cannot be read (')
   assert err.count('\n') == 1
   assert Checkpoints(directory, keep=2).restore(LIKE)[0]['step'] == 6
+  aside = tmp_path / 'checkpoints-unreadable' / '6'
+  assert err.endswith(f'; it is kept in {aside}\n')
+  assert contents(aside) == damaged
+
+
+def contents(folder):
+  return {
+    path.relative_to(folder): path.read_bytes() for path in folder.rglob('*') if path.is_file()
+  }
+
+
+def test_what_cannot_be_read_just_now_is_kept_as_it_is(kept, tmp_path, monkeypatch, capfd):
+  """Twice the same step; and a folder that is only read, as that of another run, stays whole."""
+  directory, aside = tmp_path / 'checkpoints', tmp_path / 'checkpoints-unreadable'
+  shutil.copytree(kept, directory)
+  read = Checkpoints._read
+
+  def fail(self, manager, step, like):
+    if step == 6:
+      raise PermissionError('not just now')
+    return read(self, manager, step, like)
+
+  monkeypatch.setattr(Checkpoints, '_read', fail)
+  assert Checkpoints(directory, keep=2).restore(LIKE, own=False)[0]['step'] == 5
+  assert {folder.name for folder in directory.iterdir()} == {'3', '5', '6'} and not aside.exists()
+  for _ in range(2):
+    with Checkpoints(directory, keep=2) as checkpoints:
+      assert checkpoints.restore(LIKE)[0]['step'] == 5
+      assert {folder.name for folder in directory.iterdir()} == {'3', '5'}
+      checkpoints.save(6, numbers(6), {'seconds': 6.0}, 0.3)
+  monkeypatch.setattr(Checkpoints, '_read', read)
+  for name in ('6', '6-2'):
+    shutil.rmtree(directory)
+    directory.mkdir()
+    (aside / name).rename(directory / '6')
+    assert Checkpoints(directory, keep=2).restore(LIKE)[0]['step'] == 6
+  assert capfd.readouterr().err.count('PermissionError: not just now') == 3
 
 
 @pytest.mark.parametrize(

@@ -2,27 +2,25 @@
 
 import io
 import os
-import re
 import signal
 import subprocess
 import time
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from lfg_jax.errors import LOST, UserError
-from lfg_jax.training import launch, processes, run_log, train
-from tests.runs import FLAGS, STEPS, start, state, tiny
+from lfg_jax.errors import LOST
+from lfg_jax.training import launch, processes, run_log
+from tests.runs import FLAGS, STEPS, start, state
 from tests.test_streams import write_imagenet
 
 
-def two(folders, *flags):
+def two(folders, *flags, script='train.py'):
   address = launch.free_address()
   return [
     start(
-      'train.py',
+      script,
       f'--workdir={folder}',
       f'--coordinator={address}',
       '--processes=2',
@@ -45,7 +43,7 @@ def until_a_row(both, folder):
 def ends(both):
   """Exit codes, and the single line that the program itself printed in each process."""
   try:
-    errors = [process.communicate(timeout=120)[1] for process in both]
+    errors = [process.communicate(timeout=300)[1] for process in both]
   finally:
     for process in both:
       process.kill()
@@ -75,69 +73,142 @@ def noise(count):
     yield i, {'image': file, 'label': i, 'file_name': f'{i}.JPEG'}
 
 
+# train.py, in which something happens to process 1.
+DRIVER = """
+import os, signal, sys
+from lfg_jax.training import checkpoints, command_line, program, train
+
+def raise_signal(functions, state):
+  counted = [int(state.step)]
+
+  def steps(state, count, inputs):
+    state, counted[0] = functions.steps(state, count, inputs), counted[0] + count
+    if counted[0] - count < 30 <= counted[0]:
+      signal.raise_signal(signal.Signals['{signal}'])
+    return state
+
+  return functions._replace(steps=steps), state
+
+def fail(*_):
+  raise OSError('not just now')
+
+build, is_second = train.build, '--process=1' in sys.argv
+if is_second and '{signal}':
+  train.build = lambda *job: raise_signal(*build(*job))
+if is_second and {blind}:
+  read = checkpoints.Checkpoints._read
+  checkpoints.Checkpoints._read = lambda self, manager, step, like: (
+    fail() if step > 23 else read(self, manager, step, like)
+  )
+sys.argv[0] = 'train.py'
+command_line.run(program.main)
+"""
+
+
+def driven(tmp_path, *flags, signal='', blind=False):
+  path = tmp_path / 'driver.py'
+  path.write_text(DRIVER.format(signal=signal, blind=blind))
+  return two([tmp_path / 'run'] * 2, *flags, script=path)
+
+
 @pytest.mark.slow
-def test_a_signal_to_one_ends_both_with_what_they_saved(tmp_path):
-  """Nine steps are dispatched at once, so that processes look for signals at few steps."""
-  both = two([tmp_path / 'run'] * 2)
-  until_a_row(both, tmp_path / 'run')
-  both[1].send_signal(signal.SIGTERM)
-  codes, lines = ends(both)
-  assert codes == [128 + signal.SIGTERM] * 2
-  assert lines[0] == lines[1]
-  step = re.fullmatch(
-    r'train.py: SIGTERM: saved step (\d+); the same command goes on from there', lines[0]
-  )[1]
-  assert (tmp_path / 'run' / 'checkpoints' / step).is_dir()
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
+@pytest.mark.parametrize('flags', [[], ['--config.algorithm=LG-BP', '--config.stages=2']])
+def test_a_signal_to_one_stops_both_after_the_next_dispatch(name, flags, tmp_path):
+  """Orbax asks JAX's preemption counter about steps: that must not matter. An epoch is 9, 9, 5."""
+  flags = ['--config.steps_per_dispatch=9', '--config.model.blocks=2', *flags]
+  codes, lines = ends(driven(tmp_path, *flags, signal=name))
+  assert codes == [128 + signal.Signals[name]] * 2
+  assert lines == [f'train.py: {name}: saved step 41; the same command goes on from there'] * 2
+  assert (tmp_path / 'run' / 'checkpoints' / '41').is_dir()
+
+
+@pytest.mark.slow
+def test_all_restore_the_step_that_all_can_read(tmp_path):
+  """One that cannot be read by process 1, for whatever reason, is kept."""
+  ends(driven(tmp_path, '--config.steps_per_dispatch=9', signal='SIGTERM'))
+  checkpoints = tmp_path / 'run' / 'checkpoints'
+  assert {folder.name for folder in checkpoints.iterdir()} == {'23', '41'}
+  both = driven(tmp_path, '--config.steps_per_dispatch=9', signal='SIGTERM', blind=True)
+  (out, errors), (_, other_errors) = [process.communicate(timeout=300) for process in both]
+  aside = tmp_path / 'run' / 'checkpoints-unreadable'
+  assert f'resuming {tmp_path / "run"} at step 23\n' in out
+  last = 'train.py: SIGTERM: saved step 64; the same command goes on from there\n'
+  assert errors == (
+    'warning: passing over the checkpoint of step 41, which cannot be read (by processes [1]); '
+    f'it is kept in {aside / "41"}\n{last}'
+  )
+  assert other_errors == last
+  assert [folder.name for folder in aside.iterdir()] == ['41'] and list((aside / '41').iterdir())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('victim', [0, 1])
-def test_one_that_is_killed_ends_the_other_in_a_line(tmp_path, victim):
+def test_one_that_is_killed_ends_the_other(tmp_path, victim):
+  """By Gloo's error, or by JAX."""
   both = two([tmp_path / 'run'] * 2)
   until_a_row(both, tmp_path / 'run')
-  begin = time.monotonic()
   both[victim].kill()
   other = both[1 - victim]
-  errors = other.communicate(timeout=60)[1]
-  assert time.monotonic() - begin < 15  # a broken connection tells, before 25 seconds of silence do
-  assert other.returncode == LOST
-  (line,) = errors.splitlines()
-  assert re.fullmatch(
-    rf'train.py: process {1 - victim} lost another one \(.*\); '
-    'the same command goes on from the last checkpoint',
-    line,
-  )
+  errors = other.communicate(timeout=100)[1]
+  assert other.returncode in (LOST, -signal.SIGABRT)
+  if other.returncode == LOST:
+    (line,) = [line for line in errors.splitlines() if line.startswith('train.py: ')]
+    assert line.startswith(f'train.py: process {1 - victim} lost another one (')
+    assert line.endswith('); the same command goes on from the last checkpoint')
+  else:
+    assert 'JAX distributed service' in errors
 
 
 @pytest.mark.slow
 def test_one_that_is_silent_counts_as_lost(tmp_path):
   """The process and its connections stay alive; only its heartbeats are missing."""
-  both = two([tmp_path / 'run'] * 2, '--config.lost_after=5')
+  both = two([tmp_path / 'run'] * 2, '--config.heartbeat_timeout=5')
   until_a_row(both, tmp_path / 'run')
-  child = subprocess.run(['pgrep', '-P', str(both[1].pid)], capture_output=True, text=True).stdout
-  os.kill(int(child), signal.SIGSTOP)
-  begin = time.monotonic()
+  both[1].send_signal(signal.SIGSTOP)
   try:
-    errors = both[0].communicate(timeout=60)[1]
+    errors = both[0].communicate(timeout=100)[1]
   finally:
     both[0].kill()
-    os.kill(int(child), signal.SIGKILL)
-  assert time.monotonic() - begin < 15
-  assert both[1].wait(10) == 128 + signal.SIGKILL
-  assert both[0].returncode == LOST
-  assert errors == (
-    'train.py: process 0 lost another one (process 1 is gone); '
-    'the same command goes on from the last checkpoint\n'
-  )
+    both[1].kill()
+  assert both[0].returncode == -signal.SIGABRT
+  assert 'unhealthy' in errors
+
+
+@pytest.mark.slow
+def test_a_mistake_that_one_finds_ends_both(tmp_path):
+  """Only the first has the data."""
+  address = launch.free_address()
+  module = tmp_path / 'mine.py'
+  module.write_text("""
+import jax
+from lfg_jax import data
+
+def load(data_dir):
+  if jax.process_index() == 1:
+    raise ValueError('no data here')
+  return data.load('digits')
+""")
+  flags = [f'--config.data.module={module}', *FLAGS, f'--coordinator={address}', '--processes=2']
+  both = [
+    start('train.py', f'--workdir={tmp_path / "run"}', f'--process={i}', *flags) for i in range(2)
+  ]
+  codes, lines = ends(both)
+  assert codes == [2, 2]
+  assert lines[0] == 'train.py: processes [1] could not begin; see what they say'
+  assert 'no data here' in lines[1]
+  assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('objective', ['supervised', 'contrastive'])
-def test_a_rehearsal_is_the_run_of_one_process(tmp_path, objective):
-  """It is killed once on the way, and its output is that of one process.
+def test_a_rehearsal_is_the_run_of_one_process(tmp_path, objective, monkeypatch):
+  """It is killed once on the way, and its output is that of one process. Proxies do not matter.
 
   The optimizer is SGD, because Adam would enlarge the rounding of zero gradients.
   """
+  for name in ('http_proxy', 'https_proxy'):
+    monkeypatch.setenv(name, 'http://localhost:1')
   flags = [
     *FLAGS,
     '--config.epochs=3',
@@ -158,7 +229,7 @@ def test_a_rehearsal_is_the_run_of_one_process(tmp_path, objective):
     start('train.py', *options, f'--workdir={tmp_path / name}', *flags)
     for options, name in ((['--rehearse=2'], 'two'), ([], 'one'))
   )
-  out, errors = again.communicate(timeout=120)
+  out, errors = again.communicate(timeout=300)
   assert (again.returncode, errors) == (0, '')
   assert out.startswith('resuming') and out.count('test error') == out.count('epoch') + 1
   alone.communicate(timeout=120)
@@ -195,7 +266,7 @@ def test_a_stream_goes_on_within_an_epoch_on_another_number_of_processes(tmp_pat
     start('train.py', f'--workdir={tmp_path / name}', *flags) for name in ('two', 'one')
   )
   for process in (again, alone):
-    errors = process.communicate(timeout=120)[1]
+    errors = process.communicate(timeout=300)[1]
     assert process.returncode == 0, errors
   assert_same_parameters(tmp_path / 'two', tmp_path / 'one')
 
@@ -217,24 +288,8 @@ def test_a_refusal_of_the_first_ends_both(tmp_path):
   assert codes == [2, 2]
   assert lines == [
     f'train.py: {tmp_path} exists and is not the folder of a run; name another',
-    'train.py: process 0 could not begin; see what it says',
+    'train.py: processes [0] could not begin; see what they say',
   ]
-
-
-@pytest.mark.parametrize(
-  'error', [ValueError('coordinator_address should be defined.'), RuntimeError('two\nlines')]
-)
-def test_without_a_cluster_a_line_says_what_to_give(error, monkeypatch):
-  def initialize(*_, **__):
-    raise error
-
-  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
-  with pytest.raises(
-    UserError,
-    match=r'^the processes cannot be connected \([a-z_. ]+\); where JAX knows no '
-    r'cluster, give each --coordinator=HOST:PORT --processes=N --process=I',
-  ):
-    train.prepare(tiny(distributed=True))
 
 
 def test_one_process_shares_its_folder_with_nobody(tmp_path):

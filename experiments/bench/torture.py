@@ -33,7 +33,7 @@ START_SECONDS = 5.0  # such an early signal comes within this time
 PAUSE = (0.1, 20.0)  # seconds from the start of training to any other signal, log-uniform
 PATIENCE = 60  # seconds in which all processes must end after a signal to a run that trains
 START_PATIENCE = 10  # the same while the processes start and wait for each other
-ALLOWED = (0, LOST, *(128 + number for number in SIGNALS))
+ALLOWED = (0, LOST, *(128 + number for number in (*SIGNALS, signal.SIGABRT)))  # JAX aborts
 
 
 class Stop(NamedTuple):

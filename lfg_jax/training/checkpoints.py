@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import logging
 import pathlib
 import sys
@@ -37,41 +38,61 @@ class Checkpoints:
     self._keep = keep
     self._manager: ocp.CheckpointManager | None = None
 
-  def restore(self, like: PyTree) -> tuple[PyTree, dict[str, float]] | None:
-    """Returns the newest readable checkpoint, or None if there are no checkpoints.
+  def restore(self, like: PyTree, *, own: bool = True) -> tuple[PyTree, dict[str, float]] | None:
+    """Returns the newest checkpoint that all processes can read; None: there are no checkpoints.
 
-    It has the shapes and sharding of `like`. Newer checkpoints that cannot be read are skipped with
-    a warning. They are also deleted, because their steps will be saved again.
+    It has the shapes and sharding of `like`. Newer checkpoints are passed over with a warning. If
+    the folder is this run's `own`, they are moved beside it, because their steps will be saved
+    again.
 
     Raises:
       UserError: there are checkpoints, but none can be read. They may be from another version of
         the program.
     """
-    # Do not read all metadata at once: one truncated file would make every checkpoint unreadable.
+    # Each process reads alone, because Orbax's barriers would wait for one that cannot. Do not read
+    # all metadata at once: one truncated file would make every checkpoint unreadable.
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
     options = ocp.CheckpointManagerOptions(
-      lightweight_initialize=True, cleanup_tmp_directories=True
+      lightweight_initialize=True, read_only=True, multiprocessing_options=alone
     )
     found, broken = None, {}
     with self._open(options) as manager, silence():
-      for step in sorted(manager.all_steps(), reverse=True):
+      steps = sorted(manager.all_steps())
+      while (step := processes.of_first(steps.pop() if steps else -1)) >= 0:
+        error = None
         try:
           found = self._read(manager, step, like)
+        except Exception as caught:  # what a damaged file raises depends on the file
+          error = caught
+        if not (failed := processes.failing(error is not None)):
           break
-        except Exception as error:  # what a damaged file raises depends on the file
-          broken[step] = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
-      if broken and found is None:
-        newest = max(broken)
-        raise UserError(
-          f'no checkpoint in {self._directory} can be read ({newest}: {broken[newest]}); '
-          'remove this folder to start again'
-        )
-      for step, reason in broken.items():
-        processes.say(
-          f'warning: passing over the checkpoint of step {step}, which cannot be read ({reason})',
-          file=sys.stderr,
-        )
-        manager.delete(step)
+        found, broken[step] = None, _reason(error, failed)
+    if broken and found is None:
+      newest = max(broken)
+      raise UserError(
+        f'no checkpoint in {self._directory} can be read ({newest}: {broken[newest]}); '
+        'remove this folder to start again'
+      )
+    for step, reason in broken.items() if processes.is_first() else ():
+      place = self._move_aside(step) if own else self._directory
+      print(
+        f'warning: passing over the checkpoint of step {step}, which cannot be read ({reason}); '
+        f'it is kept in {place}',
+        file=sys.stderr,
+        flush=True,
+      )
+    processes.of_first(0)  # the others see it moved
     return found
+
+  def _move_aside(self, step: int) -> pathlib.Path:
+    """Renames the folder of a checkpoint; returns where it is then."""
+    aside = self._directory.with_name(f'{self._directory.name}-unreadable')
+    aside.mkdir(exist_ok=True)
+    names = itertools.chain([f'{step}'], (f'{step}-{i}' for i in itertools.count(2)))
+    place = next(aside / name for name in names if not (aside / name).exists())
+    (self._directory / str(step)).rename(place)
+    return place
 
   def save(
     self, step: int, state: PyTree, clock: dict[str, float], test_error: float | None
@@ -85,7 +106,10 @@ class Checkpoints:
       # Without best_fn, Orbax writes no metrics.
       self._manager = self._open(
         ocp.CheckpointManagerOptions(
-          preservation_policy=policy, best_fn=_test_error, best_mode='min'
+          preservation_policy=policy,
+          best_fn=_test_error,
+          best_mode='min',
+          cleanup_tmp_directories=True,
         )
       )
     if step in self._manager.all_steps():
@@ -128,6 +152,13 @@ class Checkpoints:
       args=ocp.args.Composite(state=ocp.args.StandardRestore(like), clock=ocp.args.JsonRestore()),
     )
     return restored['state'], restored['clock']
+
+
+def _reason(error: Exception | None, failed: list[int]) -> str:
+  """Why some processes cannot read a checkpoint; only the error of this one is at hand."""
+  if error is None:
+    return f'by processes {failed}'
+  return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
 
 
 def _ignore_closed_loops() -> None:

@@ -9,7 +9,6 @@ import functools
 import itertools
 import pathlib
 import re
-import signal
 import sys
 import textwrap
 import types
@@ -20,9 +19,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from lfg_jax import user_files
-from lfg_jax.errors import UserError
+from lfg_jax.errors import UserError, exit_code
 from lfg_jax.fields import Allowed, Field, at_least, one_of
-from lfg_jax.training import configs, guard
+from lfg_jax.training import configs
 
 # What `--help` shows first: the fields that most runs set.
 COMMON = (
@@ -46,7 +45,7 @@ Options = types.SimpleNamespace
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
-  """Runs a program and exits. A `UserError` is printed as one line."""
+  """Runs a program and exits. A `UserError` or a Ctrl-C is printed as one line."""
   codecs.register_error('plain', _plain)
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(AttributeError):  # something else stands for it, as in a notebook
@@ -54,13 +53,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
   logging.set_verbosity(logging.WARNING)
 
   def guarded(arguments: list[str]) -> None:
-    try:
-      main(arguments)
-    except UserError as error:
-      sys.exit(guard.complain(error))
-    except KeyboardInterrupt:  # where no `Signals` wait for it, or once more
-      guard.complain(UserError('interrupted'))
-      sys.exit(128 + signal.SIGINT)
+    sys.exit(exit_code(functools.partial(main, arguments)))
 
   app.run(guarded, flags_parser=_arguments)
   sys.exit()

@@ -134,7 +134,8 @@ class Config:
   checkpoint_every: int = field(1, 'epochs between checkpoints', at_least(1))
   max_to_keep: int = field(2, 'newest checkpoints to keep, besides the best', at_least(1))
   distributed: bool = field(False, 'whether to call jax.distributed.initialize()')
-  lost_after: int = field(25, 'seconds of silence after which a process is lost', at_least(2))
+  initialization_timeout: int = field(300, 'seconds for all processes to start', at_least(1))
+  heartbeat_timeout: int = field(25, 'seconds of silence; then JAX ends the others', at_least(2))
   profile: str | None = field(
     None,
     'steps that jax.profiler traces',

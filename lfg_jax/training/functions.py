@@ -23,7 +23,8 @@ class Functions(NamedTuple):
   Attributes:
     feed: the training data.
     steps: `(state, number of steps, inputs of the feed) -> state`.
-    test_error: `TrainState -> float`, a fraction.
+    test_error: `(TrainState, optional: what may end a stream early) -> float`, a fraction; see
+      `update.make_error`.
     learning_rate: by step, from 0.
     begin: `TrainState -> state`: the state with which `steps` continues. In stages, every device
       has a part of it.
@@ -33,7 +34,7 @@ class Functions(NamedTuple):
 
   feed: Feed
   steps: Callable[[State, int, tuple], State]
-  test_error: Callable[[TrainState], float]
+  test_error: Callable[..., float]
   learning_rate: optax.Schedule
   begin: Callable[[TrainState], State] = lambda state: state
   finish: Callable[[State, tuple], State] = lambda state, inputs: state

@@ -1,26 +1,31 @@
 """Runs of several processes: how they connect, and how they agree on the run's folder."""
 
 import contextlib
-import itertools
+import functools
+import os
 import pathlib
 import re
 import secrets
+import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TextIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax._src.clusters import ClusterEnv  # JAX has no public way to ask for the cluster's places
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
-from lfg_jax.errors import LOST, UserError
-from lfg_jax.training import guard
+from lfg_jax.errors import GOES_ON, LOST, UserError
+from lfg_jax.training.roll_call import roll_call
 
 TOKEN = 'token'  # a file with a random number, which the first process draws at every start
 PATIENCE_SECONDS = 5  # until a file is visible on another host
-_looks = itertools.count(1)
-
 
 # XLA's message contains one of these if a collective operation has lost another process.
 _MISSED = re.compile('Gloo|NCCL|RCCL|coordination service|UNAVAILABLE')
@@ -43,27 +48,56 @@ class Lost(UserError):
 AS_TOLD = Place()
 
 
-def connect(at: Place = AS_TOLD, lost_after: int = 25) -> None:
-  """Connects this process with the others.
-
-  Args:
-    at: this process's place among them.
-    lost_after: seconds of silence after which a process counts as lost.
+def connect(config: ConfigDict, at: Place = AS_TOLD) -> None:
+  """Connects this process, whose place is `at`, with the others.
 
   Raises:
-    UserError: JAX finds no cluster or cannot reach the coordinator, or the processes have different
+    UserError: JAX finds no cluster, the processes do not find each other, or they have different
       numbers of devices.
   """
   if jax.distributed.is_initialized():
     return
+  terminate = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+  seconds = config.initialization_timeout
   try:
-    jax.distributed.initialize(*at, heartbeat_timeout_seconds=lost_after)
+    with _no_proxies():
+      place = _complete(at, seconds)
+      roll_call(*place, seconds)
+      jax.distributed.initialize(
+        *place, initialization_timeout=seconds, heartbeat_timeout_seconds=config.heartbeat_timeout
+      )
   except (ValueError, RuntimeError) as error:
     raise UserError(
       f'the processes cannot be connected ({" ".join(str(error).split())[:200]}); where JAX knows no '
       'cluster, give each --coordinator=HOST:PORT --processes=N --process=I, I from 0'
     ) from error
+  signal.signal(signal.SIGTERM, terminate)  # back from JAX's preemption service; see `Signals`
   same_devices(Counter(device.process_index for device in jax.devices()))
+
+
+@contextlib.contextmanager
+def _no_proxies() -> Iterator[None]:
+  """Hides proxies from gRPC. It would ask them for other processes, which Gloo reaches directly."""
+  hidden = {name: text for name, text in os.environ.items() if name.lower().endswith('_proxy')}
+  for name in hidden:
+    del os.environ[name]
+  try:
+    yield
+  finally:
+    os.environ.update(hidden)
+
+
+def _complete(at: Place, timeout: int) -> tuple[str, int, int]:
+  """Coordinator, number of processes and number of this one; what is not given, the cluster tells.
+
+  Raises:
+    ValueError: JAX knows no cluster.
+  """
+  if None in at:
+    at = Place(*ClusterEnv.auto_detect_unset_distributed_params(*at, None, None, timeout)[:3])
+  if at.coordinator is None or at.processes is None or at.process is None:
+    raise ValueError('no cluster is detected')
+  return at.coordinator, at.processes, at.process
 
 
 def same_devices(counts: Mapping[int, int]) -> None:
@@ -89,9 +123,7 @@ def losses() -> Iterator[None]:
     if isinstance(error, UserError) or jax.process_count() == 1 or not _MISSED.search(str(error)):
       raise
     reason = ' '.join(str(error).split())[:200]
-    raise Lost(
-      f'process {jax.process_index()} lost another one ({reason}); {guard.GOES_ON}'
-    ) from error
+    raise Lost(f'process {jax.process_index()} lost another one ({reason}); {GOES_ON}') from error
 
 
 def is_first() -> bool:
@@ -105,31 +137,21 @@ def say(*words: Any, file: TextIO | None = None) -> None:
     print(*words, file=file, flush=True)
 
 
-def share_folder(folder: pathlib.Path | None) -> None:
-  """Checks that all processes see the folder that the first one has claimed.
-
-  All processes must call this. The first passes None if it could not claim the folder.
+def share_folder(folder: pathlib.Path) -> None:
+  """Checks that all processes see the folder that the first one has claimed; all must call this.
 
   Raises:
-    UserError: in all processes, if one does not see the folder of the first; in the others, if the
-      first could not claim it.
+    UserError: in all processes, if one does not see the folder of the first.
   """
   if jax.process_count() == 1:
     return
-  mine = -1 if folder is None else secrets.randbits(31)
-  if folder and is_first():
+  mine = secrets.randbits(31)
+  if is_first():
     (folder / TOKEN).write_text(str(mine))
-  wanted = int(multihost_utils.broadcast_one_to_all(np.int32(mine)))
-  if folder is None:
-    return
-  if wanted == -1:
-    raise UserError('process 0 could not begin; see what it says')
-  sees = np.asarray(
-    multihost_utils.process_allgather(np.int32(_sees(folder / TOKEN, str(wanted))))
-  ).ravel()
-  if not sees.all():
+  wanted = of_first(mine)
+  if blind := failing(not _sees(folder / TOKEN, str(wanted))):
     raise UserError(
-      f'processes {np.flatnonzero(sees == 0).tolist()} do not see the folder of process 0; allowed: one '
+      f'processes {blind} do not see the folder of process 0; allowed: one '
       f'--workdir for all, on a file system that they share; here it is {folder}'
     )
 
@@ -143,11 +165,44 @@ def _sees(path: pathlib.Path, text: str) -> bool:
   return True
 
 
-def terminated() -> bool:
-  """Whether any process has received a SIGTERM; all processes get the same answer.
+def of_first(number: int) -> int:
+  """The first process's number, in all processes; all must call this."""
+  if jax.process_count() == 1:
+    return number
+  return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
-  All processes must call this equally often. JAX makes them agree on a future number, and must be
-  asked about every number. So the numbers count calls, not steps: one dispatch may have several
-  steps.
-  """
-  return multihost_utils.reached_preemption_sync_point(next(_looks))
+
+def failing(fails: bool) -> list[int]:
+  """The processes that fail, in all processes; all must call this."""
+  if jax.process_count() == 1:
+    return [0] * fails
+  return np.flatnonzero(multihost_utils.process_allgather(np.int32(fails))).tolist()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """A context that ends with an error in all processes if it does in one; all must enter it."""
+  error = None
+  try:
+    yield
+  except Exception as caught:
+    error = caught
+  with losses():
+    failed = failing(error is not None)
+  if error is not None:
+    raise error
+  if failed:
+    raise UserError(f'processes {failed} could not begin; see what they say')
+
+
+@functools.cache
+def _exchange() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+  mesh = Mesh(np.array(jax.devices()), ('all',))
+  return NamedSharding(mesh, P('all')), jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+
+
+def largest(number: int) -> jax.Array:
+  """The largest of all processes' numbers, exchanged by their devices; all must call this."""
+  sharding, maximum = _exchange()
+  here = np.full(jax.local_device_count(), number, np.int32)
+  return maximum(jax.make_array_from_process_local_data(sharding, here))

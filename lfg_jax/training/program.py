@@ -6,6 +6,7 @@
 If run again with the same arguments, it continues where it stopped.
 """
 
+import argparse
 import functools
 import os
 import pathlib
@@ -13,7 +14,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import command_line, configs, guard, launch, processes
+from lfg_jax.training import command_line, configs, launch, processes
 from lfg_jax.training.processes import Place
 from lfg_jax.training.summary import last_line
 from lfg_jax.training.train import prepare, train
@@ -40,34 +41,34 @@ def main(arguments: list[str]) -> None:
     print(configs.to_json(config), end='')
     return
   workdir = options.workdir or pathlib.Path('runs', pathlib.Path(options.config).stem)
-  at = _place(options, config)
+  at = _place(options, config, arguments)
   if at is None:
     _train(config, workdir)
     return
   launch.run(functools.partial(_train, config, workdir, at))
 
 
-def _place(options: command_line.Options, config: ConfigDict) -> Place | None:
-  """This process's place, now in a child of a guard; None if the run has only one process."""
+def _place(options: command_line.Options, config: ConfigDict, arguments: list[str]) -> Place | None:
+  """This process's place; None if the run has only one process. A rehearsal never returns."""
   given = Place(options.coordinator, options.processes, options.process)
   if options.rehearse is not None:
     if given != Place():
       raise UserError(
         '--rehearse starts all processes itself; allowed: it, or --coordinator --processes --process'
       )
-    return launch.rehearse(options.rehearse, config.lost_after)
+    rehearse = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    rehearse.add_argument('--rehearse')
+    launch.rehearse(options.rehearse, rehearse.parse_known_args(arguments)[1])
   at = launch.find_place(given, os.environ)
-  if at is None and config.distributed:
-    at = Place()
-  if at is not None:
-    guard.guard([at.process], grace=0)
-  return at
+  return Place() if at is None and config.distributed else at
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path, at: Place | None = None) -> None:
   if at is not None:
-    processes.connect(at, config.lost_after)
-  processes.say(last_line(train(prepare(config), workdir)))
+    processes.connect(config, at)
+  with processes.together():
+    job = prepare(config)
+  processes.say(last_line(train(job, workdir)))
 
 
 def run() -> None:

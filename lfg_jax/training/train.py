@@ -64,7 +64,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
   configs.validate(config)
   with as_user_errors():
     if config.distributed:
-      processes.connect(lost_after=config.lost_after)
+      processes.connect(config)
     stage_plan.check_devices(config, jax.device_count())
     dataset = dataset or data.load(
       config.dataset,
@@ -118,7 +118,7 @@ def load(workdir: pathlib.Path, data_dir: str | None = None) -> tuple[Job, Train
   job = prepare(config)
   state = build(*job)[1]
   with Checkpoints(workdir / 'checkpoints', config.max_to_keep) as checkpoints:
-    restored = checkpoints.restore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+    restored = checkpoints.restore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state), own=False)
   if restored is None:
     raise UserError(f'{workdir} has no checkpoint yet')
   return job, restored[0]
@@ -135,17 +135,16 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
   begin, workdir = time.monotonic(), user_files.local('workdir', workdir)
   with as_user_errors((BadExample,)), folders.file_errors(workdir), processes.losses():
     if job.config.init_from and not (workdir / 'config.json').exists():
-      start.check(
-        user_files.local('init_from', job.config.init_from), job.algorithm
-      )  # before there is a folder
-    with folders.claim(workdir, job.config) as finished:
+      # Before there is a folder.
+      start.check(user_files.local('init_from', job.config.init_from), job.algorithm)
+    with folders.claim(workdir, job.config) as finished, Signals() as signals:
       if finished:
         processes.say(folders.finished_line(workdir))
         return finished
-      return _train(job, workdir, Clock(begin))
+      return _train(job, workdir, Clock(begin), signals)
 
 
-def _train(job: Job, workdir: pathlib.Path, clock: Clock) -> dict[str, Any]:
+def _train(job: Job, workdir: pathlib.Path, clock: Clock, signals: Signals) -> dict[str, Any]:
   """`train` in a folder that is already claimed."""
   processes.say('compiling …')
   functions, state = build(*job)
@@ -163,7 +162,6 @@ def _train(job: Job, workdir: pathlib.Path, clock: Clock) -> dict[str, Any]:
     total = config.epochs * functions.feed.steps
     with (
       RunLog(workdir, int(state.step), total, config.batch_size, active=active) as log,
-      Signals() as signals,
       Trace(workdir / 'tensorboard', config.profile, active=active) as trace,
     ):
       watch = Watch(clock, log, signals, trace)
@@ -187,8 +185,10 @@ def _epochs(
 ) -> State:
   """Trains for the remaining epochs; returns the final state."""
   steps, clock, signals = functions.feed.steps, watch.clock, watch.signals
-  for epoch in range(int(state.step) // steps, config.epochs):
-    state, speed = _epoch(functions, state, epoch, config.batch_size, watch)
+  for epoch in range(_first_epoch(int(state.step), steps, watch.log), config.epochs):
+    speed = None
+    if int(state.step) < (epoch + 1) * steps:
+      state, speed = _epoch(functions, state, epoch, config.batch_size, watch)
     if (bad := int(state.bad_step)) >= 0:
       raise UserError(
         f'loss or update became NaN or infinite at step {bad}; the checkpoints of before are '
@@ -197,14 +197,15 @@ def _epochs(
     step, done = int(state.step), epoch + 1
     is_whole, is_last = step == done * steps, step == config.epochs * steps
     evaluates = is_whole and (is_last or done % config.eval_every == 0)
-    saves = is_last or signals.received or (is_whole and done % config.checkpoint_every == 0)
+    saves = is_last or signals.stop or (is_whole and done % config.checkpoint_every == 0)
     whole: State = functions.whole(state) if evaluates or saves else None
     error = None
-    if evaluates:
+    if evaluates and not signals.stop:
       watch.log.doing('evaluating …')
       with clock.on('evaluation'):
-        error = functions.test_error(whole)
-    if is_whole:
+        error = functions.test_error(whole, signals.until_stop)
+    has_row = is_whole and not (evaluates and signals.stop)
+    if has_row:
       watch.log.write(
         {
           'step': step,
@@ -215,12 +216,18 @@ def _epochs(
           'examples_per_second': speed,
         }
       )
-    if saves:
+    if saves or signals.stop:
       with clock.on('checkpoints'):
-        checkpoints.save(step, whole, clock.read(), error)
-    if signals.received and not is_last:
-      raise Interrupted(step, signals.received)
+        checkpoints.save(step, whole, clock.read(), error if has_row else None)
+    if signals.stop and not (is_last and has_row):
+      raise Interrupted(step, signals.stop)
   return state
+
+
+def _first_epoch(step: int, steps: int, log: RunLog) -> int:
+  """The epoch to go on with; one that ended without its row, in its evaluation, is the one."""
+  has_row = step == 0 or any(row['step'] == step for row in log.rows)
+  return step // steps - (step % steps == 0 and not processes.of_first(has_row))
 
 
 def _epoch(
@@ -237,6 +244,7 @@ def _epoch(
   bad_steps: collections.deque[jax.Array] = collections.deque()
   for count, inputs in clock.waiting(functions.feed.epoch(epoch, first)):
     with clock.on('steps'):
+      question = watch.signals.ask()
       watch.trace.before(whole + step, count)
       state = functions.steps(state, count, inputs)
       if step == first:
@@ -252,7 +260,8 @@ def _epoch(
       if time.monotonic() - shown > REFRESH_SECONDS:
         log.progress(int(state.step), epoch=epoch + 1, **_means(state))
         shown = time.monotonic()
-    if watch.signals.ask_to_stop():
+      stops = watch.signals.stops(question)
+    if stops:
       break
   with clock.on('steps'):
     state = functions.finish(state, inputs)

@@ -242,10 +242,11 @@ def add_to_sums(
   return {name: jnp.where(is_first, 0, sums[name]) + value for name, value in new.items()}
 
 
-def make_error(algorithm: Algorithm, mesh: Mesh, feed: Feed) -> Callable[[TrainState], float]:
+def make_error(algorithm: Algorithm, mesh: Mesh, feed: Feed) -> Callable[..., float]:
   """Makes `error(state)`: the fraction of a split's examples that are misclassified.
 
-  Every example counts once; padding does not count.
+  Every example counts once; padding does not count. `error(state, batches)` has a stream's batches
+  go through the function `batches`, which may end them early.
   """
 
   def local_count(
@@ -267,11 +268,12 @@ def make_error(algorithm: Algorithm, mesh: Mesh, feed: Feed) -> Callable[[TrainS
     )
   )
 
-  def error(state: TrainState) -> float:
+  def error(state: TrainState, batches: Callable[[Iterator], Iterator] = iter) -> float:
     if feed.is_stream:
-      counts = sum(
-        count(state.params, state.rest, jnp.arange(1), *inputs) for _, inputs in feed.epoch(0, 0)
-      )
+      counts = jnp.zeros(2)
+      for _, inputs in batches(feed.epoch(0, 0)):
+        before, counts = counts, counts + count(state.params, state.rest, jnp.arange(1), *inputs)
+        jax.block_until_ready(before)  # so that no end has to wait for more than two batches
     else:
       _, inputs = next(feed.epoch(0, 0))
       counts = count(state.params, state.rest, jnp.arange(feed.steps), *inputs)

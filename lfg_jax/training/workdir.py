@@ -22,7 +22,8 @@ from lfg_jax.training import configs, optimizers, processes, run_log
 MAY_DIFFER = (
   'data_dir',
   'distributed',
-  'lost_after',
+  'initialization_timeout',
+  'heartbeat_timeout',
   'profile',
   'eval_every',
   'checkpoint_every',
@@ -49,18 +50,13 @@ def claim(folder: pathlib.Path, config: ConfigDict) -> Iterator[dict[str, Any] |
     UserError: the folder has a run of another config, or files that do not belong to a run; or
       another process is using it.
   """
-  if not processes.is_first():
-    processes.share_folder(folder)
-    yield _finished(folder, config)
-    return
   with contextlib.ExitStack() as stack:
-    try:
-      finished = stack.enter_context(_claim(folder, config))
-    except (UserError, OSError):
-      processes.share_folder(None)
-      raise
+    finished = None
+    with processes.together():
+      if processes.is_first():
+        finished = stack.enter_context(_claim(folder, config))
     processes.share_folder(folder)
-    yield finished
+    yield finished if processes.is_first() else _finished(folder, config)
 
 
 @contextlib.contextmanager
