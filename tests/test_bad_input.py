@@ -136,16 +136,6 @@ def test_a_traceback_on_demand(monkeypatch, capsys):
   assert 'Traceback' not in run(monkeypatch, capsys, [wrong])[2]
 
 
-def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
-  def interrupted(arguments):
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(sys, 'argv', ['train.py'])
-  with pytest.raises(SystemExit) as stop:
-    command_line.run(interrupted)
-  assert stop.value.code == 130 and told(capsys.readouterr().err, 'interrupted')
-
-
 def test_views_and_streams_are_not_augmented_twice(tmp_path, monkeypatch, capsys):
   arguments = [
     '--config.augment.flip=True',
