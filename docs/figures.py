@@ -28,8 +28,8 @@ from measurements import (
 )
 
 import lfg_jax
-from lfg_jax.estimators import tangents
-from lfg_jax.losses.replicated import Cut
+from lfg_jax.local.replicated import Cut
+from lfg_jax.tangents import distributions
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Told apart by colour-blind readers (Okabe and Ito 2008).
@@ -61,7 +61,7 @@ def forward_derivative(figure: Figure) -> None:
   f = lambda x: (jnp.array([1.0, 2.0]) * x**2).sum()
   x = jnp.array([1.0, 0.6])
   g = jax.grad(f)(x)
-  one = lfg_jax.forward_grad(f, law=tangents.sphere)
+  one = lfg_jax.forward_grad(f, law=distributions.sphere)
   estimates = jax.vmap(lambda key: one(x, key=key))(jax.random.split(jax.random.key(0), 200))
   left, right = figure.subplots(1, 2)
 
@@ -128,7 +128,7 @@ def dimensions(figure: Figure) -> None:
   for K, color in passes.items():
     own = [d for d in sizes if d > K]
     left.plot(own, [error_of_direction(d, K) for d in own], 'o', color=color)
-    excess = [tangents.hadamard.excess(d, K) for d in own]
+    excess = [distributions.hadamard.excess(d, K) for d in own]
     left.plot(own, excess, color=color)
     label(left, own[-1], excess[-1], f'{K} pass{"es" if K > 1 else ""}', color)
   left.set(

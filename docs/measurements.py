@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 import lfg_jax
-from lfg_jax.estimators import linear_layer, tangents, variance
-from lfg_jax.losses.replicated import Cut, replicated_loss
-from lfg_jax.losses.row_losses import cross_entropy
-from lfg_jax.losses.targets import Targets
+from lfg_jax.estimators import linear_layer
+from lfg_jax.local.replicated import Cut, replicated_loss
+from lfg_jax.local.row_losses import cross_entropy
+from lfg_jax.local.targets import Targets
+from lfg_jax.tangents import distributions, variance
 
 Params = dict[str, jax.Array]
 
@@ -22,7 +23,7 @@ Params = dict[str, jax.Array]
 def error_of_direction(d: int, passes: int) -> float:
   """Squared error of forward gradients of a linear function in d dimensions, over |g|²."""
   g = jax.random.normal(jax.random.key(1), (d,))
-  run = lfg_jax.forward_grad(lambda x: g @ x, law=tangents.hadamard, passes=passes)
+  run = lfg_jax.forward_grad(lambda x: g @ x, law=distributions.hadamard, passes=passes)
   keys = jax.random.split(jax.random.key(2), 400)
   estimates = jax.jit(lambda keys: jax.lax.map(lambda key: run(jnp.zeros(d), key=key), keys))(keys)
   return float(((estimates - g) ** 2).sum(1).mean() / (g**2).sum())
@@ -31,7 +32,7 @@ def error_of_direction(d: int, passes: int) -> float:
 def layer_error(kind: str, p: int, q: int, batch: int) -> tuple[float, float]:
   """Variance of a linear layer's estimate over the squared gradient: measured, and by Table 1."""
   layer = linear_layer.LinearLayer(jnp.ones(p), jnp.ones(q))
-  law = tangents.rademacher
+  law = distributions.rademacher
   estimate = layer.estimate(kind, lfg_jax.Sampling(law), batch)
   measured = variance.measure(estimate, layer.truth, jax.random.key(3), 2000)
   predicted = variance.predicted(

@@ -15,7 +15,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lfg_jax.training import command_line, plots, results, rules, run_log
+from lfg_jax.training.config import command_line
+from lfg_jax.training.rules import rules
+from lfg_jax.training.run import metrics, plots, results
 from lfg_jax.training.train import prepare, train
 
 NAME = 'comparison'
@@ -66,11 +68,11 @@ def report(folder: results.Folder, runs: list[tuple[str, int]]) -> None:
     for name, own in workdirs.items()
   ]
   folder.write(NAME, rows=rows)
-  run_log.write_atomically(folder.path / f'{NAME}.md', table(rows))
+  metrics.write_atomically(folder.path / f'{NAME}.md', table(rows))
   plots.curves(
     folder.path / 'curves.png',
     {
-      name: [run_log.read_rows(workdir / 'metrics.jsonl') for workdir in own]
+      name: [metrics.read_rows(workdir / 'metrics.jsonl') for workdir in own]
       for name, own in workdirs.items()
     },
   )

@@ -1,31 +1,35 @@
 """Forward-gradient learning with local losses, in JAX and Flax.
 
-Any JAX function: `value_and_forward_grad`, `value_and_activity_grad`, `tap`, `mark`; what they are
-made of is in `estimators`. Networks that learn by local losses: `losses`, `models`, `data`,
-`training`, which are imported when they are first used.
+Any JAX function: `value_and_forward_grad`, `value_and_activity_grad`, `tap`, `mark`, `diagnose`. The
+folders, in reading order: `jaxpr`, `tangents`, `estimators`, `diagnosis`, `local`, `models`, `data`,
+`training`. What needs more than JAX is imported when it is first used.
 """
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from lfg_jax import estimators, exact_sums
 from lfg_jax.estimators.activity_gradient import value_and_activity_grad
-from lfg_jax.estimators.diagnosis import diagnose
 from lfg_jax.estimators.forward_gradient import forward_grad, value_and_forward_grad
-from lfg_jax.estimators.marks import mark
-from lfg_jax.estimators.sampling import Sampling
-from lfg_jax.estimators.taps import tap
+from lfg_jax.jaxpr import _compat
+from lfg_jax.jaxpr.taps import tap
+from lfg_jax.tangents import distributions
+from lfg_jax.tangents.sampling import Sampling
 
-exact_sums.ensure()
+if TYPE_CHECKING:
+  from lfg_jax.diagnosis.diagnosing import diagnose
+  from lfg_jax.estimators.marks import mark
+
+_compat.ensure()
 
 __version__ = '0.1.0'
-_LATER = ('losses', 'models', 'data', 'training')
+_FOLDERS = ('jaxpr', 'tangents', 'estimators', 'diagnosis', 'local', 'models', 'data', 'training')
+_LATER = {'diagnose': 'lfg_jax.diagnosis.diagnosing', 'mark': 'lfg_jax.estimators.marks'}
 
 __all__ = [
   'Sampling',
   '__version__',
   'diagnose',
-  'estimators',
+  'distributions',
   'forward_grad',
   'mark',
   'tap',
@@ -34,11 +38,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-  if name in _LATER:
+def __getattr__(name: str) -> Any:
+  if name in _FOLDERS:
     return importlib.import_module(f'lfg_jax.{name}')
+  if name in _LATER:
+    return getattr(importlib.import_module(_LATER[name]), name)
   raise AttributeError(f'module lfg_jax has no attribute {name!r}')
 
 
 def __dir__() -> list[str]:
-  return sorted([*__all__, *_LATER])
+  return sorted([*__all__, *_FOLDERS])

@@ -10,7 +10,7 @@ import numpy as np
 from lfg_jax.data.datasets import Batch
 from lfg_jax.models import mixer
 from lfg_jax.models.sizes import mixer_spec, patches
-from lfg_jax.training import algorithms, rules
+from lfg_jax.training.rules import algorithms, rules
 
 
 class Small(NamedTuple):

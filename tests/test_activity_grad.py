@@ -10,10 +10,10 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from lfg_jax import tap, value_and_activity_grad
-from lfg_jax.estimators import tangents
-from lfg_jax.losses.replicated import Cut, head_outputs, replicate, replicated_loss
-from lfg_jax.losses.row_losses import cross_entropy
-from lfg_jax.losses.targets import Targets
+from lfg_jax.local.replicated import Cut, head_outputs, replicate, replicated_loss
+from lfg_jax.local.row_losses import cross_entropy
+from lfg_jax.local.targets import Targets
+from lfg_jax.tangents import distributions
 from tests.bare import (
   BATCH,
   EXACT,
@@ -49,7 +49,7 @@ def patches(w, mix, local_axes):
 
 def test_losses_of_parts_of_an_example():
   exact = objective(functools.partial(patches, mix=False, local_axes=2))(W)[1]
-  options = {'law': tangents.haar, 'passes': 2}
+  options = {'law': distributions.haar, 'passes': 2}
   local = value_and_activity_grad(functools.partial(patches, mix=False, local_axes=2), **options)
   assert relative_error(jax.jit(local)(W, key=KEYS[5])[1]['a'], exact['a']) < 3e-6
   with pytest.raises(
@@ -209,7 +209,7 @@ def test_a_fused_loss_is_local_by_its_derivative_rule():
     linear = {'kernel': head, 'bias': jnp.zeros(5)}
     return replicated_loss(cross_entropy, jnp.tanh(z), linear, targets)
 
-  run = jax.jit(value_and_activity_grad(losses, law=tangents.hadamard, passes=4))
+  run = jax.jit(value_and_activity_grad(losses, law=distributions.hadamard, passes=4))
   exact = jax.jit(jax.grad(lambda w: losses(w).sum() / 3))(w)
   assert relative_error(run(w, key=keys[3])[1], exact) < 1e-5
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from lfg_jax import tap, value_and_activity_grad
-from lfg_jax.estimators import variance
+from lfg_jax.tangents import variance
 from tests.bare import (
   BATCH,
   EXACT,

@@ -10,17 +10,20 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lfg_jax.errors import UserError
-from lfg_jax.estimators.traced import Traced
-from lfg_jax.losses.ahead import look_ahead, next_stacks
-from lfg_jax.losses.greedy import stage_loss
-from lfg_jax.losses.heads import Heads
-from lfg_jax.losses.info_nce import Contrast
-from lfg_jax.losses.replicated import Cut
-from lfg_jax.losses.row_losses import cross_entropy
-from lfg_jax.losses.staged import Place
-from lfg_jax.losses.targets import Targets
-from lfg_jax.training import algorithms, configs, functions, start
-from lfg_jax.training.checkpoints import Checkpoints
+from lfg_jax.jaxpr.tapped import Traced
+from lfg_jax.local.blockwise import stage_loss
+from lfg_jax.local.heads import Heads
+from lfg_jax.local.info_nce import Contrast
+from lfg_jax.local.lookahead import look_ahead, next_stacks
+from lfg_jax.local.replicated import Cut
+from lfg_jax.local.row_losses import cross_entropy
+from lfg_jax.local.staged import Place
+from lfg_jax.local.targets import Targets
+from lfg_jax.training import step_functions
+from lfg_jax.training.config import configs
+from lfg_jax.training.rules import algorithms
+from lfg_jax.training.run import warm_start
+from lfg_jax.training.run.checkpoints import Checkpoints
 from lfg_jax.training.train import prepare
 from tests import oracle
 from tests.runs import tiny
@@ -175,7 +178,7 @@ def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, 
   )
   configs.use_model(config, 'mlp', channels=8, groups=2)
   job = prepare(config)
-  run, state = functions.build(*job)
+  run, state = step_functions.build(*job)
   inputs = next(run.feed.epoch(0, 0))[1]
 
   def following(params):
@@ -201,8 +204,8 @@ def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, 
   jax.tree.map(np.testing.assert_array_equal, here, there)
 
   # A run that begins with the parameters of another, which has no average, begins with theirs.
-  monkeypatch.setattr(start, '_newest', lambda *_: {'params': new.params, 'rest': {}})
-  begun = start.from_run(tmp_path, here, job.algorithm)
+  monkeypatch.setattr(warm_start, '_newest', lambda *_: {'params': new.params, 'rest': {}})
+  begun = warm_start.from_run(tmp_path, here, job.algorithm)
   jax.tree.map(np.testing.assert_array_equal, begun.rest['ahead'], following(new.params))
 
 

@@ -7,9 +7,11 @@ import sys
 import pytest
 
 from lfg_jax import data
-from lfg_jax.estimators import tangents
 from lfg_jax.models import sizes
-from lfg_jax.training import algorithms, command_line, configs, optimizers, rules
+from lfg_jax.tangents import distributions
+from lfg_jax.training import optimizers
+from lfg_jax.training.config import command_line, configs
+from lfg_jax.training.rules import algorithms, rules
 from tests import runs
 from tests.runs import FLAGS, ROOT, STEPS
 
@@ -45,7 +47,7 @@ def told(err, *facts, program='train.py'):
     ('model.size=S/2/3', ('3 groups', 'do not divide', 'model.channels', '256')),
     ('model.size=S/3/4', ('model.size', '3x3 patches', 'do not divide', '8x8')),
     ('dataset=letters', ("dataset 'letters'", 'digits, mnist', 'TFDS', '--config.data.module')),
-    ('estimator.distribution=cauchy', ('estimator.distribution', "'cauchy'", ', '.join(tangents.LAWS))),
+    ('estimator.distribution=cauchy', ('estimator.distribution', "'cauchy'", ', '.join(distributions.LAWS))),
     ('optimizer.name=sdg', ('optimizer.name', "'sdg'", ', '.join(optimizers.OPTIMIZERS))),
     ('optimizer.schedule=wave', ('optimizer.schedule', "'wave'", ', '.join(optimizers.SCHEDULES))),
     ('optimizer.learning_rate=-1', ('optimizer.learning_rate', '-1', 'more than 0')),
@@ -216,10 +218,11 @@ def test_a_ctrl_c_ends_in_one_line(while_training):
   """While a run trains, the second one; the first one only asks it to stop."""
   code = f"""
 import contextlib, signal
-from lfg_jax.training import command_line, signals
+from lfg_jax.training.config import command_line
+from lfg_jax.training.hosts import preemption
 
 def main(_):
-  with signals.Signals() if {while_training} else contextlib.nullcontext():
+  with preemption.Signals() if {while_training} else contextlib.nullcontext():
     for press in 'once', 'twice':
       print(press)
       signal.raise_signal(signal.SIGINT)

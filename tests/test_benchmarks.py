@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lfg_jax.errors import UserError
-from lfg_jax.estimators import mixing_rules
+from lfg_jax.jaxpr import dependence_rules
 from tests import runs
 from tests.runs import ROOT
 
@@ -191,7 +191,7 @@ def test_bias_hunt(tmp_path, monkeypatch, capsys):
   main(arguments)
   rows = json.loads((tmp_path / 'bias_hunt.json').read_text())['rows']
   assert [row['verdict'] for row in rows] == ['unbiased'] * 3
-  monkeypatch.setitem(mixing_rules._RULES, 'rev', mixing_rules._kept(lambda *_: True))
+  monkeypatch.setitem(dependence_rules._RULES, 'rev', dependence_rules._kept(lambda *_: True))
   with pytest.raises(UserError, match='of 3 programs are biased'):
     main(arguments)
   assert 'standard errors: Program(' in capsys.readouterr().out

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from lfg_jax import data
-from lfg_jax.data.streams import Stream
+from lfg_jax.data.streaming import Stream
 from lfg_jax.errors import UserError
-from lfg_jax.training import processes, signals, train
-from lfg_jax.training.checkpoints import Checkpoints
+from lfg_jax.training import train
+from lfg_jax.training.hosts import preemption, processes
+from lfg_jax.training.run.checkpoints import Checkpoints
 from tests.runs import FLAGS, STEPS, start, state, tiny
 
 
@@ -156,7 +157,7 @@ def _interrupted_within_an_epoch(job, saved, tmp_path, monkeypatch):
   train.train(job, tmp_path / 'whole')
   with (
     monkeypatch.context() as patch,
-    pytest.raises(signals.Interrupted, match=f'SIGINT: saved step {saved}'),
+    pytest.raises(preemption.Interrupted, match=f'SIGINT: saved step {saved}'),
   ):
     interrupt_at(patch, 30)
     train.train(job, tmp_path / 'run')
@@ -182,8 +183,8 @@ def test_interrupted_while_evaluating(epochs, tmp_path, monkeypatch):
         yield item
       assert len(list(items)) > 1  # batches were left
 
-    original = patched(patch, signals.Signals, 'until_stop', until_stop)
-    with pytest.raises(signals.Interrupted, match=f'SIGINT: saved step {STEPS}'):
+    original = patched(patch, preemption.Signals, 'until_stop', until_stop)
+    with pytest.raises(preemption.Interrupted, match=f'SIGINT: saved step {STEPS}'):
       train.train(job, tmp_path / 'run')
   assert not rows(tmp_path / 'run')
   train.train(job, tmp_path / 'run')

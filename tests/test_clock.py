@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import clock, profiling, train
+from lfg_jax.training import train
+from lfg_jax.training.run import clock, profiling
 from lfg_jax.training.update import Feed
 from tests.runs import STEPS, tiny
 

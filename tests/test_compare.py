@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from lfg_jax.losses import row_losses
-from lfg_jax.losses.heads import Heads
+from lfg_jax.local import row_losses
+from lfg_jax.local.heads import Heads
 from lfg_jax.models import sizes
-from lfg_jax.training import configs, rules
+from lfg_jax.training.config import configs
+from lfg_jax.training.rules import rules
 from tests.runs import FLAGS, ROOT, STEPS, script
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lfg_jax.losses import info_nce
-from lfg_jax.losses.info_nce import Contrast
-from lfg_jax.losses.replicated import Cut, replicated_loss
-from lfg_jax.losses.targets import Targets
+from lfg_jax.local import info_nce
+from lfg_jax.local.info_nce import Contrast
+from lfg_jax.local.replicated import Cut, replicated_loss
+from lfg_jax.local.targets import Targets
 from tests.small import relative_error
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-12}

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from lfg_jax.estimators.activity import draw_at_tap
-from lfg_jax.estimators.sampling import Sampling
-from lfg_jax.estimators.tangents import Passes
-from lfg_jax.estimators.taps import Tap
-from lfg_jax.losses import info_nce, staged
-from lfg_jax.losses.heads import Heads
-from lfg_jax.losses.info_nce import Contrast
-from lfg_jax.losses.replicated import Cut
-from lfg_jax.losses.targets import Targets
-from lfg_jax.training import algorithms, rules
+from lfg_jax.jaxpr.taps import Tap
+from lfg_jax.local import info_nce, staged
+from lfg_jax.local.heads import Heads
+from lfg_jax.local.info_nce import Contrast
+from lfg_jax.local.replicated import Cut
+from lfg_jax.local.targets import Targets
+from lfg_jax.tangents.distributions import Passes
+from lfg_jax.tangents.sampling import Sampling
+from lfg_jax.training.rules import algorithms, rules
 from tests import oracle
 from tests.small import keep_kernels, relative_error, small
 from tests.test_contrastive import naive

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lfg_jax import data
-from lfg_jax.data import streams
+from lfg_jax.data import streaming
 from lfg_jax.errors import UserError
 from lfg_jax.training import train
 from tests.runs import tiny
@@ -16,15 +16,15 @@ from tests.test_streams import TRAIN, stream
 
 def test_crops_depend_on_seed_epoch_and_example():
   one = stream(1)
-  same = streams.Stream([one.source[0]] * 4, image_size=16)
+  same = streaming.Stream([one.source[0]] * 4, image_size=16)
   crops = [
     batch.image[i] for epoch in range(3) for batch in same.epoch(epoch, 0, 4) for i in range(4)
   ]
   crops += [
-    batch.image[0] for batch in streams.Stream(one.source, image_size=16, seed=1).epoch(0, 0, 1)
+    batch.image[0] for batch in streaming.Stream(one.source, image_size=16, seed=1).epoch(0, 0, 1)
   ]
   assert len({crop.tobytes() for crop in crops}) == 13
-  tests = streams.Stream([one.source[0]] * 4, image_size=16, train=False)
+  tests = streaming.Stream([one.source[0]] * 4, image_size=16, train=False)
   centres = [
     image for epoch in range(2) for batch in tests.epoch(epoch, 0, 4) for image in batch.image
   ]
@@ -34,7 +34,7 @@ def test_crops_depend_on_seed_epoch_and_example():
 def test_random_boxes_have_the_areas_ratios_and_places_asked_for():
   width, height = 400, 300
   boxes = np.array(
-    [streams.random_box(np.random.default_rng(i), width, height, 0.3) for i in range(4000)]
+    [streaming.random_box(np.random.default_rng(i), width, height, 0.3) for i in range(4000)]
   )
   left, top, right, bottom = boxes.T
   w, h = right - left, bottom - top
@@ -50,15 +50,15 @@ def test_random_boxes_have_the_areas_ratios_and_places_asked_for():
 
 
 def test_a_long_image_is_cropped_at_its_centre():
-  assert streams.random_box(np.random.default_rng(0), 300, 10, 0.9) == (143.5, 0, 156.5, 10)
-  assert streams.random_box(np.random.default_rng(0), 10, 300, 0.9) == (0, 143.5, 10, 156.5)
+  assert streaming.random_box(np.random.default_rng(0), 300, 10, 0.9) == (143.5, 0, 156.5, 10)
+  assert streaming.random_box(np.random.default_rng(0), 10, 300, 0.9) == (0, 143.5, 10, 156.5)
 
 
 def test_flips_are_half_of_the_crops():
   ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (64, 64, 3))
   source = [{'image': np.ascontiguousarray(ramp), 'label': 0}] * 400
   image = np.concatenate(
-    [b.image for b in streams.Stream(source, image_size=8).epoch(0, 0, 100)]
+    [b.image for b in streaming.Stream(source, image_size=8).epoch(0, 0, 100)]
   ).astype(int)
   flipped = image[:, 4, 0, 0] > image[:, 4, -1, 0]
   assert 160 < flipped.sum() < 240
@@ -67,7 +67,7 @@ def test_flips_are_half_of_the_crops():
 def test_test_crop_is_the_centre_of_the_image_scaled_to_256():
   blocks = np.random.default_rng(0).integers(0, 256, (16, 20, 3))
   pixels = np.kron(blocks, np.ones((20, 20, 1))).astype(np.uint8)
-  test = streams.Stream([{'image': pixels, 'label': 0}], train=False)
+  test = streaming.Stream([{'image': pixels, 'label': 0}], train=False)
   (batch,) = test.epoch(0, 0, 1)
   scaled = Image.fromarray(pixels).resize((320, 256), Image.Resampling.BICUBIC)
   scaled = np.asarray(scaled)[16:-16, 48:-48]
@@ -110,7 +110,7 @@ def test_a_crop_is_decoded_at_the_scale_that_it_needs(mode, box, scale):
   """It differs from the crop at full size by less than JPEG changes the picture."""
   file = smooth(905, 703, mode)
   picture = Image.open(io.BytesIO(file))
-  crop = streams.cropped(picture, box, 32)
+  crop = streaming.cropped(picture, box, 32)
   assert picture.size == (-(-905 // scale), -(-703 // scale))
   difference = np.abs(np.asarray(crop) - fully(file, box, 32))
   assert crop.mode == 'RGB' and difference.mean() < 1 and difference.max() <= 6
@@ -120,7 +120,7 @@ def test_a_crop_is_decoded_at_the_scale_that_it_needs(mode, box, scale):
 def test_other_files_are_decoded_whole():
   file = io.BytesIO()
   Image.open(io.BytesIO(smooth(200, 100))).save(file, 'PNG')
-  crop = streams.cropped(Image.open(file), (0, 0, 100, 100), 16)
+  crop = streaming.cropped(Image.open(file), (0, 0, 100, 100), 16)
   assert np.array_equal(np.asarray(crop), fully(file.getvalue(), (0, 0, 100, 100), 16))
 
 
@@ -141,32 +141,33 @@ def test_a_bad_example_is_named(is_train, bad, message):
   examples = [one.source[i] for i in range(TRAIN)]
   examples[6] = {**examples[6], **bad}
   with pytest.raises(
-    streams.BadExample, match=rf'^example 6 \(label 6\) has no image that can be decoded: {message}'
+    streaming.BadExample,
+    match=rf'^example 6 \(label 6\) has no image that can be decoded: {message}',
   ) as error:
-    list(streams.Stream(examples, image_size=16, train=is_train, threads=2).epoch(0, 0, 4))
+    list(streaming.Stream(examples, image_size=16, train=is_train, threads=2).epoch(0, 0, 4))
   assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('label', [-1, 11])
 def test_a_label_out_of_range_is_named(label):
   examples = [stream().source[i] for i in range(TRAIN)]
-  list(streams.Stream(examples, image_size=16, classes=11).epoch(0, 0, 4))
+  list(streaming.Stream(examples, image_size=16, classes=11).epoch(0, 0, 4))
   examples[3]['label'] = label
   with pytest.raises(
-    streams.BadExample, match=rf'^example 3 has the label {label}; allowed: 0 … 10'
+    streaming.BadExample, match=rf'^example 3 has the label {label}; allowed: 0 … 10'
   ):
-    list(streams.Stream(examples, image_size=16, classes=11).epoch(0, 0, 4))
+    list(streaming.Stream(examples, image_size=16, classes=11).epoch(0, 0, 4))
 
 
 def test_a_grey_array_is_an_image():
   grey = [{'image': np.full((20, 30), 7, np.uint8), 'label': 0}]
-  (batch,) = streams.Stream(grey, image_size=4).epoch(0, 0, 1)
+  (batch,) = streaming.Stream(grey, image_size=4).epoch(0, 0, 1)
   assert batch.image.shape == (1, 4, 4, 3) and (batch.image == 7).all()
 
 
 def test_training_ends_in_the_line_of_a_bad_example(tmp_path, monkeypatch):
   examples = [{'image': np.zeros((8, 8, 3), np.uint8), 'label': i % 10} for i in range(64)]
-  one = streams.Stream([*examples, {'image': b'', 'label': 0}], image_size=8, threads=2)
+  one = streaming.Stream([*examples, {'image': b'', 'label': 0}], image_size=8, threads=2)
   dataset = data.Dataset('stand-in', 10, (8, 8, 3), (0.5,) * 3, (0.5,) * 3, one, one)
   with pytest.raises(
     UserError, match=r'^example 64 \(label 0\) has no image that can be decoded: 0 bytes; '

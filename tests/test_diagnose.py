@@ -12,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 import lfg_jax
 from lfg_jax import tap
-from lfg_jax.estimators import averaging, tangents
+from lfg_jax.diagnosis import bias_test
+from lfg_jax.tangents import distributions
 from tests.bare import KEYS, W, bare, batch_normed, scanned, square
 
 matplotlib.use('agg')
@@ -20,8 +21,8 @@ KEY = jax.random.key(11)
 B, P, C = 4, 3, 5
 X = jax.random.normal(KEYS[0], (B, P, C))
 V = {name: 0.7 * jax.random.normal(key, (C, C)) for name, key in zip('ab', KEYS[1:3], strict=True)}
-SCALED = tangents.Law(
-  lambda *args: 1.1**0.5 * tangents.rademacher.draw(*args), tangents.rademacher.excess
+SCALED = distributions.Law(
+  lambda *args: 1.1**0.5 * distributions.rademacher.draw(*args), distributions.rademacher.excess
 )
 
 
@@ -91,7 +92,7 @@ def test_what_could_be_more_local():
 def test_signals_a_tenth_too_long_are_found():
   found = diagnose(functools.partial(patches, local_axes=2), V, X, law=SCALED)
   assert found.signals[0].is_biased and found.overall.is_biased
-  assert found.signals[0].sigmas[0] > averaging.SIGMAS < found.signals[0].sigmas[1]
+  assert found.signals[0].sigmas[0] > bias_test.SIGMAS < found.signals[0].sigmas[1]
   assert found.signals[0].scale == pytest.approx(1.1, abs=0.03)
   assert found.signals[0].limit > 0.99  # the direction is right
   assert verdicts(found) == {'h': 'ok'}
@@ -107,7 +108,7 @@ def leaky(w):
 def test_a_bias_in_another_direction_is_found_at_its_tap():
   found = diagnose(leaky, W, draws=3000)
   right, wrong = found.signals
-  assert not right.is_biased and wrong.is_biased and wrong.sigmas[1] > averaging.SIGMAS
+  assert not right.is_biased and wrong.is_biased and wrong.sigmas[1] > bias_test.SIGMAS
   assert wrong.bias == pytest.approx(0.1, abs=0.08)
   assert not found.gradients[2].is_biased  # what follows the tap is exact
 
@@ -120,9 +121,9 @@ def linear(w, x, y):
 def test_the_law_of_a_linear_layer(law):
   d, K = 8, (1, 2, 8)
   args = jax.random.normal(KEYS[0], (3, d)), jax.random.normal(KEYS[1], (1, 3)), jnp.zeros((1, d))
-  found = diagnose(linear, *args, num_tangents=K, draws=2000, law=tangents.LAWS[law])
+  found = diagnose(linear, *args, num_tangents=K, draws=2000, law=distributions.LAWS[law])
   for one in (found.signals[0], found.overall):
-    expected = [tangents.LAWS[law].excess(d, k) for k in K]
+    expected = [distributions.LAWS[law].excess(d, k) for k in K]
     assert np.all(np.abs(one.error - expected) < 4 * one.error_se + 1e-5)
     assert one.limit == pytest.approx(1, abs=0.01)
     a, b = (d - 1, 0) if law == 'rademacher' else (d, 1)
@@ -194,7 +195,7 @@ def test_options_are_those_of_the_gradient():
     num_tangents=(2,),
     draws=500,
     at_once=100,
-    law=tangents.normal,
+    law=distributions.normal,
     separate=True,
     checkpoint_names=True,
     taps=('h_1', 'out'),
@@ -245,8 +246,8 @@ def test_statistics_of_draws_with_an_uneven_covariance():
 
   for shift in (0, off):
     shifted = functools.partial(estimate, shift=shift)
-    draws = averaging.sample(shifted, truth, KEY, 2000, 100, (True, True))
-    first, second, whole = averaging.accuracies(
+    draws = bias_test.sample(shifted, truth, KEY, 2000, 100, (True, True))
+    first, second, whole = bias_test.accuracies(
       'abc', [1], [draws], [1e-6] * 3, is_orthogonal=False
     )
     assert draws.traces[:, 0] == pytest.approx(np.asarray(first_t[1:]), rel=0.2)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from lfg_jax import tap, value_and_activity_grad, value_and_forward_grad
-from lfg_jax.estimators import tangents
-from lfg_jax.estimators.derivatives import finite_difference
+from lfg_jax.tangents import distributions
+from lfg_jax.tangents.derivatives import finite_difference
 from tests.small import relative_error
 
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -54,13 +54,13 @@ def test_differences_approach_the_exact_derivative(door, options, two_sided, ord
   assert 0.8 * 10**-order < near / far < 1.25 * 10**-order
 
 
-@pytest.mark.parametrize('law', [tangents.rademacher, tangents.normal])
+@pytest.mark.parametrize('law', [distributions.rademacher, distributions.normal])
 def test_two_sided_differences_are_spsa_and_antithetic_evolution_strategies(law):
   f, x, step = lambda x: jnp.sin(x).prod(), jnp.arange(1.0, 6), 0.1
   two_sided = finite_difference(step, two_sided=True)
   run = value_and_forward_grad(f, law=law, derivative=two_sided)
   _, found = run(x, key=KEYS[0])
-  u = law.draw(KEYS[0], tangents.Passes(1), (), 5, jnp.float32)[0]
+  u = law.draw(KEYS[0], distributions.Passes(1), (), 5, jnp.float32)[0]
   assert jnp.allclose(found, (f(x + step * u) - f(x - step * u)) / (2 * step) * u, rtol=1e-4)
 
 
@@ -75,7 +75,7 @@ def test_no_derivative_of_the_function_is_needed():
   f = lambda x: square(x).sum()
   with pytest.raises(TypeError):
     value_and_forward_grad(f)(jnp.ones(3), key=KEYS[0])
-  law, derivative = tangents.hadamard, finite_difference(0.5, two_sided=True)
+  law, derivative = distributions.hadamard, finite_difference(0.5, two_sided=True)
   run = value_and_forward_grad(f, law=law, passes=4, derivative=derivative)
   assert jnp.allclose(run(jnp.arange(4.0), key=KEYS[0])[1], 2 * jnp.arange(4.0), atol=1e-5)
 

@@ -13,7 +13,10 @@ import nbformat
 import pytest
 
 from lfg_jax.errors import LOST, UserError
-from lfg_jax.training import configs, launch, program, rules
+from lfg_jax.training import main
+from lfg_jax.training.config import configs
+from lfg_jax.training.hosts import connect
+from lfg_jax.training.rules import rules
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / 'experiments' / 'notebooks').glob('*.ipynb'))
@@ -134,7 +137,7 @@ def test_what_the_page_of_the_paper_names_exists():
   'text, problem',
   [
     ('experiments/nothing.py', 'experiments/nothing.py does not exist'),
-    ('lfg_jax/training/rules.py::Rules', 'lfg_jax/training/rules.py has no Rules'),
+    ('lfg_jax/training/rules/rules.py::Rules', 'lfg_jax/training/rules/rules.py has no Rules'),
   ],
 )
 def test_missing_files_and_names_are_noticed(text, problem):
@@ -143,13 +146,13 @@ def test_missing_files_and_names_are_noticed(text, problem):
 
 def test_the_page_of_launching_has_options_and_fields_that_exist():
   page = (ROOT / 'docs' / 'launch.md').read_text()
-  known = set(re.findall(r'--\w+', program.__doc__)) | {'--workdir', '--config'}
+  known = set(re.findall(r'--\w+', main.__doc__)) | {'--workdir', '--config'}
   commands = re.findall(r'lfg-train(?:[^\n`]*\\\n)*[^\n`]*', page)
   used = {option for command in commands for option in re.findall(r'(--\w+)[=\]]', command)}
   assert used - {'--config'} and used <= known
   fields = {field for field in re.findall(r'--config\.([\w.]+)=', page)}
   assert fields and fields <= {name for name, _ in configs.flatten(configs.base())}
-  assert set(re.findall(r'`(JAX_\w+)`', page)) == set(launch.VARIABLES)
+  assert set(re.findall(r'`(JAX_\w+)`', page)) == set(connect.VARIABLES)
   assert all(f'| {code}' in page for code in (LOST, 128 + signal.SIGTERM, UserError.exit_code))
 
 

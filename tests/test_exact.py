@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lfg_jax.losses.replicated import Cut, replicated_loss
-from lfg_jax.losses.row_losses import cross_entropy
-from lfg_jax.losses.targets import Targets
-from lfg_jax.training import rules
+from lfg_jax.local.replicated import Cut, replicated_loss
+from lfg_jax.local.row_losses import cross_entropy
+from lfg_jax.local.targets import Targets
+from lfg_jax.training.rules import rules
 from tests import oracle
 from tests.small import compose, gradient, keep_kernels, relative_error, small
 

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from lfg_jax import exact_sums
 from lfg_jax.estimators import linear_layer
-from lfg_jax.estimators.sampling import Sampling
-from lfg_jax.estimators.tangents import rademacher
+from lfg_jax.jaxpr import _compat
+from lfg_jax.tangents.distributions import rademacher
+from lfg_jax.tangents.sampling import Sampling
 
 
 def test_vmapped_estimates_in_a_scan_are_those_of_one_key_after_the_other():
@@ -28,21 +28,21 @@ def test_vmapped_estimates_in_a_scan_are_those_of_one_key_after_the_other():
 
 
 def test_the_flag_is_set_where_it_is_needed():
-  assert exact_sums.flags('0.10.1', '--a') == '--a'
-  assert exact_sums.flags('0.10.2', '--a') == f'--a {exact_sums.FLAG}='
-  assert exact_sums.flags('0.11.2.dev3', '') == f'{exact_sums.FLAG}='
-  assert exact_sums.flags('0.11.2', f'{exact_sums.FLAG}=dot') == f'{exact_sums.FLAG}=dot'
+  assert _compat.flags('0.10.1', '--a') == '--a'
+  assert _compat.flags('0.10.2', '--a') == f'--a {_compat.FLAG}='
+  assert _compat.flags('0.11.2.dev3', '') == f'{_compat.FLAG}='
+  assert _compat.flags('0.11.2', f'{_compat.FLAG}=dot') == f'{_compat.FLAG}=dot'
 
 
 def test_too_late_is_told(monkeypatch):
   """Once JAX has looked for its devices, flags no longer have an effect."""
   jax.devices()
-  monkeypatch.setattr(exact_sums.jaxlib, '__version__', '0.11.2')
+  monkeypatch.setattr(_compat.jaxlib, '__version__', '0.11.2')
   monkeypatch.setenv('XLA_FLAGS', '')
   with pytest.warns(UserWarning, match='JAX was used before lfg_jax was imported'):
-    exact_sums.ensure()
+    _compat.ensure()
   with warnings.catch_warnings(action='error'):
-    exact_sums.ensure()  # once
+    _compat.ensure()  # once
 
 
 def test_an_import_sets_it_in_time():
@@ -53,6 +53,6 @@ import jax, lfg_jax, os; print(jax.numpy.ones(2).sum(), os.environ.get('XLA_FLAG
   done = subprocess.run(
     [sys.executable, '-c', program], env=environment, capture_output=True, text=True
   )
-  assert done.stdout.split() == ['2.0', *exact_sums.flags(jax.lib.__version__, '').split()], (
+  assert done.stdout.split() == ['2.0', *_compat.flags(jax.lib.__version__, '').split()], (
     done.stderr
   )

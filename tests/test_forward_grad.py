@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
 from lfg_jax import Sampling, forward_grad, tap, value_and_activity_grad, value_and_forward_grad
-from lfg_jax.estimators import tangents
 from lfg_jax.estimators.weight import weight_perturbation
+from lfg_jax.tangents import distributions
 from tests.statistics import SIGMAS, SINGLE, is_mean, z_of_mean
 
 
@@ -24,7 +24,7 @@ def loss(params, x, scale=1.0):
 
 X = jax.random.normal(jax.random.key(1), (8, 3))
 PARAMS = {'w': jax.random.normal(jax.random.key(2), (3, 4)), 'b': jnp.full(4, 0.1)}  # 16 numbers
-EXACT = {'law': tangents.hadamard, 'passes': 16}
+EXACT = {'law': distributions.hadamard, 'passes': 16}
 
 
 def same(a, b):
@@ -38,8 +38,8 @@ def same(a, b):
   [
     EXACT,
     {**EXACT, 'chunk': 4},
-    {'law': tangents.haar, 'passes': 16},
-    {'law': tangents.normal, 'passes': 16, 'combination': 'projection'},
+    {'law': distributions.haar, 'passes': 16},
+    {'law': distributions.normal, 'passes': 16, 'combination': 'projection'},
   ],
 )
 def test_as_many_orthogonal_passes_as_dimensions_give_jax_grad(options):
@@ -53,12 +53,14 @@ def test_as_many_orthogonal_passes_as_dimensions_give_jax_grad(options):
 def test_argnums_and_aux(argnums):
   f = lambda params, x: (loss(params, x), {'mean': x.mean()})
   count = {0: 16, 1: 24, (1, 0): 40, -1: 24, (0,): 16}[argnums]
-  run = jax.jit(value_and_forward_grad(f, argnums, has_aux=True, law=tangents.haar, passes=count))
+  run = jax.jit(
+    value_and_forward_grad(f, argnums, has_aux=True, law=distributions.haar, passes=count)
+  )
   (value, aux), gradient = run(PARAMS, X, key=jax.random.key(0))
   (value_0, aux_0), gradient_0 = jax.value_and_grad(f, argnums, has_aux=True)(PARAMS, X)
   assert jax.tree.structure(gradient) == jax.tree.structure(gradient_0)
   assert same((value, aux, gradient), (value_0, aux_0, gradient_0))
-  gradient_1, aux_1 = forward_grad(f, argnums, has_aux=True, law=tangents.haar, passes=count)(
+  gradient_1, aux_1 = forward_grad(f, argnums, has_aux=True, law=distributions.haar, passes=count)(
     PARAMS, X, key=jax.random.key(0)
   )
   assert same((gradient_1, aux_1), (gradient_0, aux_0))
@@ -167,7 +169,7 @@ def test_every_leaf_has_its_own_dtype(chunk):
   """So a scan over steps keeps the types of its carry. The estimate is exact up to rounding."""
   f = lambda p: (p['low'].astype(jnp.float32) ** 2).sum() + 3 * p['high'].sum() + p['number']
   params = {'low': jnp.ones(2, jnp.bfloat16), 'high': jnp.ones((1, 1)), 'number': 1.0}
-  run = forward_grad(f, law=tangents.hadamard, passes=4, chunk=chunk)
+  run = forward_grad(f, law=distributions.hadamard, passes=4, chunk=chunk)
   gradient, exact = run(params, key=jax.random.key(0)), jax.grad(f)(params)
   chex.assert_trees_all_equal_shapes_and_dtypes(gradient, exact)
   assert same(gradient, exact)
@@ -183,8 +185,8 @@ def test_every_leaf_has_its_own_dtype(chunk):
 
 @pytest.mark.parametrize('law', ['normal', 'sphere', 'haar'])
 def test_tangents_of_a_short_type_have_the_moments_of_the_law(law):
-  draw = lambda dtype: tangents.LAWS[law].draw(
-    jax.random.key(0), tangents.Passes(1), (100_000,), 4, dtype
+  draw = lambda dtype: distributions.LAWS[law].draw(
+    jax.random.key(0), distributions.Passes(1), (100_000,), 4, dtype
   )
   u = draw(jnp.bfloat16)
   assert u.dtype == jnp.bfloat16
@@ -225,7 +227,7 @@ def test_aux_that_is_no_array(chunk):
 
 def test_a_key_of_the_functions_own():
   f = lambda w, *, key: ((w * jax.random.bernoulli(key, 0.5, w.shape)) ** 2).sum()
-  key, w, options = jax.random.key(0), jnp.ones(8), {'law': tangents.hadamard, 'passes': 8}
+  key, w, options = jax.random.key(0), jnp.ones(8), {'law': distributions.hadamard, 'passes': 8}
   own = jax.random.split(key)[1]
   exact = jax.grad(f)(w, key=own)
   assert same(forward_grad(f, **options)(w, key=key), exact)

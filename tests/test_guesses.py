@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 from lfg_jax import Sampling, mark, tap, value_and_activity_grad
-from lfg_jax.estimators import activity, guided, tangents, variance
-from lfg_jax.estimators.tangents import Passes
-from lfg_jax.estimators.taps import Tap
-from lfg_jax.training import algorithms, rules
+from lfg_jax.estimators import activity
+from lfg_jax.jaxpr.taps import Tap
+from lfg_jax.tangents import distributions, guided, variance
+from lfg_jax.tangents.distributions import Passes
+from lfg_jax.training.rules import algorithms, rules
 from tests.small import compose, gradient, relative_error, small
 from tests.statistics import SIGMAS, is_mean, verdict, z_of_mean, z_scores, z_scores_of_multiples
 from tests.test_unbiased import model
@@ -203,7 +204,7 @@ def test_a_users_guess_leaves_the_error_that_theory_has():
   g = signal(params, z)
   near = lambda activities, params, x, y: {FIRST: 0.8 * signal(params, activities[FIRST])}
   for guess, h in ((None, 0 * g), (near, 0.8 * g)):
-    for law, passes in ((tangents.normal, 1), (tangents.hadamard, 2)):
+    for law, passes in ((distributions.normal, 1), (distributions.hadamard, 2)):
       samples = estimates(guess, law=law, passes=passes)['bias']
       errors = ((samples - g.sum(0)) ** 2).sum(-1)
       expected = law.excess(8, passes) * ((g - h) ** 2).sum()
@@ -246,7 +247,7 @@ def test_predicted_variance_with_a_guess():
   known = functools.partial(
     variance.predicted,
     'activity',
-    tangents.rademacher,
+    distributions.rademacher,
     1,
     shared=False,
     batch=4,

@@ -7,8 +7,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from lfg_jax import forward_grad
-from lfg_jax.estimators import guided
-from lfg_jax.estimators.tangents import Passes, hadamard, normal
+from lfg_jax.tangents import guided
+from lfg_jax.tangents.distributions import Passes, hadamard, normal
 from tests.statistics import SIGMAS, is_mean, z_of_mean
 
 D, DRAWS = 8, 20_000

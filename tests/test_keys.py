@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from lfg_jax import Sampling, forward_grad, tap, value_and_activity_grad
-from lfg_jax.estimators import activity, derivatives, forward_gradient, sampling, tangents, weight
+from lfg_jax.estimators import activity, forward_gradient, weight
+from lfg_jax.tangents import derivatives, distributions, sampling
 from tests.small import relative_error
 from tests.statistics import is_mean
 
@@ -123,7 +124,7 @@ def test_keys_as_they_are_would_be_wrong(name, ways, monkeypatch):
 def test_tangents_are_unbiased_independent_signs_whatever_the_generator(generator):
   """Also those of neighbouring keys, and those of one key's parts."""
   keys = jax.random.split(jax.random.key(3, impl=generator), 20_000)
-  draw = lambda key: tangents.draw_signs(sampling.tangent_key(key), (6,))
+  draw = lambda key: distributions.draw_signs(sampling.tangent_key(key), (6,))
   u_NxD = jax.jit(jax.vmap(draw))(keys)
   assert is_mean(u_NxD, 0) and is_mean(u_NxD[1:] * u_NxD[:-1], 0)
   assert is_mean(u_NxD[:, 1:] * u_NxD[:, :-1], 0) and not is_mean(u_NxD**2, 0)

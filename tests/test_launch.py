@@ -12,9 +12,10 @@ import jax
 import pytest
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import launch, processes, program, train
-from lfg_jax.training.processes import Place, same_devices
-from lfg_jax.training.roll_call import roll_call
+from lfg_jax.training import main, train
+from lfg_jax.training.hosts import connect, processes
+from lfg_jax.training.hosts.processes import Place, same_devices
+from lfg_jax.training.hosts.roll_call import roll_call
 from tests.runs import tiny
 
 
@@ -32,14 +33,14 @@ def called(*calls, seconds=1.0):
 
 
 def test_all_have_come_and_the_port_is_free_again():
-  address = launch.free_address()
+  address = connect.free_address()
   port = int(address.rpartition(':')[2])
   assert called(*((address, 4, i) for i in (3, 2, 1, 0)), seconds=20) == [None] * 4
   socket.create_server(('', port)).close()
 
 
 def test_who_is_missing_is_told_to_all():
-  address = launch.free_address()
+  address = connect.free_address()
   told = 'the run cannot start: of 4 processes, 1, 3 did not come in time'
   assert called((address, 4, 0), (address, 4, 2)) == [told] * 2
 
@@ -52,14 +53,14 @@ def test_who_is_missing_is_told_to_all():
   ],
 )
 def test_places_that_contradict_each_other_are_told_to_all(places, reason):
-  address = launch.free_address()
+  address = connect.free_address()
   told = called(*((address, *place) for place in places), seconds=20)
   assert told == [f'the run cannot start: {reason}'] * len(places)
 
 
 def test_strangers_and_one_that_has_ended_do_not_count():
   """A scan of the port says nothing that is known; process 1 comes, is killed, and comes again."""
-  address = launch.free_address()
+  address = connect.free_address()
   port = int(address.rpartition(':')[2])
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     first = pool.submit(roll_call, address, 3, 0, 20)
@@ -93,7 +94,7 @@ def test_a_port_in_use_and_one_of_another_program_are_told():
 @pytest.mark.parametrize('host', ['no-such-host.invalid', 'localhost'])
 def test_an_address_that_cannot_be_reached_is_told(host, index):
   """With a wrong host, process 0 does not reach itself; the right one is reached by process 0."""
-  address = f'{host}:{launch.free_address().rpartition(":")[2]}'
+  address = f'{host}:{connect.free_address().rpartition(":")[2]}'
   (told,) = called((address, 2, index), seconds=0.2)
   if (host, index) == ('localhost', 0):
     assert told == 'the run cannot start: of 2 processes, 1 did not come in time'
@@ -141,14 +142,14 @@ def test_different_numbers_of_devices_are_refused():
 
 
 def test_options_come_before_variables():
-  environment = dict(zip(launch.VARIABLES, ('a:1', '2', '0'), strict=True))
-  assert launch.find_place(Place(), {}) is None
-  assert launch.find_place(Place('b:2', None, 1), environment) == Place('b:2', 2, 1)
+  environment = dict(zip(connect.VARIABLES, ('a:1', '2', '0'), strict=True))
+  assert connect.find_place(Place(), {}) is None
+  assert connect.find_place(Place('b:2', None, 1), environment) == Place('b:2', 2, 1)
 
 
 def test_a_rehearsal_has_no_place():
   with pytest.raises(UserError, match=r'^--rehearse starts all processes itself; allowed: it, or'):
-    program.main(['--rehearse=2', '--process=0'])
+    main.main(['--rehearse=2', '--process=0'])
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_a_rehearsal_has_no_place():
 )
 def test_a_place_that_is_not_whole_is_refused(given, message):
   with pytest.raises(UserError, match=f'^{message}'):
-    launch.find_place(given, {})
+    connect.find_place(given, {})
 
 
 # --- rehearsals -----------------------------------------------------------------------------------
@@ -181,8 +182,8 @@ def rehearsed(tmp_path, work):
   path.write_text(f"""
 import os, signal, sys, time
 if '--process' not in sys.argv[-1]:
-  from lfg_jax.training import launch
-  launch.rehearse(2, ['an argument'])
+  from lfg_jax.training.hosts import connect
+  connect.rehearse(2, ['an argument'])
 argument, _, _, place = sys.argv[1:]
 i = int(place.partition('=')[2])
 {work}

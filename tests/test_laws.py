@@ -7,11 +7,11 @@ import pytest
 
 from lfg_jax import diagnose, tap, value_and_activity_grad, value_and_forward_grad
 from lfg_jax.errors import UserError
-from lfg_jax.estimators import guided, tangents, variance
-from lfg_jax.estimators.sampling import Sampling, each_chunk, sum_over_chunks
-from lfg_jax.estimators.tangents import LAWS, Passes
 from lfg_jax.estimators.weight import weight_perturbation
-from lfg_jax.training import algorithms, rules
+from lfg_jax.tangents import distributions, guided, variance
+from lfg_jax.tangents.distributions import LAWS, Passes
+from lfg_jax.tangents.sampling import Sampling, each_chunk, sum_over_chunks
+from lfg_jax.training.rules import algorithms, rules
 from tests.small import relative_error, small
 from tests.statistics import SIGMAS, is_mean, z_of_mean
 
@@ -78,10 +78,10 @@ def test_a_law_from_a_file_must_not_bias(tmp_path):
       r'law draws \(4,\) for 2 passes in 4 dimensions; allowed: \(2, 4\)',
     ),
   ):
-    path.write_text(f'import jax\nfrom lfg_jax.estimators.tangents import Law, normal\n{text}\n')
+    path.write_text(f'import jax\nfrom lfg_jax.tangents.distributions import Law, normal\n{text}\n')
     with pytest.raises((ValueError, UserError), match=message):
       rules.Options(module=str(path))
-  path.write_text('from lfg_jax.estimators.tangents import sphere as law\n')
+  path.write_text('from lfg_jax.tangents.distributions import sphere as law\n')
   options = rules.Options(module=str(path))
   assert (
     relative_error(
@@ -179,7 +179,7 @@ def test_options_that_make_no_sense(options, message):
 
 def test_sampling_refuses_projection_in_chunks():
   with pytest.raises(ValueError, match='needs all 4 tangents at once'):
-    Sampling(tangents.normal, passes=4, chunk=2, combine='projection').check()
+    Sampling(distributions.normal, passes=4, chunk=2, combine='projection').check()
   assert Sampling(passes=6, chunk=4).at_once == 4
 
 
@@ -230,7 +230,7 @@ def test_a_law_may_be_given_by_its_name(name):
     'weight': lambda law: weight_perturbation(
       lambda w: (losses(w), {}), sampling=Sampling(law, shared=True)
     )(w, key)[1],
-    'tree': lambda law: tangents.like_tree(law, key, w, Passes(2)),
+    'tree': lambda law: distributions.like_tree(law, key, w, Passes(2)),
     'within': lambda law: guided.within(guide, law).draw(key, Passes(1), (), 4, jnp.float32),
     'predicted': lambda law: variance.predicted_taps(law, [2], [4], [1.0], joint=False)[0],
     'allocate': lambda law: jnp.array(variance.allocate(law, [4, 8], [1.0, 2.0], [1.0, 2.0], 9.0)),
@@ -244,7 +244,7 @@ def test_a_law_may_be_given_by_its_name(name):
   [
     ('rademache', r"law is 'rademache'; did you mean 'rademacher'\? allowed: normal, rademacher"),
     ('gauss', "law is 'gauss'; allowed: normal, rademacher, sphere"),
-    (jax.random.normal, 'law is <.*; allowed: a tangents.Law, or one of normal, rademacher'),
+    (jax.random.normal, 'law is <.*; allowed: a distributions.Law, or one of normal, rademacher'),
   ],
   ids=['nearly', 'another', 'a function'],
 )

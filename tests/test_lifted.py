@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from lfg_jax import mark
-from lfg_jax.estimators import tangents, variance
+from lfg_jax.tangents import distributions, variance
 from tests.small import relative_error
 from tests.test_modules import estimator, exact, images, init
 
@@ -28,7 +28,7 @@ class Tied(nn.Module):
 def test_a_tied_layer_has_a_tap_for_each_call_behind_every_transform(lift):
   x = images(4)
   variables = init(Tied(lift), x, {})
-  options = {'separate': True, 'law': tangents.haar, 'passes': 4}
+  options = {'separate': True, 'law': distributions.haar, 'passes': 4}
   for _ in range(2):  # the second time nn.jit finds the trace of the first
     grads = estimator(Tied(lift), variables, x, nn.Dense, {}, **options)(jax.random.key(1))[1]
     assert relative_error(grads, exact(Tied(lift), variables, x, {})[1]) < 1e-5
@@ -103,7 +103,9 @@ class Branch(nn.Module):
 def test_nn_cond():
   x = images(4)
   variables = init(Branch(), x, {})
-  step = estimator(Branch(), variables, x, nn.Dense, {}, separate=True, law=tangents.haar, passes=4)
+  step = estimator(
+    Branch(), variables, x, nn.Dense, {}, separate=True, law=distributions.haar, passes=4
+  )
   assert (
     relative_error(jax.jit(step)(jax.random.key(1))[1], exact(Branch(), variables, x, {})[1]) < 1e-5
   )

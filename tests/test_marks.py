@@ -12,7 +12,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from lfg_jax import mark, tap, value_and_activity_grad
-from lfg_jax.estimators import tangents
+from lfg_jax.tangents import distributions
 from tests.small import relative_error
 from tests.statistics import SIGMAS, z_of_mean
 
@@ -137,7 +137,7 @@ def estimate(name, key=KEYS[6], **options):
 @pytest.mark.parametrize('name', sorted(set(NETWORKS) - {'bare', 'equinox'}))
 @pytest.mark.parametrize(
   'options',
-  [{}, {'separate': True, 'law': tangents.normal, 'passes': 2}],
+  [{}, {'separate': True, 'law': distributions.normal, 'passes': 2}],
   ids=['joint', 'separate'],
 )
 def test_equal_keys_give_equal_estimates(name, options):
@@ -150,7 +150,7 @@ def test_equal_keys_give_equal_estimates(name, options):
 @pytest.mark.parametrize('name', NETWORKS)
 def test_layers_that_no_scanned_tap_disturbs_are_exact(name):
   """Taps are separate, with as many orthogonal passes as dimensions."""
-  options = {'separate': True, 'law': tangents.haar, 'passes': 16}
+  options = {'separate': True, 'law': distributions.haar, 'passes': 16}
   exact = jax.jit(jax.grad(lambda w: NETWORKS[name](w).sum() / BATCH))(WEIGHTS)
   grads = estimate(name, **options)[1]
   for layer in ('conv', 'out'):

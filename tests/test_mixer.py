@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfg_jax.losses.heads import Heads
-from lfg_jax.losses.info_nce import Contrast
-from lfg_jax.losses.staged import Place, evaluate, own
-from lfg_jax.losses.targets import Targets
+from lfg_jax.local.heads import Heads
+from lfg_jax.local.info_nce import Contrast
+from lfg_jax.local.staged import Place, evaluate, own
+from lfg_jax.local.targets import Targets
 from lfg_jax.models import layers, mixer
 from lfg_jax.models.sizes import NORMS, mixer_spec
 from tests import oracle

@@ -10,16 +10,17 @@ import pytest
 
 from lfg_jax.data import Batch
 from lfg_jax.errors import UserError
-from lfg_jax.losses import staged
-from lfg_jax.losses.heads import Heads
-from lfg_jax.losses.info_nce import Contrast
-from lfg_jax.losses.replicated import Cut
-from lfg_jax.losses.row_losses import cross_entropy
-from lfg_jax.losses.staged import Place, own
-from lfg_jax.losses.targets import Targets
+from lfg_jax.local import staged
+from lfg_jax.local.heads import Heads
+from lfg_jax.local.info_nce import Contrast
+from lfg_jax.local.replicated import Cut
+from lfg_jax.local.row_losses import cross_entropy
+from lfg_jax.local.staged import Place, own
+from lfg_jax.local.targets import Targets
 from lfg_jax.models import registry
 from lfg_jax.models.registry import Images
-from lfg_jax.training import algorithms, configs, rules
+from lfg_jax.training.config import configs
+from lfg_jax.training.rules import algorithms, rules
 from lfg_jax.training.train import prepare
 from tests.runs import ROOT, tiny
 from tests.small import relative_error

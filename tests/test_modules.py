@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from lfg_jax import mark, tap, value_and_activity_grad
-from lfg_jax.estimators import tangents, variance
+from lfg_jax.tangents import distributions, variance
 from tests.small import relative_error
 
 BATCH = 3
@@ -119,7 +119,9 @@ def test_all_orthogonal_passes_of_each_tap_give_the_exact_gradient(name):
   """The number of passes is a multiple of the dimensions of every tap, at every scanned step."""
   model, x, layers, kwargs = CASES[name]
   variables = init(model, x, kwargs)
-  step = estimator(model, variables, x, layers, kwargs, separate=True, law=tangents.haar, passes=32)
+  step = estimator(
+    model, variables, x, layers, kwargs, separate=True, law=distributions.haar, passes=32
+  )
   (value, (output, _)), grads = jax.jit(step)(jax.random.key(1))
   (value_0, (output_0, _)), grads_0 = exact(model, variables, x, kwargs)
   assert jnp.allclose(value, value_0, rtol=1e-5)
@@ -159,7 +161,7 @@ def test_the_same_estimate_on_any_number_of_devices(devices):
 
   def local(variables, key, x, target):
     step = estimator(
-      MLP(), variables, x, nn.Dense, {}, target=target, law=tangents.normal, axis_name='data'
+      MLP(), variables, x, nn.Dense, {}, target=target, law=distributions.normal, axis_name='data'
     )
     (value, _), grads = step(key)
     return jax.lax.pmean((value, grads), 'data')
@@ -169,7 +171,7 @@ def test_the_same_estimate_on_any_number_of_devices(devices):
       local, mesh=mesh, in_specs=(P(), P(), P('data'), P('data')), out_specs=P(), check_vma=False
     )
   )(variables, jax.random.key(1), x, target)
-  step = estimator(MLP(), variables, x, nn.Dense, {}, target=target, law=tangents.normal)
+  step = estimator(MLP(), variables, x, nn.Dense, {}, target=target, law=distributions.normal)
   (value, _), grads = jax.jit(step)(jax.random.key(1))
   assert jnp.allclose(sharded[0], value)
   assert relative_error(sharded[1], grads) < 1e-5

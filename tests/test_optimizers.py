@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfg_jax.training import configs, optimizers
+from lfg_jax.training import optimizers
+from lfg_jax.training.config import configs
 
 PARAMS = {
   'stem': {

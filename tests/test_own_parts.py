@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from lfg_jax import tap, user_files, value_and_activity_grad
-from lfg_jax.losses import row_losses
-from lfg_jax.losses.targets import Targets
-from lfg_jax.training import program, train
+from lfg_jax.local import row_losses
+from lfg_jax.local.targets import Targets
+from lfg_jax.training import main, train
 from tests.runs import ROOT, script
 from tests.statistics import ROUNDING, SIGMAS, z_of_mean
 
@@ -64,7 +64,7 @@ def test_all_parts_from_outside_train_together(files, tmp_path, rule):
 
 def test_help_knows_the_fields_of_a_model_from_outside(files, capsys):
   with pytest.raises(SystemExit):
-    program.main([f'--config.model.module={files["model"]}', '--help'])
+    main.main([f'--config.model.module={files["model"]}', '--help'])
   out = capsys.readouterr().out
   assert '  model.width = 64\n      channels of both layers; allowed: 4 or more\n' in out
   assert '  estimator.num_tangents_by_tap.out = 0\n' in out and 'model.size' not in out

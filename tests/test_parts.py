@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 from lfg_jax import data
-from lfg_jax.estimators import parts
-from lfg_jax.training import algorithms, configs, functions, rules
+from lfg_jax.tangents import microbatch
+from lfg_jax.training import step_functions
+from lfg_jax.training.config import configs
+from lfg_jax.training.rules import algorithms, rules
 from tests.runs import tiny
 from tests.small import compose, relative_error, small
 
@@ -29,7 +31,7 @@ def test_gradient_of_parts_is_that_of_the_batch(name, sharing):
 
 
 def test_a_micro_batch_is_the_most_that_divides():
-  assert [parts.number_of_parts(12, size, 1) for size in (1, 4, 5, 7, 12, 99)] == [
+  assert [microbatch.number_of_parts(12, size, 1) for size in (1, 4, 5, 7, 12, 99)] == [
     12,
     3,
     3,
@@ -46,18 +48,18 @@ def test_batch_norm_takes_the_whole_batch():
 
 
 def test_automatic_size_keeps_an_activity_in_cache():
-  assert parts.number_of_parts(128, 0, 2**17) == (16 if jax.default_backend() == 'cpu' else 1)
-  assert parts.number_of_parts(127, 0, 2**17) == 1  # 127 parts of one example would be slower
-  assert parts.number_of_parts(5, 0, 2**30) == (5 if jax.default_backend() == 'cpu' else 1)
+  assert microbatch.number_of_parts(128, 0, 2**17) == (16 if jax.default_backend() == 'cpu' else 1)
+  assert microbatch.number_of_parts(127, 0, 2**17) == 1  # 127 parts of one example would be slower
+  assert microbatch.number_of_parts(5, 0, 2**30) == (5 if jax.default_backend() == 'cpu' else 1)
 
 
 def test_a_model_that_is_slow_in_loops_is_computed_outside_them():
   """On CPUs, the gradient of a convolution takes 14 times as long inside a loop."""
   config = tiny(steps_per_dispatch=7)
   of = lambda: algorithms.make(config, data.load('digits')).made_of
-  whole = functions.steps_per_dispatch(config, of().model)
+  whole = step_functions.steps_per_dispatch(config, of().model)
   configs.use_model(config, 'resnet', patches=2)
   resnet = of()
   on_cpu = jax.default_backend() == 'cpu'
-  assert (whole, functions.steps_per_dispatch(config, resnet.model)) == (7, 1 if on_cpu else 7)
+  assert (whole, step_functions.steps_per_dispatch(config, resnet.model)) == (7, 1 if on_cpu else 7)
   assert resnet.parts(4096) == 1 and not any(stack.is_stacked for stack in resnet.model.stacks)

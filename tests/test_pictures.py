@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from lfg_jax.data import streams
+from lfg_jax.data import streaming
 
 BYTE_40x40 = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (40, 1))
 DEEP_40x40 = BYTE_40x40 * np.uint16(256) + np.arange(40, dtype=np.uint16) * 6
@@ -25,10 +25,10 @@ def pixels(image):
   """What a stream reads: the decoded picture; its crop must be of the same colours."""
   with warnings.catch_warnings():
     warnings.simplefilter('error')
-    picture, _ = streams.decode({'image': image, 'label': 0}, 0)
-  one = streams.Stream([{'image': image, 'label': 0}], image_size=8, train=False)
+    picture, _ = streaming.decode({'image': image, 'label': 0}, 0)
+  one = streaming.Stream([{'image': image, 'label': 0}], image_size=8, train=False)
   (batch,) = one.epoch(0, 0, 1)
-  box = streams.centre_box(*picture.size)
+  box = streaming.centre_box(*picture.size)
   crop = picture.resize((8, 8), Image.Resampling.BICUBIC, box=box)
   assert np.abs(batch.image[0].astype(int) - np.asarray(crop)).max() <= 6
   return np.asarray(picture)
@@ -61,8 +61,10 @@ def test_colours_of_16_bits_keep_their_upper_8():
 )
 def test_depths_of_unknown_range_are_refused(pixels_40x40, fields, mode):
   file = file_of(Image.fromarray(pixels_40x40), 'TIFF', **fields)
-  with pytest.raises(streams.BadExample, match=rf'^example 3 .* TIFF in mode {mode}; allowed: 8 '):
-    streams.decode({'image': file, 'label': 0}, 3)
+  with pytest.raises(
+    streaming.BadExample, match=rf'^example 3 .* TIFF in mode {mode}; allowed: 8 '
+  ):
+    streaming.decode({'image': file, 'label': 0}, 3)
 
 
 def tiff_of_12_bits(value):
@@ -78,16 +80,16 @@ def tiff_of_12_bits(value):
 def test_grey_of_12_bits_is_refused():
   file = tiff_of_12_bits(0xFFF)
   assert np.asarray(Image.open(io.BytesIO(file))).tolist() == [[0xFFF, 0xFFF]]
-  with pytest.raises(streams.BadExample, match='TIFF in mode I;16; allowed: 8 bits'):
-    streams.decode({'image': file, 'label': 0}, 0)
+  with pytest.raises(streaming.BadExample, match='TIFF in mode I;16; allowed: 8 bits'):
+    streaming.decode({'image': file, 'label': 0}, 0)
 
 
 def test_colours_of_another_space_are_refused():
   file = file_of(Image.frombytes('LAB', (20, 12), COLOUR.tobytes()), 'TIFF')
   with pytest.raises(
-    streams.BadExample, match='TIFF in mode LAB; allowed: 8 bits a colour of grey,'
+    streaming.BadExample, match='TIFF in mode LAB; allowed: 8 bits a colour of grey,'
   ):
-    streams.decode({'image': file, 'label': 0}, 0)
+    streaming.decode({'image': file, 'label': 0}, 0)
 
 
 @pytest.mark.parametrize('form', ['PNG', 'TIFF'])
@@ -166,7 +168,7 @@ def test_damaged_tags_leave_the_picture(form):
     for place in rng.integers(0, len(whole), 3):
       damaged[place] = rng.integers(256)
     file = file_of(picture, form, exif=bytes(damaged))
-    assert (np.asarray(streams.decode({'image': file, 'label': 0}, 0)[0]) == 90).all()
+    assert (np.asarray(streaming.decode({'image': file, 'label': 0}, 0)[0]) == 90).all()
 
 
 @pytest.mark.parametrize('form', ['PNG', 'JPEG', 'TIFF', 'WEBP', 'GIF'])
@@ -175,8 +177,8 @@ def test_a_truncated_file_is_named(form):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), form
   )
   for part in (len(whole) // 2, len(whole) * 3 // 4):
-    with pytest.raises(streams.BadExample, match=rf'^example 4 .*: {part} bytes; '):
-      streams.decode({'image': whole[:part], 'label': 0}, 4)
+    with pytest.raises(streaming.BadExample, match=rf'^example 4 .*: {part} bytes; '):
+      streaming.decode({'image': whole[:part], 'label': 0}, 4)
 
 
 @pytest.mark.parametrize('shape', [(12, 20), (12, 20, 1), (12, 20, 3)])
@@ -206,9 +208,9 @@ def test_arrays_of_bytes_are_images(shape):
 )
 def test_other_arrays_are_refused(image):
   with pytest.raises(
-    streams.BadExample, match=r'^example 2 \(label 0\) .*; allowed: an encoded file, or u'
+    streaming.BadExample, match=r'^example 2 \(label 0\) .*; allowed: an encoded file, or u'
   ) as error:
-    streams.decode({'image': image, 'label': 0}, 2)
+    streaming.decode({'image': image, 'label': 0}, 2)
   assert '\n' not in str(error.value)
 
 
@@ -224,13 +226,13 @@ def test_other_arrays_are_refused(image):
   ],
 )
 def test_labels_that_are_no_integers_are_refused(label, told):
-  with pytest.raises(streams.BadExample, match=rf'^example 5 has the {told}$'):
-    streams.decode({'image': COLOUR, 'label': label}, 5)
+  with pytest.raises(streaming.BadExample, match=rf'^example 5 has the {told}$'):
+    streaming.decode({'image': COLOUR, 'label': label}, 5)
 
 
 @pytest.mark.parametrize('label', [2, np.int64(2), np.uint8(2), np.array(2)])
 def test_integers_of_any_type_are_labels(label):
-  assert streams.decode({'image': COLOUR, 'label': label}, 5)[1] == 2
+  assert streaming.decode({'image': COLOUR, 'label': label}, 5)[1] == 2
 
 
 @pytest.mark.parametrize(
@@ -239,6 +241,6 @@ def test_integers_of_any_type_are_labels(label):
 )
 def test_examples_of_another_form_are_refused(example, told):
   with pytest.raises(
-    streams.BadExample, match=rf"^example 6 is {told}; allowed: a dict with 'image' and"
+    streaming.BadExample, match=rf"^example 6 is {told}; allowed: a dict with 'image' and"
   ):
-    streams.decode(example, 6)
+    streaming.decode(example, 6)

@@ -10,16 +10,11 @@ import numpy as np
 import pytest
 
 from lfg_jax import data
-from lfg_jax.training import (
-  algorithms,
-  configs,
-  hlo,
-  optimizers,
-  pipeline,
-  pipeline_plan,
-  stage_plan,
-  update,
-)
+from lfg_jax.training import optimizers, update
+from lfg_jax.training.config import configs
+from lfg_jax.training.cost import hlo
+from lfg_jax.training.pipeline import partition, pipeline, pipeline_plan
+from lfg_jax.training.rules import algorithms
 from tests.runs import STEPS, first_state, tiny
 
 BATCH = 64
@@ -61,14 +56,14 @@ def build(config, devices, stages, feed=None):
   """(feed, state before the first step, steps), as in `functions.build`, on some of the devices."""
   dataset, mesh = data.load('digits'), mesh_of(devices, stages)
   algorithm = algorithms.make(config, dataset, update.AXIS)
-  stage_plan.check(config, algorithm.made_of)
+  partition.check(config, algorithm.made_of)
   feed = feed or feed_of(config.steps_per_dispatch, mesh)
   rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs)
   optimizer = optimizers.make(config.optimizer, rate)
   before = first_state(config, algorithm, optimizer, config.optimizer.name, mesh)
   if stages == 1:
     return feed, before, update.make_update(algorithm, optimizer, mesh, feed)
-  spans = stage_plan.spans(algorithm.made_of, stages)
+  spans = partition.spans(algorithm.made_of, stages)
   batch = update.batch_like(dataset.image_shape, BATCH)
   return (
     feed,
@@ -224,5 +219,5 @@ def test_stages_are_balanced(number):
   costs = np.random.default_rng(number).integers(1, 9, 7).tolist()
   slowest = lambda ends: max(sum(costs[a:b]) for a, b in zip((0, *ends), ends, strict=False))
   best = min(slowest((*cuts, 7)) for cuts in itertools.combinations(range(1, 7), number - 1))
-  ends = stage_plan._balanced(tuple(costs), number)
+  ends = partition._balanced(tuple(costs), number)
   assert (len(ends), ends[-1], slowest(ends)) == (number, 7, best)

@@ -11,7 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from lfg_jax import data
 from lfg_jax.errors import UserError
-from lfg_jax.training import launch, run_log, train, update
+from lfg_jax.training import train, update
+from lfg_jax.training.hosts import connect
+from lfg_jax.training.run import metrics
 from tests.runs import FLAGS, STEPS, start, state
 from tests.test_pipeline import after, assert_same, build, mesh_of, perceptron
 
@@ -44,7 +46,7 @@ def test_a_run_goes_on_with_other_stages(tmp_path, monkeypatch):
       train.prepare(perceptron(4, epochs=epochs, pipeline_stages=stages, **fields)),
       tmp_path / folder,
     )
-    rows = run_log.read_rows(tmp_path / folder / 'metrics.jsonl')
+    rows = metrics.read_rows(tmp_path / folder / 'metrics.jsonl')
     return [
       {name: value for name, value in row.items() if name != 'examples_per_second'} for row in rows
     ]
@@ -77,7 +79,7 @@ def test_batches_that_come_one_by_one():
 
 @pytest.mark.slow
 def test_two_processes_are_two_stages(tmp_path):
-  address = launch.free_address()
+  address = connect.free_address()
   flags = ['--config.algorithm=LG-BP', '--config.model.blocks=2', '--config.epochs=1', *FLAGS]
   both = [
     start(

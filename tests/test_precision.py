@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from lfg_jax.estimators.activity import draw_at_tap
-from lfg_jax.estimators.sampling import Sampling
-from lfg_jax.estimators.tangents import LAWS, Passes
-from lfg_jax.estimators.taps import Tap
-from lfg_jax.estimators.traced import Traced
-from lfg_jax.losses import staged
-from lfg_jax.losses.replicated import Cut
-from lfg_jax.losses.targets import Targets
+from lfg_jax.jaxpr.tapped import Traced
+from lfg_jax.jaxpr.taps import Tap
+from lfg_jax.local import staged
+from lfg_jax.local.replicated import Cut
+from lfg_jax.local.targets import Targets
 from lfg_jax.models import layers
 from lfg_jax.models.layers import batch_norm, init_statistics, layer_norm
+from lfg_jax.tangents.distributions import LAWS, Passes
+from lfg_jax.tangents.sampling import Sampling
 from tests.small import compose, gradient, small
 
 KEY = jax.random.key(3)

@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 
 from lfg_jax.errors import LOST
-from lfg_jax.training import launch, processes, run_log
+from lfg_jax.training.hosts import connect, processes
+from lfg_jax.training.run import metrics
 from tests.runs import FLAGS, STEPS, start, state
 from tests.test_streams import write_imagenet
 
 
 def two(folders, *flags, script='train.py'):
-  address = launch.free_address()
+  address = connect.free_address()
   return [
     start(
       script,
@@ -76,7 +77,9 @@ def noise(count):
 # train.py, in which something happens to process 1.
 DRIVER = """
 import os, signal, sys
-from lfg_jax.training import checkpoints, command_line, program, train
+from lfg_jax.training.run import checkpoints
+from lfg_jax.training.config import command_line
+from lfg_jax.training import main, train
 
 def raise_signal(functions, state):
   counted = [int(state.step)]
@@ -101,7 +104,7 @@ if is_second and {blind}:
     fail() if step > 23 else read(self, manager, step, like)
   )
 sys.argv[0] = 'train.py'
-command_line.run(program.main)
+command_line.run(main.main)
 """
 
 
@@ -178,7 +181,7 @@ def test_one_that_is_silent_counts_as_lost(tmp_path):
 @pytest.mark.slow
 def test_a_mistake_that_one_finds_ends_both(tmp_path):
   """Only the first has the data."""
-  address = launch.free_address()
+  address = connect.free_address()
   module = tmp_path / 'mine.py'
   module.write_text("""
 import jax
@@ -235,7 +238,7 @@ def test_a_rehearsal_is_the_run_of_one_process(tmp_path, objective, monkeypatch)
   alone.communicate(timeout=120)
   assert_same_parameters(tmp_path / 'two', tmp_path / 'one')
   rows = [
-    [row['step'] for row in run_log.read_rows(tmp_path / name / 'metrics.jsonl')]
+    [row['step'] for row in metrics.read_rows(tmp_path / name / 'metrics.jsonl')]
     for name in ('one', 'two')
   ]
   assert rows[0] == rows[1] == [STEPS * epoch for epoch in range(1, 4)]

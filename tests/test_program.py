@@ -9,21 +9,23 @@ import sys
 import pytest
 
 from lfg_jax.errors import UserError
-from lfg_jax.estimators import tangents
-from lfg_jax.losses import row_losses
+from lfg_jax.local import row_losses
 from lfg_jax.models import registry
-from lfg_jax.training import command_line, configs, program, rules
+from lfg_jax.tangents import distributions
+from lfg_jax.training import main
+from lfg_jax.training.config import command_line, configs
+from lfg_jax.training.rules import rules
 from tests.runs import ROOT
 
 
 def printed(capsys, *arguments):
-  program.main([*arguments])
+  main.main([*arguments])
   return capsys.readouterr().out
 
 
 def helped(capsys, *arguments):
   with pytest.raises(SystemExit) as stop:
-    program.main([*arguments, '--help'])
+    main.main([*arguments, '--help'])
   assert stop.value.code == 0
   return capsys.readouterr().out
 
@@ -78,7 +80,7 @@ def test_text_for_any_terminal(encoding, arguments, tmp_path):
   [
     ('algorithm', rules.REGISTRY),
     ('losses.row', row_losses.ROW_LOSSES),
-    ('estimator.distribution', tangents.LAWS),
+    ('estimator.distribution', distributions.LAWS),
     ('model.norm', ('layer', 'whole', 'batch')),
   ],
 )
@@ -102,7 +104,7 @@ def test_the_config_that_would_run(capsys, tmp_path, monkeypatch):
   assert shown == json.loads(configs.to_json(expected))
   assert json.loads(printed(capsys, '--print_config'))['dataset'] == 'digits'
   with pytest.raises(UserError, match='epochs is 0; allowed: 1 or more'):
-    program.main(['--print_config', '--config.epochs=0'])
+    main.main(['--print_config', '--config.epochs=0'])
   assert not list(tmp_path.iterdir())
 
 

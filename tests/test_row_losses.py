@@ -7,13 +7,13 @@ import pytest
 
 from lfg_jax import data
 from lfg_jax.errors import UserError
-from lfg_jax.losses import info_nce, row_losses
-from lfg_jax.losses.heads import Heads
-from lfg_jax.losses.info_nce import Contrast
-from lfg_jax.losses.replicated import Cut, replicated_loss
-from lfg_jax.losses.row_losses import ROW_LOSSES
-from lfg_jax.losses.targets import Targets
-from lfg_jax.training import algorithms
+from lfg_jax.local import info_nce, row_losses
+from lfg_jax.local.heads import Heads
+from lfg_jax.local.info_nce import Contrast
+from lfg_jax.local.replicated import Cut, replicated_loss
+from lfg_jax.local.row_losses import ROW_LOSSES
+from lfg_jax.local.targets import Targets
+from lfg_jax.training.rules import algorithms
 from lfg_jax.training.train import prepare
 from tests.runs import tiny
 from tests.small import keep_kernels, relative_error
@@ -253,7 +253,7 @@ def row_loss(outputs, targets):
 @pytest.mark.slow
 def test_the_config_decides_what_heads_learn(tmp_path):
   path = tmp_path / 'mine.py'
-  path.write_text('from lfg_jax.losses.row_losses import margin as row_loss\n')
+  path.write_text('from lfg_jax.local.row_losses import margin as row_loss\n')
   digits = data.load('digits')
   batch = data.take(digits.train, jnp.arange(8))
 

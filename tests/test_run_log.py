@@ -8,8 +8,9 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import lfg_jax
-from lfg_jax.training import command_line, plots, run_log, summary
-from lfg_jax.training.run_log import RunLog
+from lfg_jax.training.config import command_line
+from lfg_jax.training.run import metrics, plots, summary
+from lfg_jax.training.run.metrics import RunLog
 from tests import runs
 from tests.runs import FLAGS, STEPS
 
@@ -95,7 +96,7 @@ def test_what_a_run_says_and_leaves(tmp_path, monkeypatch, capsys):
   assert first[0] == 'compiling …' and first[-1] == last and len(first) == 4
   assert again == [f'{tmp_path / "run"} has finished already', last]
   assert titles == [('S/1/2 on digits, LG-FG-A, seed 3', ['LG-FG-A'])]
-  rows = run_log.read_rows(tmp_path / 'run' / 'metrics.jsonl')
+  rows = metrics.read_rows(tmp_path / 'run' / 'metrics.jsonl')
   rates = [value for _, name, value in events(tmp_path / 'run' / 'tensorboard') if 'rate' in name]
   assert rates == pytest.approx([row['learning_rate'] for row in rows])
   assert 2e-3 > rates[0] > rates[1] >= 0

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from lfg_jax import data
-from lfg_jax.data import streams
+from lfg_jax.data import streaming
 
 TRAIN, VALIDATION = 11, 5
 
@@ -31,7 +31,7 @@ class Pictures:
 
 
 def stream(count=TRAIN, **fields):
-  return streams.Stream(Pictures(count), **{'image_size': 16, 'threads': 2, **fields})
+  return streaming.Stream(Pictures(count), **{'image_size': 16, 'threads': 2, **fields})
 
 
 def equal(batches, others):
@@ -90,7 +90,7 @@ def test_a_process_reads_its_slices_only(first):
     for index, (own, part) in enumerate(zip(streams_, parts, strict=True)):
       rows = slice(6 * index // count, 6 * (index + 1) // count)
       assert equal(
-        part, [streams.Batch(*(leaf[rows] for leaf in batch)) for batch in whole[first:]]
+        part, [streaming.Batch(*(leaf[rows] for leaf in batch)) for batch in whole[first:]]
       )
       assert sorted(own.source.read) == sorted(labels(part))
 
@@ -100,7 +100,7 @@ def test_worker_processes_change_nothing():
   threads = list(stream(23).epoch(1, 1, 4, 1, 2))
   for workers in (1, 3):
     batches = [
-      streams.Batch(*map(np.array, batch))
+      streaming.Batch(*map(np.array, batch))
       for batch in stream(23, workers=workers).epoch(1, 1, 4, 1, 2)
     ]
     assert equal(batches, threads)
@@ -110,9 +110,10 @@ def test_worker_processes_change_nothing():
 def test_a_bad_example_of_a_worker_is_named():
   examples = [stream().source[i] for i in range(TRAIN)]
   examples[6] = {'image': b'', 'label': 6}
-  one = streams.Stream(examples, image_size=16, workers=2)
+  one = streaming.Stream(examples, image_size=16, workers=2)
   with pytest.raises(
-    streams.BadExample, match=r'^example 6 \(label 6\) has no image that can be decoded: 0 bytes; '
+    streaming.BadExample,
+    match=r'^example 6 \(label 6\) has no image that can be decoded: 0 bytes; ',
   ):
     list(one.epoch(0, 0, 4))
 
@@ -122,7 +123,7 @@ def test_processes_slices_make_up_the_global_batch(train):
   whole = list(stream(train=train).epoch(1, 1, 4))
   parts = [list(stream(train=train).epoch(1, 1, 4, index, 2)) for index in range(2)]
   joined = [
-    streams.Batch(*map(np.concatenate, zip(*pair, strict=True)))
+    streaming.Batch(*map(np.concatenate, zip(*pair, strict=True)))
     for pair in zip(*parts, strict=True)
   ]
   assert equal(joined, whole)

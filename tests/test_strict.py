@@ -4,7 +4,8 @@ import jax
 import pytest
 
 from lfg_jax import data
-from lfg_jax.training import optimizers, pipeline, pipeline_plan, stage_plan, train, update
+from lfg_jax.training import optimizers, train, update
+from lfg_jax.training.pipeline import partition, pipeline, pipeline_plan
 from tests.runs import tiny
 
 CASES = {
@@ -92,7 +93,7 @@ def trace_steps(fields, dataset):
 
 
 def trace_stages(job, optimizer, feed, state, inputs):
-  spans = stage_plan.spans(job.algorithm.made_of, job.config.pipeline_stages)
+  spans = partition.spans(job.algorithm.made_of, job.config.pipeline_stages)
   batch = update.batch_like(job.dataset.image_shape, job.config.batch_size)
   made = pipeline.make(
     pipeline_plan.make(job.algorithm, optimizer, job.mesh, feed, spans, state, batch)

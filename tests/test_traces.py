@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import pytest
 
 from lfg_jax import value_and_activity_grad
-from lfg_jax.losses.replicated import replicated_loss
-from lfg_jax.losses.row_losses import cross_entropy
-from lfg_jax.losses.staged import evaluate
-from lfg_jax.losses.targets import Targets
+from lfg_jax.local.replicated import replicated_loss
+from lfg_jax.local.row_losses import cross_entropy
+from lfg_jax.local.staged import evaluate
+from lfg_jax.local.targets import Targets
 from tests import bare
 from tests.small import compose, small
 

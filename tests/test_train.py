@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from lfg_jax import data
-from lfg_jax.training import algorithms, update
+from lfg_jax.training import update
+from lfg_jax.training.rules import algorithms
 from tests.runs import STEPS, first_state, tiny
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from lfg_jax.estimators import activity
-from lfg_jax.losses.heads import Heads
-from lfg_jax.losses.info_nce import Contrast
-from lfg_jax.training import algorithms, rules
+from lfg_jax.local.heads import Heads
+from lfg_jax.local.info_nce import Contrast
+from lfg_jax.training.rules import algorithms, rules
 from tests.small import compose, gradient, small
 from tests.statistics import verdict, z_scores, z_scores_of_multiples
 

@@ -9,14 +9,15 @@ import pytest
 
 from lfg_jax import data, errors, user_files
 from lfg_jax.errors import UserError
-from lfg_jax.training import command_line, configs, program, train
+from lfg_jax.training import main, train
+from lfg_jax.training.config import command_line, configs
 from tests.runs import FLAGS, ROOT, tiny
 
 STREAM = """
 import threading
 import numpy as np
 from lfg_jax import data
-from lfg_jax.data.streams import Stream
+from lfg_jax.data.streaming import Stream
 
 class Unusual(Exception):
   def __init__(self, number, text):
@@ -54,7 +55,7 @@ def ended(monkeypatch, capsys, *arguments):
   """What lfg-train prints to stderr when it ends with code 2."""
   monkeypatch.setattr(sys, 'argv', ['lfg-train', *map(str, arguments)])
   with pytest.raises(SystemExit) as stop:
-    command_line.run(program.main)
+    command_line.run(main.main)
   assert stop.value.code == 2
   return capsys.readouterr().err
 
@@ -106,7 +107,7 @@ def test_the_frames_of_the_users_file_are_shown(part, tmp_path, monkeypatch, cap
   assert frames[-1] == reason
   assert last.startswith(f'lfg-train: {begins.format(path=path)}') and last.endswith(reason)
   whole = ended(monkeypatch, capsys, *flags, '--traceback')
-  assert 'lfg_jax/training/program.py", line' in whole and whole.splitlines()[-1] == last
+  assert 'lfg_jax/training/main.py", line' in whole and whole.splitlines()[-1] == last
   assert f'  File "{path}", line {line}, in ' in whole
   assert not (tmp_path / 'run').exists()
 
@@ -199,7 +200,7 @@ def test_own_files_train_with_workers(tmp_path):
   )
   own = [f'--config.model.module={model}', f'--config.losses.module={loss}']
   run = [f'--config.data.module={path}', f'--workdir={tmp_path / "run"}']
-  program.main([*own, *run, '--config.epochs=1', '--config.batch_size=32'])
+  main.main([*own, *run, '--config.epochs=1', '--config.batch_size=32'])
   assert (tmp_path / 'run' / 'summary.json').exists()
 
 

@@ -7,7 +7,9 @@ import pytest
 
 from lfg_jax import data, user_files
 from lfg_jax.errors import UserError
-from lfg_jax.training import configs, prepare_data, program, results, train
+from lfg_jax.training import main, prepare_data, train
+from lfg_jax.training.config import configs
+from lfg_jax.training.run import results
 from tests.runs import ROOT, tiny
 
 MODULE = 'from lfg_jax import data\n\ndef load(data_dir):\n  raise ValueError(f"in {data_dir}")\n'
@@ -28,7 +30,7 @@ def home(tmp_path, monkeypatch):
 
 def refused(*arguments):
   with pytest.raises(UserError) as error:
-    program.main([*arguments])
+    main.main([*arguments])
   return str(error.value)
 
 
@@ -47,8 +49,8 @@ def test_the_folder_of_a_run(home, spelling):
 def test_a_run_is_where_its_user_says(home):
   (home / 'mine').write_text((ROOT / 'configs' / 'digits.py').read_text())
   small = ['--config.model.size=S/1/2', '--config.model.channels=16', '--config.epochs=1']
-  program.main(['--config=~/mine', '--workdir=~/run', *small])
-  program.main(['--workdir=~/other', '--config.init_from=~/run', *small])
+  main.main(['--config=~/mine', '--workdir=~/run', *small])
+  main.main(['--workdir=~/other', '--config.init_from=~/run', *small])
   job, state = train.load(pathlib.Path('~/other'))
   assert int(state.step) > 0 and job.config.init_from == '~/run'
   for name in ('run', 'other'):

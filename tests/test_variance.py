@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfg_jax.estimators import linear_layer, variance
-from lfg_jax.estimators.sampling import Sampling
-from lfg_jax.estimators.tangents import LAWS, Passes, hadamard, normal, rademacher
+from lfg_jax.estimators import linear_layer
+from lfg_jax.tangents import variance
+from lfg_jax.tangents.distributions import LAWS, Passes, hadamard, normal, rademacher
+from lfg_jax.tangents.sampling import Sampling
 from tests.statistics import RMS, ROW, is_mean
 
 SIZES = (2, 8, 64)

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import configs, run_log, train, workdir
+from lfg_jax.training import train
+from lfg_jax.training.config import configs
+from lfg_jax.training.run import metrics, workdir
 from tests.runs import STEPS, state, tiny
 
 pytestmark = pytest.mark.slow
@@ -43,7 +45,7 @@ def compiled_once(monkeypatch):
 
 def rows(folder):
   """The rows without values that depend on the clock."""
-  found = run_log.read_rows(folder / 'metrics.jsonl')
+  found = metrics.read_rows(folder / 'metrics.jsonl')
   return [
     {name: value for name, value in row.items() if name != 'examples_per_second'} for row in found
   ]
@@ -76,7 +78,7 @@ def test_a_second_run_of_one_folder_ends_in_one_line(tmp_path, monkeypatch):
 
     return call
 
-  monkeypatch.setattr(run_log, 'write_atomically', second(run_log.write_atomically))
+  monkeypatch.setattr(metrics, 'write_atomically', second(metrics.write_atomically))
   monkeypatch.setattr(train, 'build', second(train.build))
   train.train(job, folder)
   assert len(lines) >= 3 and lines[0].startswith(f'{folder} is in use by process ')
@@ -229,7 +231,7 @@ def no_file_grows():
 @pytest.mark.parametrize('place', ['claim', 'build', 'write', 'save', '_finish'])
 def test_no_room(place, finished, tmp_path, monkeypatch, no_file_grows):
   old = resource.getrlimit(resource.RLIMIT_FSIZE)
-  owner = {'claim': train.folders, 'write': run_log.RunLog, 'save': train.Checkpoints}.get(
+  owner = {'claim': train.folders, 'write': metrics.RunLog, 'save': train.Checkpoints}.get(
     place, train
   )
   original, calls = getattr(owner, place), []

@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lfg_jax.training import plots
+from lfg_jax.training.run import plots
 
 Row = dict[str, Any]
 STYLES = {'hadamard': '-', 'rademacher': '--'}  # a law with one pass only is a cross

@@ -16,16 +16,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from lfg_jax.data.datasets import Batch, Dataset
-from lfg_jax.estimators import variance
-from lfg_jax.estimators.tangents import LAWS
-from lfg_jax.losses.greedy import greedy
-from lfg_jax.losses.staged import StagedModel
-from lfg_jax.losses.targets import Targets
+from lfg_jax.local.blockwise import greedy
+from lfg_jax.local.staged import StagedModel
+from lfg_jax.local.targets import Targets
 from lfg_jax.models import mixer
 from lfg_jax.models.mixer import TAPS
 from lfg_jax.models.sizes import Run, mixer_spec, parse, patches
-from lfg_jax.training import algorithms, rule_estimators
-from lfg_jax.training.rules import REGISTRY, Options
+from lfg_jax.tangents import variance
+from lfg_jax.tangents.distributions import LAWS
+from lfg_jax.training.rules import algorithms, estimators
+from lfg_jax.training.rules.rules import REGISTRY, Options
 
 PyTree = Any
 Variables = dict[str, PyTree]
@@ -122,7 +122,7 @@ class Bench:
   def errors(self, variant: Variant) -> Callable[[Variables, PyTree, jax.Array], PyTree]:
     """`(variables, exact, keys [N]) -> {layer: {what: [N]}}`: the errors of one draw per key."""
     options = variant.options(self.config, self.model)
-    estimator = rule_estimators.build_estimator(REGISTRY[RULE], options, self.model, None, {})
+    estimator = estimators.build_estimator(REGISTRY[RULE], options, self.model, None, {})
     stages = greedy(frontier_signals.recording(estimator), self.model, options.cut)
 
     def one(variables: Variables, exact: PyTree, key: jax.Array) -> PyTree:

@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.estimators.boundary import Estimator
+from lfg_jax.estimators._types import GradFn, LossFn
+from lfg_jax.estimators.control_variates import Learned, cotangents
+from lfg_jax.estimators.exact_tail import Estimator
 from lfg_jax.estimators.feedback import backprop
-from lfg_jax.estimators.guesses import Learned, cotangents
-from lfg_jax.estimators.signature import GradFn, LossFn
-from lfg_jax.estimators.taps import tap
-from lfg_jax.estimators.traced import Traced, perturb
-from lfg_jax.losses.staged import in_block
+from lfg_jax.jaxpr.tapped import Traced, perturb
+from lfg_jax.jaxpr.taps import tap
+from lfg_jax.local.staged import in_block
 from lfg_jax.models.mixer import TAPS
 from lfg_jax.models.sizes import Run
 

@@ -21,8 +21,9 @@ import numpy as np
 from PIL import Image
 
 from lfg_jax import data
-from lfg_jax.data.streams import Stream, decode
-from lfg_jax.training import command_line, results
+from lfg_jax.data.streaming import Stream, decode
+from lfg_jax.training.config import command_line
+from lfg_jax.training.run import results
 from lfg_jax.training.train import prepare, train
 
 DIFFERENT = 32  # number of different photographs; then they repeat

@@ -36,20 +36,14 @@ from lfg_jax import data
 from lfg_jax.errors import UserError
 from lfg_jax.fields import one_of
 from lfg_jax.models.sizes import parse
-from lfg_jax.training import (
-  algorithms,
-  command_line,
-  configs,
-  dry_run,
-  launch,
-  processes,
-  results,
-  rules,
-  stage_plan,
-  train,
-  update,
-)
-from lfg_jax.training.dry_run import virtual_devices
+from lfg_jax.training import train, update
+from lfg_jax.training.config import command_line, configs
+from lfg_jax.training.cost import dry_run
+from lfg_jax.training.cost.dry_run import virtual_devices
+from lfg_jax.training.hosts import connect, processes
+from lfg_jax.training.pipeline import partition
+from lfg_jax.training.rules import algorithms, rules
+from lfg_jax.training.run import results
 
 WAYS = ('limit', 'pipeline', 'data')
 Row = dict[str, Any]
@@ -158,7 +152,7 @@ def measure(options: command_line.Options, arguments: list[str]) -> dict[str, li
 
 def start(way: str, arguments: list[str]) -> list[subprocess.Popen]:
   """Starts the two processes of a way."""
-  address = launch.free_address()
+  address = connect.free_address()
   flags = os.environ.get('XLA_FLAGS', '').split()
   environment = {
     **os.environ,
@@ -195,8 +189,8 @@ def balance(options: command_line.Options) -> float:
   """The part of the limit that two stages of unequal cost can reach."""
   config = config_of(options, 'pipeline')
   made_of = algorithms.make(config, dry_run.images_of(config), update.AXIS).made_of
-  costs = stage_plan.costs(made_of)
-  slowest = max(sum(costs[span.start : span.stop]) for span in stage_plan.spans(made_of, 2))
+  costs = partition.costs(made_of)
+  slowest = max(sum(costs[span.start : span.stop]) for span in partition.spans(made_of, 2))
   return sum(costs) / 2 / slowest
 
 

@@ -15,7 +15,9 @@ import time
 import jax
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import command_line, optimizers, results, run_log, update
+from lfg_jax.training import optimizers, update
+from lfg_jax.training.config import command_line
+from lfg_jax.training.run import metrics, results
 from lfg_jax.training.train import Job, first_images, prepare, train
 
 
@@ -43,7 +45,7 @@ def main(arguments: list[str]) -> None:
   before = bare.examples_per_second()
   with tempfile.TemporaryDirectory() as workdir:
     train(job, pathlib.Path(workdir))
-    rows = run_log.read_rows(pathlib.Path(workdir, 'metrics.jsonl'))
+    rows = metrics.read_rows(pathlib.Path(workdir, 'metrics.jsonl'))
     speeds = [row['examples_per_second'] for row in rows]
   after = bare.examples_per_second()
   found = {

@@ -26,7 +26,9 @@ import time_to_accuracy_report as report
 from ml_collections import ConfigDict
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import command_line, configs, results, train
+from lfg_jax.training import train
+from lfg_jax.training.config import command_line, configs
+from lfg_jax.training.run import results
 
 ALGORITHMS = 'BP,LG-BP,LG-FG-A-paper,LG-FG-A'
 THRESHOLDS = {'mnist': [4.0, 3.0, 2.5], 'cifar10': [55.0, 50.0, 45.0, 40.0]}

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from lfg_jax.training import plots, results
+from lfg_jax.training.run import plots, results
 
 Row = dict[str, Any]
 Curve = dict[str, Any]

@@ -23,7 +23,9 @@ import jax
 import numpy as np
 
 from lfg_jax.errors import LOST, UserError
-from lfg_jax.training import command_line, configs, launch, results, run_log
+from lfg_jax.training.config import command_line, configs
+from lfg_jax.training.hosts import connect
+from lfg_jax.training.run import metrics, results
 from lfg_jax.training.train import load
 
 TRAIN = pathlib.Path(__file__).parents[1] / 'train.py'
@@ -85,7 +87,7 @@ def main(arguments: list[str]) -> None:
 
 def start(workdir: pathlib.Path, processes: int, flags: list[str]) -> list[subprocess.Popen]:
   """Starts the processes of a run, on CPUs; their output goes to files beside the folder."""
-  address = launch.free_address()
+  address = connect.free_address()
   started = []
   for process in range(processes):
     command = [
@@ -166,7 +168,7 @@ def same(whole: pathlib.Path, other: pathlib.Path) -> None:
   rows = [
     [
       {name: value for name, value in row.items() if name != 'examples_per_second'}
-      for row in run_log.read_rows(folder / 'metrics.jsonl')
+      for row in metrics.read_rows(folder / 'metrics.jsonl')
     ]
     for folder in (whole, other)
   ]

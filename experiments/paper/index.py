@@ -16,7 +16,8 @@ import report
 from studies import PROGRAMS, STUDIES, published
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import command_line, results, run_log
+from lfg_jax.training.config import command_line
+from lfg_jax.training.run import metrics, results
 
 RESULTS = pathlib.Path(__file__).parents[1] / 'results'
 BEFORE = 'before commit tracking'
@@ -166,7 +167,7 @@ def main(arguments: list[str]) -> None:
   folder = parser.parse(arguments).results
   if not folder.is_dir():
     raise UserError(f'--results is {folder}; allowed: a folder')
-  run_log.write_atomically(folder / 'README.md', index(folder))
+  metrics.write_atomically(folder / 'README.md', index(folder))
   print(folder / 'README.md')
 
 

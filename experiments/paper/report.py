@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from studies import Run, Study
 
-from lfg_jax.training import plots, results, run_log
+from lfg_jax.training.run import metrics, plots, results
 
 Row = dict[str, Any]
 ORIGIN = 'provenance.json'  # in a run's folder
@@ -32,7 +32,7 @@ def write(folder: results.Folder, name: str, study: Study) -> None:
   """Reports all finished runs of a study in a folder, from this command and from earlier ones."""
   rows = collect(folder.path, study)
   folder.write(name, study=name, title=study.title, rows=rows)
-  run_log.write_atomically(folder.path / f'{name}.md', table(study.title, rows))
+  metrics.write_atomically(folder.path / f'{name}.md', table(study.title, rows))
   if rows:
     draw(folder.path / f'{name}.png', study, rows)
 
@@ -73,7 +73,7 @@ def summarize(run: Run, folders: list[pathlib.Path]) -> Row:
     'paper': run.paper,
     'paper_note': run.note,
     'origins': origins,
-    'curves': [run_log.read_rows(path / 'metrics.jsonl') for path in folders],
+    'curves': [metrics.read_rows(path / 'metrics.jsonl') for path in folders],
   }
 
 

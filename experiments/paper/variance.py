@@ -30,10 +30,13 @@ from matplotlib.figure import Figure
 
 from lfg_jax import data
 from lfg_jax.errors import as_user_errors
-from lfg_jax.estimators import linear_layer, variance
-from lfg_jax.estimators.sampling import Sampling
-from lfg_jax.estimators.tangents import LAWS
-from lfg_jax.training import command_line, results, run_log, timing
+from lfg_jax.estimators import linear_layer
+from lfg_jax.tangents import variance
+from lfg_jax.tangents.distributions import LAWS
+from lfg_jax.tangents.sampling import Sampling
+from lfg_jax.training.config import command_line
+from lfg_jax.training.cost import flops
+from lfg_jax.training.run import metrics, results
 
 Row = dict[str, Any]
 
@@ -58,7 +61,7 @@ def main(arguments: list[str]) -> None:
     figure = Figure(figsize=(9, 5), layout='constrained')
     PARTS[part][1](figure, rows)
     figure.savefig(folder.path / f'{part}.png', dpi=100)
-  run_log.write_atomically(folder.path / 'table.md', table(folder.path))
+  metrics.write_atomically(folder.path / 'table.md', table(folder.path))
 
 
 def _short(value: Any) -> Any:
@@ -116,7 +119,7 @@ def _linear_row(
     'predicted': predicted,
     'measured_again': again,
     'cosine': float(measured.cosine),
-    'ms': timing.one_ms(functools.partial(jax.jit(estimate), jax.random.key(0))),
+    'ms': flops.one_ms(functools.partial(jax.jit(estimate), jax.random.key(0))),
   }
 
 

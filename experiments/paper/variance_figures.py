@@ -6,8 +6,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lfg_jax.training import plots
-from lfg_jax.training.plots import COLOURS
+from lfg_jax.training.run import plots
+from lfg_jax.training.run.plots import COLOURS
 
 Row = dict[str, Any]
 RELATIVE = 'squared error / |gradient|²'

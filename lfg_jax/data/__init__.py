@@ -11,7 +11,7 @@ from lfg_jax.data.datasets import (
   sequential_order,
   take,
 )
-from lfg_jax.data.streams import Batch, Stream
+from lfg_jax.data.streaming import Batch, Stream
 
 __all__ = [
   'NAMES',

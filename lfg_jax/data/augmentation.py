@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax import promotion
-from lfg_jax.data.streams import ATTEMPTS, RATIO
+from lfg_jax.data.streaming import ATTEMPTS, RATIO
 
 JITTER = (0.4, 0.4, 0.2, 0.1)  # strength of brightness, contrast, saturation, hue
 BLUR_SIGMA = (0.1, 2.0)

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lfg_jax import user_files
-from lfg_jax.data import prepared
-from lfg_jax.data.prepared import Facts
-from lfg_jax.data.streams import Batch, Stream
+from lfg_jax.data import tfds_files
+from lfg_jax.data.streaming import Batch, Stream
+from lfg_jax.data.tfds_files import Facts
 
 
 class Arrays(NamedTuple):
@@ -175,8 +175,8 @@ def _imagenet(
   data_dir: str | None, image_size: int | None, seed: int, whole_images: bool, workers: int
 ) -> Dataset:
   name, facts = 'imagenet2012', TFDS['imagenet2012']
-  builder = prepared.builder(name, data_dir, NAMES)
-  train, test = (prepared.source(builder, split) for split in ('train', facts.test_split))
+  builder = tfds_files.builder(name, data_dir, NAMES)
+  train, test = (tfds_files.source(builder, split) for split in ('train', facts.test_split))
   size = image_size or facts.image_shape[0]
   return Dataset(
     name,
@@ -198,11 +198,11 @@ def _imagenet(
 
 
 def _prepared(name: str, data_dir: str | None) -> Dataset:
-  builder = prepared.builder(name, data_dir, NAMES)
-  facts = TFDS.get(name) or prepared.facts(builder)
+  builder = tfds_files.builder(name, data_dir, NAMES)
+  facts = TFDS.get(name) or tfds_files.facts(builder)
   # Look for both before reading either.
-  sources = [prepared.source(builder, split) for split in ('train', facts.test_split)]
-  train, test = (prepared.arrays(source, facts) for source in sources)
+  sources = [tfds_files.source(builder, split) for split in ('train', facts.test_split)]
+  train, test = (tfds_files.arrays(source, facts) for source in sources)
   if facts.mean:
     return Dataset(name, *facts[:4], Arrays(*train), Arrays(*test))
   return from_arrays(name, train, test, facts.classes)

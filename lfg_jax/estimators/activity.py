@@ -8,11 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.estimators import tangents
-from lfg_jax.estimators.derivatives import Derivative, along_each, jvp_derivative
+from lfg_jax.estimators._types import GradFn, Losses, LossFn, PyTree
+from lfg_jax.estimators.control_variates import Guess, Learned, corrected, cotangents, regression
 from lfg_jax.estimators.feedback import reverse_with_signals
-from lfg_jax.estimators.guesses import Guess, Learned, corrected, cotangents, regression
-from lfg_jax.estimators.sampling import (
+from lfg_jax.jaxpr.tapped import Traced, perturb, record
+from lfg_jax.jaxpr.taps import Tap
+from lfg_jax.promotion import upcast
+from lfg_jax.tangents import distributions
+from lfg_jax.tangents.derivatives import Derivative, along_each, jvp_derivative
+from lfg_jax.tangents.distributions import Passes
+from lfg_jax.tangents.sampling import (
   Sampling,
   after,
   combine,
@@ -20,11 +25,6 @@ from lfg_jax.estimators.sampling import (
   sum_over_chunks,
   tangent_key,
 )
-from lfg_jax.estimators.signature import GradFn, Losses, LossFn, PyTree
-from lfg_jax.estimators.tangents import Passes
-from lfg_jax.estimators.taps import Tap
-from lfg_jax.estimators.traced import Traced, perturb, record
-from lfg_jax.promotion import upcast
 
 Names = Callable[[str], bool]
 
@@ -77,9 +77,9 @@ def activity_perturbation(
       that the tangents of all taps are never in memory together.
     trace: makes the jaxpr of `fun`.
 
-  >>> from lfg_jax.estimators.taps import tap
+  >>> from lfg_jax.jaxpr.taps import tap
   >>> loss = lambda w, x: (tap(x @ w, 'z').sum(-1), {})
-  >>> exact = Sampling(tangents.hadamard, 2)    # as many orthogonal tangents as z has dimensions
+  >>> exact = Sampling(distributions.hadamard, 2)    # as many orthogonal tangents as z has dimensions
   >>> estimate = activity_perturbation(loss, sampling=exact)
   >>> estimate(jnp.ones((3, 2)), jax.random.key(0), jnp.eye(4, 3))[1].tolist()
   [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
@@ -224,13 +224,13 @@ def draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap, passes: Passes) ->
   batch, *rest = tap.shape[tap.scanned :]
   own = rest[: max(tap.local_axes, 1) - 1]
   d = math.prod(rest) // math.prod(own)
-  law = tangents.as_law(sampling.law)
+  law = distributions.as_law(sampling.law)
   one = lambda k: law.draw(k, passes, tuple(own), d, tap.dtype).reshape(-1, *rest)
   if sampling.shared:
     draw = lambda k: one(k)[:, None]
   else:
-    ids_B = tangents.example_ids(batch, sampling.axis_name, sampling.part) // sampling.rows
-    draw = lambda k: jax.vmap(one, out_axes=1)(tangents.fold_in_all(k, ids_B))
+    ids_B = distributions.example_ids(batch, sampling.axis_name, sampling.part) // sampling.rows
+    draw = lambda k: jax.vmap(one, out_axes=1)(distributions.fold_in_all(k, ids_B))
   for _ in range(tap.scanned):
     draw = jax.vmap(draw, out_axes=1)
   return draw(jax.random.split(key, tap.shape[: tap.scanned]) if tap.scanned else key)

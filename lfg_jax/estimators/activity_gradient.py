@@ -15,16 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.estimators import activity, tangents
-from lfg_jax.estimators.calls import Static, bind, explained, with_aux
-from lfg_jax.estimators.derivatives import Derivative, recomputed_jvp
-from lfg_jax.estimators.mixing import Influence
-from lfg_jax.estimators.mixing_rules import Digit, Label, Mixed, join
-from lfg_jax.estimators.sampling import Sampling
-from lfg_jax.estimators.signature import total
-from lfg_jax.estimators.taps import Tap
-from lfg_jax.estimators.traced import Traced
+from lfg_jax.estimators import activity
+from lfg_jax.estimators._arguments import Static, bind, explained, with_aux
+from lfg_jax.estimators._types import total
+from lfg_jax.jaxpr.dependence import Influence
+from lfg_jax.jaxpr.dependence_rules import Digit, Label, Mixed, join
+from lfg_jax.jaxpr.tapped import Traced
+from lfg_jax.jaxpr.taps import Tap
 from lfg_jax.promotion import upcast
+from lfg_jax.tangents import distributions
+from lfg_jax.tangents.derivatives import Derivative, recomputed_jvp
+from lfg_jax.tangents.sampling import Sampling
 
 PyTree = Any
 Taps = str | Collection[str] | Callable[[str], bool] | None
@@ -35,7 +36,7 @@ def value_and_activity_grad(
   argnums: int | Sequence[int] = 0,
   has_aux: bool = False,
   *,
-  law: tangents.Law | str = tangents.rademacher,
+  law: distributions.Law | str = distributions.rademacher,
   passes: int = 1,
   chunk: int | None = None,
   combination: str = 'mean',

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.estimators.signature import GradFn, Losses, LossFn, PyTree, objective
-from lfg_jax.estimators.traced import Traced, keep, replace_cotangent
+from lfg_jax.estimators._types import GradFn, Losses, LossFn, PyTree, objective
+from lfg_jax.jaxpr.tapped import Traced, keep, replace_cotangent
 
 
 def backprop(fun: LossFn) -> GradFn:

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfg_jax.estimators import tangents
-from lfg_jax.estimators.calls import Static, bind, explained, with_aux
-from lfg_jax.estimators.derivatives import Derivative, along_each, recomputed_jvp
-from lfg_jax.estimators.sampling import Sampling, combine, sum_over_chunks, tangent_key
-from lfg_jax.estimators.tangents import Passes
+from lfg_jax.estimators._arguments import Static, bind, explained, with_aux
+from lfg_jax.tangents import distributions
+from lfg_jax.tangents.derivatives import Derivative, along_each, recomputed_jvp
+from lfg_jax.tangents.distributions import Passes
+from lfg_jax.tangents.sampling import Sampling, combine, sum_over_chunks, tangent_key
 
 PyTree = Any
 
@@ -26,7 +26,7 @@ def value_and_forward_grad(
   argnums: int | Sequence[int] = 0,
   has_aux: bool = False,
   *,
-  law: tangents.Law | str = tangents.rademacher,
+  law: distributions.Law | str = distributions.rademacher,
   passes: int = 1,
   chunk: int | None = None,
   combination: str = 'mean',
@@ -72,7 +72,7 @@ def value_and_forward_grad(
       `jax.custom_vjp`, which has no forward derivative; with `has_aux`, the output is not a pair.
 
   >>> f = lambda x: (x ** 2).sum()
-  >>> law = tangents.hadamard
+  >>> law = distributions.hadamard
   >>> value, gradient = value_and_forward_grad(f, law=law, passes=4)(jnp.arange(4.), key=jax.random.key(0))
   >>> value.item(), gradient.tolist()
   (14.0, [0.0, 2.0, 4.0, 6.0])
@@ -163,7 +163,7 @@ def _estimate(
     [leaf.ravel().astype(wide) for leaf in jax.tree.leaves(tree)]
   )
 
-  law = tangents.as_law(sampling.law)
+  law = distributions.as_law(sampling.law)
 
   def draw(passes: Passes) -> jax.Array:
     u_KxD = law.draw(key, passes, (), int(ends[-1]), wide)

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.estimators.activity import activity_perturbation
-from lfg_jax.estimators.sampling import Sampling
-from lfg_jax.estimators.taps import tap
 from lfg_jax.estimators.weight import weight_perturbation
+from lfg_jax.jaxpr.taps import tap
+from lfg_jax.tangents.sampling import Sampling
 
 ESTIMATORS: dict[str, Callable] = {'weight': weight_perturbation, 'activity': activity_perturbation}
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.core.scope import DenyList, subtract_filters, union_filters
 
-from lfg_jax.estimators.taps import tap
+from lfg_jax.jaxpr.taps import tap
 
 PyTree = Any
 Layers = type | Collection[type] | Callable[[Any], bool]

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.estimators import tangents
-from lfg_jax.estimators.derivatives import Derivative, along_each, jvp_derivative
-from lfg_jax.estimators.sampling import Sampling, combine, sum_over_chunks, tangent_key
-from lfg_jax.estimators.signature import GradFn, Losses, LossFn, PyTree, total
-from lfg_jax.estimators.tangents import Passes
+from lfg_jax.estimators._types import GradFn, Losses, LossFn, PyTree, total
+from lfg_jax.tangents import distributions
+from lfg_jax.tangents.derivatives import Derivative, along_each, jvp_derivative
+from lfg_jax.tangents.distributions import Passes
+from lfg_jax.tangents.sampling import Sampling, combine, sum_over_chunks, tangent_key
 
 
 def weight_perturbation(
@@ -36,7 +36,7 @@ def weight_perturbation(
       which influences only the losses `[B, P, g]` of its own group; None: all losses.
 
   >>> loss = lambda w, x: ((x @ w) ** 2, {})
-  >>> exact = Sampling(tangents.hadamard, 2)    # as many orthogonal tangents as weights
+  >>> exact = Sampling(distributions.hadamard, 2)    # as many orthogonal tangents as weights
   >>> estimate = weight_perturbation(loss, sampling=exact._replace(shared=True))
   >>> estimate(jnp.ones(2), jax.random.key(0), jnp.eye(2))[1].tolist()
   [2.0, 2.0]
@@ -62,7 +62,7 @@ def weight_perturbation(
     )
 
     def part(passes: Passes) -> list[jax.Array]:
-      v_K = tangents.like_tree(sampling.law, key, moving, passes)
+      v_K = distributions.like_tree(sampling.law, key, moving, passes)
       dL_K = along_each(along, v_K)
       return [
         combine('mean', _credit(dL_K, v, axis), v, sampling.passes)
@@ -77,8 +77,8 @@ def weight_perturbation(
     params: PyTree, key: jax.Array, *args: Any
   ) -> tuple[tuple[Losses, dict], PyTree]:
     batch = jax.tree.leaves(args)[0].shape[0]
-    keys_B = tangents.fold_in_all(
-      tangent_key(key), tangents.example_ids(batch, sampling.axis_name, sampling.part)
+    keys_B = distributions.fold_in_all(
+      tangent_key(key), distributions.example_ids(batch, sampling.axis_name, sampling.part)
     )
     one = lambda k, *example: shared_run(params, k, *jax.tree.map(lambda x: x[None], example))
     (losses, aux), grads_B = jax.vmap(one)(keys_B, *args)

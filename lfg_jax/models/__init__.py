@@ -1,1 +1,4 @@
-"""Networks with tapped activities."""
+"""Networks with tapped activities.
+
+In reading order: `layers`, `registry`, `mlp`, `resnet`, `sizes`, `mixer`.
+"""

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.losses.heads import Heads
-from lfg_jax.losses.replicated import Cut
-from lfg_jax.losses.staged import Variables
-from lfg_jax.losses.targets import Targets
+from lfg_jax.local.heads import Heads
+from lfg_jax.local.replicated import Cut
+from lfg_jax.local.staged import Variables
+from lfg_jax.local.targets import Targets
 from lfg_jax.promotion import upcast
 
 PyTree = Any

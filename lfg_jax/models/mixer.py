@@ -19,11 +19,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.estimators.taps import tap
 from lfg_jax.fields import Allowed, Field, at_least, between, one_of
-from lfg_jax.losses.heads import Heads
-from lfg_jax.losses.staged import Outcome, Place, Stack, StagedModel, Variables, own
-from lfg_jax.losses.targets import Targets
+from lfg_jax.jaxpr.taps import tap
+from lfg_jax.local.heads import Heads
+from lfg_jax.local.staged import Outcome, Place, Stack, StagedModel, Variables, own
+from lfg_jax.local.targets import Targets
 from lfg_jax.models import layers
 from lfg_jax.models.registry import Images
 from lfg_jax.models.sizes import NORMS, BlockSpec, MixerSpec, Run, Style, mixer_spec, parse, patches

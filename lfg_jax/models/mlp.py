@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
-from lfg_jax.estimators.taps import tap
 from lfg_jax.fields import Field, between
-from lfg_jax.losses.heads import Heads
-from lfg_jax.losses.staged import Outcome, Place, Stack, StagedModel, Variables
-from lfg_jax.losses.targets import Targets
+from lfg_jax.jaxpr.taps import tap
+from lfg_jax.local.heads import Heads
+from lfg_jax.local.staged import Outcome, Place, Stack, StagedModel, Variables
+from lfg_jax.local.targets import Targets
 from lfg_jax.models import layers
 from lfg_jax.models.registry import Images, check_divides, pixels
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from lfg_jax import user_files
 from lfg_jax.errors import UserError
 from lfg_jax.fields import Field
-from lfg_jax.losses.heads import Heads
-from lfg_jax.losses.staged import StagedModel, Variables, no_variant
+from lfg_jax.local.heads import Heads
+from lfg_jax.local.staged import StagedModel, Variables, no_variant
 from lfg_jax.models import layers
 
 MODELS = ('mixer', 'mlp', 'resnet')

@@ -8,7 +8,7 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.losses.heads import Heads
+from lfg_jax.local.heads import Heads
 from lfg_jax.models.registry import normalised
 
 CHANNELS = {'S': 256, 'M': 512, 'L': 2048}

@@ -16,26 +16,21 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lfg_jax import data, user_files
-from lfg_jax.data.streams import BadExample
+from lfg_jax.data.streaming import BadExample
 from lfg_jax.errors import UserError, as_user_errors
-from lfg_jax.training import (
-  algorithms,
-  configs,
-  processes,
-  profiling,
-  run_log,
-  stage_plan,
-  start,
-  summary,
-  update,
-)
-from lfg_jax.training import workdir as folders
-from lfg_jax.training.checkpoints import Checkpoints
-from lfg_jax.training.clock import Clock
-from lfg_jax.training.functions import Functions, State, build
-from lfg_jax.training.profiling import Trace
-from lfg_jax.training.run_log import RunLog
-from lfg_jax.training.signals import Interrupted, Signals
+from lfg_jax.training import update
+from lfg_jax.training.config import configs
+from lfg_jax.training.hosts import processes
+from lfg_jax.training.hosts.preemption import Interrupted, Signals
+from lfg_jax.training.pipeline import partition
+from lfg_jax.training.rules import algorithms
+from lfg_jax.training.run import metrics, profiling, summary, warm_start
+from lfg_jax.training.run import workdir as folders
+from lfg_jax.training.run.checkpoints import Checkpoints
+from lfg_jax.training.run.clock import Clock
+from lfg_jax.training.run.metrics import RunLog
+from lfg_jax.training.run.profiling import Trace
+from lfg_jax.training.step_functions import Functions, State, build
 from lfg_jax.training.update import TrainState
 
 REFRESH_SECONDS = 1.0  # between readings of the running state, which wait for the device
@@ -65,7 +60,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
   with as_user_errors():
     if config.distributed:
       processes.connect(config)
-    stage_plan.check_devices(config, jax.device_count())
+    partition.check_devices(config, jax.device_count())
     dataset = dataset or data.load(
       config.dataset,
       module=config.data.module,
@@ -76,7 +71,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
       workers=config.workers,
     )
     algorithm = algorithms.make(config, dataset, update.AXIS)
-    stage_plan.check(config, algorithm.made_of)
+    partition.check(config, algorithm.made_of)
   job = Job(config, dataset, algorithm, update.make_mesh(config.pipeline_stages))
   job = first_images(job, config.num_train_examples)
   steps = -(-job.dataset.train.examples // config.batch_size)
@@ -136,7 +131,7 @@ def train(job: Job, workdir: pathlib.Path) -> dict[str, Any]:
   with as_user_errors((BadExample,)), folders.file_errors(workdir), processes.losses():
     if job.config.init_from and not (workdir / 'config.json').exists():
       # Before there is a folder.
-      start.check(user_files.local('init_from', job.config.init_from), job.algorithm)
+      warm_start.check(user_files.local('init_from', job.config.init_from), job.algorithm)
     with folders.claim(workdir, job.config) as finished, Signals() as signals:
       if finished:
         processes.say(folders.finished_line(workdir))
@@ -157,7 +152,9 @@ def _train(job: Job, workdir: pathlib.Path, clock: Clock, signals: Signals) -> d
       clock.go_on(stored)
       processes.say(f'resuming {workdir} at step {int(state.step)}')
     elif config.init_from:
-      state = start.from_run(user_files.local('init_from', config.init_from), state, job.algorithm)
+      state = warm_start.from_run(
+        user_files.local('init_from', config.init_from), state, job.algorithm
+      )
     state = functions.begin(state)
     total = config.epochs * functions.feed.steps
     with (
@@ -279,7 +276,7 @@ def _means(state: State) -> dict[str, float]:
 
 
 def _finish(
-  job: Job, workdir: pathlib.Path, state: TrainState, rows: list[run_log.Row], clock: Clock
+  job: Job, workdir: pathlib.Path, state: TrainState, rows: list[metrics.Row], clock: Clock
 ) -> dict[str, Any]:
   """Writes the curves and the summary; returns the summary."""
   config, steps, flop = job.config, int(state.step), job.algorithm.flop

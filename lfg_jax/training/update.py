@@ -16,8 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lfg_jax.data.datasets import Arrays, epoch_order, sequential_order, take
-from lfg_jax.data.streams import Batch, Stream
-from lfg_jax.training.algorithms import Algorithm
+from lfg_jax.data.streaming import Batch, Stream
+from lfg_jax.training.rules.algorithms import Algorithm
 
 PyTree = Any
 AXIS = 'data'

@@ -1,0 +1,5 @@
+"""Random tangents: how they are drawn, how many, and how large the error of an estimate is.
+
+In reading order: `microbatch`, `distributions`, `sampling`, `derivatives`, `variance` (Table 1),
+`guided`.
+"""

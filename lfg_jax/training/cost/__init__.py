@@ -1,0 +1,1 @@
+"""What a program costs, from its shapes and from what the compiler says."""

@@ -1,0 +1,1 @@
+"""Several processes: how they connect, agree and end."""

@@ -1,0 +1,1 @@
+"""Blocks on different devices, on consecutive batches at the same time."""

@@ -1,0 +1,1 @@
+"""The learning rules of the paper's tables, as compositions."""
