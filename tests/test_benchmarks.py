@@ -4,11 +4,12 @@ import json
 import os
 import random
 
+import jax
 import numpy as np
 import pytest
 
 from lfg_jax.errors import UserError
-from lfg_jax.jaxpr import dependence_rules
+from lfg_jax.jaxpr import dependence, dependence_rules
 from tests import runs
 from tests.runs import ROOT
 
@@ -182,16 +183,67 @@ def test_what_a_torture_looks_for(tmp_path, monkeypatch):
 
 
 def test_bias_hunt(tmp_path, monkeypatch, capsys):
-  """Random programs are unbiased; with a wrong rule for a primitive, the hunt finds the bias."""
+  """Random programs are unbiased; a hunt that was stopped goes on, but not with other programs."""
   hunt = runs.script('bench/bias_hunt')
   main, names = hunt['main'], ('relu', 'examples flipped')
   few = {name: hunt['OPERATIONS'][name] for name in names}
   monkeypatch.setitem(main.__globals__, 'OPERATIONS', few)
-  arguments = ['--programs=3', '--draws=2000', f'--out={tmp_path}']
-  main(arguments)
+  monkeypatch.setitem(main.__globals__, 'KEYS', ('threefry2x32',))
+  arguments = ['--draws=2000', f'--out={tmp_path}']
+  main(['--programs=2', *arguments])
+  first = (tmp_path / 'bias_hunt.jsonl').read_text()
+  main(['--programs=3', *arguments])
+  assert (tmp_path / 'bias_hunt.jsonl').read_text().startswith(first)
   rows = json.loads((tmp_path / 'bias_hunt.json').read_text())['rows']
   assert [row['verdict'] for row in rows] == ['unbiased'] * 3
-  monkeypatch.setitem(dependence_rules._RULES, 'rev', dependence_rules._kept(lambda *_: True))
+  with pytest.raises(UserError, match=r'bias_hunt.jsonl has other programs; allowed: the same'):
+    main(['--programs=3', '--seed=1', *arguments])
+  (tmp_path / 'bias_hunt.jsonl').unlink()
+  wrong = (dependence_rules._same, dependence_rules._RULES['rev'][1])
+  monkeypatch.setitem(dependence_rules._RULES, 'rev', wrong)
   with pytest.raises(UserError, match='of 3 programs are biased'):
-    main(arguments)
+    main(['--programs=3', *arguments])
   assert 'standard errors: Program(' in capsys.readouterr().out
+
+
+def forgets_what_comes_in(self, eqn, ins, seeds):
+  return seeds[:1] if self.walk.is_visited(eqn) else RIGHT(self, eqn, ins, seeds)
+
+
+RIGHT = dependence.Influence._equation
+PLANTED = {
+  'cumsum': 'cumsum along 0',
+  'sort': 'sort along 0',
+  'top_k': 'all of top_k along 0',
+  'reduce_window_sum': 'reduce_window_sum along 0',
+  'pad': 'pad along 0',
+  'fft': 'fft along 0',
+  'gather': 'gather along 0',
+  'scatter-add': 'scatter_add along 0',
+  'conv_general_dilated': 'convolution along 0',
+  'dot_general': 'dot_general along 0',
+  'triangular_solve': 'triangular_solve along 0',
+  'a carry': 'scan along 0',
+  'a tap in a scan': 'batch norm',
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('wrong', PLANTED)
+def test_the_hunt_finds_every_kind_of_wrong_rule(wrong, monkeypatch):
+  hunt = runs.script('bench/bias_hunt')
+  in_scan, operation = wrong == 'a tap in a scan', PLANTED[wrong]
+  between, behind = ([], [operation]) if in_scan else ([operation], [])
+  place = 'scan' if in_scan else 'plain'
+  program = hunt['Program']([], between, behind, 1, False, place, 'threefry2x32')
+  judged = lambda: hunt['judged'](program, 4000)['verdict']
+  with jax.enable_x64(True):
+    assert judged() == 'unbiased'
+    if in_scan:
+      monkeypatch.setattr(dependence.Influence, '_equation', forgets_what_comes_in)
+    elif wrong == 'a carry':
+      monkeypatch.setattr(dependence, '_axes', lambda label: [])
+    else:
+      planted = (dependence_rules._same, dependence_rules._RULES[wrong][1])
+      monkeypatch.setitem(dependence_rules._RULES, wrong, planted)
+    assert judged() == 'biased'

@@ -146,9 +146,9 @@ ALONG: dict[str, Callable[[jax.Array, int], jax.Array]] = {
   'while': first(lambda x: lax.fori_loop(0, 2, lambda n, y: y + jnp.roll(y, 1, 0), x)),
   'solve': last(lambda x: jnp.linalg.solve(matrix(x.shape[-1]), x[..., None])[..., 0]),
   'triangular_solve': first(
-    lambda x: jax.scipy.linalg.solve_triangular(matrix(len(x)), x.reshape(len(x), -1)).reshape(
-      x.shape
-    )
+    lambda x: jax.scipy.linalg.solve_triangular(
+      matrix(len(x)) + jnp.triu(jnp.ones((len(x),) * 2)), x.reshape(len(x), -1)
+    ).reshape(x.shape)
   ),
   'tridiagonal_solve': mapped(
     lambda e: lax.linalg.tridiagonal_solve(
