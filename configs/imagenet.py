@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from lfg_jax.training.config import configs
+from lfg_jax.training import configs
 
 
 def get_config() -> ConfigDict:

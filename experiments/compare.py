@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lfg_jax.training.config import command_line
+from lfg_jax.training import command_line
 from lfg_jax.training.rules import rules
 from lfg_jax.training.run import metrics, plots, results
 from lfg_jax.training.train import prepare, train

@@ -24,7 +24,7 @@ from lfg_jax import data
 from lfg_jax.data import augmentation
 from lfg_jax.errors import UserError
 from lfg_jax.local import info_nce
-from lfg_jax.training.config import command_line
+from lfg_jax.training import command_line
 from lfg_jax.training.run import results
 from lfg_jax.training.train import Job, first_images, load
 

@@ -12,8 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lfg_jax.training import update
-from lfg_jax.training.config import configs
+from lfg_jax.training import configs, update
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 23  # of an epoch: 1,438 images, 64 at a time

@@ -19,8 +19,7 @@ from lfg_jax.local.replicated import Cut
 from lfg_jax.local.row_losses import cross_entropy
 from lfg_jax.local.staged import Place
 from lfg_jax.local.targets import Targets
-from lfg_jax.training import step_functions
-from lfg_jax.training.config import configs
+from lfg_jax.training import configs, step_functions
 from lfg_jax.training.rules import algorithms
 from lfg_jax.training.run import warm_start
 from lfg_jax.training.run.checkpoints import Checkpoints

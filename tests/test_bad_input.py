@@ -9,8 +9,7 @@ import pytest
 from lfg_jax import data
 from lfg_jax.models import sizes
 from lfg_jax.tangents import distributions
-from lfg_jax.training import optimizers
-from lfg_jax.training.config import command_line, configs
+from lfg_jax.training import command_line, configs, optimizers
 from lfg_jax.training.rules import algorithms, rules
 from tests import runs
 from tests.runs import FLAGS, ROOT, STEPS
@@ -218,7 +217,7 @@ def test_a_ctrl_c_ends_in_one_line(while_training):
   """While a run trains, the second one; the first one only asks it to stop."""
   code = f"""
 import contextlib, signal
-from lfg_jax.training.config import command_line
+from lfg_jax.training import command_line
 from lfg_jax.training.hosts import preemption
 
 def main(_):

@@ -8,7 +8,8 @@ import pytest
 
 from lfg_jax.errors import UserError
 from lfg_jax.training import train
-from lfg_jax.training.run import clock, profiling
+from lfg_jax.training.cost import profiling
+from lfg_jax.training.run import clock
 from lfg_jax.training.update import Feed
 from tests.runs import STEPS, tiny
 
@@ -144,7 +145,7 @@ def test_no_more_than_two_dispatches_are_not_done(monkeypatch):
   quiet = type(
     'Quiet',
     (),
-    {name: lambda *_, **__: None for name in ('progress', 'before', 'after', 'ask_to_stop')},
+    {name: lambda *_, **__: None for name in ('progress', 'before', 'after', 'ask', 'stops')},
   )()
   monkeypatch.setattr(train, 'REFRESH_SECONDS', 1e9)
   train._epoch(functions, state, 0, 1, train.Watch(clock.Clock(0), quiet, quiet, quiet))

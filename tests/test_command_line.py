@@ -3,7 +3,7 @@
 import pytest
 
 from lfg_jax.errors import UserError
-from lfg_jax.training.config import command_line, configs
+from lfg_jax.training import command_line, configs
 from tests.runs import tiny
 
 

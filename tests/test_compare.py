@@ -7,7 +7,7 @@ import pytest
 from lfg_jax.local import row_losses
 from lfg_jax.local.heads import Heads
 from lfg_jax.models import sizes
-from lfg_jax.training.config import configs
+from lfg_jax.training import configs
 from lfg_jax.training.rules import rules
 from tests.runs import FLAGS, ROOT, STEPS, script
 

@@ -38,7 +38,7 @@ def refused(folder, name='flags'):
     train.prepare(tiny(dataset=name, data_dir=str(place)))
   message = str(error.value)
   assert '\n' not in message and message.endswith(
-    f'; remove {folder} and run: python -m lfg_jax.training.prepare_data --dataset={name} --data_dir={place}'
+    f'; remove {folder} and run: pip install tensorflow; lfg-prepare-data --dataset={name} --data_dir={place}'
   )
   return message
 

@@ -13,8 +13,7 @@ import nbformat
 import pytest
 
 from lfg_jax.errors import LOST, UserError
-from lfg_jax.training import main
-from lfg_jax.training.config import configs
+from lfg_jax.training import configs, main
 from lfg_jax.training.hosts import connect
 from lfg_jax.training.rules import rules
 
@@ -178,7 +177,7 @@ def test_figures_of_the_page_of_the_idea_can_be_drawn(tmp_path):
 
 
 def test_figures_are_measured():
-  excess = measurements.tangents.hadamard.excess(16, 4)
+  excess = measurements.distributions.hadamard.excess(16, 4)
   assert measurements.error_of_direction(16, 4) == pytest.approx(excess, rel=0.2)
   drawn = {path.stem for path in (ROOT / 'docs' / 'figures').glob('*.svg')}
   assert drawn == set(figures.FIGURES)

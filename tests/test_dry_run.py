@@ -6,9 +6,10 @@ import jax
 import pytest
 
 from lfg_jax.errors import UserError
-from lfg_jax.training.config import configs
-from lfg_jax.training.cost import dry_run, flops
+from lfg_jax.training import configs
+from lfg_jax.training.cost import dry_run
 from lfg_jax.training.rules import algorithms, rules
+from lfg_jax.training.rules.flop import gradient_flop
 from tests.runs import script
 
 BATCH, WIDTH = 64, 16
@@ -67,7 +68,7 @@ def test_data_parallel_stages_sum_their_own_gradients():
 @pytest.mark.parametrize('algorithm', ['LG-BP', 'BP'])
 def test_operations_are_those_of_the_cost_model(algorithm):
   config = config_of(algorithm=algorithm)
-  flop = flops.gradient_flop(model_of(config), rules.REGISTRY[algorithm], rules.Options())
+  flop = gradient_flop(model_of(config), rules.REGISTRY[algorithm], rules.Options())
   counted = dry_run.cost(config, 4).flop / (BATCH // 4)
   assert flop <= counted <= 2 * flop  # heads and read-out come on top
 

@@ -9,7 +9,7 @@ import pytest
 
 from lfg_jax import data
 from lfg_jax.errors import UserError
-from lfg_jax.training.config import configs
+from lfg_jax.training import configs
 from tests.runs import FLAGS, ROOT, script
 from tests.statistics import is_mean
 

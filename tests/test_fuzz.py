@@ -3,8 +3,7 @@
 import random
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import train
-from lfg_jax.training.config import command_line, configs
+from lfg_jax.training import command_line, configs, train
 from tests.runs import tiny
 
 COUNT = 300  # of each kind

@@ -19,7 +19,7 @@ from lfg_jax.local.staged import Place, own
 from lfg_jax.local.targets import Targets
 from lfg_jax.models import registry
 from lfg_jax.models.registry import Images
-from lfg_jax.training.config import configs
+from lfg_jax.training import configs
 from lfg_jax.training.rules import algorithms, rules
 from lfg_jax.training.train import prepare
 from tests.runs import ROOT, tiny

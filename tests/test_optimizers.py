@@ -3,8 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfg_jax.training import optimizers
-from lfg_jax.training.config import configs
+from lfg_jax.training import configs, optimizers
 
 PARAMS = {
   'stem': {

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from lfg_jax.errors import UserError
-from lfg_jax.training.config import command_line, configs
+from lfg_jax.training import command_line, configs
 from lfg_jax.training.rules import rules
 from lfg_jax.training.run import plots
 from tests.runs import ROOT

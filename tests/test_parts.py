@@ -6,8 +6,7 @@ import pytest
 
 from lfg_jax import data
 from lfg_jax.tangents import microbatch
-from lfg_jax.training import step_functions
-from lfg_jax.training.config import configs
+from lfg_jax.training import configs, step_functions
 from lfg_jax.training.rules import algorithms, rules
 from tests.runs import tiny
 from tests.small import compose, relative_error, small

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from lfg_jax import data
-from lfg_jax.training import optimizers, update
-from lfg_jax.training.config import configs
+from lfg_jax.training import configs, optimizers, update
 from lfg_jax.training.cost import hlo
 from lfg_jax.training.pipeline import partition, pipeline, pipeline_plan
 from lfg_jax.training.rules import algorithms

@@ -78,7 +78,7 @@ def noise(count):
 DRIVER = """
 import os, signal, sys
 from lfg_jax.training.run import checkpoints
-from lfg_jax.training.config import command_line
+from lfg_jax.training import command_line
 from lfg_jax.training import main, train
 
 def raise_signal(functions, state):

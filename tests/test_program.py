@@ -12,8 +12,7 @@ from lfg_jax.errors import UserError
 from lfg_jax.local import row_losses
 from lfg_jax.models import registry
 from lfg_jax.tangents import distributions
-from lfg_jax.training import main
-from lfg_jax.training.config import command_line, configs
+from lfg_jax.training import command_line, configs, main
 from lfg_jax.training.rules import rules
 from tests.runs import ROOT
 

@@ -8,7 +8,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import lfg_jax
-from lfg_jax.training.config import command_line
+from lfg_jax.training import command_line
 from lfg_jax.training.run import metrics, plots, summary
 from lfg_jax.training.run.metrics import RunLog
 from tests import runs

@@ -9,8 +9,7 @@ import pytest
 
 from lfg_jax import data, errors, user_files
 from lfg_jax.errors import UserError
-from lfg_jax.training import main, train
-from lfg_jax.training.config import command_line, configs
+from lfg_jax.training import command_line, configs, main, train
 from tests.runs import FLAGS, ROOT, tiny
 
 STREAM = """
@@ -196,7 +195,7 @@ def test_own_files_train_with_workers(tmp_path):
   model, loss = tmp_path / 'my_model.py', tmp_path / 'my_loss.py'
   model.write_text(MODEL)
   loss.write_text(
-    'from lfg_jax.losses import row_losses\nrow_loss = lambda *given: row_losses.cross_entropy(*given)\n'
+    'from lfg_jax.local import row_losses\nrow_loss = lambda *given: row_losses.cross_entropy(*given)\n'
   )
   own = [f'--config.model.module={model}', f'--config.losses.module={loss}']
   run = [f'--config.data.module={path}', f'--workdir={tmp_path / "run"}']

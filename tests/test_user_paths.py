@@ -7,8 +7,7 @@ import pytest
 
 from lfg_jax import data, user_files
 from lfg_jax.errors import UserError
-from lfg_jax.training import main, prepare_data, train
-from lfg_jax.training.config import configs
+from lfg_jax.training import configs, main, prepare_data, train
 from lfg_jax.training.run import results
 from tests.runs import ROOT, tiny
 
@@ -76,7 +75,7 @@ def test_other_programs(home):
     prepare_data.main(tars)
   parser = results.parser('', out='results')
   assert parser.parse(['--out=~/here']).out == home / 'here'
-  assert parser.parse_args([]).out == pathlib.Path('results')
+  assert parser.parse([]).out == pathlib.Path('results')
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import train
-from lfg_jax.training.config import configs
+from lfg_jax.training import configs, train
 from lfg_jax.training.run import metrics, workdir
 from tests.runs import STEPS, state, tiny
 

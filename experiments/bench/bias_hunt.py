@@ -30,7 +30,7 @@ from bias_operations import APART, MIXING, B, C, T
 from lfg_jax import tap, value_and_activity_grad
 from lfg_jax.errors import UserError
 from lfg_jax.tangents import variance
-from lfg_jax.training.config import command_line
+from lfg_jax.training import command_line
 from lfg_jax.training.run import results
 
 OPERATIONS = {**APART, **MIXING, **bias_primitives.OPERATIONS}

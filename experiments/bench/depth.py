@@ -23,8 +23,8 @@ from lfg_jax.errors import as_user_errors
 from lfg_jax.local.staged import StagedModel
 from lfg_jax.models import mixer
 from lfg_jax.models.sizes import mixer_spec, parse, patches
-from lfg_jax.training.config import command_line
-from lfg_jax.training.cost import flops
+from lfg_jax.training import command_line
+from lfg_jax.training.cost import timing
 from lfg_jax.training.rules import algorithms, rules
 from lfg_jax.training.run import plots, results
 
@@ -87,9 +87,9 @@ def measure(name: str, blocks: int, options: command_line.Options) -> Row:
     'micro_batch': options.micro_batch,
     'blocks': blocks,
     'parameters_bytes': weights,
-    'temporaries_bytes': flops.temporaries(compiled) - in_parts * weights,
+    'temporaries_bytes': timing.temporaries(compiled) - in_parts * weights,
     'compile_seconds': seconds,
-    'ms_gradient': flops.one_ms(lambda: compiled(variables, keys[3], batch), options.repetitions),
+    'ms_gradient': timing.one_ms(lambda: compiled(variables, keys[3], batch), options.repetitions),
   }
 
 

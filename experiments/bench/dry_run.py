@@ -17,7 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lfg_jax.errors import as_user_errors
-from lfg_jax.training.config import command_line, configs
+from lfg_jax.training import command_line, configs
 from lfg_jax.training.cost import dry_run
 from lfg_jax.training.run import results
 

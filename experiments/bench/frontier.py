@@ -27,8 +27,7 @@ from ml_collections import ConfigDict
 
 from lfg_jax.errors import UserError
 from lfg_jax.tangents.distributions import LAWS
-from lfg_jax.training import train
-from lfg_jax.training.config import command_line, configs
+from lfg_jax.training import command_line, configs, train
 from lfg_jax.training.run import results
 
 Row = dict[str, Any]

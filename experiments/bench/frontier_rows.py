@@ -9,8 +9,8 @@ from frontier_network import ROUNDING, RULE, VARIANTS, Bench, Variant, dims
 
 from lfg_jax.tangents import variance
 from lfg_jax.tangents.distributions import LAWS
-from lfg_jax.training.config.command_line import Options
-from lfg_jax.training.cost import flops
+from lfg_jax.training.command_line import Options
+from lfg_jax.training.cost import timing
 
 Row = dict[str, Any]
 Steps = dict[Any, Callable[[], Any]]
@@ -62,8 +62,8 @@ def _step(bench: Bench, variant: Variant, params: Any) -> Callable[[], Any]:
 
 
 def _ms(steps: Steps, repetitions: int) -> dict[Any, float]:
-  timed = flops.interleaved(steps, repetitions)
-  return {name: flops.median_ms(seconds) for name, seconds in timed.items()}
+  timed = timing.interleaved(steps, repetitions)
+  return {name: timing.median_ms(seconds) for name, seconds in timed.items()}
 
 
 def _time(name: Any, ms: dict[Any, float]) -> Row:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from lfg_jax import data
 from lfg_jax.data.streaming import Stream, decode
-from lfg_jax.training.config import command_line
+from lfg_jax.training import command_line
 from lfg_jax.training.run import results
 from lfg_jax.training.train import prepare, train
 

@@ -36,8 +36,7 @@ from lfg_jax import data
 from lfg_jax.errors import UserError
 from lfg_jax.fields import one_of
 from lfg_jax.models.sizes import parse
-from lfg_jax.training import train, update
-from lfg_jax.training.config import command_line, configs
+from lfg_jax.training import command_line, configs, train, update
 from lfg_jax.training.cost import dry_run
 from lfg_jax.training.cost.dry_run import virtual_devices
 from lfg_jax.training.hosts import connect, processes

@@ -22,10 +22,10 @@ from lfg_jax.errors import as_user_errors
 from lfg_jax.fields import one_of
 from lfg_jax.models import mixer
 from lfg_jax.models.sizes import mixer_spec, parse
-from lfg_jax.training import optimizers, update
-from lfg_jax.training.config import command_line, configs
-from lfg_jax.training.cost import flops
+from lfg_jax.training import command_line, configs, optimizers, update
+from lfg_jax.training.cost import timing
 from lfg_jax.training.rules import algorithms, rules
+from lfg_jax.training.rules.flop import gradient_flop
 from lfg_jax.training.run import plots, results
 
 Row = dict[str, Any]
@@ -65,15 +65,15 @@ def measure(options: command_line.Options) -> list[Row]:
   names, batch = options.algorithms, options.batch
   with as_user_errors():
     steps = {name: compile_step(name, options) for name in dict.fromkeys(('BP', *names))}
-  product, product_flop = flops.matmul(
+  product, product_flop = timing.matmul(
     jnp.bfloat16 if options.precision == 'bfloat16' else jnp.float32
   )
   functions = {'matmul': product}
   for name, step in steps.items():
     functions |= {f'{name} gradient': step.gradient, f'{name} update': step.update}
   ms = {
-    name: flops.median_ms(seconds)
-    for name, seconds in flops.interleaved(functions, options.repetitions).items()
+    name: timing.median_ms(seconds)
+    for name, seconds in timing.interleaved(functions, options.repetitions).items()
   }
   rate = product_flop / 1e6 / ms['matmul']  # GFLOP/s
   return [
@@ -133,11 +133,9 @@ def compile_step(name: str, options: command_line.Options) -> Step:
 
   spec = mixer_spec(model, image_shape=images.image_shape, classes=images.classes)
   staged = mixer.staged(spec, lambda image: image)
-  flop = batch * flops.gradient_flop(
-    staged, rules.REGISTRY[name], rules.Options(num_tangents=passes)
-  )
+  flop = batch * gradient_flop(staged, rules.REGISTRY[name], rules.Options(num_tangents=passes))
   return Step(
-    lambda: gradient(state, keys[3], *inputs), next_state, flops.temporaries(gradient), flop / 1e9
+    lambda: gradient(state, keys[3], *inputs), next_state, timing.temporaries(gradient), flop / 1e9
   )
 
 

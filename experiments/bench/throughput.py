@@ -15,8 +15,7 @@ import time
 import jax
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import optimizers, update
-from lfg_jax.training.config import command_line
+from lfg_jax.training import command_line, optimizers, update
 from lfg_jax.training.run import metrics, results
 from lfg_jax.training.train import Job, first_images, prepare, train
 

@@ -26,8 +26,7 @@ import time_to_accuracy_report as report
 from ml_collections import ConfigDict
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import train
-from lfg_jax.training.config import command_line, configs
+from lfg_jax.training import command_line, configs, train
 from lfg_jax.training.run import results
 
 ALGORITHMS = 'BP,LG-BP,LG-FG-A-paper,LG-FG-A'

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from lfg_jax.errors import LOST, UserError
-from lfg_jax.training.config import command_line, configs
+from lfg_jax.training import command_line, configs
 from lfg_jax.training.hosts import connect
 from lfg_jax.training.run import metrics, results
 from lfg_jax.training.train import load

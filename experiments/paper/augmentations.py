@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from lfg_jax import data
 from lfg_jax.data import augmentation
 from lfg_jax.errors import UserError, as_user_errors
-from lfg_jax.training.config import command_line
+from lfg_jax.training import command_line
 from lfg_jax.training.run import results
 
 

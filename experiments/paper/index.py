@@ -16,7 +16,7 @@ import report
 from studies import PROGRAMS, STUDIES, published
 
 from lfg_jax.errors import UserError
-from lfg_jax.training.config import command_line
+from lfg_jax.training import command_line
 from lfg_jax.training.run import metrics, results
 
 RESULTS = pathlib.Path(__file__).parents[1] / 'results'

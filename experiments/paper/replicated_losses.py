@@ -25,8 +25,8 @@ from lfg_jax.local import info_nce
 from lfg_jax.local.replicated import replicated_loss
 from lfg_jax.local.row_losses import cross_entropy
 from lfg_jax.local.targets import Targets
-from lfg_jax.training.config import command_line
-from lfg_jax.training.cost import flops
+from lfg_jax.training import command_line
+from lfg_jax.training.cost import timing
 from lfg_jax.training.run import plots, results
 
 Row = dict[str, Any]
@@ -68,11 +68,11 @@ def measure(
   calls, needs = {}, {}
   for size in sizes:
     run, arguments = compile_derivative(kind, form, *size, options)
-    needs[size] = flops.temporaries(run)
+    needs[size] = timing.temporaries(run)
     if needs[size] <= options.limit_gib * 2**30:
       calls[size] = functools.partial(run, *arguments)
   repetitions = {'naive': options.repetitions, 'fused': 50 * options.repetitions}[form]
-  seconds = flops.interleaved(calls, repetitions)
+  seconds = timing.interleaved(calls, repetitions)
   rows = [
     {
       'sweep': sweep,
@@ -83,7 +83,7 @@ def measure(
       'groups': size[1],
       'channels': options.channels,
       'temporaries_bytes': needs[size],
-      'ms': flops.median_ms(seconds[size]) if size in calls else None,
+      'ms': timing.median_ms(seconds[size]) if size in calls else None,
     }
     for size in sizes
   ]

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from studies import GROUPS, PROGRAMS, STUDIES, Run, Study
 
 from lfg_jax.errors import UserError
-from lfg_jax.training.config import command_line, configs
+from lfg_jax.training import command_line, configs
 from lfg_jax.training.hosts.preemption import Interrupted
 from lfg_jax.training.run import results
 from lfg_jax.training.train import Job, prepare, train

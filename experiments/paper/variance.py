@@ -34,8 +34,8 @@ from lfg_jax.estimators import linear_layer
 from lfg_jax.tangents import variance
 from lfg_jax.tangents.distributions import LAWS
 from lfg_jax.tangents.sampling import Sampling
-from lfg_jax.training.config import command_line
-from lfg_jax.training.cost import flops
+from lfg_jax.training import command_line
+from lfg_jax.training.cost import timing
 from lfg_jax.training.run import metrics, results
 
 Row = dict[str, Any]
@@ -119,7 +119,7 @@ def _linear_row(
     'predicted': predicted,
     'measured_again': again,
     'cosine': float(measured.cosine),
-    'ms': flops.one_ms(functools.partial(jax.jit(estimate), jax.random.key(0))),
+    'ms': timing.one_ms(functools.partial(jax.jit(estimate), jax.random.key(0))),
   }
 
 

@@ -13,9 +13,9 @@ from flax.traverse_util import flatten_dict
 from lfg_jax import data, forward_grad, mark, value_and_activity_grad
 from lfg_jax.tangents import variance
 from lfg_jax.tangents.distributions import LAWS
-from lfg_jax.training.config import configs
-from lfg_jax.training.config.command_line import Options
-from lfg_jax.training.cost import flops
+from lfg_jax.training import configs
+from lfg_jax.training.command_line import Options
+from lfg_jax.training.cost import timing
 from lfg_jax.training.rules import algorithms
 
 Row = dict[str, Any]
@@ -145,7 +145,7 @@ def mlp(options: Options) -> Iterator[Row]:
     for law in ('normal', 'rademacher', orthogonal):
       for passes in (1, 4, 32):
         estimate, predicted = make(law, passes, joint), predict(name, law, passes, joint)
-        ms = flops.one_ms(functools.partial(jax.jit(estimate), jax.random.key(0)))
+        ms = timing.one_ms(functools.partial(jax.jit(estimate), jax.random.key(0)))
         for row in _by_layer(estimate, truth, 400, 20):
           yield {
             'estimator': name,
@@ -240,7 +240,7 @@ def mixer(options: Options) -> Iterator[Row]:
     if target not in truths:
       truths[target] = jax.jit(model.estimate(target))(jax.random.key(0))
     estimate = model.estimate(name, **fields)
-    ms = flops.one_ms(functools.partial(jax.jit(estimate), jax.random.key(0)))
+    ms = timing.one_ms(functools.partial(jax.jit(estimate), jax.random.key(0)))
     for row in _by_layer(estimate, truths[target], options.draws, 1):
       if not row['layer'].startswith('readout') and not row['layer'].endswith('head'):
         yield {
@@ -276,7 +276,7 @@ def passes(options: Options) -> Iterator[Row]:
     case: lambda run=run: run(model.variables, jax.random.key(0), model.batch)
     for case, run in programs.items()
   }
-  best = {case: 1000 * min(seconds) for case, seconds in flops.interleaved(calls, 5).items()}
+  best = {case: 1000 * min(seconds) for case, seconds in timing.interleaved(calls, 5).items()}
   for (law, chunk, K), run in programs.items():
     yield {
       'estimator': 'LG-FG-A-paper',

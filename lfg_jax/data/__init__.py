@@ -1,4 +1,7 @@
-"""Images: data sets in memory, streams, augmentation."""
+"""Images: data sets in memory, streams, augmentation.
+
+In reading order: `pictures`, `streaming`, `augmentation`, `tfds_files`, `datasets`.
+"""
 
 from lfg_jax.data.datasets import (
   NAMES,

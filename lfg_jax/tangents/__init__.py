@@ -3,3 +3,7 @@
 In reading order: `microbatch`, `distributions`, `sampling`, `derivatives`, `variance` (Table 1),
 `guided`.
 """
+
+from lfg_jax.tangents import derivatives, distributions, guided, sampling, variance
+
+__all__ = ['derivatives', 'distributions', 'guided', 'sampling', 'variance']

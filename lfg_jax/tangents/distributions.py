@@ -195,7 +195,7 @@ def as_law(law: Law | str) -> Law:
     one_of('law', law, LAWS)
     return LAWS[law]
   if not isinstance(law, Law):
-    raise ValueError(f'law is {law!r}; allowed: a tangents.Law, or one of {", ".join(LAWS)}')
+    raise ValueError(f'law is {law!r}; allowed: a distributions.Law, or one of {", ".join(LAWS)}')
   return law
 
 

@@ -1,5 +1,5 @@
 """From a config to a trained network.
 
-In reading order: `optimizers`, `rules`, `config`, `update`, `pipeline`, `step_functions`, `hosts`,
-`run`, `train`, `main`; beside them `prepare_data` and `cost`.
+In reading order: `optimizers`, `rules`, `update`, `pipeline`, `step_functions`, `cost`; `configs`,
+`command_line`; `hosts`, `run`; `train`, `main`, `prepare_data`.
 """

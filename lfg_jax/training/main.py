@@ -14,7 +14,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from lfg_jax.errors import UserError
-from lfg_jax.training.config import command_line, configs
+from lfg_jax.training import command_line, configs
 from lfg_jax.training.hosts import connect, processes
 from lfg_jax.training.hosts.processes import Place
 from lfg_jax.training.run.summary import last_line

@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 
 from lfg_jax import data
 from lfg_jax.errors import UserError
-from lfg_jax.training.config import command_line
+from lfg_jax.training import command_line
 
 TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
 

@@ -18,18 +18,18 @@ from ml_collections import ConfigDict
 from lfg_jax import data, user_files
 from lfg_jax.data.streaming import BadExample
 from lfg_jax.errors import UserError, as_user_errors
-from lfg_jax.training import update
-from lfg_jax.training.config import configs
+from lfg_jax.training import configs, update
+from lfg_jax.training.cost import profiling
+from lfg_jax.training.cost.profiling import Trace
 from lfg_jax.training.hosts import processes
 from lfg_jax.training.hosts.preemption import Interrupted, Signals
 from lfg_jax.training.pipeline import partition
 from lfg_jax.training.rules import algorithms
-from lfg_jax.training.run import metrics, profiling, summary, warm_start
+from lfg_jax.training.run import metrics, summary, warm_start
 from lfg_jax.training.run import workdir as folders
 from lfg_jax.training.run.checkpoints import Checkpoints
 from lfg_jax.training.run.clock import Clock
 from lfg_jax.training.run.metrics import RunLog
-from lfg_jax.training.run.profiling import Trace
 from lfg_jax.training.step_functions import Functions, State, build
 from lfg_jax.training.update import TrainState
 

@@ -1,1 +1,4 @@
-"""What a program costs, from its shapes and from what the compiler says."""
+"""What a program costs: as measured, and as its compiled text says.
+
+In reading order: `timing`, `profiling`, `hlo`, `dry_run`.
+"""

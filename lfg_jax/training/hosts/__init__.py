@@ -1,1 +1,4 @@
-"""Several processes: how they connect, agree and end."""
+"""Several processes: how they meet, agree and end.
+
+In reading order: `roll_call`, `processes`, `connect`, `preemption`.
+"""

@@ -1,1 +1,4 @@
-"""Blocks on different devices, on consecutive batches at the same time."""
+"""Blocks on different devices, which work on consecutive batches at the same time.
+
+In reading order: `packing`, `partition`, `stage_work`, `pipeline_plan`, `pipeline`.
+"""

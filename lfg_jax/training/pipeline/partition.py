@@ -12,8 +12,8 @@ from typing import Any
 
 from lfg_jax.local.blockwise import owned, stages
 from lfg_jax.local.staged import StagedModel
-from lfg_jax.training.cost import flops
 from lfg_jax.training.rules.composition import Composition
+from lfg_jax.training.rules.flop import gradient_flop
 from lfg_jax.training.rules.rules import REGISTRY
 
 
@@ -44,7 +44,7 @@ def costs(made_of: Composition) -> list[int]:
   ]
   of = lambda blocks: dataclasses.replace(model, stacks=tuple(homes[n] for n in blocks))
   return [
-    1 + flops.gradient_flop(of(blocks), made_of.rule, made_of.options)
+    1 + gradient_flop(of(blocks), made_of.rule, made_of.options)
     for blocks, _ in stages(model.depth, every)
   ]
 

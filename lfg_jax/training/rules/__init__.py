@@ -1,1 +1,4 @@
-"""The learning rules of the paper's tables, as compositions."""
+"""The learning rules of the paper's tables, as compositions of an estimator and an objective.
+
+In reading order: `rules`, `checks`, `estimators`, `flop`, `composition`, `algorithms`.
+"""

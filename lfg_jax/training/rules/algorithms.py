@@ -20,9 +20,9 @@ from lfg_jax.local.lookahead import look_ahead
 from lfg_jax.local.staged import StagedModel, Variables
 from lfg_jax.models import registry
 from lfg_jax.models.registry import Images
-from lfg_jax.training.cost import flops
 from lfg_jax.training.rules import checks
 from lfg_jax.training.rules.composition import Composition
+from lfg_jax.training.rules.flop import gradient_flop
 from lfg_jax.training.rules.rules import REGISTRY, Options, Rule
 
 PyTree = Any
@@ -148,4 +148,4 @@ def compose(
 def _flop(rule: Rule, options: Options, model: StagedModel) -> int | None:
   if not all(stack.flop for stack in model.stacks):
     return None
-  return flops.gradient_flop(model, rule, options) * (VIEWS if model.contrast else 1)
+  return gradient_flop(model, rule, options) * (VIEWS if model.contrast else 1)

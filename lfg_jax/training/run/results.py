@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from lfg_jax.errors import UserError, as_user_errors
-from lfg_jax.training.config.command_line import Parser
+from lfg_jax.training.command_line import Parser
 from lfg_jax.training.rules import rules
 from lfg_jax.training.run import metrics
 

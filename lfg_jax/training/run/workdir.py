@@ -15,8 +15,7 @@ from typing import Any, TextIO
 from ml_collections import ConfigDict
 
 from lfg_jax.errors import UserError
-from lfg_jax.training import optimizers
-from lfg_jax.training.config import configs
+from lfg_jax.training import configs, optimizers
 from lfg_jax.training.hosts import processes
 from lfg_jax.training.run import metrics
 

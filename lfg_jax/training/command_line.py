@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from lfg_jax import user_files
 from lfg_jax.errors import UserError, exit_code
 from lfg_jax.fields import Allowed, Field, at_least, one_of
-from lfg_jax.training.config import configs
+from lfg_jax.training import configs
 
 # What `--help` shows first: the fields that most runs set.
 COMMON = (

@@ -23,8 +23,8 @@ from lfg_jax.fields import BELOW_ONE, Allowed, Field, above, at_least, described
 from lfg_jax.local.row_losses import ROW_LOSSES
 from lfg_jax.models import registry
 from lfg_jax.training import optimizers
+from lfg_jax.training.cost import profiling
 from lfg_jax.training.rules.rules import OF_A_TAP, REGISTRY, EstimatorOptions, LossOptions
-from lfg_jax.training.run import profiling
 
 Group = dataclasses.dataclass(frozen=True)
 
@@ -288,7 +288,7 @@ def to_json(config: ConfigDict) -> str:
 
 def folder() -> pathlib.Path:
   """The folder of the config files: inside an installed package, beside it in the repository."""
-  package = pathlib.Path(__file__).parents[2]
+  package = pathlib.Path(__file__).parent.parent
   inside = package / 'configs'
   return inside if inside.is_dir() else package.parent / 'configs'
 
