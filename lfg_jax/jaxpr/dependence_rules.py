@@ -289,7 +289,6 @@ _NUMBERS = ('offset_dims', 'collapsed_slice_dims', 'start_index_map', 'operand_b
             'scatter_dims_to_operand_dims', 'scatter_indices_batching_dims', 'lhs_spec', 'rhs_spec',
             'out_spec')
 _WINDOWS = 'window_dimensions window_strides padding base_dilation window_dilation'
-_SCATTER = 'dimension_numbers indices_are_sorted mode unique_indices update_consts update_jaxpr'
 # Rule (None: `mixing` itself enters the primitive), primitives, their parameters.
 _TABLE: list[tuple[Rule | None, str, str]] = [
     (_same, '''abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e ceil
@@ -313,11 +312,10 @@ _TABLE: list[tuple[Rule | None, str, str]] = [
     (_removed('axes'), 'reduce_sum reduce_prod reduce_max reduce_min', 'axes out_sharding'),
     (_removed('dimensions'), 'squeeze', 'dimensions'), (_removed('axis'), 'unstack', 'axis'),
     (_stack, 'stack', 'axis'),
-    (_batched, 'cholesky lu hessenberg householder_product', ''),
+    (_batched, 'cholesky lu householder_product', ''),
     (_batched, 'eigh', 'algorithm lower sort_eigenvalues subset_by_index'),
-    (_batched, 'qr', 'full_matrices pivoting use_magma'), (_batched, 'geqrf', 'use_magma'),
+    (_batched, 'qr', 'full_matrices pivoting use_magma'),
     (_batched, 'svd', 'algorithm compute_uv full_matrices subset_by_index'),
-    (_batched, 'symmetric_product', 'alpha beta'),
     (_solved, 'tridiagonal_solve', 'perturb_singular'),
     (_solved, 'triangular_solve', 'conjugate_a left_side lower transpose_a unit_diagonal'),
     (_dot_general, 'dot_general', 'dimension_numbers precision preferred_element_type out_sharding'),
@@ -327,8 +325,8 @@ _TABLE: list[tuple[Rule | None, str, str]] = [
         lhs_dilation out_sharding padding precision preferred_element_type rhs_dilation
         window_strides'''),
     (_gather, 'gather', 'dimension_numbers fill_value indices_are_sorted mode slice_sizes unique_indices'),
-    (_scatter, 'scatter scatter-add scatter-sub scatter-mul scatter-min scatter-max scatter_add '
-               'scatter_sub scatter_mul scatter_min scatter_max', _SCATTER),
+    (_scatter, 'scatter scatter-add scatter-sub scatter-mul scatter-min scatter-max',
+        'dimension_numbers indices_are_sorted mode unique_indices update_consts update_jaxpr'),
     (_reshape, 'reshape', 'dimensions new_sizes sharding'),
     (lambda op, axes: op.params['broadcast_dimensions'][_same(op, axes)], 'broadcast_in_dim',
         'broadcast_dimensions shape sharding'),
