@@ -32,7 +32,7 @@ def check_floating(numbers: tuple[int, ...], point: tuple) -> None:
   """
   leaves = jax.tree_util.tree_leaves_with_path(dict(zip(numbers, point, strict=True)))
   for (number, *path), leaf in leaves:
-    name = f'argument {number.key}{jax.tree_util.keystr(path)}'
+    name = f'argument {number.key}{jax.tree_util.keystr(tuple(path))}'
     if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, int, complex)):
       raise TypeError(
         f'{name} is {type(leaf).__name__}, not an array; allowed: arrays only, such as the first of '
