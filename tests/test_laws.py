@@ -259,3 +259,10 @@ def test_what_is_no_law_is_refused_at_every_door(law, message):
   for door in doors:
     with pytest.raises(ValueError, match=message):
       door()
+
+
+@pytest.mark.parametrize('law', sorted(LAWS))
+def test_an_empty_leaf_has_empty_tangents(law):
+  tree = {'none': jnp.zeros((0, 3)), 'some': jnp.zeros(4)}
+  found = distributions.like_tree(law, jax.random.key(0), tree, Passes(5, 2, 3))
+  assert {name: leaf.shape for name, leaf in found.items()} == {'none': (3, 0, 3), 'some': (3, 4)}

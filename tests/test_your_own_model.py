@@ -107,7 +107,8 @@ def test_the_objective_of_losses_per_token(masked):
   mask = jnp.asarray(jax.random.bernoulli(jax.random.key(5), 0.5, (B, T)), jnp.float32)
   of_tokens = lambda w: (lfg_jax.tap(x @ w, 'h', local_axes=2) ** 2).sum(-1)
   plain = lambda w: of_tokens(w) * (mask if masked else 1)
-  mean = lambda w: plain(w) * (B / mask.sum() if masked else 1 / T)
+  words = re.search(r'return `(losses / T)`; with a mask, `(losses \* mask .*?)`', PAGE)[1 + masked]
+  mean = lambda w: eval(words, {'losses': of_tokens(w), 'mask': mask, 'B': B, 'T': T})
   for losses, objective in (
     (plain, lambda w: plain(w).sum() / B),
     (mean, lambda w: (of_tokens(w) * mask).sum() / mask.sum() if masked else of_tokens(w).mean()),

@@ -202,8 +202,7 @@ def _mark_nnx(model: nnx.Module, choice: Choice) -> nnx.Module:
     raise ValueError(problem)
   for layer, name, is_marked in layers:
     if is_marked:
-      kind: Any = type(layer)
-      layer.__class__ = _tapping(kind, name, choice.local_axes_of(layer, name))
+      layer.__class__ = _tapping(layer.__class__, name, choice.local_axes_of(layer, name))
   return model
 
 
@@ -223,8 +222,7 @@ def _mark_tree(model: PyTree, choice: Choice) -> PyTree:
     name = jax.tree_util.keystr(path, simple=True, separator='/') or type(node).__name__
     layers.append(Layer(node, name, True))
     marked = copy.copy(node)
-    kind: Any = type(node)
-    kind = _tapping(kind, name, choice.local_axes_of(node, name))
+    kind = _tapping(node.__class__, name, choice.local_axes_of(node, name))
     object.__setattr__(marked, '__class__', kind)  # it is frozen
     return marked
 
