@@ -94,7 +94,7 @@ def test_throughput(tmp_path):
   main([f'--out={tmp_path}', '--images=320', *arguments])
   written = json.loads((tmp_path / 'throughput.json').read_text())
   assert len(written['train']) == 2 and written['ratio'] > 0
-  with pytest.raises(UserError, match=r'^images is 9999; allowed: 1 … 1438'):
+  with pytest.raises(UserError, match=r'^num_train_examples is 9999; allowed: 1 … 1438'):
     main([f'--out={tmp_path}', '--images=9999', *arguments])
   with pytest.raises(UserError, match='an epoch of 9 steps, the first 9 of which are not timed'):
     main([f'--out={tmp_path}', '--images=288', *arguments])

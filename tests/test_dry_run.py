@@ -98,6 +98,6 @@ def test_the_script_writes_where_its_numbers_come_from(tmp_path):
   ] == [(1, 8, True), (2, 8, True)]
   assert (tmp_path / 'dry_run.md').read_text().count('\n') == 6
   with pytest.raises(
-    UserError, match=r'^stages is 3; allowed: divisors of 2, the number of devices'
+    UserError, match=r'^pipeline_stages is 3; allowed: divisors of 2, the number of devices'
   ):
     main([*small, '--devices=2', '--stages=3', f'--out={tmp_path}'])

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import resource
+import shutil
 import subprocess
 
 import jax
@@ -102,17 +103,25 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys)
     assert 'has no locks; do not start this run twice' in capsys.readouterr().err
 
 
-def test_a_run_of_before_there_was_a_field_goes_on(finished):
-  stored = json.loads((finished / 'config.json').read_text())
-  before = json.dumps(stored)
-  del stored['init_from'], stored['augment']
-  (finished / 'config.json').write_text(json.dumps(stored))
-  with workdir.claim(finished, tiny(**ENDLESS)) as summary:
-    assert summary['steps'] == 2 * STEPS
-  changed, message = tiny(**ENDLESS, augment__flip=True), r'augment\.flip is False there, True here'
-  with pytest.raises(UserError, match=message), workdir.claim(finished, changed):
-    pass
-  (finished / 'config.json').write_text(before)
+def test_a_run_with_other_fields_is_refused(finished, tmp_path):
+  folder = tmp_path / 'run'
+  for changes, message in (
+    ({'init_from'}, None),  # None here too
+    ({'augment'}, r'augment\.flip is None there, False here'),
+    ({'epochs'}, 'epochs is None there, 2 here'),
+  ):
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(finished, folder)
+    stored = json.loads((folder / 'config.json').read_text())
+    kept = {name: value for name, value in stored.items() if name not in changes}
+    (folder / 'config.json').write_text(json.dumps(kept))
+    claim = workdir.claim(folder, tiny(**ENDLESS))
+    if message is None:
+      with claim as summary:
+        assert summary['steps'] == 2 * STEPS
+    else:
+      with pytest.raises(UserError, match=message), claim:
+        pass
 
 
 def test_a_finished_run_goes_on_for_more_epochs(finished, tmp_path):

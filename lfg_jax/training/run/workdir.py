@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import pathlib
 import re
@@ -111,7 +112,7 @@ def _compare(folder: pathlib.Path, config: ConfigDict) -> None:
     for field in sorted({*here, *there} - {*MAY_DIFFER})
     if here.get(field) != there.get(field)
   ]
-  if differing == ['epochs'] and there['epochs'] < here['epochs']:
+  if differing == ['epochs'] and there.get('epochs', math.inf) < here['epochs']:
     if config.optimizer.schedule in optimizers.ENDLESS:
       return
     raise UserError(
