@@ -61,7 +61,7 @@ def forward_derivative(figure: Figure) -> None:
   f = lambda x: (jnp.array([1.0, 2.0]) * x**2).sum()
   x = jnp.array([1.0, 0.6])
   g = jax.grad(f)(x)
-  one = lfg_jax.forward_grad(f, law=distributions.sphere)
+  one = lfg_jax.forward_grad(f, distribution=distributions.sphere)
   estimates = jax.vmap(lambda key: one(x, key=key))(jax.random.split(jax.random.key(0), 200))
   left, right = figure.subplots(1, 2)
 
@@ -74,7 +74,9 @@ def forward_derivative(figure: Figure) -> None:
       linewidth=0.8,
       zorder=0,
     )
-  u = jnp.array([1.35, -0.42])  # of length √2, as the law `sphere` draws it in two dimensions
+  u = jnp.array(
+    [1.35, -0.42]
+  )  # of length √2, as the distribution `sphere` draws it in two dimensions
   u = u * math.sqrt(2) / jnp.linalg.norm(u)
   slope = jax.jvp(f, (x,), (u,))[1]
   scale = 0.22
@@ -124,8 +126,8 @@ def dimensions(figure: Figure) -> None:
   """The error grows with the perturbed dimensions; a layer has fewer activities than weights."""
   left, right = figure.subplots(1, 2)
   sizes = [4**n for n in range(1, 7)]
-  passes = {1: BLUE, 16: GREEN}
-  for K, color in passes.items():
+  num_tangents = {1: BLUE, 16: GREEN}
+  for K, color in num_tangents.items():
     own = [d for d in sizes if d > K]
     left.plot(own, [error_of_direction(d, K) for d in own], 'o', color=color)
     excess = [distributions.hadamard.excess(d, K) for d in own]
@@ -206,7 +208,7 @@ def local_losses(figure: Figure) -> None:
 
 
 def less_noise(figure: Figure) -> None:
-  """What each step from the paper's LG-FG-A to the default does to the three layers."""
+  """What each step from the paper's LG-FG-A+ to the default does to the three layers."""
   width, batch, classes = 16, 64, 10
   keys = jax.random.split(jax.random.key(6), 6)
   layers = Layers(
@@ -221,14 +223,14 @@ def less_noise(figure: Figure) -> None:
 
   feedback = learned_feedback(layers, params)
   back = lambda activities: layers.signal(activities['third']) @ feedback
-  last_exact = {'separate': True, 'taps': ('first', 'second')}
+  last_exact = {'joint': False, 'taps': ('first', 'second')}
   steps = {
     'all at once\n(the paper)': {},
-    'one layer\nat a time': {'separate': True},
+    'one layer\nat a time': {'joint': False},
     'the last\nexact': last_exact,
-    'a learned guess\nfor the second': {
+    'a learned control variate\nfor the second': {
       **last_exact,
-      'guess': lambda activities, _: {'second': back(activities)},
+      'control_variate': lambda activities, _: {'second': back(activities)},
     },
   }
   errors = [
@@ -241,7 +243,7 @@ def less_noise(figure: Figure) -> None:
     axes.plot(range(len(steps)), ys, 'o-', color=color)
     label(axes, len(steps) - 1, ys[-1], f'{name} layer', color)
   axes.set(
-    title='Three layers of 16 units under one loss, one pass',
+    title='Three layers of 16 units under one loss, one tangent',
     ylim=(-0.7, None),
     xlim=(-0.3, len(steps) - 0.4),
     xticks=range(len(steps)),

@@ -20,10 +20,12 @@ from lfg_jax.tangents import distributions, variance
 Params = dict[str, jax.Array]
 
 
-def error_of_direction(d: int, passes: int) -> float:
+def error_of_direction(d: int, num_tangents: int) -> float:
   """Squared error of forward gradients of a linear function in d dimensions, over |g|²."""
   g = jax.random.normal(jax.random.key(1), (d,))
-  run = lfg_jax.forward_grad(lambda x: g @ x, law=distributions.hadamard, passes=passes)
+  run = lfg_jax.forward_grad(
+    lambda x: g @ x, distribution=distributions.hadamard, num_tangents=num_tangents
+  )
   keys = jax.random.split(jax.random.key(2), 400)
   estimates = jax.jit(lambda keys: jax.lax.map(lambda key: run(jnp.zeros(d), key=key), keys))(keys)
   return float(((estimates - g) ** 2).sum(1).mean() / (g**2).sum())
@@ -32,11 +34,11 @@ def error_of_direction(d: int, passes: int) -> float:
 def layer_error(kind: str, p: int, q: int, batch: int) -> tuple[float, float]:
   """Variance of a linear layer's estimate over the squared gradient: measured, and by Table 1."""
   layer = linear_layer.LinearLayer(jnp.ones(p), jnp.ones(q))
-  law = distributions.rademacher
-  estimate = layer.estimate(kind, lfg_jax.Sampling(law), batch)
+  distribution = distributions.rademacher
+  estimate = layer.estimate(kind, lfg_jax.Sampling(distribution), batch)
   measured = variance.measure(estimate, layer.truth, jax.random.key(3), 2000)
   predicted = variance.predicted(
-    kind, law, 1, shared=False, batch=batch, p=p, q=q, V=layer.V, S=layer.S
+    kind, distribution, 1, shared=False, batch=batch, p=p, q=q, V=layer.V, S=layer.S
   )
   return float(measured.squared_error) / layer.S, predicted / layer.S
 
@@ -103,7 +105,7 @@ class Layers(NamedTuple):
 
 def learned_feedback(layers: Layers, params: dict[str, jax.Array]) -> jax.Array:
   """A matrix from the last tap's signal to the second's, fitted to 50 forward gradients."""
-  step = lfg_jax.value_and_activity_grad(layers.losses, 1, separate=True)
+  step = lfg_jax.value_and_activity_grad(layers.losses, 1, joint=False)
   shift = jnp.zeros_like(layers.x)
   at_second = lambda key: step(params, shift, key=key)[1]
   measured = jax.vmap(at_second)(jax.random.split(jax.random.key(7), 50)).mean(0)

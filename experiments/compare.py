@@ -1,6 +1,6 @@
 """Trains several algorithms with several seeds; writes a table and a figure that compare them.
 
-    python experiments/compare.py --algorithms=BP,LG-FG-A [--config=NAME or FILE] [--seeds=0,1]
+    python experiments/compare.py --algorithms=BP,LG-FG-A+ [--config=NAME or FILE] [--seeds=0,1]
         [--out=runs/NAME-comparison] [--config.field=value …]
 
 --out gets a folder for every run, comparison.md, comparison.json and curves.png. If run again with

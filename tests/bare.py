@@ -10,7 +10,7 @@ BATCH = 3
 KEYS = jax.random.split(jax.random.key(0), 9)
 X, Y = jax.random.normal(KEYS[0], (BATCH, 4)), jax.random.normal(KEYS[1], (BATCH, 4))
 W = {name: 0.7 * jax.random.normal(key, (4, 4)) for name, key in zip('abc', KEYS[2:5], strict=True)}
-EXACT = {'law': distributions.haar, 'passes': 4, 'separate': True}
+EXACT = {'distribution': distributions.haar, 'num_tangents': 4, 'joint': False}
 
 
 @jax.custom_vjp

@@ -23,7 +23,7 @@ class Small(NamedTuple):
 
 @functools.cache
 def small(side=2, groups=4, channels=16, blocks=3, batch=4, classes=5, dtype=jnp.float32, **style):
-  """A small model with random parameters and guesses, and a batch.
+  """A small model with random parameters and control variates, and a batch.
 
   Heads and read-out are random too: zero, their usual start, would hide errors. Calls with the same
   arguments share one model, which nobody may change.
@@ -49,7 +49,7 @@ def small(side=2, groups=4, channels=16, blocks=3, batch=4, classes=5, dtype=jnp
   params = jax.tree.map(
     lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), dtype), shapes['params']
   )
-  guess = {
+  control_variate = {
     name: {
       layer: {'kernel': jnp.asarray(0.4 * rng.normal(size=block[layer]['kernel'].shape), dtype)}
       for layer in ('channel', 'group')
@@ -59,7 +59,7 @@ def small(side=2, groups=4, channels=16, blocks=3, batch=4, classes=5, dtype=jnp
     if 'group' in block
   }
   ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, dtype), shapes)
-  variables = {**ones, 'params': params, 'guess': guess}
+  variables = {**ones, 'params': params, 'control_variate': control_variate}
   return Small(spec, prepare, model, Batch(image, label, weight), variables)
 
 

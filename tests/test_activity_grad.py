@@ -49,7 +49,7 @@ def patches(w, mix, local_axes):
 
 def test_losses_of_parts_of_an_example():
   exact = objective(functools.partial(patches, mix=False, local_axes=2))(W)[1]
-  options = {'law': distributions.haar, 'passes': 2}
+  options = {'distribution': distributions.haar, 'num_tangents': 2}
   local = value_and_activity_grad(functools.partial(patches, mix=False, local_axes=2), **options)
   assert relative_error(jax.jit(local)(W, key=KEYS[5])[1]['a'], exact['a']) < 3e-6
   with pytest.raises(
@@ -72,8 +72,8 @@ def test_a_guess_sees_every_call_by_its_name():
   names = []
   run = value_and_activity_grad(
     functools.partial(bare, middle=jitted),
-    separate=True,
-    guess=lambda activities, w: names.extend(activities) or {},
+    joint=False,
+    control_variate=lambda activities, w: names.extend(activities) or {},
   )
   run(W, key=KEYS[5])
   assert names == ['a', 'b', 'b_1', 'c']
@@ -136,7 +136,7 @@ def test_the_function_is_traced_once():
   chex.clear_trace_counter()
   fun = chex.assert_max_traces(lambda w: bare(w, scanned), n=1)
   step = jax.jit(
-    lambda w, key: value_and_activity_grad(fun, passes=4, chunk=2, separate=True)(w, key=key)
+    lambda w, key: value_and_activity_grad(fun, num_tangents=4, chunk=2, joint=False)(w, key=key)
   )
   for key in KEYS[:3]:
     step(W, key)
@@ -160,8 +160,8 @@ def temporaries(f, layers):
 def test_tangents_of_all_taps_are_never_in_memory_together():
   key = jax.random.key(0, impl='unsafe_rbg')  # compiles in half the time
 
-  def estimate(passes, layers):
-    of_key = lambda fun: value_and_activity_grad(fun, passes=passes, chunk=1)
+  def estimate(num_tangents, layers):
+    of_key = lambda fun: value_and_activity_grad(fun, num_tangents=num_tangents, chunk=1)
     return temporaries(lambda fun: lambda ws, x: of_key(fun)(ws, x, key=key)[1], layers)
 
   backprop = temporaries(lambda fun: jax.grad(lambda ws, x: fun(ws, x).sum()), 24)
@@ -209,7 +209,9 @@ def test_a_fused_loss_is_local_by_its_derivative_rule():
     linear = {'kernel': head, 'bias': jnp.zeros(5)}
     return replicated_loss(cross_entropy, jnp.tanh(z), linear, targets)
 
-  run = jax.jit(value_and_activity_grad(losses, law=distributions.hadamard, passes=4))
+  run = jax.jit(
+    value_and_activity_grad(losses, distribution=distributions.hadamard, num_tangents=4)
+  )
   exact = jax.jit(jax.grad(lambda w: losses(w).sum() / 3))(w)
   assert relative_error(run(w, key=keys[3])[1], exact) < 1e-5
 
@@ -222,7 +224,7 @@ def test_a_fused_loss_is_local_by_its_derivative_rule():
 
 
 def test_a_guess_knows_the_activities_of_all_taps():
-  """It also knows a tap that is not perturbed. Here the guess is the gradient, so it is exact."""
+  """It also knows a tap that is not perturbed. Here the control variate is the gradient, so it is exact."""
   x, first, second = (
     jax.random.normal(key, shape)
     for key, shape in zip(
@@ -230,8 +232,10 @@ def test_a_guess_knows_the_activities_of_all_taps():
     )
   )
   losses = lambda w: (tap(tap(x @ w, 'first') @ second, 'second') ** 2).sum(-1)
-  guess = lambda activities, w: {'first': 2 * activities['second'] @ second.T / len(x)}
-  estimate = value_and_activity_grad(losses, separate=True, taps=('first',), guess=guess)
+  control_variate = lambda activities, w: {'first': 2 * activities['second'] @ second.T / len(x)}
+  estimate = value_and_activity_grad(
+    losses, joint=False, taps=('first',), control_variate=control_variate
+  )
   exact = jax.jit(jax.grad(lambda w: losses(w).mean()))(first)
   estimated = jax.jit(estimate)(first, key=jax.random.key(1))[1]
   chex.assert_trees_all_close(estimated, exact, rtol=1e-5)

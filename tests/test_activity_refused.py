@@ -37,7 +37,7 @@ loop = lambda w: jax.lax.while_loop(
     ),
     (
       lambda w: square(layer(w['a'], X, 'a')),
-      {'tap_passes': {'z': 2}, 'separate': True},
+      {'num_tangents_by_tap': {'z': 2}, 'joint': False},
       ValueError,
       "there is no tap 'z'; allowed: a",
     ),
@@ -123,13 +123,16 @@ def test_what_is_refused(fun, options, error, message):
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'passes': 0}, 'passes=0'),
-    ({'combination': 'sum'}, "the combination is 'sum'; allowed: mean"),
-    ({'combination': 'projection'}, 'allowed: separate=True'),
-    ({'tap_passes': {'a': 2}}, 'only where they are perturbed one by one; allowed: separate=True'),
-    ({'tap_passes': {'a': 0}, 'separate': True}, 'passes=0'),
+    ({'num_tangents': 0}, 'num_tangents=0'),
+    ({'combine': 'sum'}, "the combination is 'sum'; allowed: mean"),
+    ({'combine': 'projection'}, 'allowed: joint=False'),
     (
-      {'tap_passes': {'a': 4}, 'separate': True, 'chunk': 2, 'combination': 'projection'},
+      {'num_tangents_by_tap': {'a': 2}},
+      'only where they are perturbed one by one; allowed: joint=False',
+    ),
+    ({'num_tangents_by_tap': {'a': 0}, 'joint': False}, 'num_tangents=0'),
+    (
+      {'num_tangents_by_tap': {'a': 4}, 'joint': False, 'chunk': 2, 'combine': 'projection'},
       'needs all 4',
     ),
   ],
@@ -176,12 +179,12 @@ def test_an_empty_tap_that_is_not_perturbed_and_an_empty_leaf_do_no_harm():
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'combination': 'projection'}, 'separate=True'),
-    ({'guess': lambda *_: {}}, 'separate=True'),
-    ({'combination': 'projection', 'separate': True, 'chunk': 1, 'passes': 2}, 'chunk=None'),
+    ({'combine': 'projection'}, 'joint=False'),
+    ({'control_variate': lambda *_: {}}, 'joint=False'),
+    ({'combine': 'projection', 'joint': False, 'chunk': 1, 'num_tangents': 2}, 'chunk=None'),
     ({'shared': True, 'mixes_examples': True}, 'shared=False'),
   ],
-  ids=['projection', 'guess', 'projection in chunks', 'shared'],
+  ids=['projection', 'control_variate', 'projection in chunks', 'shared'],
 )
 def test_what_is_allowed_is_said_in_the_words_of_the_function(options, message):
   """What the message allows is an argument, and with it the call works."""

@@ -44,9 +44,9 @@ def test_unbiased(middle):
   'options',
   [
     {'shared': True},
-    {'passes': 4, 'chunk': 2},
+    {'num_tangents': 4, 'chunk': 2},
     {'taps': ('a', 'b')},
-    {'separate': True, 'tap_passes': {'a': 3}},
+    {'joint': False, 'num_tangents_by_tap': {'a': 3}},
   ],
   ids=str,
 )

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
       [
         '--model=S/1/2',
         '--batch=8',
-        '--algorithms=LG-FG-A',
+        '--algorithms=LG-FG-A+',
         '--repetitions=1',
         '--precision=bfloat16',
       ],
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
     ),
     (
       'bench/depth',
-      ['--model=S/8/2', '--batch=8', '--blocks=2,3', '--algorithms=LG-FG-A', '--repetitions=1'],
+      ['--model=S/8/2', '--batch=8', '--blocks=2,3', '--algorithms=LG-FG-A+', '--repetitions=1'],
       2,
       'temporaries_bytes',
     ),

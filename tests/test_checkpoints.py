@@ -78,7 +78,7 @@ def test_files_of_a_run(whole):
     and summary['test_error_percent'] == rows(whole)[-1]['test_error_percent']
   )
   assert (summary['algorithm'], summary['model'], summary['dataset']) == (
-    'LG-FG-A',
+    'LG-FG-A+',
     'S/1/2',
     'digits',
   )
@@ -141,7 +141,7 @@ def interrupt_at(monkeypatch, step):
     (32, {'steps_per_dispatch': 9}),
     (30, {'steps_per_dispatch': 1, 'algorithm': 'FA', 'model__norm': 'batch'}),
   ],
-  ids=['LG-FG-A', 'FA-batch'],
+  ids=['LG-FG-A+', 'FA-batch'],
 )
 def test_interrupted_within_an_epoch(saved, fields, tmp_path, monkeypatch):
   _interrupted_within_an_epoch(train.prepare(tiny(**fields)), saved, tmp_path, monkeypatch)

@@ -142,11 +142,17 @@ def test_no_more_than_two_dispatches_are_not_done(monkeypatch):
     {'examples': jnp.ones(()), 'error': jnp.ones(())},
     jnp.full((), -1),
   )
-  quiet = type(
+  variance_reduced = type(
     'Quiet',
     (),
     {name: lambda *_, **__: None for name in ('progress', 'before', 'after', 'ask', 'stops')},
   )()
   monkeypatch.setattr(train, 'REFRESH_SECONDS', 1e9)
-  train._epoch(functions, state, 0, 1, train.Watch(clock.Clock(0), quiet, quiet, quiet))
+  train._epoch(
+    functions,
+    state,
+    0,
+    1,
+    train.Watch(clock.Clock(0), variance_reduced, variance_reduced, variance_reduced),
+  )
   assert len(ahead) == 20 and max(ahead) == train.IN_FLIGHT

@@ -14,7 +14,7 @@ from lfg_jax.local.heads import Heads
 from lfg_jax.local.info_nce import Contrast
 from lfg_jax.local.replicated import Cut
 from lfg_jax.local.targets import Targets
-from lfg_jax.tangents.distributions import Passes
+from lfg_jax.tangents.distributions import Chunk
 from lfg_jax.tangents.sampling import Sampling
 from lfg_jax.training.rules import algorithms, rules
 from tests import oracle
@@ -118,7 +118,19 @@ def test_backprop_rules_equal_jax_grad_of_the_naive_network(name, stop):
     np.testing.assert_allclose(aux['loss'], reported['loss'], rtol=1e-10)
 
 
-ELEVEN = ['BP', 'L-BP', 'LG-BP', 'FA', 'L-FA', 'LG-FA', 'DFA', 'FG-W', 'FG-A', 'LG-FG-W', 'LG-FG-A']
+ELEVEN = [
+  'BP',
+  'L-BP',
+  'LG-BP',
+  'FA',
+  'L-FA',
+  'LG-FA',
+  'DFA',
+  'FG-W',
+  'FG-A',
+  'LG-FG-W',
+  'LG-FG-A+',
+]
 
 
 @functools.cache
@@ -206,8 +218,8 @@ def test_direct_feedback_sends_the_error_of_the_projection():
 def test_views_share_perturbations_or_not():
   """Both views of an example have the same perturbation if `rows` is 2, else independent ones."""
   tap = Tap((8, 3, 40), jnp.float32, 3, 1)
-  shared = draw_at_tap(Sampling(rows=2), jax.random.key(0), tap, Passes(1))[0]
-  own = draw_at_tap(Sampling(rows=1), jax.random.key(0), tap, Passes(1))[0]
+  shared = draw_at_tap(Sampling(rows=2), jax.random.key(0), tap, Chunk(1))[0]
+  own = draw_at_tap(Sampling(rows=1), jax.random.key(0), tap, Chunk(1))[0]
   assert (shared[0::2] == shared[1::2]).all()
   assert 0.4 < (shared[0::2][:-1] == shared[2::2]).mean() < 0.6
   assert 0.4 < (own[0::2] == own[1::2]).mean() < 0.6

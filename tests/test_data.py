@@ -72,8 +72,8 @@ def nearest_mean_accuracy(dataset):
     split.image_NxHxWxC.reshape(split.examples, -1) / np.float32(255) for split in dataset[-2:]
   )
   means = np.stack([train[dataset.train.label_N == label].mean(0) for label in range(10)])
-  guess = np.argmin((means**2).sum(-1) - 2 * test @ means.T, axis=1)
-  return np.mean(guess == dataset.test.label_N)
+  control_variate = np.argmin((means**2).sum(-1) - 2 * test @ means.T, axis=1)
+  return np.mean(control_variate == dataset.test.label_N)
 
 
 def test_digits_are_all_there_and_stratified():

@@ -21,7 +21,7 @@ KEY = jax.random.key(11)
 B, P, C = 4, 3, 5
 X = jax.random.normal(KEYS[0], (B, P, C))
 V = {name: 0.7 * jax.random.normal(key, (C, C)) for name, key in zip('ab', KEYS[1:3], strict=True)}
-SCALED = distributions.Law(
+SCALED = distributions.Distribution(
   lambda *args: 1.1**0.5 * distributions.rademacher.draw(*args), distributions.rademacher.excess
 )
 
@@ -90,7 +90,7 @@ def test_what_could_be_more_local():
 
 
 def test_signals_a_tenth_too_long_are_found():
-  found = diagnose(functools.partial(patches, local_axes=2), V, X, law=SCALED)
+  found = diagnose(functools.partial(patches, local_axes=2), V, X, distribution=SCALED)
   assert found.signals[0].is_biased and found.overall.is_biased
   assert found.signals[0].sigmas[0] > bias_test.SIGMAS < found.signals[0].sigmas[1]
   assert found.signals[0].scale == pytest.approx(1.1, abs=0.03)
@@ -117,16 +117,22 @@ def linear(w, x, y):
   return jnp.square(tap(x @ w, 'z') - y).sum(-1)
 
 
-@pytest.mark.parametrize('law', ['rademacher', 'haar'])
-def test_the_law_of_a_linear_layer(law):
+@pytest.mark.parametrize('distribution', ['rademacher', 'haar'])
+def test_the_law_of_a_linear_layer(distribution):
   d, K = 8, (1, 2, 8)
   args = jax.random.normal(KEYS[0], (3, d)), jax.random.normal(KEYS[1], (1, 3)), jnp.zeros((1, d))
-  found = diagnose(linear, *args, num_tangents=K, draws=2000, law=distributions.LAWS[law])
+  found = diagnose(
+    linear,
+    *args,
+    num_tangents=K,
+    draws=2000,
+    distribution=distributions.DISTRIBUTIONS[distribution],
+  )
   for one in (found.signals[0], found.overall):
-    expected = [distributions.LAWS[law].excess(d, k) for k in K]
+    expected = [distributions.DISTRIBUTIONS[distribution].excess(d, k) for k in K]
     assert np.all(np.abs(one.error - expected) < 4 * one.error_se + 1e-5)
     assert one.limit == pytest.approx(1, abs=0.01)
-    a, b = (d - 1, 0) if law == 'rademacher' else (d, 1)
+    a, b = (d - 1, 0) if distribution == 'rademacher' else (d, 1)
     assert one.noise == pytest.approx(a, rel=0.06) and one.orthogonal == pytest.approx(b, abs=0.06)
     curve = one.cosine_at(np.asarray(K))
     assert np.all(np.abs(one.cosine - curve) < 4 * one.cosine_se + 0.01)
@@ -195,11 +201,11 @@ def test_options_are_those_of_the_gradient():
     num_tangents=(2,),
     draws=500,
     at_once=100,
-    law=distributions.normal,
-    separate=True,
+    distribution=distributions.normal,
+    joint=False,
     checkpoint_names=True,
     taps=('h_1', 'out'),
-    guess=perfect,
+    control_variate=perfect,
   )
   found = check(X[:, 0], V, jnp.ones(C), size=3.0, key=KEY)
   assert found.problems == [] and verdicts(found) == {'h_1': 'ok', 'out': 'ok'}
@@ -280,7 +286,9 @@ def test_what_the_gradient_refuses_is_refused():
     lfg_jax.diagnose(patches, taps='unknown')(V, X, key=KEY)
 
 
-@pytest.mark.parametrize('options', [{'passes': 2}, {'num_tangents': 2}, {'num_tangents': (2,)}])
+@pytest.mark.parametrize(
+  'options', [{'num_tangents': 2}, {'num_tangents': 2}, {'num_tangents': (2,)}]
+)
 def test_the_number_of_tangents_by_any_of_its_names(options):
   found = lfg_jax.diagnose(patches, draws=12, at_once=6, **options)(V, X, key=KEY)
   assert found.num_tangents == (2,)

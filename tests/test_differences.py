@@ -12,12 +12,12 @@ from lfg_jax.tangents.derivatives import finite_difference
 from tests.small import relative_error
 
 KEYS = jax.random.split(jax.random.key(0), 4)
-PLAIN = {'passes': 2}
+PLAIN = {'num_tangents': 2}
 DOORS = [
   (value_and_forward_grad, PLAIN),
-  (value_and_forward_grad, {'passes': 4, 'chunk': 2}),
+  (value_and_forward_grad, {'num_tangents': 4, 'chunk': 2}),
   (value_and_activity_grad, PLAIN),
-  (value_and_activity_grad, {'passes': 4, 'chunk': 2, 'separate': True}),
+  (value_and_activity_grad, {'num_tangents': 4, 'chunk': 2, 'joint': False}),
 ]
 
 
@@ -54,13 +54,13 @@ def test_differences_approach_the_exact_derivative(door, options, two_sided, ord
   assert 0.8 * 10**-order < near / far < 1.25 * 10**-order
 
 
-@pytest.mark.parametrize('law', [distributions.rademacher, distributions.normal])
-def test_two_sided_differences_are_spsa_and_antithetic_evolution_strategies(law):
+@pytest.mark.parametrize('distribution', [distributions.rademacher, distributions.normal])
+def test_two_sided_differences_are_spsa_and_antithetic_evolution_strategies(distribution):
   f, x, step = lambda x: jnp.sin(x).prod(), jnp.arange(1.0, 6), 0.1
   two_sided = finite_difference(step, two_sided=True)
-  run = value_and_forward_grad(f, law=law, derivative=two_sided)
+  run = value_and_forward_grad(f, distribution=distribution, derivative=two_sided)
   _, found = run(x, key=KEYS[0])
-  u = law.draw(KEYS[0], distributions.Passes(1), (), 5, jnp.float32)[0]
+  u = distribution.draw(KEYS[0], distributions.Chunk(1), (), 5, jnp.float32)[0]
   assert jnp.allclose(found, (f(x + step * u) - f(x - step * u)) / (2 * step) * u, rtol=1e-4)
 
 
@@ -75,8 +75,8 @@ def test_no_derivative_of_the_function_is_needed():
   f = lambda x: square(x).sum()
   with pytest.raises(TypeError):
     value_and_forward_grad(f)(jnp.ones(3), key=KEYS[0])
-  law, derivative = distributions.hadamard, finite_difference(0.5, two_sided=True)
-  run = value_and_forward_grad(f, law=law, passes=4, derivative=derivative)
+  distribution, derivative = distributions.hadamard, finite_difference(0.5, two_sided=True)
+  run = value_and_forward_grad(f, distribution=distribution, num_tangents=4, derivative=derivative)
   assert jnp.allclose(run(jnp.arange(4.0), key=KEYS[0])[1], 2 * jnp.arange(4.0), atol=1e-5)
 
 

@@ -24,7 +24,7 @@ def config_of(stages=1, algorithm='LG-BP'):
 
 
 def model_of(config):
-  return algorithms.make(config, dry_run.images_of(config)).made_of.model
+  return algorithms.make(config, dry_run.images_of(config)).composition.model
 
 
 def parameters(config):

@@ -24,7 +24,7 @@ def loss(params, x, scale=1.0):
 
 X = jax.random.normal(jax.random.key(1), (8, 3))
 PARAMS = {'w': jax.random.normal(jax.random.key(2), (3, 4)), 'b': jnp.full(4, 0.1)}  # 16 numbers
-EXACT = {'law': distributions.hadamard, 'passes': 16}
+EXACT = {'distribution': distributions.hadamard, 'num_tangents': 16}
 
 
 def same(a, b):
@@ -38,8 +38,8 @@ def same(a, b):
   [
     EXACT,
     {**EXACT, 'chunk': 4},
-    {'law': distributions.haar, 'passes': 16},
-    {'law': distributions.normal, 'passes': 16, 'combination': 'projection'},
+    {'distribution': distributions.haar, 'num_tangents': 16},
+    {'distribution': distributions.normal, 'num_tangents': 16, 'combine': 'projection'},
   ],
 )
 def test_as_many_orthogonal_passes_as_dimensions_give_jax_grad(options):
@@ -54,15 +54,17 @@ def test_argnums_and_aux(argnums):
   f = lambda params, x: (loss(params, x), {'mean': x.mean()})
   count = {0: 16, 1: 24, (1, 0): 40, -1: 24, (0,): 16}[argnums]
   run = jax.jit(
-    value_and_forward_grad(f, argnums, has_aux=True, law=distributions.haar, passes=count)
+    value_and_forward_grad(
+      f, argnums, has_aux=True, distribution=distributions.haar, num_tangents=count
+    )
   )
   (value, aux), gradient = run(PARAMS, X, key=jax.random.key(0))
   (value_0, aux_0), gradient_0 = jax.value_and_grad(f, argnums, has_aux=True)(PARAMS, X)
   assert jax.tree.structure(gradient) == jax.tree.structure(gradient_0)
   assert same((value, aux, gradient), (value_0, aux_0, gradient_0))
-  gradient_1, aux_1 = forward_grad(f, argnums, has_aux=True, law=distributions.haar, passes=count)(
-    PARAMS, X, key=jax.random.key(0)
-  )
+  gradient_1, aux_1 = forward_grad(
+    f, argnums, has_aux=True, distribution=distributions.haar, num_tangents=count
+  )(PARAMS, X, key=jax.random.key(0))
   assert same((gradient_1, aux_1), (gradient_0, aux_0))
 
 
@@ -96,12 +98,12 @@ def test_vmap_and_scan():
 @pytest.mark.parametrize('chunk', [None, 4])
 def test_shard_map_with_the_same_key_everywhere(chunk):
   mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
-  run = value_and_forward_grad(loss, passes=8, chunk=chunk)
+  run = value_and_forward_grad(loss, num_tangents=8, chunk=chunk)
 
   @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P('data'), P()), out_specs=P())
   def of_mean(params, x, key):  # the loss itself is taken over all devices
     return value_and_forward_grad(
-      lambda p: jax.lax.pmean(loss(p, x), 'data'), passes=8, chunk=chunk
+      lambda p: jax.lax.pmean(loss(p, x), 'data'), num_tangents=8, chunk=chunk
     )(params, key=key)
 
   @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P('data'), P()), out_specs=P())
@@ -140,7 +142,7 @@ def test_the_function_is_traced_once_for_all_passes():
 
   for chunk in (None, 2):
     count = 0
-    forward_grad(f, passes=8, chunk=chunk)(jnp.ones(4), key=jax.random.key(0))
+    forward_grad(f, num_tangents=8, chunk=chunk)(jnp.ones(4), key=jax.random.key(0))
     assert count == 1
 
 
@@ -169,7 +171,7 @@ def test_every_leaf_has_its_own_dtype(chunk):
   """So a scan over steps keeps the types of its carry. The estimate is exact up to rounding."""
   f = lambda p: (p['low'].astype(jnp.float32) ** 2).sum() + 3 * p['high'].sum() + p['number']
   params = {'low': jnp.ones(2, jnp.bfloat16), 'high': jnp.ones((1, 1)), 'number': 1.0}
-  run = forward_grad(f, law=distributions.hadamard, passes=4, chunk=chunk)
+  run = forward_grad(f, distribution=distributions.hadamard, num_tangents=4, chunk=chunk)
   gradient, exact = run(params, key=jax.random.key(0)), jax.grad(f)(params)
   chex.assert_trees_all_equal_shapes_and_dtypes(gradient, exact)
   assert same(gradient, exact)
@@ -183,10 +185,10 @@ def test_every_leaf_has_its_own_dtype(chunk):
   jax.lax.scan(step, (start, optimizer.init(start)), jax.random.split(jax.random.key(0), 3))
 
 
-@pytest.mark.parametrize('law', ['normal', 'sphere', 'haar'])
-def test_tangents_of_a_short_type_have_the_moments_of_the_law(law):
-  draw = lambda dtype: distributions.LAWS[law].draw(
-    jax.random.key(0), distributions.Passes(1), (100_000,), 4, dtype
+@pytest.mark.parametrize('distribution', ['normal', 'sphere', 'haar'])
+def test_tangents_of_a_short_type_have_the_moments_of_the_law(distribution):
+  draw = lambda dtype: distributions.DISTRIBUTIONS[distribution].draw(
+    jax.random.key(0), distributions.Chunk(1), (100_000,), 4, dtype
   )
   u = draw(jnp.bfloat16)
   assert u.dtype == jnp.bfloat16
@@ -205,7 +207,9 @@ def test_chunks_take_the_memory_of_one_evaluation():
   ws, x = [jnp.zeros((32, 32))] * 16, jnp.zeros((1024, 32))
   size = lambda f: jax.jit(f).lower(ws, x).compile().memory_analysis().temp_size_in_bytes
   one, chunks = (
-    size(lambda ws, x, p=p: forward_grad(deep, passes=p, chunk=1)(ws, x, key=jax.random.key(0)))
+    size(
+      lambda ws, x, p=p: forward_grad(deep, num_tangents=p, chunk=1)(ws, x, key=jax.random.key(0))
+    )
     for p in (1, 64)
   )
   assert chunks < 1.5 * one
@@ -215,7 +219,7 @@ def test_chunks_take_the_memory_of_one_evaluation():
 @pytest.mark.parametrize('chunk', [None, 1])
 def test_aux_that_is_no_array(chunk):
   f = lambda w: ((w**2).sum(), {'text': 'epoch 3', 'number': 3, 'twice': 2 * w})
-  (value, aux), _ = value_and_forward_grad(f, has_aux=True, passes=2, chunk=chunk)(
+  (value, aux), _ = value_and_forward_grad(f, has_aux=True, num_tangents=2, chunk=chunk)(
     jnp.ones(3), key=jax.random.key(0)
   )
   assert (
@@ -227,7 +231,11 @@ def test_aux_that_is_no_array(chunk):
 
 def test_a_key_of_the_functions_own():
   f = lambda w, *, key: ((w * jax.random.bernoulli(key, 0.5, w.shape)) ** 2).sum()
-  key, w, options = jax.random.key(0), jnp.ones(8), {'law': distributions.hadamard, 'passes': 8}
+  key, w, options = (
+    jax.random.key(0),
+    jnp.ones(8),
+    {'distribution': distributions.hadamard, 'num_tangents': 8},
+  )
   own = jax.random.split(key)[1]
   exact = jax.grad(f)(w, key=own)
   assert same(forward_grad(f, **options)(w, key=key), exact)
@@ -280,15 +288,15 @@ straight_through.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
     (
       lambda x: straight_through(x).sum(),
       (jnp.ones(3),),
-      {'passes': 2, 'chunk': 1},
+      {'num_tangents': 2, 'chunk': 1},
       TypeError,
       'straight_through has',
     ),
-    (lambda x: x.sum(), (jnp.ones(3),), {'passes': 0}, ValueError, 'passes=0'),
+    (lambda x: x.sum(), (jnp.ones(3),), {'num_tangents': 0}, ValueError, 'num_tangents=0'),
     (
       lambda x: x.sum(),
       (jnp.ones(3),),
-      {'combination': 'sum'},
+      {'combine': 'sum'},
       ValueError,
       "the combination is 'sum'; allowed: mean",
     ),
@@ -311,7 +319,9 @@ def test_nothing_to_differentiate_is_refused(argument, message):
 
 def test_an_empty_leaf_beside_others_has_an_empty_gradient():
   w = {'a': jnp.ones((0, 3)), 'b': jnp.arange(4.0)}
-  run = forward_grad(lambda w: w['a'].sum() + (w['b'] ** 2).sum(), law='hadamard', passes=4)
+  run = forward_grad(
+    lambda w: w['a'].sum() + (w['b'] ** 2).sum(), distribution='hadamard', num_tangents=4
+  )
   gradient = run(w, key=jax.random.key(0))
   assert gradient['a'].shape == (0, 3) and same(gradient['b'], 2 * w['b'])
 
@@ -343,15 +353,15 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-  ('estimator', 'fun', 'passes', 'chunk'),
+  ('estimator', 'fun', 'num_tangents', 'chunk'),
   [(name, fun, *sizes) for name, fun, all_sizes in CASES for sizes in all_sizes],
 )
-def test_one_tangent_needs_no_vmap(estimator, fun, passes, chunk):
+def test_one_tangent_needs_no_vmap(estimator, fun, num_tangents, chunk):
   x, key = jnp.arange(8.0).reshape(2, 4) / 8, jax.random.key(0)
   losses = lambda w: (fun(tap(x * w, 'h', local_axes=0)) ** 2).sum(-1)
   f = lambda w: (losses(w).mean(), {'aux': fun(x)})
-  options = {'law': 'hadamard', 'passes': passes, 'chunk': chunk}
-  sampling = Sampling('hadamard', passes, shared=True, chunk=chunk)
+  options = {'distribution': 'hadamard', 'num_tangents': num_tangents, 'chunk': chunk}
+  sampling = Sampling('hadamard', num_tangents, shared=True, chunk=chunk)
   run = {
     'arguments': lambda: value_and_forward_grad(f, has_aux=True, **options)(x, key=key),
     'weights': lambda: weight_perturbation(lambda w: (losses(w) / 2, {}), sampling=sampling)(
@@ -366,7 +376,7 @@ def test_one_tangent_needs_no_vmap(estimator, fun, passes, chunk):
   exact = jax.grad(lambda w: (rule(x * w) ** 2).sum() / 2)(x)
   # For the whole batch, the tangents of the two examples at a tap are not orthogonal to each other.
   assert gradient.shape == x.shape and same(gradient, exact) == (
-    passes == 8 and estimator != 'taps'
+    num_tangents == 8 and estimator != 'taps'
   )
 
 
@@ -375,14 +385,14 @@ def test_a_way_around_a_missing_rule_is_named():
   with pytest.raises(
     NotImplementedError, match=r'vmap over any dim .*; allowed: chunk=1, which needs'
   ):
-    forward_grad(f, passes=2)(jnp.ones((2, 4)), key=jax.random.key(0))
+    forward_grad(f, num_tangents=2)(jnp.ones((2, 4)), key=jax.random.key(0))
 
 
-@pytest.mark.parametrize('combination', ['mean', 'projection'])
-def test_the_value_is_that_of_one_evaluation_whatever_the_passes(combination):
+@pytest.mark.parametrize('combine', ['mean', 'projection'])
+def test_the_value_is_that_of_one_evaluation_whatever_the_passes(combine):
   f = lambda x: ((x**2).sum(), x)
-  run = lambda passes: jax.make_jaxpr(
-    lambda x: value_and_forward_grad(f, has_aux=True, passes=passes, combination=combination)(
+  run = lambda num_tangents: jax.make_jaxpr(
+    lambda x: value_and_forward_grad(f, has_aux=True, num_tangents=num_tangents, combine=combine)(
       x, key=jax.random.key(0)
     )
   )(jnp.ones(3))

@@ -28,14 +28,18 @@ LAYERS = ['stem/channel', 'stem/group']
 
 def frontier(out, *arguments):
   """The last point's rows, by variant, passes and layer; and the whole content of the file."""
-  run('bench/frontier', *FRONTIER, '--laws=hadamard', *arguments, f'--out={out}')
+  run('bench/frontier', *FRONTIER, '--distributions=hadamard', *arguments, f'--out={out}')
   content = json.loads((out / 'frontier.json').read_text())
-  return {(row['variant'], row['passes'], row['layer']): row for row in content['rows']}, content
+  return {
+    (row['variant'], row['num_tangents'], row['layer']): row for row in content['rows']
+  }, content
 
 
 @pytest.mark.slow
 def test_errors_fall_with_passes(tmp_path):
-  rows, content = frontier(tmp_path, '--epochs=0', '--variants=joint', '--passes=1,4', '--draws=16')
+  rows, content = frontier(
+    tmp_path, '--epochs=0', '--variants=joint', '--num_tangents=1,4', '--draws=16'
+  )
   assert len(rows) == len(content['rows']) == 2 * len(LAYERS)
   assert content['command'].startswith('python experiments/bench/frontier.py --dataset=digits')
   for layer in LAYERS:
@@ -49,7 +53,7 @@ def test_errors_fall_with_passes(tmp_path):
 @pytest.mark.slow
 def test_trained_network(tmp_path):
   rows, content = frontier(
-    tmp_path, '--epochs=1', '--variants=exact last', '--passes=1', '--draws=2'
+    tmp_path, '--epochs=1', '--variants=exact last', '--num_tangents=1', '--draws=2'
   )
   assert [row['point'] for row in content['rows']] == ['start', 'start', 'trained', 'trained']
   assert rows['exact last', 1, 'stem/group']['relative_error'] < 1e-9
@@ -65,8 +69,11 @@ def test_errors_of_signals_are_as_theory_says():
   bench = network.Bench(config, data.load('digits'), 4)
   variables = network.warm_up(bench, 10)
   exact = bench.exact(variables)
-  for name, law, passes in (('joint', 'hadamard', 4), ('guess all', 'rademacher', 2)):
-    variant = network.Variant(name, law, passes)
+  for name, distribution, num_tangents in (
+    ('joint', 'hadamard', 4),
+    ('guess all', 'rademacher', 2),
+  ):
+    variant = network.Variant(name, distribution, num_tangents)
     drawn = bench.errors(variant)(variables, exact, jax.random.split(jax.random.key(1), 16))
     predicted = bench.predict(variant, exact)
     assert list(predicted) == [*LAYERS, 'blocks/token', 'blocks/channel', 'blocks/group']
@@ -80,22 +87,22 @@ def test_errors_of_signals_are_as_theory_says():
 def test_more_passes_go_where_they_are_cheap():
   bench = network.Bench(configs.base(), data.load('digits'), 4)
   errors = [
-    {'layer': f'blocks/{layer}', 'passes': 2, 'relative_error': 1.0}
+    {'layer': f'blocks/{layer}', 'num_tangents': 2, 'relative_error': 1.0}
     for layer in ('token', 'channel')
   ]
   variant = frontier_rows._allocate(bench, errors, {'token': 8.0, 'channel': 1.0}, 8)
-  passes = dict(variant.tap_passes)
-  assert passes['after_channel'] > 8 > passes['after_token']
-  assert 8 * passes['after_token'] + passes['after_channel'] <= 9 * 8
-  assert passes['after_channel'] % 4 == 0  # whole chunks
+  num_tangents = dict(variant.num_tangents_by_tap)
+  assert num_tangents['after_channel'] > 8 > num_tangents['after_token']
+  assert 8 * num_tangents['after_token'] + num_tangents['after_channel'] <= 9 * 8
+  assert num_tangents['after_channel'] % 4 == 0  # whole chunks
 
 
 @pytest.mark.parametrize(
   ('argument', 'message'),
   [
-    ('--variants=quiet', "--variants is 'quiet'; allowed: joint, separate"),
-    ('--laws=uniform', "--laws is 'uniform'; allowed: normal"),
-    ('--passes=0', "--passes is '0'; allowed: 1 or more"),
+    ('--variants=variance_reduced', "--variants is 'variance_reduced'; allowed: joint, separate"),
+    ('--distributions=uniform', "--distributions is 'uniform'; allowed: normal"),
+    ('--num_tangents=0', "--num_tangents is '0'; allowed: 1 or more"),
     ('--model=S', "model.size is 'S'"),
   ],
 )
@@ -113,7 +120,7 @@ def test_time_to_accuracy(tmp_path, capsys):
   # At a rate of next to nothing the read-out's first step is still worth an error of 49 %.
   arguments = [
     *ACCURACY,
-    '--algorithms=BP,LG-FG-A',
+    '--algorithms=BP,LG-FG-A+',
     '--rates=BP=1e-8|1e-2',
     '--thresholds=40,0',
     f'--out={tmp_path}',
@@ -122,7 +129,7 @@ def test_time_to_accuracy(tmp_path, capsys):
   content = json.loads((tmp_path / 'time_to_accuracy.json').read_text())
   rows = {(row['algorithm'], row['rate'], row['threshold']): row for row in content['rows']}
   assert not rows['BP', 1e-8, 40]['best'] and rows['BP', 1e-2, 40]['best']
-  fast, forward = rows['BP', 1e-2, 40], rows['LG-FG-A', 2e-3, 40]
+  fast, forward = rows['BP', 1e-2, 40], rows['LG-FG-A+', 2e-3, 40]
   assert fast['seconds'] > 0 and fast['ratio_to_bp'] == 1
   assert forward['ratio_to_bp'] == pytest.approx(forward['seconds'] / fast['seconds'])
   assert rows['BP', 1e-2, 0]['seconds'] is None and rows['BP', 1e-2, 0]['ratio_to_bp'] is None

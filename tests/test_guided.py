@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 
 from lfg_jax import forward_grad
 from lfg_jax.tangents import guided
-from lfg_jax.tangents.distributions import Passes, hadamard, normal
+from lfg_jax.tangents.distributions import Chunk, hadamard, normal
 from tests.statistics import SIGMAS, is_mean, z_of_mean
 
 D, DRAWS = 8, 20_000
@@ -18,8 +18,10 @@ Q = jnp.linalg.qr(GUIDE.T)[0]
 ALONG = Q @ (Q.T @ G)
 
 
-def estimates(law, passes, chunk=None):
-  run = forward_grad(lambda x: G @ x, law=law, passes=passes, chunk=chunk)
+def estimates(distribution, num_tangents, chunk=None):
+  run = forward_grad(
+    lambda x: G @ x, distribution=distribution, num_tangents=num_tangents, chunk=chunk
+  )
   keys = jax.random.split(jax.random.key(0), DRAWS)
   return np.asarray(jax.jit(jax.vmap(lambda key: run(jnp.zeros(D), key=key)))(keys))
 
@@ -37,23 +39,23 @@ def test_along_is_the_projection():
   assert not np.allclose(ALONG, G, rtol=0.1)
 
 
-@pytest.mark.parametrize(('passes', 'chunk'), [(3, None), (6, 2)])
-def test_mixed_is_unbiased_with_the_error_of_the_rest_only(passes, chunk):
-  samples = estimates(guided.mixed(GUIDE), passes, chunk)
+@pytest.mark.parametrize(('num_tangents', 'chunk'), [(3, None), (6, 2)])
+def test_mixed_is_unbiased_with_the_error_of_the_rest_only(num_tangents, chunk):
+  samples = estimates(guided.mixed(GUIDE), num_tangents, chunk)
   assert largest_z(samples, G) < SIGMAS < largest_z(samples, ALONG)
-  expected = normal.excess(D - 2, passes - 2) * float(((G - ALONG) ** 2).sum())
+  expected = normal.excess(D - 2, num_tangents - 2) * float(((G - ALONG) ** 2).sum())
   assert is_mean(squared_errors(samples), expected)
-  assert expected < normal.excess(D, passes) * float((G**2).sum())
+  assert expected < normal.excess(D, num_tangents) * float((G**2).sum())
 
 
-@pytest.mark.parametrize('law', [normal, hadamard])
-def test_within_is_unbiased_for_gradients_of_the_span(law):
-  samples = estimates(guided.within(GUIDE, law), 1)
+@pytest.mark.parametrize('distribution', [normal, hadamard])
+def test_within_is_unbiased_for_gradients_of_the_span(distribution):
+  samples = estimates(guided.within(GUIDE, distribution), 1)
   assert largest_z(samples, ALONG) < SIGMAS < largest_z(samples, G)
   inside = jnp.stack([G, GUIDE[1]])
-  assert largest_z(estimates(guided.within(inside, law), 1), G) < SIGMAS
-  errors = squared_errors(estimates(guided.within(inside, law), 1))
-  assert is_mean(errors, law.excess(2, 1) * float((G**2).sum()))
+  assert largest_z(estimates(guided.within(inside, distribution), 1), G) < SIGMAS
+  errors = squared_errors(estimates(guided.within(inside, distribution), 1))
+  assert is_mean(errors, distribution.excess(2, 1) * float((G**2).sum()))
   assert np.allclose(estimates(guided.within(inside, hadamard), 2)[0], G, rtol=1e-4)
 
 
@@ -86,7 +88,7 @@ def test_a_network_with_a_guide(kind):
   """It is unbiased; its error is that of the part of the gradient orthogonal to the guide."""
   loss, w, guide = network_and_guide(kind)
   gradient = np.asarray(jax.grad(loss)(w))
-  run = forward_grad(loss, law=guided.mixed(guide), passes=2)
+  run = forward_grad(loss, distribution=guided.mixed(guide), num_tangents=2)
   samples = np.asarray(
     jax.jit(jax.vmap(lambda key: run(w, key=key)))(jax.random.split(jax.random.key(0), DRAWS))
   )
@@ -99,28 +101,34 @@ def test_a_network_with_a_guide(kind):
 
 
 @pytest.mark.parametrize(
-  ('make', 'passes'), [(guided.along, 2), (guided.mixed, 4), (guided.within, 3)]
+  ('make', 'num_tangents'), [(guided.along, 2), (guided.mixed, 4), (guided.within, 3)]
 )
-def test_excess_is_that_of_a_guide_of_random_direction(make, passes):
+def test_excess_is_that_of_a_guide_of_random_direction(make, num_tangents):
   def error(key):
     guide_key, key = jax.random.split(key)
-    law = make(jax.random.normal(guide_key, (2, D)))
+    distribution = make(jax.random.normal(guide_key, (2, D)))
     return (
-      (forward_grad(lambda x: G @ x, law=law, passes=passes)(jnp.zeros(D), key=key) - G) ** 2
+      (
+        forward_grad(lambda x: G @ x, distribution=distribution, num_tangents=num_tangents)(
+          jnp.zeros(D), key=key
+        )
+        - G
+      )
+      ** 2
     ).sum() / (G**2).sum()
 
   errors = np.asarray(jax.jit(jax.vmap(error))(jax.random.split(jax.random.key(0), DRAWS)))
-  assert is_mean(errors, make(GUIDE).excess(D, passes))
+  assert is_mean(errors, make(GUIDE).excess(D, num_tangents))
 
 
 @pytest.mark.parametrize(
-  ('law', 'passes', 'message'),
+  ('distribution', 'num_tangents', 'message'),
   [
-    (guided.along(GUIDE), 3, '3 passes along a guide of 2 directions; allowed: as many'),
-    (guided.mixed(GUIDE), 2, '2 passes for a guide of 2 directions; allowed: more'),
+    (guided.along(GUIDE), 3, '3 tangents along a guide of 2 directions; allowed: as many'),
+    (guided.mixed(GUIDE), 2, '2 tangents for a guide of 2 directions; allowed: more'),
     (guided.within(GUIDE[:, :4]), 1, r'the guide has shape \(2, 4\); allowed: \(M, 8\)'),
   ],
 )
-def test_what_is_refused(law, passes, message):
+def test_what_is_refused(distribution, num_tangents, message):
   with pytest.raises(ValueError, match=message):
-    law.draw(jax.random.key(0), Passes(passes), (), D, jnp.float32)
+    distribution.draw(jax.random.key(0), Chunk(num_tangents), (), D, jnp.float32)

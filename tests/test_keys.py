@@ -29,48 +29,51 @@ def two_taps(w, x):
 
 
 def by_taps(fun, **options):
-  """With the tangents of the law `hadamard`, as many as a tap has dimensions."""
-  step = value_and_activity_grad(fun, **{'law': 'hadamard', 'passes': D, **options})
+  """With the tangents of the distribution `hadamard`, as many as a tap has dimensions."""
+  step = value_and_activity_grad(fun, **{'distribution': 'hadamard', 'num_tangents': D, **options})
   return lambda w, x, key: step(w, x, key=key)[1]
 
 
 def by_weights(**options):
-  step = forward_grad(lambda w, x: one_tap(w, x).mean(), law='hadamard', **options)
+  step = forward_grad(lambda w, x: one_tap(w, x).mean(), distribution='hadamard', **options)
   return lambda w, x, key: step(w, x, key=key)
 
 
 def in_sum(estimator, **options):
   """An estimator that the trainer uses: the objective is the sum of the losses."""
-  law = Sampling('hadamard', **options.pop('sampling'))
-  step = estimator(lambda w, x: (one_tap(w, x) / B, {}), sampling=law, **options)
+  distribution = Sampling('hadamard', **options.pop('sampling'))
+  step = estimator(lambda w, x: (one_tap(w, x) / B, {}), sampling=distribution, **options)
   return lambda w, x, key: step(w, key, x)[1]
 
 
-guess = lambda activities, w, x: {name: jnp.cos(z) for name, z in activities.items()}
+control_variate = lambda activities, w, x: {name: jnp.cos(z) for name, z in activities.items()}
 difference = derivatives.finite_difference(1e-3)
 ESTIMATES = {
   'joint': (one_tap, by_taps(one_tap)),
-  'sets in chunks with a rest': (one_tap, by_taps(one_tap, passes=2 * D, chunk=3)),
-  'separate': (two_taps, by_taps(two_taps, separate=True, law='haar')),
-  'guess': (one_tap, by_taps(one_tap, separate=True, guess=guess, chunk=3)),
+  'sets in chunks with a rest': (one_tap, by_taps(one_tap, num_tangents=2 * D, chunk=3)),
+  'separate': (two_taps, by_taps(two_taps, joint=False, distribution='haar')),
+  'control_variate': (
+    one_tap,
+    by_taps(one_tap, joint=False, control_variate=control_variate, chunk=3),
+  ),
   'projection': (
     one_tap,
-    by_taps(one_tap, separate=True, law='normal', passes=2 * D, combination='projection'),
+    by_taps(one_tap, joint=False, distribution='normal', num_tangents=2 * D, combine='projection'),
   ),
   'shared': (one_tap, by_taps(one_tap, shared=True)),
-  'forward gradient': (one_tap, by_weights(passes=2 * D**2)),
-  'forward gradient in chunks': (one_tap, by_weights(passes=2 * D**2, chunk=5)),
+  'forward gradient': (one_tap, by_weights(num_tangents=2 * D**2)),
+  'forward gradient in chunks': (one_tap, by_weights(num_tangents=2 * D**2, chunk=5)),
   'finite differences': (
     one_tap,
-    in_sum(activity.activity_perturbation, sampling={'passes': D}, derivative=difference),
+    in_sum(activity.activity_perturbation, sampling={'num_tangents': D}, derivative=difference),
   ),
   'weights': (
     one_tap,
-    in_sum(weight.weight_perturbation, sampling={'passes': D**2, 'shared': True, 'chunk': 5}),
+    in_sum(weight.weight_perturbation, sampling={'num_tangents': D**2, 'shared': True, 'chunk': 5}),
   ),
   'weights, each example': (
     one_tap,
-    in_sum(weight.weight_perturbation, sampling={'passes': 2 * D**2, 'chunk': 5}),
+    in_sum(weight.weight_perturbation, sampling={'num_tangents': 2 * D**2, 'chunk': 5}),
   ),
 }
 WAYS = {
@@ -108,7 +111,7 @@ def test_the_estimate_is_exact_whatever_is_mapped(name, generator):
   ('name', 'ways'),
   [
     ('joint', {'vmap over parameters', 'vmap over data'}),
-    ('guess', {'vmap over parameters', 'vmap over data'}),
+    ('control_variate', {'vmap over parameters', 'vmap over data'}),
     ('sets in chunks with a rest', set(WAYS)),
     ('forward gradient', set(WAYS)),
     ('weights, each example', set(WAYS)),

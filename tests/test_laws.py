@@ -1,4 +1,4 @@
-"""Tangent laws: second moments, squared errors, and what orthogonal passes make exact."""
+"""Distributions of tangents: second moments, squared errors, and what orthogonal tangents make exact."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from lfg_jax import diagnose, tap, value_and_activity_grad, value_and_forward_gr
 from lfg_jax.errors import UserError
 from lfg_jax.estimators.weight import weight_perturbation
 from lfg_jax.tangents import distributions, guided, variance
-from lfg_jax.tangents.distributions import LAWS, Passes
+from lfg_jax.tangents.distributions import DISTRIBUTIONS, Chunk
 from lfg_jax.tangents.sampling import Sampling, each_chunk, sum_over_chunks
 from lfg_jax.training.rules import algorithms, rules
 from tests.small import relative_error, small
@@ -18,8 +18,8 @@ from tests.statistics import SIGMAS, is_mean, z_of_mean
 DRAWS = 20_000
 
 
-def draws(law, passes, d, shape=()):
-  draw = lambda key: law.draw(key, Passes(passes), shape, d, jnp.float32)
+def draws(distribution, num_tangents, d, shape=()):
+  draw = lambda key: distribution.draw(key, Chunk(num_tangents), shape, d, jnp.float32)
   return jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(3), DRAWS))
 
 
@@ -29,32 +29,32 @@ def z_of_second_moment(u_NxKxD):
   return z_of_mean(outer, np.eye(u_NxKxD.shape[2]), rounding=1e-5).max()  # some entries do not vary
 
 
-@pytest.mark.parametrize('name', sorted(LAWS))
-@pytest.mark.parametrize(('d', 'passes'), [(4, 1), (4, 3), (4, 4), (4, 6), (6, 4), (5, 3)])
-def test_second_moment_is_the_identity_and_squared_error_the_known_factor(name, d, passes):
-  law = LAWS[name]
-  u = np.asarray(draws(law, passes, d))
+@pytest.mark.parametrize('name', sorted(DISTRIBUTIONS))
+@pytest.mark.parametrize(('d', 'num_tangents'), [(4, 1), (4, 3), (4, 4), (4, 6), (6, 4), (5, 3)])
+def test_second_moment_is_the_identity_and_squared_error_the_known_factor(name, d, num_tangents):
+  distribution = DISTRIBUTIONS[name]
+  u = np.asarray(draws(distribution, num_tangents, d))
   assert z_of_second_moment(u) < SIGMAS
-  # The test sees a law that is wrong.
+  # The test sees a distribution that is wrong.
   assert z_of_second_moment(u * np.linspace(0.9, 1.1, d)) > SIGMAS
   g = np.linspace(-1, 2, d)
-  estimate = np.einsum('nk,nkd->nd', u @ g, u) / passes
+  estimate = np.einsum('nk,nkd->nd', u @ g, u) / num_tangents
   errors = ((estimate - g) ** 2).sum(1) / (g**2).sum()
-  assert is_mean(errors, law.excess(d, passes), SIGMAS, slack=1e-5)
+  assert is_mean(errors, distribution.excess(d, num_tangents), SIGMAS, slack=1e-5)
 
 
 @pytest.mark.parametrize('name', ['coordinate', 'haar', 'hadamard'])
 def test_tangents_of_a_set_are_orthogonal(name):
-  u = np.asarray(draws(LAWS[name], 8, 8)[:10])
+  u = np.asarray(draws(DISTRIBUTIONS[name], 8, 8)[:10])
   gram = np.einsum('nki,nli->nkl', u, u)
   assert np.abs(gram - 8 * np.eye(8)).max() < 1e-4
 
 
-@pytest.mark.parametrize('name', sorted(LAWS))
+@pytest.mark.parametrize('name', sorted(DISTRIBUTIONS))
 def test_a_part_of_the_passes_is_that_part_of_all(name):
-  law, key = LAWS[name], jax.random.key(0)
-  whole = law.draw(key, Passes(12), (3,), 4, jnp.float32)
-  part = jax.jit(lambda first: law.draw(key, Passes(12, first, 4), (3,), 4, jnp.float32))(4)
+  distribution, key = DISTRIBUTIONS[name], jax.random.key(0)
+  whole = distribution.draw(key, Chunk(12), (3,), 4, jnp.float32)
+  part = jax.jit(lambda first: distribution.draw(key, Chunk(12, first, 4), (3,), 4, jnp.float32))(4)
   assert whole.shape == (12, 3, 4)
   assert jnp.allclose(part, whole[4:8])
 
@@ -63,25 +63,30 @@ def test_a_part_of_the_passes_is_that_part_of_all(name):
 def test_a_law_from_a_file_must_not_bias(tmp_path):
   path = tmp_path / 'mine.py'
   for text, message in (
-    ('laws = 1', 'has no law; it needs law'),
-    ('law = Law(lambda key, passes, shape, d, dtype: 1 / 0, None)', 'ZeroDivisionError'),
+    ('distributions = 1', 'has no distribution; it needs distribution'),
     (
-      'law = Law(lambda key, passes, shape, d, dtype: 1.1 * normal.draw(key, passes, shape, d, dtype), None)',
+      'distribution = Distribution(lambda key, chunk, shape, d, dtype: 1 / 0, None)',
+      'ZeroDivisionError',
+    ),
+    (
+      'distribution = Distribution(lambda key, chunk, shape, d, dtype: 1.1 * normal.draw(key, chunk, shape, d, dtype), None)',
       r'mean squares of 1\.2., or move together; allowed',
     ),
     (
-      'law = Law(lambda key, passes, shape, d, dtype: jax.numpy.ones((passes.total, *shape, d)), None)',
+      'distribution = Distribution(lambda key, chunk, shape, d, dtype: jax.numpy.ones((chunk.total, *shape, d)), None)',
       r'mean squares of 1\.00, or move together; allowed',
     ),
     (
-      'law = Law(lambda key, passes, shape, d, dtype: normal.draw(key, passes, shape, d, dtype)[0], None)',
-      r'law draws \(4,\) for 2 passes in 4 dimensions; allowed: \(2, 4\)',
+      'distribution = Distribution(lambda key, chunk, shape, d, dtype: normal.draw(key, chunk, shape, d, dtype)[0], None)',
+      r'distribution draws \(4,\) for 2 tangents in 4 dimensions; allowed: \(2, 4\)',
     ),
   ):
-    path.write_text(f'import jax\nfrom lfg_jax.tangents.distributions import Law, normal\n{text}\n')
+    path.write_text(
+      f'import jax\nfrom lfg_jax.tangents.distributions import Distribution, normal\n{text}\n'
+    )
     with pytest.raises((ValueError, UserError), match=message):
       rules.Options(module=str(path))
-  path.write_text('from lfg_jax.tangents.distributions import sphere as law\n')
+  path.write_text('from lfg_jax.tangents.distributions import sphere as distribution\n')
   options = rules.Options(module=str(path))
   assert (
     relative_error(
@@ -91,7 +96,7 @@ def test_a_law_from_a_file_must_not_bias(tmp_path):
   )
 
 
-def estimate(s, options, name='LG-FG-A-paper', key=0):
+def estimate(s, options, name='LG-FG-A', key=0):
   algorithm = algorithms.compose(rules.REGISTRY[name], rules.Options(**options), s.model)
   return jax.jit(algorithm.gradient)(s.variables, jax.random.key(key), s.batch)[0]
 
@@ -123,8 +128,8 @@ def test_as_many_orthogonal_passes_as_dimensions_give_the_exact_gradient():
 @pytest.mark.parametrize(
   ('name', 'options'),
   [
-    ('LG-FG-A-paper', {'joint': False, 'distribution': 'hadamard'}),
-    ('LG-FG-A', {}),
+    ('LG-FG-A', {'joint': False, 'distribution': 'hadamard'}),
+    ('LG-FG-A+', {}),
     ('FG-A', {}),
     ('LG-FG-W', {}),
     ('LG-FG-W', {'sharing': 'independent'}),
@@ -138,12 +143,12 @@ def test_chunks_of_passes_change_nothing(name, options):
 
 
 def test_projection_is_shorter_by_k_over_d_and_exact_when_the_span_is_all():
-  """Tangents of uniform direction: E[P] = K/d; times d/K it is the haar law's mean."""
+  """Tangents of uniform direction: E[P] = K/d; times d/K it is the haar distribution's mean."""
   s = small(blocks=1, groups=2, channels=8)
   exact = estimate(s, {}, 'LG-BP')
   options = {'distribution': 'normal', 'joint': False, 'combine': 'projection'}
   assert relative_error(estimate(s, {**options, 'num_tangents': 4}), exact) < 1e-3
-  algorithm = algorithms.compose(rules.REGISTRY['LG-FG-A-paper'], rules.Options(**options), s.model)
+  algorithm = algorithms.compose(rules.REGISTRY['LG-FG-A'], rules.Options(**options), s.model)
   one = lambda key: algorithm.gradient(s.variables, key, s.batch)[0]['stem']['channel']['kernel']
   samples = np.asarray(
     jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=500))(
@@ -174,95 +179,113 @@ def test_projection_is_shorter_by_k_over_d_and_exact_when_the_span_is_all():
 )
 def test_options_that_make_no_sense(options, message):
   with pytest.raises(ValueError, match=message):
-    rules.Options(**options).of(rules.REGISTRY['LG-FG-A-paper'], small().model)
+    rules.Options(**options).of(rules.REGISTRY['LG-FG-A'], small().model)
 
 
 def test_sampling_refuses_projection_in_chunks():
   with pytest.raises(ValueError, match='needs all 4 tangents at once'):
-    Sampling(distributions.normal, passes=4, chunk=2, combine='projection').check()
-  assert Sampling(passes=6, chunk=4).at_once == 4
+    Sampling(distributions.normal, num_tangents=4, chunk=2, combine='projection').check()
+  assert Sampling(num_tangents=6, chunk=4).at_once == 4
 
 
-@pytest.mark.parametrize(('passes', 'chunk'), [(5, 4), (7, 4), (8, 4), (11, 3), (4, 9), (3, 1)])
-def test_chunks_with_a_rest(passes, chunk):
+@pytest.mark.parametrize(
+  ('num_tangents', 'chunk'), [(5, 4), (7, 4), (8, 4), (11, 3), (4, 9), (3, 1)]
+)
+def test_chunks_with_a_rest(num_tangents, chunk):
   """Every pass counts once, in as few chunks as possible, and the result is that of all at once."""
-  whole, parts = Sampling('haar', passes), Sampling('haar', passes, chunk=chunk)
+  whole, parts = Sampling('haar', num_tangents), Sampling('haar', num_tangents, chunk=chunk)
   sizes = []
 
   def part(own):
     sizes.append(own.total if own.size is None else own.size)
-    return {'ids': own.ids_K, 'of': own.of(jnp.arange(passes) ** 2)}
+    return {'ids': own.ids_K, 'of': own.of(jnp.arange(num_tangents) ** 2)}
 
   found = each_chunk(part, parts)
-  assert found['ids'].tolist() == list(range(passes))
-  assert found['of'].tolist() == [n**2 for n in range(passes)]
-  rest = passes % chunk
-  assert set(sizes) == ({passes} if chunk >= passes else {rest, chunk} - {0})
+  assert found['ids'].tolist() == list(range(num_tangents))
+  assert found['of'].tolist() == [n**2 for n in range(num_tangents)]
+  rest = num_tangents % chunk
+  assert set(sizes) == ({num_tangents} if chunk >= num_tangents else {rest, chunk} - {0})
   summed = lambda sampling: sum_over_chunks(lambda own: (own.ids_K + 1).sum(), sampling)
-  assert summed(parts) == summed(whole) == passes * (passes + 1) / 2
+  assert summed(parts) == summed(whole) == num_tangents * (num_tangents + 1) / 2
 
 
-@pytest.mark.parametrize('law', sorted(LAWS))
-@pytest.mark.parametrize('separate', [False, True])
-def test_estimates_do_not_depend_on_the_chunk(law, separate):
+@pytest.mark.parametrize('distribution', sorted(DISTRIBUTIONS))
+@pytest.mark.parametrize('joint', [True, False])
+def test_estimates_do_not_depend_on_the_chunk(distribution, joint):
   with jax.enable_x64(True):
     w = jax.random.normal(jax.random.key(0), (4, 4), jnp.float64)
     x = jax.random.normal(jax.random.key(1), (3, 4), jnp.float64)
     losses = lambda w: (tap(jnp.tanh(tap(x @ w, 'a')) @ w, 'b') ** 2).sum(-1)
     taps = lambda chunk: value_and_activity_grad(
-      losses, law=law, passes=7, chunk=chunk, separate=separate
+      losses, distribution=distribution, num_tangents=7, chunk=chunk, joint=joint
     )(w, key=jax.random.key(2))
     weights = lambda chunk: value_and_forward_grad(
-      lambda w: losses(w).mean(), law=law, passes=7, chunk=chunk
+      lambda w: losses(w).mean(), distribution=distribution, num_tangents=7, chunk=chunk
     )(w, key=jax.random.key(2))
     for run in (taps, weights):
       assert relative_error(run(4), run(None)) < 1e-12
 
 
-@pytest.mark.parametrize('name', sorted(LAWS))
+@pytest.mark.parametrize('name', sorted(DISTRIBUTIONS))
 def test_a_law_may_be_given_by_its_name(name):
   w, key = jnp.arange(4.0), jax.random.key(0)
   losses = lambda w: (tap(jnp.ones((2, 4)) * w, 'h') ** 2).sum(-1)
   guide = jnp.eye(2, 4)
   doors = {
-    'activity': lambda law: value_and_activity_grad(losses, law=law)(w, key=key)[1],
-    'forward': lambda law: value_and_forward_grad(lambda w: (w**2).sum(), law=law)(w, key=key)[1],
-    'weight': lambda law: weight_perturbation(
-      lambda w: (losses(w), {}), sampling=Sampling(law, shared=True)
+    'activity': lambda distribution: value_and_activity_grad(losses, distribution=distribution)(
+      w, key=key
+    )[1],
+    'forward': lambda distribution: value_and_forward_grad(
+      lambda w: (w**2).sum(), distribution=distribution
+    )(w, key=key)[1],
+    'weight': lambda distribution: weight_perturbation(
+      lambda w: (losses(w), {}), sampling=Sampling(distribution, shared=True)
     )(w, key)[1],
-    'tree': lambda law: distributions.like_tree(law, key, w, Passes(2)),
-    'within': lambda law: guided.within(guide, law).draw(key, Passes(1), (), 4, jnp.float32),
-    'predicted': lambda law: variance.predicted_taps(law, [2], [4], [1.0], joint=False)[0],
-    'allocate': lambda law: jnp.array(variance.allocate(law, [4, 8], [1.0, 2.0], [1.0, 2.0], 9.0)),
+    'tree': lambda distribution: distributions.like_tree(distribution, key, w, Chunk(2)),
+    'within': lambda distribution: guided.within(guide, distribution).draw(
+      key, Chunk(1), (), 4, jnp.float32
+    ),
+    'predicted': lambda distribution: variance.predicted_taps(
+      distribution, [2], [4], [1.0], joint=False
+    )[0],
+    'allocate': lambda distribution: jnp.array(
+      variance.allocate(distribution, [4, 8], [1.0, 2.0], [1.0, 2.0], 9.0)
+    ),
   }
   for door in doors.values():
-    np.testing.assert_array_equal(door(name), door(LAWS[name]))
+    np.testing.assert_array_equal(door(name), door(DISTRIBUTIONS[name]))
 
 
 @pytest.mark.parametrize(
-  ('law', 'message'),
+  ('distribution', 'message'),
   [
-    ('rademache', r"law is 'rademache'; did you mean 'rademacher'\? allowed: normal, rademacher"),
-    ('gauss', "law is 'gauss'; allowed: normal, rademacher, sphere"),
-    (jax.random.normal, 'law is <.*; allowed: a distributions.Law, or one of normal, rademacher'),
+    (
+      'rademache',
+      r"distribution is 'rademache'; did you mean 'rademacher'\? allowed: normal, rademacher",
+    ),
+    ('gauss', "distribution is 'gauss'; allowed: normal, rademacher, sphere"),
+    (
+      jax.random.normal,
+      'distribution is <.*; allowed: a distributions.Distribution, or one of normal, rademacher',
+    ),
   ],
   ids=['nearly', 'another', 'a function'],
 )
-def test_what_is_no_law_is_refused_at_every_door(law, message):
+def test_what_is_no_law_is_refused_at_every_door(distribution, message):
   doors = (
-    lambda: value_and_activity_grad(lambda w: w, law=law),
-    lambda: value_and_forward_grad(lambda w: w, law=law),
-    lambda: diagnose(lambda w: w, law=law),
-    lambda: weight_perturbation(lambda w: w, sampling=Sampling(law)),
-    lambda: guided.within(jnp.eye(2, 4), law),
+    lambda: value_and_activity_grad(lambda w: w, distribution=distribution),
+    lambda: value_and_forward_grad(lambda w: w, distribution=distribution),
+    lambda: diagnose(lambda w: w, distribution=distribution),
+    lambda: weight_perturbation(lambda w: w, sampling=Sampling(distribution)),
+    lambda: guided.within(jnp.eye(2, 4), distribution),
   )
   for door in doors:
     with pytest.raises(ValueError, match=message):
       door()
 
 
-@pytest.mark.parametrize('law', sorted(LAWS))
-def test_an_empty_leaf_has_empty_tangents(law):
+@pytest.mark.parametrize('distribution', sorted(DISTRIBUTIONS))
+def test_an_empty_leaf_has_empty_tangents(distribution):
   tree = {'none': jnp.zeros((0, 3)), 'some': jnp.zeros(4)}
-  found = distributions.like_tree(law, jax.random.key(0), tree, Passes(5, 2, 3))
+  found = distributions.like_tree(distribution, jax.random.key(0), tree, Chunk(5, 2, 3))
   assert {name: leaf.shape for name, leaf in found.items()} == {'none': (3, 0, 3), 'some': (3, 4)}

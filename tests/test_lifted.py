@@ -28,7 +28,7 @@ class Tied(nn.Module):
 def test_a_tied_layer_has_a_tap_for_each_call_behind_every_transform(lift):
   x = images(4)
   variables = init(Tied(lift), x, {})
-  options = {'separate': True, 'law': distributions.haar, 'passes': 4}
+  options = {'joint': False, 'distribution': distributions.haar, 'num_tangents': 4}
   for _ in range(2):  # the second time nn.jit finds the trace of the first
     grads = estimator(Tied(lift), variables, x, nn.Dense, {}, **options)(jax.random.key(1))[1]
     assert relative_error(grads, exact(Tied(lift), variables, x, {})[1]) < 1e-5
@@ -39,8 +39,8 @@ def test_a_tied_layer_has_a_tap_for_each_call_behind_every_transform(lift):
     x,
     nn.Dense,
     {},
-    separate=True,
-    guess=lambda activities, *_: names.extend(activities) or {},
+    joint=False,
+    control_variate=lambda activities, *_: names.extend(activities) or {},
   )(jax.random.key(1))
   assert names == ['layer', 'layer_1']
 
@@ -104,7 +104,14 @@ def test_nn_cond():
   x = images(4)
   variables = init(Branch(), x, {})
   step = estimator(
-    Branch(), variables, x, nn.Dense, {}, separate=True, law=distributions.haar, passes=4
+    Branch(),
+    variables,
+    x,
+    nn.Dense,
+    {},
+    joint=False,
+    distribution=distributions.haar,
+    num_tangents=4,
   )
   assert (
     relative_error(jax.jit(step)(jax.random.key(1))[1], exact(Branch(), variables, x, {})[1]) < 1e-5

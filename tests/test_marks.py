@@ -137,7 +137,7 @@ def estimate(name, key=KEYS[6], **options):
 @pytest.mark.parametrize('name', sorted(set(NETWORKS) - {'bare', 'equinox'}))
 @pytest.mark.parametrize(
   'options',
-  [{}, {'separate': True, 'law': distributions.normal, 'passes': 2}],
+  [{}, {'joint': False, 'distribution': distributions.normal, 'num_tangents': 2}],
   ids=['joint', 'separate'],
 )
 def test_equal_keys_give_equal_estimates(name, options):
@@ -149,8 +149,8 @@ def test_equal_keys_give_equal_estimates(name, options):
 
 @pytest.mark.parametrize('name', NETWORKS)
 def test_layers_that_no_scanned_tap_disturbs_are_exact(name):
-  """Taps are separate, with as many orthogonal passes as dimensions."""
-  options = {'separate': True, 'law': distributions.haar, 'passes': 16}
+  """Taps are separate, with as many orthogonal tangents as dimensions."""
+  options = {'joint': False, 'distribution': distributions.haar, 'num_tangents': 16}
   exact = jax.jit(jax.grad(lambda w: NETWORKS[name](w).sum() / BATCH))(WEIGHTS)
   grads = estimate(name, **options)[1]
   for layer in ('conv', 'out'):
@@ -174,7 +174,7 @@ def test_names_are_the_paths_of_layers_and_parameters_keep_theirs():
   def names(fun, *args):
     found = []
     look = lambda activities, *_: found.extend(activities) or {}
-    grads = value_and_activity_grad(fun, separate=True, guess=look)(*args, key=KEYS[6])[1]
+    grads = value_and_activity_grad(fun, joint=False, control_variate=look)(*args, key=KEYS[6])[1]
     assert jax.tree.structure(grads) == jax.tree.structure(args[0])
     return found
 

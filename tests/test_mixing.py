@@ -218,7 +218,7 @@ def positive(h):
 def test_solvers_of_an_example_are_read_and_exact(one):
   fun = lambda w: (jax.vmap(one)(tap(X @ w, 'h')) ** 2).sum((1, 2))
   assert read(fun, V)['h'].local_axes == 1
-  run = value_and_activity_grad(fun, law=distributions.haar, passes=T * C)
+  run = value_and_activity_grad(fun, distribution=distributions.haar, num_tangents=T * C)
   exact = jax.grad(lambda w: fun(w).sum() / B)(V)
   assert relative_error(jax.jit(run)(V, key=jax.random.key(0))[1], exact) < 1e-4
 
@@ -238,7 +238,7 @@ def test_a_vmap_in_front_of_the_examples(count, local_axes):
   assert (found.front, found.local_axes) == (1, own)
   assert found.shape == ((B, count, T, C) if own == 1 else (B, T, count, C))
   dimensions = count * C * (T if own == 1 else 1)
-  run = value_and_activity_grad(fun, law=distributions.haar, passes=dimensions)
+  run = value_and_activity_grad(fun, distribution=distributions.haar, num_tangents=dimensions)
   exact = jax.grad(lambda w: fun(w).sum() / B)(V)
   assert relative_error(jax.jit(run)(V, key=jax.random.key(0))[1], exact) < 1e-4
 
@@ -247,16 +247,16 @@ def test_a_guess_and_a_diagnosis_see_the_examples_first():
   fun = functools.partial(heads, count=3)
   shapes = {}
 
-  def guess(activities, w):
+  def control_variate(activities, w):
     shapes.update(jax.tree.map(jnp.shape, dict(activities)))
     return {'h': jnp.zeros_like(activities['h'])}
 
-  plain, guessed = (
-    value_and_activity_grad(fun, separate=True, **options)(V, key=jax.random.key(0))[1]
-    for options in ({}, {'guess': guess})
+  plain, control_variates = (
+    value_and_activity_grad(fun, joint=False, **options)(V, key=jax.random.key(0))[1]
+    for options in ({}, {'control_variate': control_variate})
   )
   assert shapes == {'h': (B, 3, T, C)}
-  assert relative_error(guessed, plain) < 1e-6
+  assert relative_error(control_variates, plain) < 1e-6
   (found,) = diagnose(fun, num_tangents=(4,), draws=200)(V, key=jax.random.key(1)).taps
   assert found.verdict == 'ok' and found.declared.shape == (B, 3, T, C) and found.declared.reaches
 

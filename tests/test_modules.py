@@ -116,11 +116,18 @@ def estimator(
 @pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(set(CASES) - {'gru'}))
 def test_all_orthogonal_passes_of_each_tap_give_the_exact_gradient(name):
-  """The number of passes is a multiple of the dimensions of every tap, at every scanned step."""
+  """The number of tangents is a multiple of the dimensions of every tap, at every scanned step."""
   model, x, layers, kwargs = CASES[name]
   variables = init(model, x, kwargs)
   step = estimator(
-    model, variables, x, layers, kwargs, separate=True, law=distributions.haar, passes=32
+    model,
+    variables,
+    x,
+    layers,
+    kwargs,
+    joint=False,
+    distribution=distributions.haar,
+    num_tangents=32,
   )
   (value, (output, _)), grads = jax.jit(step)(jax.random.key(1))
   (value_0, (output_0, _)), grads_0 = exact(model, variables, x, kwargs)
@@ -161,7 +168,14 @@ def test_the_same_estimate_on_any_number_of_devices(devices):
 
   def local(variables, key, x, target):
     step = estimator(
-      MLP(), variables, x, nn.Dense, {}, target=target, law=distributions.normal, axis_name='data'
+      MLP(),
+      variables,
+      x,
+      nn.Dense,
+      {},
+      target=target,
+      distribution=distributions.normal,
+      axis_name='data',
     )
     (value, _), grads = step(key)
     return jax.lax.pmean((value, grads), 'data')
@@ -171,7 +185,9 @@ def test_the_same_estimate_on_any_number_of_devices(devices):
       local, mesh=mesh, in_specs=(P(), P(), P('data'), P('data')), out_specs=P(), check_vma=False
     )
   )(variables, jax.random.key(1), x, target)
-  step = estimator(MLP(), variables, x, nn.Dense, {}, target=target, law=distributions.normal)
+  step = estimator(
+    MLP(), variables, x, nn.Dense, {}, target=target, distribution=distributions.normal
+  )
   (value, _), grads = jax.jit(step)(jax.random.key(1))
   assert jnp.allclose(sharded[0], value)
   assert relative_error(sharded[1], grads) < 1e-5

@@ -1,4 +1,4 @@
-"""Own models, local losses, tangent laws and data sets: the files on the documentation's pages."""
+"""Own models, local losses, distributions of tangents and data sets: the files on the documentation's pages."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from tests.statistics import ROUNDING, SIGMAS, z_of_mean
 PAGES = {
   'model': 'bring_a_model',
   'loss': 'new_local_loss',
-  'law': 'new_tangent_law',
+  'distribution': 'new_tangent_law',
   'data': 'new_data_set',
 }
 
@@ -39,7 +39,7 @@ def arguments(files):
     f'--config.model.module={files["model"]}',
     f'--config.losses.module={files["loss"]}',
     f'--config.data.module={files["data"]}',
-    f'--config.estimator.module={files["law"]}',
+    f'--config.estimator.module={files["distribution"]}',
     '--config.model.width=32',
     '--config.epochs=4',
     '--config.batch_size=64',
@@ -48,11 +48,11 @@ def arguments(files):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('rule', ['LG-FG-A', 'LG-BP', 'BP', 'FG-W', 'LG-FA'])
+@pytest.mark.parametrize('rule', ['LG-FG-A+', 'LG-BP', 'BP', 'FG-W', 'LG-FA'])
 def test_all_parts_from_outside_train_together(files, tmp_path, rule):
   """The images are stripes in four directions: chance is 75 % error, standard error 4 %."""
   main = script('train')['main']
-  of_taps = ['--config.estimator.num_tangents_by_tap.hidden=2'] * (rule == 'LG-FG-A')
+  of_taps = ['--config.estimator.num_tangents_by_tap.hidden=2'] * (rule == 'LG-FG-A+')
   main([*arguments(files), *of_taps, f'--config.algorithm={rule}', f'--workdir={tmp_path / "run"}'])
   summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
   assert (summary['model'], summary['dataset']) == ('my_model', 'stripes')
@@ -80,12 +80,14 @@ def test_the_loss_of_the_page_is_smoothed(files):
 
 
 def test_the_law_of_the_page_serves_any_function(files):
-  law = user_files.load('law', str(files['law']), ('law',)).law
+  distribution = user_files.load(
+    'distribution', str(files['distribution']), ('distribution',)
+  ).distribution
 
   losses = lambda w, x: jnp.tanh(tap(x @ w, 'z')).sum(-1)
   w, x = jnp.ones((3, 4)) / 5, jnp.arange(6.0).reshape(2, 3)
   exact = jax.grad(lambda w: losses(w, x).mean())(w)
-  step = value_and_activity_grad(losses, law=law, passes=4)
+  step = value_and_activity_grad(losses, distribution=distribution, num_tangents=4)
   draws = jax.vmap(lambda key: step(w, x, key=key)[1])(jax.random.split(jax.random.key(0), 4000))
   assert z_of_mean(draws, exact, ROUNDING).max() < SIGMAS
   assert z_of_mean(1.2 * draws, exact, ROUNDING).max() > SIGMAS  # the test sees what is too long

@@ -41,14 +41,14 @@ def start(out, *arguments):
 
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
-  """A folder with both LG-FG-A rules; the second seed of the paper's was added last."""
+  """A folder with both LG-FG-A+ rules; the second seed of the paper's was added last."""
   out = tmp_path_factory.mktemp('paper') / 'out'
-  start(out, '--rules=LG-FG-A-paper')
   start(out, '--rules=LG-FG-A')
+  start(out, '--rules=LG-FG-A+')
   before = {path: path.stat().st_mtime_ns for path in out.glob('*/*/summary.json')}
   text = io.StringIO()
   with contextlib.redirect_stdout(text):
-    start(out, '--rules=LG-FG-A-paper', '--seeds=0,1')
+    start(out, '--rules=LG-FG-A', '--seeds=0,1')
   assert len(before) == 2 and all(path.stat().st_mtime_ns == time for path, time in before.items())
   assert text.getvalue().count('has finished already') == 1
   return out
@@ -63,11 +63,11 @@ def rows_of(out):
   [
     ('mnist-S-1-1', 'BP', (2.66, 0.00)),
     ('mnist-M-1-16', 'LG-FG-W', (5.66, 4.59)),
-    ('cifar10-M-8-16', 'LG-FG-A', (30.68, 19.39)),
+    ('cifar10-M-8-16', 'LG-FG-A+', (30.68, 19.39)),
     ('imagenet-L-32-64', 'LG-BP', (54.37, 39.66)),
     ('cifar10-contrastive-M-8-16', 'DFA', (46.09, 42.76)),
     ('cifar10-contrastive-L-8-64', 'FA', (67.93, 65.32)),
-    ('imagenet-contrastive-L-32-64', 'LG-FG-A', (73.24, 66.89)),
+    ('imagenet-contrastive-L-32-64', 'LG-FG-A+', (73.24, 66.89)),
   ],
 )
 def test_numbers_of_the_paper(column, rule, errors):
@@ -82,12 +82,12 @@ def test_runs_of_a_study(name):
   assert len({report.folder(run) for run in runs}) == len({run.label for run in runs}) == len(runs)
   for run in runs:
     assert run.fields['algorithm'] in rules.REGISTRY
-    assert ('(ours)' in run.label) == (run.fields['algorithm'] == 'LG-FG-A')
+    assert ('(ours)' in run.label) == (run.fields['algorithm'] == 'LG-FG-A+')
   if name in studies.COLUMNS:
     assert [run.rule for run in runs if run.rule != 'untrained'] == [
       *list(studies.PAPER)[:-1],
-      'LG-FG-A-paper',
       'LG-FG-A',
+      'LG-FG-A+',
     ]
 
 
@@ -120,13 +120,13 @@ def test_printed_commands_are_the_runs(name, capsys):
 @pytest.mark.slow
 def test_a_study_goes_on_and_adds_runs(study):
   assert [(row['label'], row['seeds']) for row in rows_of(study)] == [
-    ('LG-FG-A-paper', [0, 1]),
-    ('LG-FG-A (ours)', [0]),
+    ('LG-FG-A', [0, 1]),
+    ('LG-FG-A+ (ours)', [0]),
   ]
   assert {path.relative_to(study).as_posix() for path in study.glob('*/*')} == {
-    'LG-FG-A-paper/1-epochs-256-images-seed0',
-    'LG-FG-A-paper/1-epochs-256-images-seed1',
-    'LG-FG-A-ours/1-epochs-256-images-seed0',
+    'LG-FG-A/1-epochs-256-images-seed0',
+    'LG-FG-A/1-epochs-256-images-seed1',
+    'LG-FG-A+-ours/1-epochs-256-images-seed0',
   }
   assert (study / 'cifar10-M-8-16.png').read_bytes().startswith(b'\x89PNG')
 
@@ -134,11 +134,11 @@ def test_a_study_goes_on_and_adds_runs(study):
 @pytest.mark.slow
 def test_both_kinds_of_lg_fg_a_are_told_apart(study):
   text = (study / 'cifar10-M-8-16.md').read_text()
-  paper, ours = (line.split(' | ') for line in text.splitlines() if line.startswith('| LG-FG-A'))
-  assert paper[0] == '| LG-FG-A-paper'
-  assert paper[2] == "30.68 / 19.39 (of the paper's LG-FG-A: this estimator)"
-  assert ours[0] == '| LG-FG-A (ours)'
-  assert ours[2] == "30.68 / 19.39 (of the paper's LG-FG-A: another estimator)"
+  paper, ours = (line.split(' | ') for line in text.splitlines() if line.startswith('| LG-FG-A+'))
+  assert paper[0] == '| LG-FG-A'
+  assert paper[2] == "30.68 / 19.39 (of the paper's LG-FG-A+: this estimator)"
+  assert ours[0] == '| LG-FG-A+ (ours)'
+  assert ours[2] == "30.68 / 19.39 (of the paper's LG-FG-A+: another estimator)"
   for row in rows_of(study):
     folders = sorted((study / row['label'].replace(' (ours)', '-ours')).iterdir())
     own = [json.loads((folder / 'summary.json').read_text()) for folder in folders]
@@ -156,7 +156,7 @@ def test_both_kinds_of_lg_fg_a_are_told_apart(study):
   ('arguments', 'message'),
   [
     (['table9'], 'table9; allowed: table1, figure5'),
-    (['figure6', '--rules=XX'], "--rules is 'XX'; allowed: LG-FG-A-paper, LG-FG-A,"),
+    (['figure6', '--rules=XX'], "--rules is 'XX'; allowed: LG-FG-A, LG-FG-A+,"),
     (['figure7', '--groups=3'], '--groups has 3; allowed: 1, 2, 4, 8, 16, 32, 64$'),
     (['figure6', '--seeds=a'], "--seeds is 'a'; allowed: 0 or more"),
     (['figure6', '--config.epoch=3'], 'unknown config field epoch; did you mean epochs'),
@@ -197,9 +197,9 @@ def test_index_is_of_the_files_that_are_there(study, tmp_path):
     assert f'({path.relative_to(index.RESULTS).as_posix()})' in text
   (tmp_path / 'new.json').write_text((study / 'cifar10-M-8-16.json').read_text())
   index.main([f'--results={tmp_path}'])
-  (line,) = re.findall(r'\| LG-FG-A \(ours\) \|.*', (tmp_path / 'README.md').read_text())
-  assert "of the paper's LG-FG-A: another estimator" in line
-  assert '--config.algorithm=LG-FG-A ' in line and '`python experiments/train.py ' in line
+  (line,) = re.findall(r'\| LG-FG-A+ \(ours\) \|.*', (tmp_path / 'README.md').read_text())
+  assert "of the paper's LG-FG-A+: another estimator" in line
+  assert '--config.algorithm=LG-FG-A+ ' in line and '`python experiments/train.py ' in line
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tests.small import compose, relative_error, small
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'sharing'),
-  [('BP', 'paper'), ('LG-FG-A', 'paper'), ('LG-FG-A', 'shared'), ('LG-FG-W', 'independent')],
+  [('BP', 'paper'), ('LG-FG-A+', 'paper'), ('LG-FG-A+', 'shared'), ('LG-FG-W', 'independent')],
 )
 def test_gradient_of_parts_is_that_of_the_batch(name, sharing):
   s = small(batch=4, blocks=2)
@@ -55,7 +55,7 @@ def test_automatic_size_keeps_an_activity_in_cache():
 def test_a_model_that_is_slow_in_loops_is_computed_outside_them():
   """On CPUs, the gradient of a convolution takes 14 times as long inside a loop."""
   config = tiny(steps_per_dispatch=7)
-  of = lambda: algorithms.make(config, data.load('digits')).made_of
+  of = lambda: algorithms.make(config, data.load('digits')).composition
   whole = step_functions.steps_per_dispatch(config, of().model)
   configs.use_model(config, 'resnet', patches=2)
   resnet = of()

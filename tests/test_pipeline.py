@@ -55,14 +55,14 @@ def build(config, devices, stages, feed=None):
   """(feed, state before the first step, steps), as in `functions.build`, on some of the devices."""
   dataset, mesh = data.load('digits'), mesh_of(devices, stages)
   algorithm = algorithms.make(config, dataset, update.AXIS)
-  partition.check(config, algorithm.made_of)
+  partition.check(config, algorithm.composition)
   feed = feed or feed_of(config.steps_per_dispatch, mesh)
   rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs)
   optimizer = optimizers.make(config.optimizer, rate)
   before = first_state(config, algorithm, optimizer, config.optimizer.name, mesh)
   if stages == 1:
     return feed, before, update.make_update(algorithm, optimizer, mesh, feed)
-  spans = partition.spans(algorithm.made_of, stages)
+  spans = partition.spans(algorithm.composition, stages)
   batch = update.batch_like(dataset.image_shape, BATCH)
   return (
     feed,
@@ -104,7 +104,7 @@ def both(config, devices, stages, steps):
 
 
 def assert_equal(config, devices, stages, steps):
-  """Asserts that parameters, optimizer, guesses and metrics are equal bit by bit."""
+  """Asserts that parameters, optimizer, control variates and metrics are equal bit by bit."""
   one, several = both(config, devices, stages, steps)
   assert one.step == STEPS and one.bad_step == -1 and one.sums['loss'] > 0
   assert_same(several, one)
@@ -123,7 +123,7 @@ def assert_same(state, other):
 def test_contrastive_learning_is_equal_but_for_rounding(devices, stages, steps):
   """XLA sums the slopes of rows in a scanned block in another order than in a single block."""
   config = perceptron(
-    4, steps_per_dispatch=7, algorithm='LG-FG-A', objective='contrastive', optimizer__name='sgd'
+    4, steps_per_dispatch=7, algorithm='LG-FG-A+', objective='contrastive', optimizer__name='sgd'
   )
   one, several = both(config, devices, stages, steps)
   assert one.step == STEPS and one.sums['contrastive_loss'] > 0
@@ -144,8 +144,8 @@ def test_equal_after_twenty_steps(stages):
 @pytest.mark.parametrize('stages, fields', [
     (2, {'algorithm': 'LG-BP'}), (8, {'algorithm': 'LG-BP'}), (4, {'algorithm': 'LG-FG-W'}),
     (2, {'algorithm': 'LG-FA', 'losses__every': 3}),
-    (4, {'algorithm': 'LG-FG-A', **MIXER}), (4, {'algorithm': 'LG-BP', **MIXER, 'micro_batch': 16}),
-    (2, {'algorithm': 'LG-FG-A-paper', **MIXER}),
+    (4, {'algorithm': 'LG-FG-A+', **MIXER}), (4, {'algorithm': 'LG-BP', **MIXER, 'micro_batch': 16}),
+    (2, {'algorithm': 'LG-FG-A', **MIXER}),
     (2, {'algorithm': 'LG-BP', 'optimizer__name': 'adamw', 'optimizer__weight_decay': 0.1}),
 ], ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else str(value))  # fmt: skip
 def test_equal_for_rules_models_and_losses(stages, fields):

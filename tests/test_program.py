@@ -79,7 +79,7 @@ def test_text_for_any_terminal(encoding, arguments, tmp_path):
   [
     ('algorithm', rules.REGISTRY),
     ('losses.row', row_losses.ROW_LOSSES),
-    ('estimator.distribution', distributions.LAWS),
+    ('estimator.distribution', distributions.DISTRIBUTIONS),
     ('model.norm', ('layer', 'whole', 'batch')),
   ],
 )

@@ -136,7 +136,7 @@ def two_views(key_B, image):
 @pytest.mark.parametrize('name', FIELDS)
 def test_heads_learn_from_their_exact_gradient_by_every_rule(name, kind):
   exact = gradient(name, 'LG-BP', heads=KINDS[kind])
-  for rule in ('LG-FG-A', 'LG-FG-W'):
+  for rule in ('LG-FG-A+', 'LG-FG-W'):
     ours = gradient(name, rule, heads=KINDS[kind])
     for stack, params in exact.items():
       if stack != 'readout':
@@ -148,14 +148,14 @@ def test_heads_learn_from_their_exact_gradient_by_every_rule(name, kind):
 @pytest.mark.parametrize('kind', ['squared_error', 'hidden'])
 def test_as_many_orthogonal_tangents_as_dimensions_are_exact(kind):
   options = {'joint': False, 'distribution': 'hadamard', 'num_tangents': 4}
-  ours = gradient('mlp', 'LG-FG-A-paper', heads=KINDS[kind], **options)
+  ours = gradient('mlp', 'LG-FG-A', heads=KINDS[kind], **options)
   assert relative_error(ours, gradient('mlp', 'LG-BP', heads=KINDS[kind])) < 3e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FIELDS)
 def test_estimates_with_a_hidden_layer_in_the_heads_are_unbiased(name):
-  algorithm, variables = composed(name, 'LG-FG-A', heads=KINDS['hidden'])
+  algorithm, variables = composed(name, 'LG-FG-A+', heads=KINDS['hidden'])
   exact = gradient(name, 'LG-BP', heads=KINDS['hidden'])
   run = lambda key: algorithm.gradient(variables, key, BATCH)[0]
   right, longer = z_scores_of_multiples(run, exact, (1, 1.1))

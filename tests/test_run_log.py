@@ -61,8 +61,8 @@ def test_a_terminal_shows_what_is_done_and_the_test_error(
 
 
 def test_a_rule_keeps_its_colour():
-  alone, all_rules = plots.colours_of(['LG-FG-A']), plots.colours_of(list(plots.RULES))
-  assert alone == [plots.RULES['LG-FG-A']] != plots.colours_of(['BP'])
+  alone, all_rules = plots.colours_of(['LG-FG-A+']), plots.colours_of(list(plots.RULES))
+  assert alone == [plots.RULES['LG-FG-A+']] != plots.colours_of(['BP'])
   assert len(set(all_rules)) == len(all_rules)
   mixed = plots.colours_of(['FA', 'BP', 'L-FA'])
   assert mixed[1] == plots.RULES['BP'] and len(set(mixed)) == 3
@@ -95,7 +95,7 @@ def test_what_a_run_says_and_leaves(tmp_path, monkeypatch, capsys):
   first, again = said
   assert first[0] == 'compiling …' and first[-1] == last and len(first) == 4
   assert again == [f'{tmp_path / "run"} has finished already', last]
-  assert titles == [('S/1/2 on digits, LG-FG-A, seed 3', ['LG-FG-A'])]
+  assert titles == [('S/1/2 on digits, LG-FG-A+, seed 3', ['LG-FG-A+'])]
   rows = metrics.read_rows(tmp_path / 'run' / 'metrics.jsonl')
   rates = [value for _, name, value in events(tmp_path / 'run' / 'tensorboard') if 'rate' in name]
   assert rates == pytest.approx([row['learning_rate'] for row in rows])

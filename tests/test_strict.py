@@ -11,17 +11,17 @@ from tests.runs import tiny
 CASES = {
   **{
     rule: {'algorithm': rule}
-    for rule in ('BP', 'LG-FA', 'DFA', 'FG-W', 'LG-FG-W', 'LG-FG-A', 'LG-FG-A-paper')
+    for rule in ('BP', 'LG-FA', 'DFA', 'FG-W', 'LG-FG-W', 'LG-FG-A+', 'LG-FG-A')
   },
   **{
     f'contrastive-{rule}': {'algorithm': rule, 'objective': 'contrastive'}
-    for rule in ('LG-FG-A', 'FG-A')
+    for rule in ('LG-FG-A+', 'FG-A')
   },
   'own-views': {'objective': 'contrastive', 'contrastive__shared_views': False},
   'every-guess': {'estimator__control_variate': 'all', 'model__size': 'S/2/2'},
   'batch-norm': {'model__norm': 'batch', 'model__blocks': 3},
   'whole-norm': {'model__norm': 'whole'},
-  'paper-derivative': {'algorithm': 'LG-FG-A-paper', 'model__norm_derivative': False},
+  'paper-derivative': {'algorithm': 'LG-FG-A', 'model__norm_derivative': False},
   'bfloat16': {'model__precision': 'bfloat16', 'model__size': 'S/2/2'},
   'pooled': {
     'model__size': 'S/4/2',
@@ -40,15 +40,15 @@ CASES = {
   **{
     f'staged-{name}': {'pipeline_stages': 2, 'model__blocks': 2, **fields}
     for name, fields in (
-      ('LG-FG-A', {}),
+      ('LG-FG-A+', {}),
       ('contrastive', {'objective': 'contrastive'}),
       ('batch-norm', {'model__norm': 'batch'}),
       ('pooled', {'model__size': 'S/4/2', 'model__pool_every': 1, 'model__mixing': 'conv'}),
     )
   },
   **{
-    law: {'estimator__distribution': law, 'optimizer__name': name}
-    for law, name in (('rademacher', 'sgd'), ('haar', 'adamw'), ('sphere', 'lars'))
+    distribution: {'estimator__distribution': distribution, 'optimizer__name': name}
+    for distribution, name in (('rademacher', 'sgd'), ('haar', 'adamw'), ('sphere', 'lars'))
   },
 }
 
@@ -93,7 +93,7 @@ def trace_steps(fields, dataset):
 
 
 def trace_stages(job, optimizer, feed, state, inputs):
-  spans = partition.spans(job.algorithm.made_of, job.config.pipeline_stages)
+  spans = partition.spans(job.algorithm.composition, job.config.pipeline_stages)
   batch = update.batch_like(job.dataset.image_shape, job.config.batch_size)
   made = pipeline.make(
     pipeline_plan.make(job.algorithm, optimizer, job.mesh, feed, spans, state, batch)

@@ -14,7 +14,7 @@ from tests import bare
 from tests.small import compose, small
 
 
-@pytest.mark.parametrize('name', ['BP', 'LG-BP', 'LG-FG-A', 'LG-FG-W'])
+@pytest.mark.parametrize('name', ['BP', 'LG-BP', 'LG-FG-A+', 'LG-FG-W'])
 def test_a_gradient_is_traced_once_for_all_steps(name):
   s = small()
   chex.clear_trace_counter()
@@ -29,7 +29,7 @@ def test_a_gradient_is_traced_once_for_all_steps(name):
 def test_a_function_with_taps_is_traced_once_for_all_steps_and_tangents():
   chex.clear_trace_counter()
   fun = chex.assert_max_traces(lambda w: bare.bare(w, bare.MIDDLES['nothing']), 1)
-  step = jax.jit(lambda w, key: value_and_activity_grad(fun, passes=4, chunk=2)(w, key=key))
+  step = jax.jit(lambda w, key: value_and_activity_grad(fun, num_tangents=4, chunk=2)(w, key=key))
   for key in bare.KEYS[:3]:
     step(bare.W, key)
 

@@ -36,12 +36,12 @@ def updated(config, devices, learning_rate=0.1, first_step=STEPS - 2, steps=2, a
 @pytest.mark.parametrize(
   'counts, fields',
   [
-    ((2, 8), {'algorithm': 'LG-FG-A', 'augment__shift': 1, 'augment__flip': True}),
+    ((2, 8), {'algorithm': 'LG-FG-A+', 'augment__shift': 1, 'augment__flip': True}),
     ((8,), {'algorithm': 'FG-W'}),
     ((8,), {'algorithm': 'DFA'}),
     ((8,), {'algorithm': 'LG-BP', 'model__norm': 'batch'}),
   ],
-  ids=['LG-FG-A', 'FG-W', 'DFA', 'LG-BP-batch'],
+  ids=['LG-FG-A+', 'FG-W', 'DFA', 'LG-BP-batch'],
 )
 def test_same_update_on_any_number_of_devices(counts, fields):
   config = tiny(model__size='S/2/4', model__blocks=2, **fields)
@@ -53,7 +53,7 @@ def test_same_update_on_any_number_of_devices(counts, fields):
 
 @pytest.mark.slow
 def test_same_steps_however_many_are_dispatched_at_once():
-  config = tiny(model__size='S/2/4', model__blocks=2, algorithm='LG-FG-A')
+  config = tiny(model__size='S/2/4', model__blocks=2, algorithm='LG-FG-A+')
   one = updated(config, 1, first_step=STEPS - 5, steps=5)
   several = updated(config, 1, first_step=STEPS - 5, steps=2, at_once=3)  # 3 and 2
   assert several.step == STEPS

@@ -60,7 +60,9 @@ def ended(monkeypatch, capsys, *arguments):
 
 
 MODEL = (ROOT / 'docs' / 'bring_a_model.md').read_text().split('```python\n')[1].split('```')[0]
-LAW = (ROOT / 'docs' / 'new_tangent_law.md').read_text().split('```python\n')[1].split('```')[0]
+DISTRIBUTION = (
+  (ROOT / 'docs' / 'new_tangent_law.md').read_text().split('```python\n')[1].split('```')[0]
+)
 MISTAKE = 'None.shape'
 # part: (option, text with a mistake, what the last line begins with)
 FILES = {
@@ -78,7 +80,8 @@ FILES = {
   'config': ('', f'def get_config():\n  return {MISTAKE}\n', 'config file {path}: '),
   'distribution': (
     'estimator.module',
-    LAW + f'\n\ndef wrong(*_):\n  return {MISTAKE}\n\nlaw = law._replace(draw=wrong)\n',
+    DISTRIBUTION
+    + f'\n\ndef wrong(*_):\n  return {MISTAKE}\n\nlaw = distribution._replace(draw=wrong)\n',
     'estimator.module {path}: ',
   ),
   'model': (

@@ -7,16 +7,16 @@ import pytest
 
 from lfg_jax.estimators import linear_layer
 from lfg_jax.tangents import variance
-from lfg_jax.tangents.distributions import LAWS, Passes, hadamard, normal, rademacher
+from lfg_jax.tangents.distributions import DISTRIBUTIONS, Chunk, hadamard, normal, rademacher
 from lfg_jax.tangents.sampling import Sampling
 from tests.statistics import RMS, ROW, is_mean
 
 SIZES = (2, 8, 64)
 BATCHES = (1, 16, 128)
 KINDS = [
-  (estimator, law, shared)
+  (estimator, distribution, shared)
   for estimator in ('weight', 'activity')
-  for law in ('normal', 'rademacher')
+  for distribution in ('normal', 'rademacher')
   for shared in (True, False)
 ]
 # All nine pairs of p and q, every batch size with every p and every q, each with two of the kinds of estimates.
@@ -29,15 +29,25 @@ ROWS = [
 ]
 
 
-def z_score(estimator, law, passes, shared, p, q, batch, draws=1000):
+def z_score(estimator, distribution, num_tangents, shared, p, q, batch, draws=1000):
   """(measured - predicted) / standard error of a row, and the same with twice the prediction."""
   layer = linear_layer.random_layer(jax.random.key(p + 100 * q), p, q)
-  estimate = layer.estimate(estimator, Sampling(LAWS[law], passes, shared), batch)
+  estimate = layer.estimate(
+    estimator, Sampling(DISTRIBUTIONS[distribution], num_tangents, shared), batch
+  )
   at_once = 100 if p * q * batch < 100_000 else 10
   draws = draws if p * q * batch < 100_000 else 300
   measured = variance.measure(estimate, layer.truth, jax.random.key(2), draws, at_once=at_once)
   expected = variance.predicted(
-    estimator, LAWS[law], passes, shared=shared, batch=batch, p=p, q=q, V=layer.V, S=layer.S
+    estimator,
+    DISTRIBUTIONS[distribution],
+    num_tangents,
+    shared=shared,
+    batch=batch,
+    p=p,
+    q=q,
+    V=layer.V,
+    S=layer.S,
   )
   z = lambda expected: float((measured.squared_error - expected) / measured.squared_error_se)
   return z(expected), z(2 * expected)
@@ -46,23 +56,23 @@ def z_score(estimator, law, passes, shared, p, q, batch, draws=1000):
 @pytest.mark.slow
 @pytest.mark.parametrize(('kind', 'p', 'q', 'batch'), ROWS)
 def test_rows_of_table_1(kind, p, q, batch):
-  estimator, law, shared = kind
-  score, wrong = z_score(estimator, law, 1, shared, p, q, batch)
+  estimator, distribution, shared = kind
+  score, wrong = z_score(estimator, distribution, 1, shared, p, q, batch)
   assert abs(score) < ROW < abs(wrong)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('law', ['coordinate', 'haar', 'hadamard'])
-def test_orthogonal_passes_between_one_and_all(law):
-  """The excess is d/K - 1: for 8 dimensions, 3 with 2 passes and 0 with 8."""
-  assert abs(z_score('activity', law, 2, False, 8, 8, 16)[0]) < ROW
+@pytest.mark.parametrize('distribution', ['coordinate', 'haar', 'hadamard'])
+def test_orthogonal_passes_between_one_and_all(distribution):
+  """The excess is d/K - 1: for 8 dimensions, 3 with 2 tangents and 0 with 8."""
+  assert abs(z_score('activity', distribution, 2, False, 8, 8, 16)[0]) < ROW
   layer = linear_layer.random_layer(jax.random.key(0), 8, 8)
-  estimate = lambda law, passes: layer.estimate('activity', Sampling(law, passes), 16)(
-    jax.random.key(1)
-  )
-  # The batch depends on the key alone: with all passes every orthogonal law gives its exact gradient.
+  estimate = lambda distribution, num_tangents: layer.estimate(
+    'activity', Sampling(distribution, num_tangents), 16
+  )(jax.random.key(1))
+  # The batch depends on the key alone: with all tangents every orthogonal distribution gives its exact gradient.
   assert jnp.allclose(
-    jax.jit(estimate, static_argnums=(0, 1))(LAWS[law], 8),
+    jax.jit(estimate, static_argnums=(0, 1))(DISTRIBUTIONS[distribution], 8),
     jax.jit(estimate, static_argnums=(0, 1))(hadamard, 16),
     rtol=1e-4,
     atol=1e-5,
@@ -96,14 +106,16 @@ def test_welford_over_devices_is_that_of_all_draws():
 
 def test_allocation_is_the_best_of_all_within_the_budget():
   dims, norms, costs = (8, 8, 8), (1.0, 4.0, 0.5), (2.0, 2.0, 2.0)
-  for law in (hadamard, rademacher):
-    error = lambda passes, law=law: sum(
-      variance.predicted_taps(law, passes, dims, norms, joint=False)
+  for distribution in (hadamard, rademacher):
+    error = lambda num_tangents, distribution=distribution: sum(
+      variance.predicted_taps(distribution, num_tangents, dims, norms, joint=False)
     )
     fitting = [
-      passes for passes in np.ndindex(12, 12, 12) if min(passes) > 0 and np.dot(passes, costs) <= 30
+      num_tangents
+      for num_tangents in np.ndindex(12, 12, 12)
+      if min(num_tangents) > 0 and np.dot(num_tangents, costs) <= 30
     ]
-    assert error(variance.allocate(law, dims, norms, costs, 30)) == pytest.approx(
+    assert error(variance.allocate(distribution, dims, norms, costs, 30)) == pytest.approx(
       min(map(error, fitting))
     )
   with pytest.raises(ValueError, match=r'budget is 1; allowed: 6\.0'):
@@ -111,14 +123,16 @@ def test_allocation_is_the_best_of_all_within_the_budget():
 
 
 @pytest.mark.parametrize('joint', [True, False])
-@pytest.mark.parametrize('law', [normal, hadamard])
-def test_taps_disturb_each_other_just_when_perturbed_jointly(law, joint):
+@pytest.mark.parametrize('distribution', [normal, hadamard])
+def test_taps_disturb_each_other_just_when_perturbed_jointly(distribution, joint):
   g = [jnp.array([1.0, 2.0, 0.5, -1.0]), jnp.array([0.5, -0.5])]
   dims, norms = [x.size for x in g], [float((x**2).sum()) for x in g]
 
   def errors(key):
     keys = jax.random.split(key)
-    u = [law.draw(k, Passes(2), (), x.size, jnp.float32) for k, x in zip(keys, g, strict=True)]
+    u = [
+      distribution.draw(k, Chunk(2), (), x.size, jnp.float32) for k, x in zip(keys, g, strict=True)
+    ]
     slopes = [u @ x for u, x in zip(u, g, strict=True)]
     signals = [
       ((sum(slopes) if joint else s)[:, None] * u).mean(0) for s, u in zip(slopes, u, strict=True)
@@ -126,7 +140,7 @@ def test_taps_disturb_each_other_just_when_perturbed_jointly(law, joint):
     return jnp.stack([((s - x) ** 2).sum() for s, x in zip(signals, g, strict=True)])
 
   measured = np.asarray(jax.jit(jax.vmap(errors))(jax.random.split(jax.random.key(0), 20_000)))
-  expected = variance.predicted_taps(law, [2, 2], dims, norms, joint=joint)
+  expected = variance.predicted_taps(distribution, [2, 2], dims, norms, joint=joint)
   assert is_mean(measured, expected, slack=1e-5)
 
 

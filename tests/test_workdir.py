@@ -191,7 +191,9 @@ def test_a_new_run_starts_from_the_parameters_of_another(finished, tmp_path, mon
   train.train(job, tmp_path / 'run')
   there, here = jax.device_get(variables(finished)), seen[0]
   assert here.step == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(here.opt_state))
-  jax.tree.map(np.testing.assert_array_equal, here.rest['guess'], there.rest['guess'])
+  jax.tree.map(
+    np.testing.assert_array_equal, here.rest['control_variate'], there.rest['control_variate']
+  )
   jax.tree.map(np.testing.assert_array_equal, here.params, there.params)
   assert (
     rows(tmp_path / 'run')[0]['train_error_percent']

@@ -44,7 +44,7 @@ def exact(scope, *args, has_aux=False):
 
 def is_exact_with_all_tangents(scope, *args, **options):
   step = lfg_jax.value_and_activity_grad(
-    scope['losses'], separate=True, law='haar', passes=4, **options
+    scope['losses'], joint=False, distribution='haar', num_tangents=4, **options
   )
   out, grads = jax.jit(step)(*args, key=jax.random.key(3))
   value, right = exact(scope, *args, **options)
@@ -113,7 +113,7 @@ def test_the_objective_of_losses_per_token(masked):
     (plain, lambda w: plain(w).sum() / B),
     (mean, lambda w: (of_tokens(w) * mask).sum() / mask.sum() if masked else of_tokens(w).mean()),
   ):
-    step = lfg_jax.value_and_activity_grad(losses, law='hadamard', passes=4)
+    step = lfg_jax.value_and_activity_grad(losses, distribution='hadamard', num_tangents=4)
     value, grads = step(w, key=jax.random.key(0))
     value_0, grads_0 = jax.value_and_grad(objective)(w)
     assert jnp.allclose(value, value_0, rtol=1e-6) and relative_error(grads, grads_0) < 1e-5

@@ -150,7 +150,7 @@ def judged(program: Program, draws: int) -> Row:
   exact = jax.jit(jax.grad(lambda weights: sum(losses(weights, x).sum() for x in batches) / B))(
     weights
   )
-  estimator = value_and_activity_grad(losses, separate=program.separate)
+  estimator = value_and_activity_grad(losses, joint=not program.separate)
 
   def estimate(key: jax.Array) -> dict[str, jax.Array]:
     each = jax.vmap(lambda x: estimator(weights, x, key=key)[1])(batches)

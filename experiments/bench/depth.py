@@ -1,7 +1,7 @@
 """Measures the temporaries, compile time and run time of a gradient against depth.
 
     python experiments/bench/depth.py [--model=M/8/16] [--batch=64] [--micro_batch=0]
-        [--algorithms=BP,LG-FG-A] [--blocks=2,4,8,16,32,64] [--repetitions=3] [--out=DIR]
+        [--algorithms=BP,LG-FG-A+] [--blocks=2,4,8,16,32,64] [--repetitions=3] [--out=DIR]
 
 Backprop must keep the activities of all blocks, a local rule those of one block. DIR gets
 depth.json (one row per algorithm and depth) and depth.png. Temporaries are those of the gradient.
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 def main(arguments: list[str]) -> None:
   """Measures, prints and writes."""
   parser = results.parser(
-    __doc__, out='runs/depth', model='M/8/16', batch=64, algorithms='BP,LG-FG-A', repetitions=3
+    __doc__, out='runs/depth', model='M/8/16', batch=64, algorithms='BP,LG-FG-A+', repetitions=3
   )
   parser.number('micro_batch', 0, 'examples at once; 0: what suits the machine', least=0)
   parser.numbers('blocks', '2,4,8,16,32,64')
@@ -79,7 +79,7 @@ def measure(name: str, blocks: int, options: command_line.Options) -> Row:
   compiled = lowered.compile()
   seconds = time.perf_counter() - begin
   weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables['params']))
-  in_parts = algorithm.made_of.parts(options.batch) > 1
+  in_parts = algorithm.composition.parts(options.batch) > 1
   return {
     'algorithm': name,
     'model': options.model,

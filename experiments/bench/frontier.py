@@ -1,16 +1,16 @@
-"""Each layer's error against milliseconds per step, for variants of LG-FG-A on real images.
+"""Each layer's error against milliseconds per step, for variants of LG-FG-A+ on real images.
 
     python experiments/bench/frontier.py [--dataset=cifar10] [--model=M/8/16] [--batch=16]
-        [--workdir=DIR | --epochs=2] [--variants=…] [--laws=normal,rademacher,hadamard]
-        [--passes=1,2,4,8,16,32] [--draws=32] [--warm_up=40] [--repetitions=10]
+        [--workdir=DIR | --epochs=2] [--variants=…] [--distributions=normal,rademacher,hadamard]
+        [--num_tangents=1,2,4,8,16,32] [--draws=32] [--warm_up=40] [--repetitions=10]
         [--data_dir=DIR] [--out=DIR]
 
 Everything is measured twice: after --warm_up steps of LG-BP ('start'), and after training
 ('trained'). The trained network is that of the run in --workdir. Without --workdir, the program
-trains LG-FG-A with all guesses for --epochs, in DIR/trained. The target is LG-BP's gradient on the
+trains LG-FG-A+ with all control variates for --epochs, in DIR/trained. The target is LG-BP's gradient on the
 same images. Errors are squared, relative to the squared gradient, and averaged over draws and over
 the blocks of a stack. Theory predicts the error of the signal at the tap behind each layer, which
-is also measured. All variants are timed in turn. The law `normal` is measured with one pass only.
+is also measured. All variants are timed in turn. The distribution `normal` is measured with one tangent only.
 Rows with 'allocated' spend the time of uniform passes as `variance.allocate` says. DIR gets
 frontier.json, frontier.md and frontier.png.
 """
@@ -22,11 +22,11 @@ import frontier_network
 import frontier_rows
 import jax
 from frontier_network import VARIANTS, Bench
-from frontier_rows import LAW, SINGLE, WITHIN
+from frontier_rows import DISTRIBUTION, SINGLE, WITHIN
 from ml_collections import ConfigDict
 
 from lfg_jax.errors import UserError
-from lfg_jax.tangents.distributions import LAWS
+from lfg_jax.tangents.distributions import DISTRIBUTIONS
 from lfg_jax.training import command_line, configs, train
 from lfg_jax.training.run import results
 
@@ -54,12 +54,12 @@ def _parse(arguments: list[str]) -> command_line.Options:
   parser = results.parser(__doc__, out='runs/frontier', model='M/8/16', batch=16, repetitions=10)
   parser.option('dataset', 'cifar10')
   parser.option('data_dir', None, 'folder of the data sets')
-  parser.path('workdir', None, 'of a run of LG-FG-A, not to train')
+  parser.path('workdir', None, 'of a run of LG-FG-A+, not to train')
   parser.number('epochs', 2, 'of training; 0: none', least=0)
   parser.number('warm_up', 40, 'steps of LG-BP')
   parser.names('variants', ','.join(VARIANTS), VARIANTS)
-  parser.names('laws', f'{SINGLE},rademacher,{LAW}', LAWS)
-  parser.numbers('passes', '1,2,4,8,16,32')
+  parser.names('distributions', f'{SINGLE},rademacher,{DISTRIBUTION}', DISTRIBUTIONS)
+  parser.numbers('num_tangents', '1,2,4,8,16,32')
   parser.number('draws', 32, 'of every estimate', least=2)
   return parser.parse(arguments)
 
@@ -108,13 +108,18 @@ def table(about: dict[str, Any], rows: list[Row]) -> str:
     groups: dict[tuple, dict[str, Row]] = {}
     for row in rows:
       if row['point'] == point:
-        key = (row['variant'], row['law'], _passes(row['passes']), row.get('budget_passes'))
+        key = (
+          row['variant'],
+          row['distribution'],
+          _passes(row['num_tangents']),
+          row.get('budget_passes'),
+        )
         groups.setdefault(key, {})[row['layer']] = row
     cells = [
-      [name, law, passes, *_cells([own[layer] for layer in layers])]
-      for (name, law, passes, _), own in groups.items()
+      [name, distribution, num_tangents, *_cells([own[layer] for layer in layers])]
+      for (name, distribution, num_tangents, _), own in groups.items()
     ]
-    head = ' | '.join(['variant | law | passes | ms | × BP | × paper', *layers])
+    head = ' | '.join(['variant | distribution | passes | ms | × BP | × paper', *layers])
     text += f'\n## {point}\n\n{results.in_table(head, cells)}\n'
   return text
 
@@ -129,10 +134,10 @@ def _cells(of_layers: list[Row]) -> list[str]:
   ]
 
 
-def _passes(passes: int | dict[str, int]) -> str:
-  if isinstance(passes, int):
-    return str(passes)
-  return ', '.join(f'{tap.removeprefix("after_")} {K}' for tap, K in passes.items())
+def _passes(num_tangents: int | dict[str, int]) -> str:
+  if isinstance(num_tangents, int):
+    return str(num_tangents)
+  return ', '.join(f'{tap.removeprefix("after_")} {K}' for tap, K in num_tangents.items())
 
 
 if __name__ == '__main__':

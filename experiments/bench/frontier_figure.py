@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from lfg_jax.training.run import plots
 
 Row = dict[str, Any]
-STYLES = {'hadamard': '-', 'rademacher': '--'}  # a law with one pass only is a cross
+STYLES = {'hadamard': '-', 'rademacher': '--'}  # a distribution with one tangent only is a cross
 EXACT = 1e-9  # smaller errors are rounding
 
 
@@ -31,11 +31,13 @@ def draw(path: pathlib.Path, rows: list[Row]) -> None:
 
 
 def _panel(axes: Any, rows: list[Row], names: list[str]) -> dict[str, Any]:
-  """Draws lines through the numbers of passes; returns the legend's handles by label."""
+  """Draws lines through the numbers of tangents; returns the legend's handles by label."""
   handles, exact = {}, []
   for colour, name in zip(plots.COLOURS, names, strict=False):
-    for law in dict.fromkeys(row['law'] for row in rows if row['variant'] == name):
-      every = [row for row in rows if (row['variant'], row['law']) == (name, law)]
+    for distribution in dict.fromkeys(
+      row['distribution'] for row in rows if row['variant'] == name
+    ):
+      every = [row for row in rows if (row['variant'], row['distribution']) == (name, distribution)]
       own = sorted(
         (row['ms'], row['relative_error']) for row in every if row['relative_error'] > EXACT
       )
@@ -43,14 +45,14 @@ def _panel(axes: Any, rows: list[Row], names: list[str]) -> dict[str, Any]:
         exact.append(name)
         continue
       allocated = name.endswith('allocated')
-      marker = 'D' if allocated else 'o' if law in STYLES else 'x'
-      (handles[f'{name}, {law}'],) = axes.plot(
+      marker = 'D' if allocated else 'o' if distribution in STYLES else 'x'
+      (handles[f'{name}, {distribution}'],) = axes.plot(
         *zip(*own, strict=True),
         color=colour,
         marker=marker,
         markersize=4,
         linewidth=1.2,
-        linestyle='none' if allocated else STYLES.get(law, 'none'),
+        linestyle='none' if allocated else STYLES.get(distribution, 'none'),
       )
   for axis in (axes.xaxis, axes.yaxis) if axes.lines else ():
     plots.logarithmic(axis)

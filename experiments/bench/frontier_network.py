@@ -1,4 +1,4 @@
-"""One model and one batch, on which frontier.py compares variants of LG-FG-A.
+"""One model and one batch, on which frontier.py compares variants of LG-FG-A+.
 
 `Bench` measures the variants' errors, predicts them from theory, and compiles programs to be timed.
 """
@@ -23,13 +23,13 @@ from lfg_jax.models import mixer
 from lfg_jax.models.mixer import TAPS
 from lfg_jax.models.sizes import Run, mixer_spec, parse, patches
 from lfg_jax.tangents import variance
-from lfg_jax.tangents.distributions import LAWS
+from lfg_jax.tangents.distributions import DISTRIBUTIONS
 from lfg_jax.training.rules import algorithms, estimators
 from lfg_jax.training.rules.rules import REGISTRY, Options
 
 PyTree = Any
 Variables = dict[str, PyTree]
-RULE = 'LG-FG-A'
+RULE = 'LG-FG-A+'
 VARIANTS: dict[str, dict[str, str]] = {
   'joint': {'joint': True, 'last_tap': 'perturbed', 'control_variate': 'none'},
   'separate': {'joint': False, 'last_tap': 'perturbed', 'control_variate': 'none'},
@@ -42,25 +42,31 @@ ROUNDING = 1e-6  # of errors relative to a squared gradient, in float32
 
 
 class Variant(NamedTuple):
-  """An estimator; `tap_passes` has (tap, passes) for taps with their own number of passes."""
+  """An estimator; `num_tangents_by_tap` has (tap, num_tangents) for taps with their own number of tangents."""
 
   name: str
-  law: str
-  passes: int
-  tap_passes: tuple[tuple[str, int], ...] = ()
+  distribution: str
+  num_tangents: int
+  num_tangents_by_tap: tuple[tuple[str, int], ...] = ()
 
   @property
   def fields(self) -> dict[str, Any]:
     """The variant's fields of config.estimator."""
-    return {**VARIANTS[self.name], 'distribution': self.law, 'num_tangents': self.passes}
+    return {
+      **VARIANTS[self.name],
+      'distribution': self.distribution,
+      'num_tangents': self.num_tangents,
+    }
 
   def options(self, config: ConfigDict, model: StagedModel) -> Options:
     """The variant's options; the config's fields where the variant has none."""
-    options = Options.read(config, **self.fields, num_tangents_by_tap=dict(self.tap_passes))
+    options = Options.read(
+      config, **self.fields, num_tangents_by_tap=dict(self.num_tangents_by_tap)
+    )
     return options.of(REGISTRY[RULE], model)
 
   def passes_at(self, layer: str) -> int:
-    return dict(self.tap_passes).get(f'after_{layer}', self.passes)
+    return dict(self.num_tangents_by_tap).get(f'after_{layer}', self.num_tangents)
 
 
 class Bench:
@@ -90,7 +96,7 @@ class Bench:
     return algorithms.make(config, self.dataset)
 
   def step(self, name: str, params: PyTree, **fields: Any) -> Callable[[], Any]:
-    """A call to be timed: an algorithm's compiled gradient, and the learning of its guesses."""
+    """A call to be timed: an algorithm's compiled gradient, and the learning of its control variates."""
     algorithm = self.algorithm(name, **fields)
     shapes = jax.eval_shape(algorithm.init, jax.random.key(0))
     rest = {
@@ -112,7 +118,9 @@ class Bench:
 
     @jax.jit
     def run(variables: Variables) -> PyTree:
-      learned = {name: variables[name] for name in ('params', 'guess') if name in variables}
+      learned = {
+        name: variables[name] for name in ('params', 'control_variate') if name in variables
+      }
       return greedy(frontier_signals.exact, self.model, Options().cut)(
         learned, jax.random.key(0), self.tokens, self._targets
       )[2]
@@ -143,9 +151,9 @@ class Bench:
 
     It is relative to |signal|², and a mean over blocks.
     """
-    options, law, joint = (
+    options, distribution, joint = (
       variant.options(self.config, self.model),
-      LAWS[variant.law],
+      DISTRIBUTIONS[variant.distribution],
       variant.name == 'joint',
     )
     predicted = {}
@@ -155,14 +163,14 @@ class Bench:
         predicted[f'{run.name}/{layer}'] = 0.0
         continue
       d, K = dims(run)[layer], variant.passes_at(layer)
-      noise = taps[tap]['residual' if tap in options.guessed_taps(self.model) else 'own']
+      noise = taps[tap]['residual' if tap in options.control_variate_taps(self.model) else 'own']
       others = sum(norms['by_group'] for name, norms in taps.items() if name != tap)
-      error = variance.predicted_taps(law, [K, K], [d, d], [noise, others], joint=joint)[0]
+      error = variance.predicted_taps(distribution, [K, K], [d, d], [noise, others], joint=joint)[0]
       predicted[f'{run.name}/{layer}'] = float(jnp.mean(error / taps[tap]['own']))
     return predicted
 
   def can(self, variant: str, variables: Variables) -> bool:
-    """Whether `variables` have the guesses that a variant needs."""
+    """Whether `variables` have the control variates that a variant needs."""
     try:
       self._used(variables, Variant(variant, 'hadamard', 1).options(self.config, self.model))
     except KeyError:
@@ -181,13 +189,15 @@ class Bench:
   def _used(self, variables: Variables, options: Options) -> Variables:
     """The variables that the variant's estimator uses."""
     used = {'params': variables['params']}
-    if options.guessed_taps(self.model):
+    if options.control_variate_taps(self.model):
       like = jax.eval_shape(
         self.algorithm(RULE, control_variate=options.control_variate, joint=False).init,
         jax.random.key(0),
       )
-      guess = flatten_dict(variables.get('guess', {}))
-      used['guess'] = unflatten_dict({path: guess[path] for path in flatten_dict(like['guess'])})
+      control_variate = flatten_dict(variables.get('control_variate', {}))
+      used['control_variate'] = unflatten_dict(
+        {path: control_variate[path] for path in flatten_dict(like['control_variate'])}
+      )
     return used
 
 
@@ -209,7 +219,7 @@ def dims(run: Run) -> dict[str, int]:
 
 
 def warm_up(bench: Bench, steps: int, size: int = 64) -> Variables:
-  """Variables after some steps of LG-BP, during which guesses also learn.
+  """Variables after some steps of LG-BP, during which control variates also learn.
 
   Without these steps, heads would be zero.
   """

@@ -8,35 +8,37 @@ import numpy as np
 from frontier_network import ROUNDING, RULE, VARIANTS, Bench, Variant, dims
 
 from lfg_jax.tangents import variance
-from lfg_jax.tangents.distributions import LAWS
+from lfg_jax.tangents.distributions import DISTRIBUTIONS
 from lfg_jax.training.command_line import Options
 from lfg_jax.training.cost import timing
 
 Row = dict[str, Any]
 Steps = dict[Any, Callable[[], Any]]
-SINGLE = 'normal'  # the law that is measured with one pass only
-ALLOCATED = 'guess after_channel'  # the variant whose passes are allocated, and its law
-LAW = 'hadamard'
-BUDGETS = (2, 8, 32)  # of allocations: the time of this many passes at every tap
+SINGLE = 'normal'  # the distribution that is measured with one tangent only
+ALLOCATED = 'guess after_channel'  # the variant whose passes are allocated, and its distribution
+DISTRIBUTION = 'hadamard'
+BUDGETS = (2, 8, 32)  # of allocations: the time of this many tangents at every tap
 WITHIN = 3  # standard errors
 
 
 def measure(bench: Bench, points: dict[str, dict], options: Options) -> list[Row]:
-  """Rows of all variants, then of allocated passes, at every point.
+  """Rows of all variants, then of allocated num_tangents, at every point.
 
   `points` has the variables at every point, by its name.
   """
   variants = [
-    Variant(name, law, K)
+    Variant(name, distribution, K)
     for name in options.variants
-    for law in options.laws
-    for K in options.passes
-    if law != SINGLE or K == 1
+    for distribution in options.distributions
+    for K in options.num_tangents
+    if distribution != SINGLE or K == 1
   ]
   params = points['start']['params']
   steps: Steps = {
     'BP': bench.step('BP', params, joint=None, last_tap='auto', control_variate='auto'),
-    'paper': bench.step(RULE, params, **VARIANTS['joint'], distribution=LAW, num_tangents=1),
+    'paper': bench.step(
+      RULE, params, **VARIANTS['joint'], distribution=DISTRIBUTION, num_tangents=1
+    ),
   }
   steps |= {variant: _step(bench, variant, params) for variant in variants}
   ms = _ms(steps, options.repetitions)
@@ -47,7 +49,7 @@ def measure(bench: Bench, points: dict[str, dict], options: Options) -> list[Row
     for variant in variants:
       if not bench.can(variant.name, variables):
         print(
-          f'{point}: {variant} left out: this run has not learned its guess, as one with '
+          f'{point}: {variant} left out: this run has not learned its control variate, as one with '
           '--config.estimator.control_variate=all does'
         )
         continue
@@ -58,7 +60,9 @@ def measure(bench: Bench, points: dict[str, dict], options: Options) -> list[Row
 
 
 def _step(bench: Bench, variant: Variant, params: Any) -> Callable[[], Any]:
-  return bench.step(RULE, params, **variant.fields, num_tangents_by_tap=dict(variant.tap_passes))
+  return bench.step(
+    RULE, params, **variant.fields, num_tangents_by_tap=dict(variant.num_tangents_by_tap)
+  )
 
 
 def _ms(steps: Steps, repetitions: int) -> dict[Any, float]:
@@ -103,8 +107,8 @@ def _of_draws(variant: Variant, drawn: Any, predicted: dict[str, float]) -> list
     rows.append(
       {
         'variant': variant.name,
-        'law': variant.law,
-        'passes': dict(variant.tap_passes) or variant.passes,
+        'distribution': variant.distribution,
+        'num_tangents': dict(variant.num_tangents_by_tap) or variant.num_tangents,
         'layer': layer,
         **mean,
         'relative_error_se': se['relative_error'],
@@ -131,20 +135,22 @@ def _allocated(
 
   BP, the paper's estimator and the uniform passes are timed again, in turn with the allocated ones.
   """
-  budgets = [K for K in BUDGETS if Variant(ALLOCATED, LAW, K) in steps]
+  budgets = [K for K in BUDGETS if Variant(ALLOCATED, DISTRIBUTION, K) in steps]
   if not (bench.has_tokens and budgets):
     return
   params = points['start']['params']
   costs = _costs(bench, params, steps, max(budgets), options.repetitions)
   chosen = {}
   for point in points:
-    first = (point, ALLOCATED, LAW, budgets[0])
+    first = (point, ALLOCATED, DISTRIBUTION, budgets[0])
     own = [
-      row for row in rows if (row['point'], row['variant'], row['law'], row['passes']) == first
+      row
+      for row in rows
+      if (row['point'], row['variant'], row['distribution'], row['num_tangents']) == first
     ]
     if own:
       chosen |= {(point, K): _allocate(bench, own, costs, K) for K in budgets}
-  uniform = [Variant(ALLOCATED, LAW, K) for K in budgets]
+  uniform = [Variant(ALLOCATED, DISTRIBUTION, K) for K in budgets]
   beside = {name: steps[name] for name in ('BP', 'paper', *uniform)}
   timed = {v: _step(bench, v, params) for v in dict.fromkeys(chosen.values())}
   ms = _ms({**beside, **timed}, options.repetitions)
@@ -157,25 +163,25 @@ def _allocated(
         'variant': f'{ALLOCATED}, allocated',
         **_time(variant, ms),
         'budget_passes': K,
-        'budget_ms': ms[Variant(ALLOCATED, LAW, K)],
+        'budget_ms': ms[Variant(ALLOCATED, DISTRIBUTION, K)],
       }
 
 
 def _costs(
   bench: Bench, params: Any, steps: Steps, most: int, repetitions: int
 ) -> dict[str, float]:
-  """Milliseconds of one pass at each layer's tap, from the times of one pass and of many."""
+  """Milliseconds of one tangent at each layer's tap, from the times of one tangent and of many."""
   variants = (
-    Variant(ALLOCATED, LAW, 1),
-    Variant(ALLOCATED, LAW, 1, (('after_token', most),)),
-    Variant(ALLOCATED, LAW, most),
+    Variant(ALLOCATED, DISTRIBUTION, 1),
+    Variant(ALLOCATED, DISTRIBUTION, 1, (('after_token', most),)),
+    Variant(ALLOCATED, DISTRIBUTION, most),
   )
   ms = _ms(
     {variant: steps.get(variant) or _step(bench, variant, params) for variant in variants},
     repetitions,
   )
   one, tokens, all_ = (ms[variant] for variant in variants)
-  least = 1e-3 * one  # if a pass costs less than the clock's noise
+  least = 1e-3 * one  # if a tangent costs less than the clock's noise
   return {
     'token': max((tokens - one) / (most - 1), least),
     'channel': max((all_ - tokens) / (most - 1), least),
@@ -189,24 +195,28 @@ def _allocate(bench: Bench, rows: list[Row], costs: dict[str, float], uniform: i
   passes. A chunk is the passes in memory at once. If `uniform` is a whole number of chunks, whole
   chunks are allocated.
   """
-  law, chunk, sizes = LAWS[LAW], bench.config.estimator.chunk or 1, dims(bench.spec.runs[-1])
+  distribution, chunk, sizes = (
+    DISTRIBUTIONS[DISTRIBUTION],
+    bench.config.estimator.chunk or 1,
+    dims(bench.spec.runs[-1]),
+  )
   norms = [
     sum(
-      row['relative_error'] / law.excess(sizes[layer], row['passes'])
+      row['relative_error'] / distribution.excess(sizes[layer], row['num_tangents'])
       for row in rows
       if row['layer'].endswith(layer)
     )
     for layer in costs
   ]
   unit = chunk if uniform % chunk == 0 else 1
-  in_units = law._replace(excess=lambda d, number: law.excess(d, unit * number))
+  in_units = distribution._replace(excess=lambda d, number: distribution.excess(d, unit * number))
   budget = uniform / unit * sum(costs.values()) * (1 + 1e-6)  # sums of costs are rounded
   numbers = variance.allocate(
     in_units, [sizes[layer] for layer in costs], norms, list(costs.values()), budget
   )
   return Variant(
     ALLOCATED,
-    LAW,
+    DISTRIBUTION,
     1,
     tuple((f'after_{layer}', unit * number) for layer, number in zip(costs, numbers, strict=True)),
   )

@@ -27,7 +27,7 @@ def exact(fun: LossFn, learned: Learned) -> GradFn:
   """An estimator that returns, for a stage, the exact 'gradient' and 'signal', and 'taps'.
 
   'taps' has three squared norms for every tap, where g is the tap's signal: |g|² ('own'), |g - h|²
-  with the learned guess h ('residual'), and 'by_group'. The last is the sum over groups of the |g|²
+  with the learned control variate h ('residual'), and 'by_group'. The last is the sum over groups of the |g|²
   that belongs to the losses of that group alone; it disturbs the other taps if all are perturbed
   jointly.
   """
@@ -37,7 +37,7 @@ def exact(fun: LossFn, learned: Learned) -> GradFn:
     traced = Traced(fun, params, *args)
     taps = {name: tap for name, tap in traced.taps.items() if in_block(name) in TAPS}
     of_loss = Learned({}, lambda _, *args: fun(*args))
-    signal, guess = (
+    signal, control_variate = (
       cotangents(g, g.weights, list(taps), params, *args) for g in (of_loss, learned)
     )
     zeros = {name: jnp.zeros(tap.shape, tap.dtype) for name, tap in taps.items()}
@@ -50,7 +50,7 @@ def exact(fun: LossFn, learned: Learned) -> GradFn:
     norms = {
       in_block(name): {
         'own': _square(g),
-        'residual': _square(g - guess[name]),
+        'residual': _square(g - control_variate[name]),
         'by_group': by_group[name].sum(),
       }
       for name, g in signal.items()
@@ -82,12 +82,12 @@ def recording(estimator: Estimator) -> Estimator:
       taps = Traced(fun, params, *args).taps
       shift = {name: jnp.zeros(tap.shape, tap.dtype) for name, tap in taps.items()}
       moved = functools.partial(shifted, functools.partial(Traced, fun), ())
-      guess = learned and learned._replace(
+      control_variate = learned and learned._replace(
         loss=lambda weights, *rest: shifted(
           functools.partial(Traced, learned.loss), (weights,), *rest
         )
       )
-      out, grads = estimator(moved, guess)({'own': params, 'shift': shift}, key, *args)
+      out, grads = estimator(moved, control_variate)({'own': params, 'shift': shift}, key, *args)
       signal = {in_block(name): g for name, g in grads['shift'].items()}
       return out, {'last': {'gradient': grads['own']['last'], 'signal': signal}}
 

@@ -1,7 +1,7 @@
 """Compares the block pipeline, on two processes of one core each, with what the machine can give.
 
     python experiments/bench/pipeline_throughput.py [--model=M/8/16] [--blocks=N] [--batch=64]
-        [--steps=40] [--repetitions=3] [--algorithm=LG-FG-A] [--cores=0,1] [--link=1e9] [--out=DIR]
+        [--steps=40] [--repetitions=3] [--algorithm=LG-FG-A+] [--cores=0,1] [--link=1e9] [--out=DIR]
 
 The program does --steps steps on two cores in three ways. These take turns, --repetitions times, in
 processes that stay alive:
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     __doc__, out='runs/pipeline_throughput', model='M/8/16', batch=64, repetitions=3
   )
   local = [name for name, rule in rules.REGISTRY.items() if rule.cut]
-  parser.option('algorithm', 'LG-FG-A', 'one that learns block by block', allowed=one_of(local))
+  parser.option('algorithm', 'LG-FG-A+', 'one that learns block by block', allowed=one_of(local))
   parser.number('blocks', 0, 'of the network; 0: as its size implies', least=0)
   parser.number('steps', 40, least=2)
   parser.numbers('cores', '0,1', 'of the two processes', least=0)
@@ -187,9 +187,9 @@ def answer(process: subprocess.Popen) -> float:
 def balance(options: command_line.Options) -> float:
   """The part of the limit that two stages of unequal cost can reach."""
   config = config_of(options, 'pipeline')
-  made_of = algorithms.make(config, dry_run.images_of(config), update.AXIS).made_of
-  costs = partition.costs(made_of)
-  slowest = max(sum(costs[span.start : span.stop]) for span in partition.spans(made_of, 2))
+  composition = algorithms.make(config, dry_run.images_of(config), update.AXIS).composition
+  costs = partition.costs(composition)
+  slowest = max(sum(costs[span.start : span.stop]) for span in partition.spans(composition, 2))
   return sum(costs) / 2 / slowest
 
 

@@ -1,7 +1,7 @@
 """Measures time, memory and arithmetic of a training step by algorithm, and the machine's limit.
 
     python experiments/bench/step_time.py [--model=M/8/16] [--batch=64]
-        [--algorithms=BP,LG-BP,FG-A,LG-FG-W,LG-FG-A] [--passes=1] [--repetitions=20]
+        [--algorithms=BP,LG-BP,FG-A,LG-FG-W,LG-FG-A+] [--num_tangents=1] [--repetitions=20]
         [--precision=float32|tensorfloat32|bfloat16] [--out=DIR]
 
 The floor is the time that the gradient's matmuls alone would take at the rate of a plain matmul of
@@ -31,7 +31,7 @@ from lfg_jax.training.run import plots, results
 Row = dict[str, Any]
 PRECISIONS = ('float32', 'tensorfloat32', 'bfloat16')
 _, BLUE, ORANGE, *_ = plots.COLOURS
-DEFAULT = 'BP,LG-BP,FG-A,LG-FG-W,LG-FG-A'
+DEFAULT = 'BP,LG-BP,FG-A,LG-FG-W,LG-FG-A+'
 
 
 class Step(NamedTuple):
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
   parser = results.parser(
     __doc__, out='runs/step_time', model='M/8/16', batch=64, algorithms=DEFAULT, repetitions=20
   )
-  parser.number('passes', 1, 'tangents per step')
+  parser.number('num_tangents', 1, 'tangents per step')
   parser.option('precision', 'float32', 'of matmuls', allowed=one_of(PRECISIONS))
   options = parser.parse(arguments)
   folder = results.Folder(options.out, __file__, arguments)
@@ -81,7 +81,7 @@ def measure(options: command_line.Options) -> list[Row]:
       'algorithm': name,
       'model': options.model,
       'batch': batch,
-      'passes': options.passes,
+      'num_tangents': options.num_tangents,
       'precision': options.precision,
       'matmul_gflop_per_s': rate,
       'examples_per_s': 1e3 * batch / ms[f'{name} update'],
@@ -103,8 +103,8 @@ def compile_step(name: str, options: command_line.Options) -> Step:
   They have CIFAR-10's size, or MNIST's if the whole image is one patch.
   """
   config = configs.base()
-  model, batch, passes = options.model, options.batch, options.passes
-  config.algorithm, config.model.size, config.estimator.num_tangents = name, model, passes
+  model, batch, num_tangents = options.model, options.batch, options.num_tangents
+  config.algorithm, config.model.size, config.estimator.num_tangents = name, model, num_tangents
   config.model.precision = 'bfloat16' if options.precision == 'bfloat16' else 'float32'
   images = data.TFDS['mnist' if parse(model)[1] == 1 else 'cifar10']
   keys = jax.random.split(jax.random.key(0), 4)
@@ -133,7 +133,9 @@ def compile_step(name: str, options: command_line.Options) -> Step:
 
   spec = mixer_spec(model, image_shape=images.image_shape, classes=images.classes)
   staged = mixer.staged(spec, lambda image: image)
-  flop = batch * gradient_flop(staged, rules.REGISTRY[name], rules.Options(num_tangents=passes))
+  flop = batch * gradient_flop(
+    staged, rules.REGISTRY[name], rules.Options(num_tangents=num_tangents)
+  )
   return Step(
     lambda: gradient(state, keys[3], *inputs), next_state, timing.temporaries(gradient), flop / 1e9
   )
@@ -161,7 +163,7 @@ def table(rows: list[Row]) -> str:
     for r in rows
   ]
   return (
-    f'{first["model"]}, batch {first["batch"]}, {first["passes"]} passes, '
+    f'{first["model"]}, batch {first["batch"]}, {first["passes"]} num_tangents, '
     f'{first["precision"]}, {jax.devices()[0].device_kind}; a plain matmul: '
     f'{first["matmul_gflop_per_s"]:.0f} GFLOP/s\n\n{results.in_table(head, cells)}\n'
   )

@@ -1,8 +1,8 @@
 """Seconds of training until the test error has fallen to given thresholds, by algorithm.
 
     python experiments/bench/time_to_accuracy.py --config=configs/mnist.py
-        [--algorithms=BP,LG-BP,LG-FG-A-paper,LG-FG-A] [--thresholds=4,3,2.5] [--seeds=0,1,2]
-        [--rates='BP=1e-3|3e-4,LG-FG-A=1e-3'] [--interval=100] [--max_epochs=20] [--out=DIR]
+        [--algorithms=BP,LG-BP,LG-FG-A,LG-FG-A+] [--thresholds=4,3,2.5] [--seeds=0,1,2]
+        [--rates='BP=1e-3|3e-4,LG-FG-A+=1e-3'] [--interval=100] [--max_epochs=20] [--out=DIR]
         [--config.field=value …]
 
 The runs of a seed take turns, --interval steps each, so that other work on the machine slows down
@@ -29,7 +29,7 @@ from lfg_jax.errors import UserError
 from lfg_jax.training import command_line, configs, train
 from lfg_jax.training.run import results
 
-ALGORITHMS = 'BP,LG-BP,LG-FG-A-paper,LG-FG-A'
+ALGORITHMS = 'BP,LG-BP,LG-FG-A,LG-FG-A+'
 THRESHOLDS = {'mnist': [4.0, 3.0, 2.5], 'cifar10': [55.0, 50.0, 45.0, 40.0]}
 NAME = 'time_to_accuracy'
 

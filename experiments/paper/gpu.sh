@@ -7,7 +7,7 @@
 #     SMALL=1 bash experiments/paper/gpu.sh     # tries the script: digits, tiny models
 #
 # DATA_DIR has cifar10 as TFDS prepares it. Training takes JOBS runs at a time, so that one compiles
-# (a minute) while others learn; more only share the GPU. (On an H100, LG-FG-A takes 1.0 s per epoch
+# (a minute) while others learn; more only share the GPU. (On an H100, LG-FG-A+ takes 1.0 s per epoch
 # alone and 5.1 s among four; on an H200, four runs of 40 epochs take four minutes.) The step times
 # are measured at the end, alone; they are compiled beside the training. When the seconds are up,
 # runs save their state and end. Run again with the same OUT, what is done stays, and training goes
@@ -49,7 +49,7 @@ step() {    # NAME LIMIT COMMAND…
 
 speed() {    # NAME LIMIT PRECISION REPETITIONS
   step "$1" "$2" experiments/bench/step_time.py --model="$model" --batch="$batch" \
-    --precision="$3" --algorithms=BP,LG-FG-A --repetitions="$4" --out="$out/$1"
+    --precision="$3" --algorithms=BP,LG-FG-A+ --repetitions="$4" --out="$out/$1"
 }
 
 reproduce() {    # NAME STUDY OPTIONS…
@@ -89,19 +89,19 @@ together() {    # reads commands, and runs JOBS of them at a time, the first one
 moved='--config.augment.shift=4 --config.augment.flip=True'
 together <<END
 speed compiled 400 tensorfloat32 1
-errors decay-1 LG-FG-A $epochs $(adamw 1)
-errors ahead LG-FG-A $epochs $(adamw 1) --config.losses.head_ahead=True
-errors moved LG-FG-A $epochs $(adamw 1) --config.losses.head_ahead=True $moved
+errors decay-1 LG-FG-A+ $epochs $(adamw 1)
+errors ahead LG-FG-A+ $epochs $(adamw 1) --config.losses.head_ahead=True
+errors moved LG-FG-A+ $epochs $(adamw 1) --config.losses.head_ahead=True $moved
 errors decay-1 LG-BP $epochs $(adamw 1)
 errors decay-1 BP $epochs $(adamw 1)
-errors decay-1 LG-FG-A-paper $epochs $(adamw 1)
+errors decay-1 LG-FG-A $epochs $(adamw 1)
 $(for number in $groups; do
+  echo "figure 7 LG-FG-A+ $number"
   echo "figure 7 LG-FG-A $number"
-  echo "figure 7 LG-FG-A-paper $number"
 done)
 $(for rule in L-BP LG-FA LG-FG-W FG-A FG-W L-FA FA DFA; do echo "errors others $rule $few"; done)
+figure 6 LG-FG-A+
 figure 6 LG-FG-A
-figure 6 LG-FG-A-paper
 END
 speed step_time_tensorfloat32 200 tensorfloat32 "$repetitions"
 speed step_time_bfloat16 200 bfloat16 "$repetitions"

@@ -31,9 +31,9 @@ Written by `python experiments/paper/index.py` from the files of this folder.
 **CIFAR-10's pixels had been through JPEG (quality 75)** in every number here.
 The paper: Ren, Kornblith, Liao, Hinton 2023, arXiv 2210.03310.
 
-*LG-FG-A-paper* is the paper's LG-FG-A: all activities of a block perturbed at once.
-*LG-FG-A (ours)* is another, quieter estimator of the same gradient.
-Files from before commit tracking call the first one LG-FG-A; the commands here have today's names.
+*LG-FG-A* is the paper's LG-FG-A+: all activities of a block perturbed at once.
+*LG-FG-A+ (ours)* is another, quieter estimator of the same gradient.
+Files from before commit tracking call the first one LG-FG-A+; the commands here have today's names.
 Every other command is as of the commit beside it: programs that were in `experiments/` then may be in
 `experiments/bench/` or `experiments/paper/` now.
 """
@@ -67,7 +67,7 @@ _CONTRASTIVE = (
   f'{REPRODUCE} cifar10-contrastive-M-8-16 --epochs=5 --images=20000 '
   '--config.batch_size=64 --rules='
 )
-_NAMES = {'LG-FG-A': 'LG-FG-A-paper'}
+_NAMES = {'LG-FG-A+': 'LG-FG-A'}
 OLD_RUNS = (
   *(
     OldRun(f'mnist-{size}', label, rule, f'mnist_{size.replace("-", "_")}_{name}.json')
@@ -75,14 +75,14 @@ OLD_RUNS = (
     for label, rule, name in (
       ('BP', 'BP', 'BP'),
       ('BP, plain SGD', 'BP', 'BP_sgd'),
-      ('LG-FG-A-paper', 'LG-FG-A', 'LG-FG-A'),
+      ('LG-FG-A', 'LG-FG-A+', 'LG-FG-A+'),
     )
   ),
   OldRun(
     'cifar10-M-8-16',
-    'LG-FG-A-paper',
     'LG-FG-A',
-    'cifar10_M_8_16_LG-FG-A.json',
+    'LG-FG-A+',
+    'cifar10_M_8_16_LG-FG-A+.json',
     note=' (of a schedule of 10)',
   ),
   *(
@@ -95,7 +95,7 @@ OLD_RUNS = (
       _CONTRASTIVE + _NAMES.get(name, name),
       20_000,
     )
-    for name in ('BP', 'LG-BP', 'FG-A', 'LG-FG-A', 'untrained')
+    for name in ('BP', 'LG-BP', 'FG-A', 'LG-FG-A+', 'untrained')
   ),
   *(
     OldRun(
@@ -107,21 +107,21 @@ OLD_RUNS = (
       f'{REPRODUCE} figure4 --rules={_NAMES.get(rule, rule)}',
       6_400,
     )
-    for rule in ('LG-BP', 'LG-FG-A')
+    for rule in ('LG-BP', 'LG-FG-A+')
     for stop in ('with', 'without')
   ),
 )
 _PROBE = 'python experiments/linear_probe.py --workdir=RUN'
-_LAWS = 'python experiments/compare.py --algorithms=LG-FG-A-paper --seeds=0,1,2,3,4 '
+_LAWS = 'python experiments/compare.py --algorithms=LG-FG-A --seeds=0,1,2,3,4 '
 _THROUGHPUT = (
-  'python experiments/bench/throughput.py --config.batch_size=64 --config.algorithm=LG-FG-A-paper'
+  'python experiments/bench/throughput.py --config.batch_size=64 --config.algorithm=LG-FG-A'
 )
 _ON_MNIST = _LAWS + '--config=configs/mnist.py --config.model.size=S/1/1 --config.epochs=5 '
 
 
-def _passes(law: str) -> tuple[tuple[str, str], ...]:
+def _passes(distribution: str) -> tuple[tuple[str, str], ...]:
   """Pairs of the end of a file's name and the fields that its runs had."""
-  one = f'--config.estimator.distribution={law}'
+  one = f'--config.estimator.distribution={distribution}'
   return ('_1', one), (
     '8',
     f'{one} --config.estimator.num_tangents=8 --config.estimator.joint=False',
@@ -134,23 +134,23 @@ OLD_FILES = {
   'replicated_losses/*.json': f'{REPRODUCE} figure5',
   **{
     f'variance/{part}.json': f'python experiments/paper/variance.py --parts={part}'
-    for part in ('laws', 'mlp', 'mixer', 'passes')
+    for part in ('distributions', 'mlp', 'mixer', 'num_tangents')
   },
   'cifar10_contrastive/linear_probe_M_4_16.json': f'{_PROBE} --pairs=2',
   'cifar10_contrastive/linear_probe_*.json': f'{_PROBE} --images=20000 --pairs=4',
   'depth/depth.json': 'python experiments/bench/depth.py',
-  'digits/comparison.json': 'python experiments/compare.py --algorithms=BP,LG-BP,FG-W,FG-A,LG-FG-A-paper',
+  'digits/comparison.json': 'python experiments/compare.py --algorithms=BP,LG-BP,FG-W,FG-A,LG-FG-A',
   **{
-    f'laws/digits_{law}{passes}.json': _LAWS + fields
-    for law in ('normal', 'rademacher', 'hadamard')
-    for passes, fields in _passes(law)
+    f'distributions/digits_{distribution}{num_tangents}.json': _LAWS + fields
+    for distribution in ('normal', 'rademacher', 'hadamard')
+    for num_tangents, fields in _passes(distribution)
   },
   **{
-    f'laws/mnist_{law}{passes.strip("_1")}.json': _ON_MNIST + fields
-    for law in ('normal', 'rademacher', 'hadamard')
-    for passes, fields in _passes(law)
+    f'distributions/mnist_{distribution}{num_tangents.strip("_1")}.json': _ON_MNIST + fields
+    for distribution in ('normal', 'rademacher', 'hadamard')
+    for num_tangents, fields in _passes(distribution)
   },
-  'step_time/step_time.json': 'python experiments/bench/step_time.py --algorithms=BP,LG-BP,FG-A,LG-FG-W,LG-FG-A-paper',
+  'step_time/step_time.json': 'python experiments/bench/step_time.py --algorithms=BP,LG-BP,FG-A,LG-FG-W,LG-FG-A',
   'throughput/throughput.json': _THROUGHPUT,
 }
 FIGURES = {
@@ -225,8 +225,8 @@ def old_rows(files: dict[str, Any], study: str) -> Iterator[list[str]]:
 
 
 def named_today(command: str, label: str) -> str:
-  """A stored command, with today's name of the paper's LG-FG-A, which was the default then."""
-  return f'{command} --config.algorithm={label}' if label == 'LG-FG-A-paper' else command
+  """A stored command, with today's name of the paper's LG-FG-A+, which was the default then."""
+  return f'{command} --config.algorithm={label}' if label == 'LG-FG-A' else command
 
 
 def measurements(files: dict[str, Any], study: str | None) -> str:

@@ -1,18 +1,18 @@
 """Measures the variance of forward gradients: against theory, and on real images layer by layer.
 
-    python experiments/paper/variance.py [--out=DIR] [--parts=table1,laws,mlp,mixer,passes]
+    python experiments/paper/variance.py [--out=DIR] [--parts=table1,distributions,mlp,mixer,num_tangents]
         [--data_dir=DIR] [--draws=N]
 
 | part | what |
 |---|---|
 | table1 | one linear layer: Table 1 for p, q = 2, 8, 64, batch 1, 16, 128, normal and Rademacher |
-| laws | one linear layer: all laws, 1 to 8 passes |
+| distributions | one linear layer: all distributions, 1 to 8 tangents |
 | mlp | an MLP on the embedded digits, layer by layer: the estimators for arbitrary modules |
-| mixer | M/8/16 on CIFAR-10, layer by layer: algorithms, cuts, laws, passes |
-| passes | M/8/16: time and memory of K passes, all at once and in chunks |
+| mixer | M/8/16 on CIFAR-10, layer by layer: algorithms, cuts, distributions, passes |
+| passes | M/8/16: time and memory of K tangents, all at once and in chunks |
 
 CIFAR-10's images have been through JPEG (quality 75, see prepare_data.py). DIR gets table.md and,
-for every part, PART.json with its rows, and PART.png. If a row of table1 or laws is not within
+for every part, PART.json with its rows, and PART.png. If a row of table1 or distributions is not within
 three standard errors of theory, it is measured again with four times as many new draws
 (`measured_again`).
 """
@@ -32,7 +32,7 @@ from lfg_jax import data
 from lfg_jax.errors import as_user_errors
 from lfg_jax.estimators import linear_layer
 from lfg_jax.tangents import variance
-from lfg_jax.tangents.distributions import LAWS
+from lfg_jax.tangents.distributions import DISTRIBUTIONS
 from lfg_jax.tangents.sampling import Sampling
 from lfg_jax.training import command_line
 from lfg_jax.training.cost import timing
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
   parser.option('data_dir', None, 'folder of the data sets')
   parser.number('draws', 16, 'of every estimate on images', least=2)
   options = parser.parse(arguments)
-  if {'mixer', 'passes'} & {*options.parts}:
+  if {'mixer', 'num_tangents'} & {*options.parts}:
     with as_user_errors():
       data.load('cifar10', data_dir=options.data_dir)  # before any long work
   folder = results.Folder(options.out, __file__, arguments)
@@ -84,14 +84,24 @@ def table(out: pathlib.Path) -> str:
 
 
 def _linear_row(
-  estimator: str, law: str, passes: int, shared: bool, batch: int, p: int, q: int
+  estimator: str, distribution: str, num_tangents: int, shared: bool, batch: int, p: int, q: int
 ) -> Row:
   layer = linear_layer.random_layer(jax.random.key(p + 100 * q), p, q)
-  estimate = layer.estimate(estimator, Sampling(LAWS[law], passes, shared), batch)
-  predicted = variance.predicted(
-    estimator, LAWS[law], passes, shared=shared, batch=batch, p=p, q=q, V=layer.V, S=layer.S
+  estimate = layer.estimate(
+    estimator, Sampling(DISTRIBUTIONS[distribution], num_tangents, shared), batch
   )
-  size = p * q * batch * passes
+  predicted = variance.predicted(
+    estimator,
+    DISTRIBUTIONS[distribution],
+    num_tangents,
+    shared=shared,
+    batch=batch,
+    p=p,
+    q=q,
+    V=layer.V,
+    S=layer.S,
+  )
+  size = p * q * batch * num_tangents
   # Small batches of small layers have the longest tails: their standard error needs many draws.
   draws, at_once = min(40_000, max(300, 100_000_000 // size)), min(200, max(10, 2_000_000 // size))
   before = jax.config.read('jax_disable_most_optimizations')
@@ -107,8 +117,8 @@ def _linear_row(
   jax.config.update('jax_disable_most_optimizations', before)
   return {
     'estimator': estimator,
-    'law': law,
-    'passes': passes,
+    'distribution': distribution,
+    'num_tangents': num_tangents,
     'sharing': 'shared' if shared else 'independent',
     'batch': batch,
     'p': p,
@@ -124,29 +134,29 @@ def _linear_row(
 
 
 def table1(options: command_line.Options) -> Iterator[Row]:
-  """Rows for all combinations of layer size, batch, estimator, law and sharing."""
+  """Rows for all combinations of layer size, batch, estimator, distribution and sharing."""
   del options
   for p, q, batch in ((p, q, n) for p in (2, 8, 64) for q in (2, 8, 64) for n in (1, 16, 128)):
     for estimator in ('weight', 'activity'):
-      for law in ('normal', 'rademacher'):
+      for distribution in ('normal', 'rademacher'):
         for shared in (True, False):
-          yield _linear_row(estimator, law, 1, shared, batch, p, q)
+          yield _linear_row(estimator, distribution, 1, shared, batch, p, q)
 
 
-def laws(options: command_line.Options) -> Iterator[Row]:
-  """Rows for all laws on an 8 × 8 layer, whose activity has 8 dimensions."""
+def distributions(options: command_line.Options) -> Iterator[Row]:
+  """Rows for all distributions on an 8 × 8 layer, whose activity has 8 dimensions."""
   del options
-  for law in LAWS:
-    for passes in (1, 2, 4, 6, 8):
-      yield _linear_row('activity', law, passes, False, 16, 8, 8)
+  for distribution in DISTRIBUTIONS:
+    for num_tangents in (1, 2, 4, 6, 8):
+      yield _linear_row('activity', distribution, num_tangents, False, 16, 8, 8)
 
 
 PARTS = {
   'table1': (table1, figures.table1),
-  'laws': (laws, figures.laws),
+  'distributions': (distributions, figures.distributions),
   'mlp': (networks.mlp, figures.mlp),
   'mixer': (networks.mixer, figures.mixer),
-  'passes': (networks.passes, figures.passes),
+  'num_tangents': (networks.num_tangents, figures.num_tangents),
 }
 
 

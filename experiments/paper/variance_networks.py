@@ -1,4 +1,4 @@
-"""The parts `mlp`, `mixer` and `passes` of variance.py: networks, layer by layer."""
+"""The parts `mlp`, `mixer` and `num_tangents` of variance.py: networks, layer by layer."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from lfg_jax import data, forward_grad, mark, value_and_activity_grad
 from lfg_jax.tangents import variance
-from lfg_jax.tangents.distributions import LAWS
+from lfg_jax.tangents.distributions import DISTRIBUTIONS
 from lfg_jax.training import configs
 from lfg_jax.training.command_line import Options
 from lfg_jax.training.cost import timing
@@ -92,11 +92,15 @@ def _predicted_mlp(params: dict, x: jax.Array, y: jax.Array) -> Callable[..., di
     jnp.concatenate([x.T @ s, s.sum(0)[None]]) for x, s in zip(inputs, signals, strict=False)
   ]
 
-  def predict(name: str, law: str, passes: int, joint: bool) -> dict[str, float]:
+  def predict(name: str, distribution: str, num_tangents: int, joint: bool) -> dict[str, float]:
     tensors, axes = (weights, (0, 1)) if name == 'weight' else (signals, 1)
     dims = [w.size for w in weights] if name == 'weight' else widths
     errors = variance.predicted_taps(
-      LAWS[law], [passes] * 3, dims, [(t**2).sum(axes) for t in tensors], joint=joint
+      DISTRIBUTIONS[distribution],
+      [num_tangents] * 3,
+      dims,
+      [(t**2).sum(axes) for t in tensors],
+      joint=joint,
     )
     if name == 'weight':
       return {layer: float(e / d) for layer, e, d in zip(layers, errors, dims, strict=True)}
@@ -127,14 +131,16 @@ def mlp(options: Options) -> Iterator[Row]:
   truth = jax.jit(jax.grad(loss))(variables['params'])
   predict = _predicted_mlp(variables['params'], x, y)
 
-  def activity(law: str, passes: int, joint: bool) -> Callable:
+  def activity(distribution: str, num_tangents: int, joint: bool) -> Callable:
     per_example = lambda params: losses(mark(MLP(), nn.Dense).apply({'params': params}, x), y)
-    step = value_and_activity_grad(per_example, law=LAWS[law], passes=passes, separate=not joint)
+    step = value_and_activity_grad(
+      per_example, distribution=DISTRIBUTIONS[distribution], num_tangents=num_tangents, joint=joint
+    )
     return lambda key: step(jax.lax.optimization_barrier(variables['params']), key=key)[1]
 
-  def weight(law: str, passes: int, joint: bool) -> Callable:
+  def weight(distribution: str, num_tangents: int, joint: bool) -> Callable:
     del joint
-    run = forward_grad(loss, law=LAWS[law], passes=passes)
+    run = forward_grad(loss, distribution=DISTRIBUTIONS[distribution], num_tangents=num_tangents)
     return lambda key: run(jax.lax.optimization_barrier(variables['params']), key=key)
 
   for name, make, joint, orthogonal in (
@@ -142,15 +148,18 @@ def mlp(options: Options) -> Iterator[Row]:
     ('activity', activity, True, 'hadamard'),
     ('activity', activity, False, 'hadamard'),
   ):
-    for law in ('normal', 'rademacher', orthogonal):
-      for passes in (1, 4, 32):
-        estimate, predicted = make(law, passes, joint), predict(name, law, passes, joint)
+    for distribution in ('normal', 'rademacher', orthogonal):
+      for num_tangents in (1, 4, 32):
+        estimate, predicted = (
+          make(distribution, num_tangents, joint),
+          predict(name, distribution, num_tangents, joint),
+        )
         ms = timing.one_ms(functools.partial(jax.jit(estimate), jax.random.key(0)))
         for row in _by_layer(estimate, truth, 400, 20):
           yield {
             'estimator': name,
-            'law': law,
-            'passes': passes,
+            'distribution': distribution,
+            'num_tangents': num_tangents,
             'taps': 'joint' if joint else 'separate',
             'sharing': 'shared' if name == 'weight' else 'independent',
             'batch': 32,
@@ -219,20 +228,24 @@ CUTS = {
 
 def _mixer_runs() -> Iterator[tuple[str, str, dict]]:
   """(algorithm, cut, options)."""
-  for law in ('normal', 'rademacher'):
+  for distribution in ('normal', 'rademacher'):
     for name in ('FG-W', 'FG-A'):
-      yield name, 'none', {'distribution': law}
-    for name in ('LG-FG-W', 'LG-FG-A-paper'):
+      yield name, 'none', {'distribution': distribution}
+    for name in ('LG-FG-W', 'LG-FG-A'):
       for cut, (patch, group) in CUTS.items():
-        if law == 'rademacher' or cut == 'all':
-          yield name, cut, {'distribution': law, 'patch': patch, 'group': group}
-  for law, joint in (('hadamard', False), ('rademacher', True), ('hadamard', True)):
-    for passes in PASSES[joint:]:  # one pass is the same for both laws
-      yield 'LG-FG-A-paper', 'all', {'distribution': law, 'joint': joint, 'num_tangents': passes}
+        if distribution == 'rademacher' or cut == 'all':
+          yield name, cut, {'distribution': distribution, 'patch': patch, 'group': group}
+  for distribution, joint in (('hadamard', False), ('rademacher', True), ('hadamard', True)):
+    for num_tangents in PASSES[joint:]:  # one tangent is the same for both distributions
+      yield (
+        'LG-FG-A',
+        'all',
+        {'distribution': distribution, 'joint': joint, 'num_tangents': num_tangents},
+      )
 
 
 def mixer(options: Options) -> Iterator[Row]:
-  """Rows for every algorithm and cut, then for numbers of passes by law and kind of taps."""
+  """Rows for every algorithm and cut, then for numbers of tangents by distribution and kind of taps."""
   model = Mixer(options.data_dir)
   truths: dict[str, Any] = {}
   for name, cut, fields in _mixer_runs():
@@ -246,8 +259,8 @@ def mixer(options: Options) -> Iterator[Row]:
         yield {
           'estimator': name,
           'cut': cut,
-          'law': fields['distribution'],
-          'passes': fields.get('num_tangents', 1),
+          'distribution': fields['distribution'],
+          'num_tangents': fields.get('num_tangents', 1),
           'taps': 'joint' if fields.get('joint', True) else 'separate',
           'sharing': 'paper',
           'batch': BATCH,
@@ -256,20 +269,22 @@ def mixer(options: Options) -> Iterator[Row]:
         }
 
 
-def passes(options: Options) -> Iterator[Row]:
-  """Rows with time and temporaries of LG-FG-A-paper; runs take turns, and the fastest counts."""
+def num_tangents(options: Options) -> Iterator[Row]:
+  """Rows with time and temporaries of LG-FG-A; runs take turns, and the fastest counts."""
   model = Mixer(options.data_dir)
   cases = [
-    (law, chunk, K)
-    for law in ('rademacher', 'hadamard')
+    (distribution, chunk, K)
+    for distribution in ('rademacher', 'hadamard')
     for chunk in (0, 4)
     for K in PASSES
     if chunk < K
   ]
   programs = {}
-  for law, chunk, K in cases:
-    gradient = model.make('LG-FG-A-paper', distribution=law, num_tangents=K, chunk=chunk).gradient
-    programs[law, chunk, K] = (
+  for distribution, chunk, K in cases:
+    gradient = model.make(
+      'LG-FG-A', distribution=distribution, num_tangents=K, chunk=chunk
+    ).gradient
+    programs[distribution, chunk, K] = (
       jax.jit(gradient).lower(model.variables, jax.random.key(0), model.batch).compile()
     )
   calls = {
@@ -277,15 +292,15 @@ def passes(options: Options) -> Iterator[Row]:
     for case, run in programs.items()
   }
   best = {case: 1000 * min(seconds) for case, seconds in timing.interleaved(calls, 5).items()}
-  for (law, chunk, K), run in programs.items():
+  for (distribution, chunk, K), run in programs.items():
     yield {
-      'estimator': 'LG-FG-A-paper',
-      'law': law,
-      'passes': K,
+      'estimator': 'LG-FG-A',
+      'distribution': distribution,
+      'num_tangents': K,
       'chunk': chunk,
       'batch': BATCH,
-      'ms': best[law, chunk, K],
-      'relative_to_one_pass': best[law, chunk, K] / best[law, 0, 1],
+      'ms': best[distribution, chunk, K],
+      'relative_to_one_pass': best[distribution, chunk, K] / best[distribution, 0, 1],
       'allowed': (1 + 2 * K) / 3,
       'temporaries_bytes': run.memory_analysis().temp_size_in_bytes,
     }

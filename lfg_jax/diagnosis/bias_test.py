@@ -60,10 +60,10 @@ class Accuracy(NamedTuple):
     cosine_se: its standard error.
     error: for every K, E|x - g|² / |g|².
     error_se: its standard error.
-    limit: c in the law cos(K) = c/√(1 + a/K - b), the cosine in the limit of many tangents; below
+    limit: c in the distribution cos(K) = c/√(1 + a/K - b), the cosine in the limit of many tangents; below
       1, the estimate's mean does not point along the gradient.
     noise: a, fitted.
-    orthogonal: b, fitted for laws of orthogonal tangents (where it is about 1), else 0.
+    orthogonal: b, fitted for distributions of orthogonal tangents (where it is about 1), else 0.
     scale: E[x·g]/|g|² for the largest K; 1 without bias.
     scale_se: its standard error.
     bias: |E[x] - g|/|g| for the largest K, with the contribution of noise subtracted.
@@ -109,7 +109,7 @@ class Accuracy(NamedTuple):
     return f'biased by {max(self.bias, abs(self.scale - 1)):.1%}'
 
   def cosine_at(self, K: np.ndarray) -> np.ndarray:
-    """The fitted law."""
+    """The fitted distribution."""
     squared = np.maximum(1 + self.noise / K - self.orthogonal, 1e-12)
     return np.minimum(self.limit / np.sqrt(squared), 1)
 

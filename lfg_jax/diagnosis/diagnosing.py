@@ -8,7 +8,7 @@ from derivatives.
 *Influence* (`probing`). Which losses does every tap really influence, and which does it declare?
 
 *Accuracy* (`averaging`). How close is the estimate x to the exact gradient, for several numbers of
-tangents K? Cosine and squared error follow a law. Write x = E[x] + noise. The noise of K
+tangents K? Cosine and squared error follow a distribution. Write x = E[x] + noise. The noise of K
 independent tangents has variance a |E[x]|²/K, so |x|² is (1 + a/K) |E[x]|² on average, and
 
     cos(K) = c / √(1 + a/K),
@@ -55,13 +55,14 @@ def diagnose(
     argnums: which positional arguments to differentiate.
     has_aux: whether `fun` returns a pair of losses and anything.
     num_tangents: a number of tangents K, or increasing numbers. Bias is tested with the largest.
-      `passes` stands for it too.
+      `num_tangents` stands for it too.
     draws: number of estimates for every K. More draws detect a smaller bias.
     at_once: how many estimates are kept in memory and compared with each other; even, and at
       least 6. They are computed one at a time.
     probes: random tangents per tap and axis, each used twice, that determine which losses the tap
       influences.
-    **options: of `value_and_activity_grad`: `law`, `separate`, `taps`, `mixes_examples`, `guess`, …
+    **options: of `value_and_activity_grad`: `distribution`, `joint`, `taps`, `mixes_examples`,
+      `control_variate`, …
 
   Returns:
     `(*args, key, **kwargs) -> Diagnosis`. It prints as two tables, and `plot()` draws the cosines.
@@ -82,10 +83,12 @@ def diagnose(
   >>> check(w, x, key=jax.random.key(1)).problems[0]
   'tap h: too local: declares local_axes=1, influences along axis 0'
   """
-  given = options.pop('passes', num_tangents)
+  given = options.pop('num_tangents', num_tangents)
   num_tangents = (given,) if isinstance(given, int) else tuple(given)
   _check(num_tangents, draws, at_once, probes)
-  law = distributions.as_law(options.get('law', distributions.rademacher))
+  distribution = distributions.as_distribution(
+    options.get('distribution', distributions.rademacher)
+  )
 
   def run(*args: Any, key: jax.Array, **kwargs: Any) -> Diagnosis:
     call, refused = tap_shifts.accepted(Call(fun, argnums, has_aux, options, args, key, kwargs))
@@ -108,7 +111,7 @@ def diagnose(
     leaves = tap_shifts.named(function.point, 'gradient')
     names = [*(tap.name for tap in function.taps), *leaves, 'all']
     found = bias_test.accuracies(
-      names, num_tangents, sampled, _rounding(exact), is_orthogonal=law.excess(64, 64) == 0
+      names, num_tangents, sampled, _rounding(exact), is_orthogonal=distribution.excess(64, 64) == 0
     )
     of_taps, of_leaves = tuple(found[:count]), tuple(found[count:-1])
     size = len(sampled[0].along)

@@ -77,13 +77,13 @@ class Diagnosis:
 
   def _accuracies(self) -> list[str]:
     is_orthogonal = any(one.orthogonal for one in (*self.signals, *self.gradients, self.overall))
-    law = ['c', 'a', 'b'] if is_orthogonal else ['c', 'a']
+    distribution = ['c', 'a', 'b'] if is_orthogonal else ['c', 'a']
     rows = [
       [
         'estimate',
         *(f'cos({K})' for K in self.num_tangents),
         *(f'err({K})' for K in self.num_tangents),
-        *law,
+        *distribution,
         'scale',
         'sigmas',
         'verdict',
@@ -95,7 +95,7 @@ class Diagnosis:
       ('whole gradient', self.overall),
     ]
     for name, one in named:
-      fitted = [one.limit, one.noise, one.orthogonal][: len(law)]
+      fitted = [one.limit, one.noise, one.orthogonal][: len(distribution)]
       relative = [
         *(f'{x:.3f}' for x in one.cosine),
         *map(_number, one.error),
@@ -115,7 +115,7 @@ class Diagnosis:
     return [head, *_aligned(rows, right=range(1, len(rows[0]) - 1))]
 
   def plot(self, axes: Any = None) -> Any:
-    """Plots cosines against K with standard errors and fitted laws, and returns the figure.
+    """Plots cosines against K with standard errors and fitted distributions, and returns the figure.
 
     Args:
       axes: matplotlib axes to draw in; None: a new figure.

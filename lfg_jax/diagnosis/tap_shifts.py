@@ -80,7 +80,7 @@ class Shifted(NamedTuple):
 
   def estimate(self, num_tangents: int) -> Callable[[jax.Array], list[jax.Array]]:
     """`key -> estimate` of what `exact` returns."""
-    step = value_and_activity_grad(self.__call__, (0, 1), passes=num_tangents, **self.options)
+    step = value_and_activity_grad(self.__call__, (0, 1), num_tangents=num_tangents, **self.options)
     return lambda key: jax.tree.leaves(step(self.zeros, self.point, key=key)[1])
 
 
@@ -105,12 +105,15 @@ def shifted(call: Call) -> Shifted:
     return with_aux(of_point(point), call.has_aux)[0], {}
 
   traced = Traced(of_losses, point, checkpoint_names=options.get('checkpoint_names', False))
-  perturbed = perturbed_taps(traced, options.get('taps'), options.get('tap_passes'))
+  perturbed = perturbed_taps(traced, options.get('taps'), options.get('num_tangents_by_tap'))
   declared = dict(traced.taps)
   credited(traced, perturbed, options.get('mixes_examples'))
-  guess = options.get('guess')
-  if guess is not None:
-    options = {**options, 'guess': lambda activities, *_: guess(activities, *args, **kwargs)}
+  control_variate = options.get('control_variate')
+  if control_variate is not None:
+    options = {
+      **options,
+      'control_variate': lambda activities, *_: control_variate(activities, *args, **kwargs),
+    }
   point = point[0] if isinstance(call.argnums, int) else point
   reaches = dict(zip(traced.taps, _reached(traced), strict=True))
   taps = [

@@ -9,14 +9,20 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.estimators._types import GradFn, Losses, LossFn, PyTree
-from lfg_jax.estimators.control_variates import Guess, Learned, corrected, cotangents, regression
+from lfg_jax.estimators.control_variates import (
+  ControlVariate,
+  Learned,
+  corrected,
+  cotangents,
+  regression,
+)
 from lfg_jax.estimators.feedback import reverse_with_signals
 from lfg_jax.jaxpr.tapped import Traced, perturb, record
 from lfg_jax.jaxpr.taps import Tap
 from lfg_jax.promotion import upcast
 from lfg_jax.tangents import distributions
 from lfg_jax.tangents.derivatives import Derivative, along_each, jvp_derivative
-from lfg_jax.tangents.distributions import Passes
+from lfg_jax.tangents.distributions import Chunk
 from lfg_jax.tangents.sampling import (
   Sampling,
   after,
@@ -35,24 +41,24 @@ def activity_perturbation(
   *,
   sampling: Sampling = Sampling(),
   derivative: Derivative = jvp_derivative,
-  separate: bool = False,
-  passes_of: Callable[[str], int] | None = None,
+  joint: bool = True,
+  num_tangents_of: Callable[[str], int] | None = None,
   is_perturbed: Names = lambda name: True,
-  guess: Guess | None = None,
-  is_guessed: Names = lambda name: True,
+  control_variate: ControlVariate | None = None,
+  has_control_variate: Names = lambda name: True,
   redraw: bool = False,
   trace: Callable[..., Traced] = Traced,
 ) -> GradFn:
   """g_a(w_ij) = x_i (∇z·u) u_j, with z the activity at a tap.
 
   The signal of each tapped activity is u times the loss's derivative along u. The layers before
-  the tap are then differentiated locally. That step is linear in the signals, so K passes cost K
+  the tap are then differentiated locally. That step is linear in the signals, so K tangents cost K
   forward derivatives and one local one.
 
-  *Joint or separate.* If all taps are perturbed in one pass, the derivative is Σ_j g_j·u_j over
+  *Joint or one by one.* If all taps are perturbed at once, the derivative is Σ_j g_j·u_j over
   taps j, and the estimate at tap i has the squared error excess(d_i, K) |g_i|² + (d_i/K) Σ_{j≠i}
   |g_j|² (see `tangents`, "Blocks"). If each tap is perturbed separately, only the first term
-  remains, and orthogonal laws with K = d_i are exact. The price is one derivative of the
+  remains, and orthogonal distributions with K = d_i are exact. The price is one derivative of the
   computation after every tap, instead of one after the first. After the last tap of a block, no
   matrix product remains.
 
@@ -61,18 +67,18 @@ def activity_perturbation(
   a local loss, only a norm, a ReLU and the head remain, and the head learns from its exact
   gradient in the paper too.
 
-  *Guesses* of the derivatives remove noise and add no bias: see `guesses`.
+  *Control variates* of the derivatives remove noise and add no bias: see `control_variates`.
 
   Args:
-    learned: a guess that learns; aux then holds its gradient as 'guess_gradient'.
-    sampling: for every tap; `combine='projection'` needs `separate`.
+    learned: a control variate that learns; aux then holds its gradient as 'control_variate_gradient'.
+    sampling: for every tap; `combine='projection'` needs `joint=False`.
     derivative: `jvp_derivative` or `finite_difference(ε)`.
-    separate: whether to perturb each tap separately. (The taps of scanned layers are one tap.)
-    passes_of: with `separate`, a function from a tap's name to its number of passes; default: that
+    joint: whether to perturb all taps at once, or each by itself. (The taps of scanned layers are one tap.)
+    num_tangents_of: with `joint=False`, a function from a tap's name to its number of tangents; default: that
       of `sampling`. `variance.allocate` finds good numbers.
     is_perturbed: which taps to perturb, by name; the others let the exact signal pass.
-    guess: with `separate`, another guess of the taps' gradients.
-    is_guessed: the taps that `learned` guesses, by name.
+    control_variate: with `joint=False`, another control variate of the taps' gradients.
+    has_control_variate: the taps that `learned` control variates, by name.
     redraw: whether to draw tangents a second time when the reverse sweep reaches their layer, so
       that the tangents of all taps are never in memory together.
     trace: makes the jaxpr of `fun`.
@@ -84,10 +90,10 @@ def activity_perturbation(
   >>> estimate(jnp.ones((3, 2)), jax.random.key(0), jnp.eye(4, 3))[1].tolist()
   [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
   """
-  check_options(sampling, separate, bool(passes_of), bool(guess or learned))
+  check_options(sampling, joint, bool(num_tangents_of), bool(control_variate or learned))
 
   def own_sampling(name: str) -> Sampling:
-    return sampling._replace(passes=passes_of(name)) if passes_of else sampling
+    return sampling._replace(num_tangents=num_tangents_of(name)) if num_tangents_of else sampling
 
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
     traced, key = trace(fun, params, *args), tangent_key(key)
@@ -96,19 +102,21 @@ def activity_perturbation(
     perturbed = {name: tap for name, tap in taps.items() if is_perturbed(name)}
     if sampling.shared:
       _check_shared(perturbed)
-    guessed: dict[str, jax.Array] = {}  # made before any tangent is drawn, and without the key
+    control_variates: dict[
+      str, jax.Array
+    ] = {}  # made before any tangent is drawn, and without the key
     pull: Callable | None = None
     if learned:
-      names = [name for name in perturbed if is_guessed(name)]
-      guessed, pull = jax.vjp(
+      names = [name for name in perturbed if has_control_variate(name)]
+      control_variates, pull = jax.vjp(
         lambda weights: cotangents(learned, weights, names, params, *args), learned.weights
       )
-    elif guess:
-      guessed = dict(guess(traced.evaluate(record, {}, params, *args)[1]))
-    _check_guess(guessed, perturbed)
+    elif control_variate:
+      control_variates = dict(control_variate(traced.evaluate(record, {}, params, *args)[1]))
+    _check_control_variates(control_variates, perturbed)
 
     evaluate = lambda u: traced.evaluate(perturb, u, params, *args)[0][0]
-    together = [[name] for name in perturbed] if separate else [list(perturbed)]
+    together = [list(perturbed)] if joint else [[name] for name in perturbed]
     early = {name: after(key, None) for name, key in keys.items()} if redraw else keys
     slopes: dict[str, Losses] = {}
     for names in filter(None, together):
@@ -121,35 +129,39 @@ def activity_perturbation(
     for name in reversed(perturbed):
       again = after(keys[name], before) if redraw else keys[name]
       before = residual[name] = _signal(
-        own_sampling(name), taps[name], again, slopes[name], guessed.get(name)
+        own_sampling(name), taps[name], again, slopes[name], control_variates.get(name)
       )
     signal = {
-      name: corrected(guessed[name], r) if name in guessed else r for name, r in residual.items()
+      name: corrected(control_variates[name], r) if name in control_variates else r
+      for name, r in residual.items()
     }
     (losses, aux), grads = reverse_with_signals(traced, signal, params, *args)
     if learned and pull:
-      known = {name: r for name, r in residual.items() if name in guessed}
-      aux = {**aux, 'guess_gradient': regression(pull, guessed, known, taps, learned.size_B)}
+      known = {name: r for name, r in residual.items() if name in control_variates}
+      aux = {
+        **aux,
+        'control_variate_gradient': regression(pull, control_variates, known, taps, learned.size_B),
+      }
     return (losses, aux), grads
 
   return run
 
 
 def check_options(
-  sampling: Sampling, separate: bool, has_own_passes: bool, has_guess: bool
+  sampling: Sampling, joint: bool, has_own_num_tangents: bool, has_control_variate: bool
 ) -> None:
   """Raises ValueError for options of `activity_perturbation` that contradict each other."""
   sampling.check()
-  if sampling.combine == 'projection' and not separate:
-    raise ValueError('a projection takes the taps one by one; allowed: separate=True')
-  if has_guess and not separate:
+  if sampling.combine == 'projection' and joint:
+    raise ValueError('a projection takes the taps one by one; allowed: joint=False')
+  if has_control_variate and joint:
     raise ValueError(
-      "a guess is of one tap's derivative, not of the sum over taps; allowed: separate=True"
+      "a control variate is of one tap's derivative, not of the sum over taps; allowed: joint=False"
     )
-  if has_own_passes and not separate:
+  if has_own_num_tangents and joint:
     raise ValueError(
-      'taps have numbers of passes of their own only where they are perturbed one '
-      'by one; allowed: separate=True'
+      'taps have numbers of tangents of their own only where they are perturbed one '
+      'by one; allowed: joint=False'
     )
 
 
@@ -163,11 +175,13 @@ def _check_shared(taps: Mapping[str, Tap]) -> None:
       )
 
 
-def _check_guess(guessed: Mapping[str, jax.Array], taps: Mapping[str, Tap]) -> None:
+def _check_control_variates(
+  control_variates: Mapping[str, jax.Array], taps: Mapping[str, Tap]
+) -> None:
   shapes = {name: tap.shape for name, tap in taps.items()}
-  for name, h in guessed.items():
+  for name, h in control_variates.items():
     if shapes.get(name) != h.shape:
-      raise ValueError(f'the guess has {h.shape} for the tap {name!r}; allowed: {shapes}')
+      raise ValueError(f'the control variate has {h.shape} for the tap {name!r}; allowed: {shapes}')
 
 
 def _slopes(
@@ -178,44 +192,44 @@ def _slopes(
   keys: Mapping[str, jax.Array],
 ) -> Losses:
   """Derivatives [K, ...] of the losses along tangents at jointly perturbed taps."""
-  draw = lambda passes: {
-    name: draw_at_tap(sampling, keys[name], tap, passes) for name, tap in taps.items()
+  draw = lambda chunk: {
+    name: draw_at_tap(sampling, keys[name], tap, chunk) for name, tap in taps.items()
   }
-  shapes = jax.eval_shape(lambda: draw(Passes(1)))
+  shapes = jax.eval_shape(lambda: draw(Chunk(1)))
   at_rest = {name: jnp.zeros(u.shape[1:], u.dtype) for name, u in shapes.items()}
-  along = derivative(evaluate, at_rest, sampling.at_once < sampling.passes)
-  return each_chunk(lambda passes: along_each(along, draw(passes)), sampling)
+  along = derivative(evaluate, at_rest, sampling.at_once < sampling.num_tangents)
+  return each_chunk(lambda chunk: along_each(along, draw(chunk)), sampling)
 
 
 def _signal(
-  sampling: Sampling, tap: Tap, key: jax.Array, slopes: Losses, guessed: jax.Array | None
+  sampling: Sampling, tap: Tap, key: jax.Array, slopes: Losses, h: jax.Array | None
 ) -> jax.Array:
-  """The estimate of a tap's gradient minus its guess, from the slopes along its tangents."""
+  """The estimate of a tap's gradient minus its control variate, from the slopes along its tangents."""
 
-  def part(passes: Passes) -> jax.Array:
-    u_K = draw_at_tap(sampling, key, tap, passes)
-    dL_K = jax.tree.map(lambda d: passes.of(d), slopes)
+  def part(chunk: Chunk) -> jax.Array:
+    u_K = draw_at_tap(sampling, key, tap, chunk)
+    dL_K = jax.tree.map(lambda d: chunk.of(d), slopes)
     slope_K = jax.vmap(lambda dL: credit(tap, dL, sampling.axis_name))(dL_K)
     front = (1,) * (u_K.ndim - slope_K.ndim)
     slope_K = slope_K.reshape(slope_K.shape[0], *front, *slope_K.shape[1:])
-    if guessed is not None:
-      slope_K = slope_K - _guessed_slope(tap, guessed, u_K, sampling.axis_name)
+    if h is not None:
+      slope_K = slope_K - _control_variate_slope(tap, h, u_K, sampling.axis_name)
     own_axes = tap.ndim - max(tap.local_axes, 1)
-    return combine(sampling.combine, slope_K, u_K, sampling.passes, own_axes)
+    return combine(sampling.combine, slope_K, u_K, sampling.num_tangents, own_axes)
 
   return jnp.broadcast_to(sum_over_chunks(part, sampling), tap.shape)
 
 
-def _guessed_slope(
-  tap: Tap, guessed: jax.Array, u_K: jax.Array, axis_name: str | None
+def _control_variate_slope(
+  tap: Tap, h: jax.Array, u_K: jax.Array, axis_name: str | None
 ) -> jax.Array:
   """h·u of each tangent, [K, *1, B, ...], summed over the axes that the tap's credit covers."""
   axes = (*range(1, 1 + tap.scanned), *range(1 + tap.scanned + tap.local_axes, u_K.ndim))
-  dot_K = (upcast(guessed)[None] * upcast(u_K)).sum(axes, keepdims=True)
+  dot_K = (upcast(h)[None] * upcast(u_K)).sum(axes, keepdims=True)
   return jax.lax.psum(dot_K, axis_name) if tap.local_axes == 0 and axis_name else dot_K
 
 
-def draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap, passes: Passes) -> jax.Array:
+def draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap, chunk: Chunk) -> jax.Array:
   """Tangents [K, *scan, B, ...] for a tap, or [K, *scan, 1, ...] if shared by the batch.
 
   Each index of the axes that the tap shares with the losses (example, patch, group) has its own
@@ -224,8 +238,8 @@ def draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap, passes: Passes) ->
   batch, *rest = tap.shape[tap.scanned :]
   own = rest[: max(tap.local_axes, 1) - 1]
   d = math.prod(rest) // math.prod(own)
-  law = distributions.as_law(sampling.law)
-  one = lambda k: law.draw(k, passes, tuple(own), d, tap.dtype).reshape(-1, *rest)
+  distribution = distributions.as_distribution(sampling.distribution)
+  one = lambda k: distribution.draw(k, chunk, tuple(own), d, tap.dtype).reshape(-1, *rest)
   if sampling.shared:
     draw = lambda k: one(k)[:, None]
   else:

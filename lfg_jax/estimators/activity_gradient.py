@@ -36,15 +36,15 @@ def value_and_activity_grad(
   argnums: int | Sequence[int] = 0,
   has_aux: bool = False,
   *,
-  law: distributions.Law | str = distributions.rademacher,
-  passes: int = 1,
+  distribution: distributions.Distribution | str = distributions.rademacher,
+  num_tangents: int = 1,
   chunk: int | None = None,
-  combination: str = 'mean',
+  combine: str = 'mean',
   shared: bool = False,
-  separate: bool = False,
-  tap_passes: Mapping[str, int] | None = None,
+  joint: bool = True,
+  num_tangents_by_tap: Mapping[str, int] | None = None,
   taps: Taps = None,
-  guess: Callable[..., Mapping[str, jax.Array]] | None = None,
+  control_variate: Callable[..., Mapping[str, jax.Array]] | None = None,
   mixes_examples: bool | None = None,
   checkpoint_names: bool = False,
   axis_name: str | None = None,
@@ -61,22 +61,22 @@ def value_and_activity_grad(
       `has_aux`, a pair of losses and anything.
     argnums: which positional arguments (pytrees of real floating-point arrays) to differentiate.
     has_aux: see `jax.grad`; aux comes from the unperturbed evaluation.
-    law: the distribution of tangents, for each tap and example; one of `tangents`, or its name.
-    passes: number of tangents, K.
+    distribution: the distribution of tangents, for each tap and example; one of `tangents`, or its name.
+    num_tangents: number of tangents, K.
     chunk: how many tangents are in memory at once; None: all. Every chunk re-evaluates the
       computation after the taps. A chunk of one needs no `vmap`.
-    combination: 'mean', or with `separate` also 'projection'; see `sampling.combine`.
+    combine: 'mean', or with `joint=False` also 'projection'; see `sampling.combine`.
     shared: one tangent for the whole batch instead of an independent one for every example.
-    separate: whether to perturb each tap separately; see `activity.activity_perturbation`.
-    tap_passes: with `separate`, numbers of passes by tap name; other taps have `passes`.
+    joint: whether all taps are perturbed at once, or one by one; see `activity.activity_perturbation`.
+    num_tangents_by_tap: with `joint=False`, numbers of tangents by tap name; other taps have `num_tangents`.
     taps: which taps to perturb: names, or a predicate of a name; None: all. The others let the
       exact signal pass. A name stands for all calls with it, `name_1` for the second call.
-    guess: with `separate`, `(activities, *args, **kwargs) -> {name: h}`: guesses of the objective's
-      gradient at some taps, from the activities {name: value}. The estimate is unbiased whatever
-      the guess; see `guesses`.
+    control_variate: with `joint=False`, `(activities, *args, **kwargs) -> {name: h}`: guesses of the
+      objective's gradient at some taps, from the activities {name: value}. The estimate is unbiased whatever
+      the control variate; see `control_variates`.
     mixes_examples: whether an activity may influence the losses of other examples, as before batch
       norm in training; it is then credited with the losses of the whole batch. None: read this
-      from the function's equations, for every tap; see `mixing`.
+      from the function's equations, for every tap; see `jaxpr.dependence`.
     checkpoint_names: whether values named with `jax.ad_checkpoint.checkpoint_name` are taps too.
     axis_name: in shard_map, the mesh axis over which the batch is sharded. The mean over devices
       of value and gradient is then the same on any number of devices.
@@ -105,10 +105,10 @@ def value_and_activity_grad(
   >>> jax.tree.map(jnp.shape, gradient)
   {'hidden': (3, 4), 'out': (4,)}
   """
-  sampling = Sampling(law, passes, shared, axis_name, chunk, combination)
-  for number in (tap_passes or {}).values():
-    sampling._replace(passes=number).check()
-  activity.check_options(sampling, separate, bool(tap_passes), bool(guess))
+  sampling = Sampling(distribution, num_tangents, shared, axis_name, chunk, combine)
+  for number in (num_tangents_by_tap or {}).values():
+    sampling._replace(num_tangents=number).check()
+  activity.check_options(sampling, joint, bool(num_tangents_by_tap), bool(control_variate))
 
   def run(*args: Any, key: jax.Array, **kwargs: Any) -> tuple[Any, PyTree]:
     of_point, point, key = bind(fun, argnums, key, args, kwargs)
@@ -116,17 +116,21 @@ def value_and_activity_grad(
     traced = Traced(
       _mean_losses(of_point, has_aux, static), point, checkpoint_names=checkpoint_names
     )
-    perturbed = perturbed_taps(traced, taps, tap_passes)
+    perturbed = perturbed_taps(traced, taps, num_tangents_by_tap)
     credited(traced, perturbed, mixes_examples)
-    of_activities = lambda activities: guess(activities, *args, **kwargs) if guess else {}
+    of_activities = lambda activities: (
+      control_variate(activities, *args, **kwargs) if control_variate else {}
+    )
     estimator = activity.activity_perturbation(
       of_point,
       sampling=sampling,
       derivative=derivative or recomputed_jvp,
-      separate=separate,
-      passes_of=_passes_of(traced, passes, tap_passes) if tap_passes else None,
+      joint=joint,
+      num_tangents_of=_num_tangents_of(traced, num_tangents, num_tangents_by_tap)
+      if num_tangents_by_tap
+      else None,
       is_perturbed=perturbed.__contains__,
-      guess=of_activities if guess else None,
+      control_variate=of_activities if control_variate else None,
       redraw=True,
       trace=lambda *_: traced,
     )
@@ -152,9 +156,13 @@ def _mean_losses(of_point: Callable, has_aux: bool, static: Static) -> Callable:
   return fun
 
 
-def _passes_of(traced: Traced, passes: int, tap_passes: Mapping[str, int]) -> Callable[[str], int]:
-  """A tap's number of passes: its own, that of all calls with its name, or `passes`."""
-  return lambda name: tap_passes.get(name, tap_passes.get(traced.calls[name], passes))
+def _num_tangents_of(
+  traced: Traced, num_tangents: int, num_tangents_by_tap: Mapping[str, int]
+) -> Callable[[str], int]:
+  """A tap's number of tangents: its own, that of all calls with its name, or `num_tangents`."""
+  return lambda name: num_tangents_by_tap.get(
+    name, num_tangents_by_tap.get(traced.calls[name], num_tangents)
+  )
 
 
 def credited(traced: Traced, perturbed: Collection[str], mixes_examples: bool | None) -> None:
@@ -241,7 +249,9 @@ def _cause(labels: list[Label], losses: list[Any], axis: int, size: int) -> Any:
   return join('', causes)
 
 
-def perturbed_taps(traced: Traced, chosen: Taps, tap_passes: Mapping[str, int] | None) -> list[str]:
+def perturbed_taps(
+  traced: Traced, chosen: Taps, num_tangents_by_tap: Mapping[str, int] | None
+) -> list[str]:
   """Names of the perturbed taps."""
   names = {*traced.taps, *traced.calls.values()}
   if not names:
@@ -251,7 +261,7 @@ def perturbed_taps(traced: Traced, chosen: Taps, tap_passes: Mapping[str, int] |
   if isinstance(chosen, str):
     chosen = {chosen}
   asked = set() if chosen is None or callable(chosen) else set(chosen)
-  for unknown in sorted((asked | set(tap_passes or {})) - names):
+  for unknown in sorted((asked | set(num_tangents_by_tap or {})) - names):
     raise ValueError(f'there is no tap {unknown!r}; allowed: {", ".join(sorted(names))}')
   if chosen is None:
     perturbed = list(traced.taps)

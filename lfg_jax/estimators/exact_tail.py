@@ -35,7 +35,7 @@ def exact_behind(
   estimator's forward derivatives stop at the boundary, which saves the computation after it.
 
   Args:
-    learned: a guess that learns, cut at the same boundary.
+    learned: a control variate that learns, cut at the same boundary.
     estimator: `(fun, learned) -> grad_fn`.
     is_boundary: whether a tap belongs to the boundary, by name.
 

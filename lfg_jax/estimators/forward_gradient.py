@@ -15,7 +15,7 @@ import numpy as np
 from lfg_jax.estimators._arguments import Static, bind, explained, with_aux
 from lfg_jax.tangents import distributions
 from lfg_jax.tangents.derivatives import Derivative, along_each, recomputed_jvp
-from lfg_jax.tangents.distributions import Passes
+from lfg_jax.tangents.distributions import Chunk
 from lfg_jax.tangents.sampling import Sampling, combine, sum_over_chunks, tangent_key
 
 PyTree = Any
@@ -26,17 +26,17 @@ def value_and_forward_grad(
   argnums: int | Sequence[int] = 0,
   has_aux: bool = False,
   *,
-  law: distributions.Law | str = distributions.rademacher,
-  passes: int = 1,
+  distribution: distributions.Distribution | str = distributions.rademacher,
+  num_tangents: int = 1,
   chunk: int | None = None,
-  combination: str = 'mean',
+  combine: str = 'mean',
   derivative: Derivative | None = None,
 ) -> Callable:
   """`jax.value_and_grad` without a backward pass.
 
   The gradient's estimate is (1/K) Σ_k (∇f·u_k) u_k, from K forward derivatives. It is unbiased,
-  since E[u uᵀ] = I. Its squared error is `law.excess(d, passes)` · |∇f|², where d is the number of
-  differentiated entries; with an orthogonal law and K = d, it is exact. Each leaf of the estimate
+  since E[u uᵀ] = I. Its squared error is `distribution.excess(d, num_tangents)` · |∇f|², where d is the number of
+  differentiated entries; with an orthogonal distribution and K = d, it is exact. Each leaf of the estimate
   has the dtype of its argument, as with `jax.grad`; tangents are drawn in float32 at least. All
   tangents in memory share one evaluation of `fun`, and nothing is stored for a backward pass:
   memory is that of K evaluations, or of `chunk` of them.
@@ -50,12 +50,12 @@ def value_and_forward_grad(
     fun: returns a scalar, or with `has_aux` a scalar and anything.
     argnums: which positional arguments (pytrees of real floating-point arrays) to differentiate.
     has_aux: see `jax.grad`; aux comes from the unperturbed evaluation.
-    law: the distribution of tangents, over all differentiated entries together; one of `tangents`,
+    distribution: the distribution of tangents, over all differentiated entries together; one of `tangents`,
       or its name.
-    passes: number of tangents, K.
+    num_tangents: number of tangents, K.
     chunk: how many tangents are in memory at once; None: all. Every chunk evaluates `fun` again,
       and `fun` is then traced as with `jax.jit`. A chunk of one needs no `vmap`.
-    combination: 'mean', or 'projection' onto the tangents' span (too short by K/d, see
+    combine: 'mean', or 'projection' onto the tangents' span (too short by K/d, see
       `sampling.combine`).
     derivative: `derivatives.finite_difference(ε)`, one-sided or two-sided, in place of exact forward
       derivatives; the estimate is then as far off as the differences are.
@@ -72,12 +72,13 @@ def value_and_forward_grad(
       `jax.custom_vjp`, which has no forward derivative; with `has_aux`, the output is not a pair.
 
   >>> f = lambda x: (x ** 2).sum()
-  >>> law = distributions.hadamard
-  >>> value, gradient = value_and_forward_grad(f, law=law, passes=4)(jnp.arange(4.), key=jax.random.key(0))
+  >>> distribution = distributions.hadamard
+  >>> step = value_and_forward_grad(f, distribution=distribution, num_tangents=4)
+  >>> value, gradient = step(jnp.arange(4.), key=jax.random.key(0))
   >>> value.item(), gradient.tolist()
   (14.0, [0.0, 2.0, 4.0, 6.0])
   """
-  sampling = Sampling(law, passes, chunk=chunk, combine=combination)
+  sampling = Sampling(distribution, num_tangents, chunk=chunk, combine=combine)
   sampling.check()
 
   def run(*args: Any, key: jax.Array, **kwargs: Any) -> tuple[Any, PyTree]:
@@ -163,16 +164,18 @@ def _estimate(
     [leaf.ravel().astype(wide) for leaf in jax.tree.leaves(tree)]
   )
 
-  law = distributions.as_law(sampling.law)
+  distribution = distributions.as_distribution(sampling.distribution)
 
-  def draw(passes: Passes) -> jax.Array:
-    u_KxD = law.draw(key, passes, (), int(ends[-1]), wide)
+  def draw(chunk: Chunk) -> jax.Array:
+    u_KxD = distribution.draw(key, chunk, (), int(ends[-1]), wide)
     # Use each tangent as rounded to the parameters' types.
     return u_KxD if set(dtypes) == {wide} else jax.vmap(lambda u: ravel(unravel(u)))(u_KxD)
 
-  mean = lambda slope_K, u_KxD: combine(sampling.combine, slope_K[:, None], u_KxD, sampling.passes)
-  if sampling.at_once == sampling.passes and derivative is None:
-    u_KxD = draw(Passes(sampling.passes))
+  mean = lambda slope_K, u_KxD: combine(
+    sampling.combine, slope_K[:, None], u_KxD, sampling.num_tangents
+  )
+  if sampling.at_once == sampling.num_tangents and derivative is None:
+    u_KxD = draw(Chunk(sampling.num_tangents))
     along = lambda u: jax.jvp(evaluate, (point,), (unravel(u),), has_aux=True)
     # A function such as a Pallas kernel computes value and derivative in one, so there are K values.
     value_K, slope_K, aux_K = along_each(along, u_KxD)
@@ -185,8 +188,8 @@ def _estimate(
   value, aux = once(point)
   slope = (derivative or recomputed_jvp)(lambda point: once(point)[0], point, True)
 
-  def part(passes: Passes) -> jax.Array:
-    u_KxD = draw(passes)
+  def part(chunk: Chunk) -> jax.Array:
+    u_KxD = draw(chunk)
     return mean(along_each(lambda u: slope(unravel(u)), u_KxD), u_KxD)
 
   return value, aux, unravel(sum_over_chunks(part, sampling))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lfg_jax.estimators._types import GradFn, Losses, LossFn, PyTree, total
 from lfg_jax.tangents import distributions
 from lfg_jax.tangents.derivatives import Derivative, along_each, jvp_derivative
-from lfg_jax.tangents.distributions import Passes
+from lfg_jax.tangents.distributions import Chunk
 from lfg_jax.tangents.sampling import Sampling, combine, sum_over_chunks, tangent_key
 
 
@@ -58,14 +58,16 @@ def weight_perturbation(
     axes = [group_axis(path) for (path, _), e in zip(paths_leaves, exact, strict=True) if not e]
     losses, aux = fun(params, *args)
     along = derivative(
-      lambda moved: fun(merge(moved, staying), *args)[0], moving, sampling.at_once < sampling.passes
+      lambda moved: fun(merge(moved, staying), *args)[0],
+      moving,
+      sampling.at_once < sampling.num_tangents,
     )
 
-    def part(passes: Passes) -> list[jax.Array]:
-      v_K = distributions.like_tree(sampling.law, key, moving, passes)
+    def part(chunk: Chunk) -> list[jax.Array]:
+      v_K = distributions.like_tree(sampling.distribution, key, moving, chunk)
       dL_K = along_each(along, v_K)
       return [
-        combine('mean', _credit(dL_K, v, axis), v, sampling.passes)
+        combine('mean', _credit(dL_K, v, axis), v, sampling.num_tangents)
         for v, axis in zip(v_K, axes, strict=True)
       ]
 

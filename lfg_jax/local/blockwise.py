@@ -20,7 +20,13 @@ from lfg_jax.local.staged import Block, Place, Stack, StagedModel, Variables, me
 from lfg_jax.local.targets import Targets
 
 PyTree = Any
-KINDS = ('params', 'batch_stats', 'feedback', 'ahead', 'guess')  # of variables that blocks have
+KINDS = (
+  'params',
+  'batch_stats',
+  'feedback',
+  'ahead',
+  'control_variate',
+)  # of variables that blocks have
 
 
 def stage_loss(blocks: Sequence[Block], cut: Cut) -> Callable:
@@ -185,8 +191,8 @@ def greedy(
     `(variables, key, x, targets) -> (x, losses_B, grads, updates)`. x is the last block's output.
     losses_B has each example's weighted local loss, averaged over patches and groups and summed
     over stages. grads has the gradients of all stacks. updates has further trees by stack:
-    'batch_stats', the updated statistics of batch norm, and 'guess_gradient', the gradient of the
-    guesses' weights.
+    'batch_stats', the updated statistics of batch norm, and 'control_variate_gradient', the gradient of the
+    control variates' weights.
   """
   homes = [(stack, i) for stack in model.stacks for i in range(stack.count)]
   plan = _grouped(homes, stages(model.depth, every, overlap))
@@ -197,7 +203,7 @@ def greedy(
     variables: Variables, key: jax.Array, x: jax.Array, targets: Targets
   ) -> tuple[jax.Array, jax.Array, PyTree, PyTree]:
     grads: dict[str, PyTree] = {}
-    guess_grads: dict[str, PyTree] = {}
+    control_variate_grads: dict[str, PyTree] = {}
     stats = dict(variables.get('batch_stats', {}))
     loss_B, out = jnp.zeros(x.shape[0]), x
     for number, group in enumerate(plan):
@@ -208,9 +214,11 @@ def greedy(
       inputs = (keys, *(_gathered(variables.get(kind, {}), named) for kind in KINDS))
       loss = stage_loss([member.stack.block for member in named.values()], cut)
       body = _stage_body(estimator, loss, targets, group.advance)
-      (x, out), (losses_SxB, part, new_stats, guess_part) = _scan(body, x, inputs, len(keys))
+      (x, out), (losses_SxB, part, new_stats, control_variate_part) = _scan(
+        body, x, inputs, len(keys)
+      )
       loss_B = loss_B + losses_SxB.sum(0)
-      for total, of_group in ((grads, part), (guess_grads, guess_part)):
+      for total, of_group in ((grads, part), (control_variate_grads, control_variate_part)):
         for name in of_group:
           stack = named[name].stack.name
           total[stack] = named[name].add_to(total.get(stack), of_group[name])
@@ -219,7 +227,12 @@ def greedy(
         if name in new_stats:
           stack = named[name].stack.name
           stats[stack] = named[name].put_in(stats[stack], new_stats[name])
-    return out, loss_B, grads, {'batch_stats': stats, 'guess_gradient': guess_grads}
+    return (
+      out,
+      loss_B,
+      grads,
+      {'batch_stats': stats, 'control_variate_gradient': control_variate_grads},
+    )
 
   return run_stages
 
@@ -260,12 +273,12 @@ def _stage_body(estimator: Estimator, loss: Callable, targets: Targets, advance:
     carry: tuple[jax.Array, jax.Array], inputs: tuple
   ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     x, _ = carry
-    key, params, stats, feedback, ahead, guess_weights = inputs
+    key, params, stats, feedback, ahead, control_variate_weights = inputs
     given = {'batch_stats': stats, 'feedback': feedback, 'ahead': ahead}
     fixed = {kind: tree for kind, tree in given.items() if tree}
 
-    guessing = lambda weights, *args: loss({**fixed, 'feedback': weights}, *args)
-    learned = Learned(guess_weights, guessing) if guess_weights else None
+    predicting = lambda weights, *args: loss({**fixed, 'feedback': weights}, *args)
+    learned = Learned(control_variate_weights, predicting) if control_variate_weights else None
     (losses, aux), grads = estimator(functools.partial(loss, fixed), learned)(
       params, key, x, targets
     )
@@ -275,7 +288,7 @@ def _stage_body(estimator: Estimator, loss: Callable, targets: Targets, advance:
       losses.mean((1, 2)),
       grads,
       new_stats,
-      aux.get('guess_gradient', {}),
+      aux.get('control_variate_gradient', {}),
     )
 
   return body

@@ -10,7 +10,7 @@ end of the network has the contrastive loss. The read-out is then always detache
 
 Both functions return `run(variables, key, x, targets) -> (grads, aux)`. aux has the sums over this
 device's examples of 'loss', 'error' and, in contrastive learning, 'contrastive_loss'. It also has
-'batch_stats' and, stage by stage, 'guess_gradient' (see `greedy`).
+'batch_stats' and, stage by stage, 'control_variate_gradient' (see `greedy`).
 """
 
 from collections.abc import Callable

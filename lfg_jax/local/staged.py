@@ -94,8 +94,8 @@ class StagedModel:
       only its own variables.
     input_shape: shape of the first block's input, without the axis of examples.
     taps: names of a block's taps, without the block's name, in their order; and by tap the layer
-      before it, a key of the block's params, or None. The learned guess at a tap comes back through
-      the layer of the next one; see `guesses`.
+      before it, a key of the block's params, or None. The learned control variate at a tap comes back through
+      the layer of the next one; see `control_variates`.
     grouped: names of the layers whose weights have groups with losses of their own on the first
       axis; see `weight.weight_perturbation`.
     boundary: name of a tap of a last block, after which exact signals are cheap; see `boundary`.
@@ -140,8 +140,8 @@ class StagedModel:
     return sum(stack.count for stack in self.stacks)
 
   @property
-  def guessed(self) -> dict[str, str]:
-    """The taps that can have a learned guess, the nearest to the loss first, and its layer."""
+  def control_variates(self) -> dict[str, str]:
+    """The taps that can have a learned control variate, the nearest to the loss first, and its layer."""
     nexts = zip(self.taps, [*self.taps.values()][1:], strict=False)
     return {tap: layer for tap, layer in reversed([*nexts]) if layer}
 

@@ -243,7 +243,7 @@ with_feedback.defvjp(_feedback_forward, _feedback_backward)
 def _carried_back(linear: Callable, feedback: jax.Array, ct: jax.Array, x: jax.Array) -> jax.Array:
   """The cotangent of the layer's input, of x's shape.
 
-  Its own derivative, from which feedback is learned (see `guesses`), is with respect to the matrix
+  Its own derivative, from which feedback is learned (see `control_variates`), is with respect to the matrix
   only: layers learn one by one. If there are many patches, a subset is used; over a batch, the sum
   still has enough terms.
   """

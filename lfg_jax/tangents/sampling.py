@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.tangents import distributions
-from lfg_jax.tangents.distributions import Passes
+from lfg_jax.tangents.distributions import Chunk
 from lfg_jax.tangents.microbatch import WHOLE, Part
 
 PyTree = Any
@@ -19,19 +19,19 @@ class Sampling(NamedTuple):
   """How tangents are drawn and combined.
 
   Attributes:
-    law: the distribution of the tangents of all passes, one of `tangents` or its name.
-    passes: number of tangents, K; they share one primal evaluation.
+    distribution: the distribution of the tangents of all tangents, one of `tangents` or its name.
+    num_tangents: number of tangents, K; they share one primal evaluation.
     shared: whether the whole batch shares one tangent, or every example has an independent one.
     axis_name: mesh axis over which the batch is sharded; noise follows the example's global place.
-    chunk: how many passes are in memory at once; None: all. 7 passes in chunks of 4 run as 3 and 4.
+    chunk: how many tangents are in memory at once; None: all. 7 tangents in chunks of 4 run as 3 and 4.
       With several chunks, what the derivatives need of the primal is stored, as in backprop.
     combine: 'mean' or 'projection'; see `combine`.
     part: which part of this device's share of the batch is given.
     rows: how many consecutive rows of the batch share a tangent (2: both views of an example).
   """
 
-  law: distributions.Law | str = distributions.rademacher
-  passes: int = 1
+  distribution: distributions.Distribution | str = distributions.rademacher
+  num_tangents: int = 1
   shared: bool = False
   axis_name: str | None = None
   chunk: int | None = None
@@ -41,19 +41,19 @@ class Sampling(NamedTuple):
 
   @property
   def at_once(self) -> int:
-    """Number of passes in one chunk."""
-    return min(self.chunk or self.passes, self.passes)
+    """Number of tangents in one chunk."""
+    return min(self.chunk or self.num_tangents, self.num_tangents)
 
   def check(self) -> None:
-    """Raises ValueError for an unknown law or options that contradict each other."""
-    distributions.as_law(self.law)
+    """Raises ValueError for an unknown distribution or options that contradict each other."""
+    distributions.as_distribution(self.distribution)
     if self.combine not in COMBINATIONS:
       raise ValueError(f'the combination is {self.combine!r}; allowed: {", ".join(COMBINATIONS)}')
-    if self.passes < 1 or (self.chunk is not None and self.chunk < 1):
-      raise ValueError(f'passes={self.passes}, chunk={self.chunk}; allowed: 1 or more')
-    if self.combine == 'projection' and self.at_once < self.passes:
+    if self.num_tangents < 1 or (self.chunk is not None and self.chunk < 1):
+      raise ValueError(f'num_tangents={self.num_tangents}, chunk={self.chunk}; allowed: 1 or more')
+    if self.combine == 'projection' and self.at_once < self.num_tangents:
       raise ValueError(
-        f'a projection needs all {self.passes} tangents at once; allowed: chunk=None'
+        f'a projection needs all {self.num_tangents} tangents at once; allowed: chunk=None'
       )
 
 
@@ -95,55 +95,57 @@ def after(key: jax.Array, x: PyTree) -> jax.Array:
   return jax.random.fold_in(key, (first >> 16) // 65537)
 
 
-def each_chunk(part: Callable[[Passes], PyTree], sampling: Sampling) -> PyTree:
-  """part(passes) for all passes, [K, ...], one chunk at a time; what is left over comes first."""
-  total, count = sampling.passes, sampling.at_once
+def each_chunk(part: Callable[[Chunk], PyTree], sampling: Sampling) -> PyTree:
+  """part(chunk) for all tangents, [K, ...], one chunk at a time; what is left over comes first."""
+  total, count = sampling.num_tangents, sampling.at_once
   if count == total:
-    return part(Passes(total))
+    return part(Chunk(total))
   rest = total % count
   starts = jnp.arange(rest, total, count)
-  chunks = jax.lax.map(lambda first: part(Passes(total, first, count)), starts)
+  chunks = jax.lax.map(lambda first: part(Chunk(total, first, count)), starts)
   whole = jax.tree.map(lambda x: x.reshape(total - rest, *x.shape[2:]), chunks)
   join = lambda *parts: jnp.concatenate(parts)
-  return jax.tree.map(join, part(Passes(total, 0, rest)), whole) if rest else whole
+  return jax.tree.map(join, part(Chunk(total, 0, rest)), whole) if rest else whole
 
 
-def sum_over_chunks(part: Callable[[Passes], PyTree], sampling: Sampling) -> PyTree:
-  """Σ part(passes), one chunk of passes at a time: memory does not grow with their number."""
-  total, count = sampling.passes, sampling.at_once
+def sum_over_chunks(part: Callable[[Chunk], PyTree], sampling: Sampling) -> PyTree:
+  """Σ part(chunk), one chunk of tangents at a time: memory does not grow with their number."""
+  total, count = sampling.num_tangents, sampling.at_once
   if count == total:
-    return part(Passes(total))
+    return part(Chunk(total))
 
   def add(so_far: PyTree, first: jax.Array) -> tuple[PyTree, None]:
-    return jax.tree.map(jnp.add, so_far, part(Passes(total, first, count))), None
+    return jax.tree.map(jnp.add, so_far, part(Chunk(total, first, count))), None
 
   # Not zeros: under shard_map, the sum must vary over the mesh as the parts do.
   first = total % count or count
-  return jax.lax.scan(add, part(Passes(total, 0, first)), jnp.arange(first, total, count))[0]
+  return jax.lax.scan(add, part(Chunk(total, 0, first)), jnp.arange(first, total, count))[0]
 
 
-def combine(kind: str, slope_K: jax.Array, u_K: jax.Array, passes: int, axes: int = 1) -> jax.Array:
+def combine(
+  kind: str, slope_K: jax.Array, u_K: jax.Array, num_tangents: int, axes: int = 1
+) -> jax.Array:
   """The estimate Σ_k a_k u_k from the derivatives along the tangents.
 
   'mean': a_k = (g·u_k) / K, unbiased. 'projection': the point in the tangents' span nearest to g,
   a = (UᵀU)⁻¹ Uᵀg (Flügel et al. 2024, arXiv 2410.17764). Among all combinations of these tangents
   it has the least error, but it is too short: for uniformly random directions,
   E[estimate] = (K/d) g, since the mean projection onto K of d dimensions is K/d. Its squared error
-  is (1 - K/d) |g|². Multiplied by d/K it is unbiased, and equals the mean over passes of the law
+  is (1 - K/d) |g|². Multiplied by d/K it is unbiased, and equals the mean over tangents of the distribution
   `haar`. (An optimizer with a rate per parameter, such as Adam, is insensitive to the scale; SGD is
   not.)
 
   Args:
     slope_K: [K, ...] derivatives g·u_k, with size 1 in the last `axes` axes.
     u_K: [K, ...] tangents.
-    passes: K, over all chunks.
+    num_tangents: K, over all chunks.
     axes: how many trailing axes hold the perturbed dimensions.
   """
   if kind == 'mean':
-    return (slope_K * u_K).sum(0) / passes
+    return (slope_K * u_K).sum(0) / num_tangents
   u_DxK = jnp.moveaxis(u_K.reshape(*u_K.shape[: u_K.ndim - axes], -1), 0, -1)
   slope = jnp.moveaxis(slope_K.reshape(*slope_K.shape[: slope_K.ndim - axes]), 0, -1)
-  # With U = W S Vᵀ, the projection W Wᵀ g is W S⁻¹ Vᵀ (Uᵀ g). If passes repeat, some of S are zero.
+  # With U = W S Vᵀ, the projection W Wᵀ g is W S⁻¹ Vᵀ (Uᵀ g). If tangents repeat, some of S are zero.
   w, s, v = jnp.linalg.svd(u_DxK, full_matrices=False)
   inverse = jnp.where(
     s > s.max(-1, keepdims=True) * jnp.finfo(s.dtype).eps * max(u_DxK.shape[-2:]), 1 / s, 0

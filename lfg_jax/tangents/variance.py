@@ -10,7 +10,7 @@ normal tangents and K = 1, where e = d + 1)
 | weights, d = p q | (1 + e) V/N + e S | (1 + e) V/N + e S/N |
 | activities, d = q | (1 + e) V/N + e S | (1 + e) V/N + e S/N |
 
-with e = `law.excess(d, K)`, the squared error of K passes relative to |g|² (see `tangents`).
+with e = `distribution.excess(d, K)`, the squared error of K tangents relative to |g|² (see `tangents`).
 
 *Proof.* Given the gradient g to which a set of tangents is applied, the estimate is unbiased with
 squared error e |g|². *Weights, shared:* g is the batch mean ḡ = (1/N) Σ g_n, with
@@ -20,7 +20,7 @@ p q V + e E|g_n|² = p q (V + e (V + S)). *Activities:* g_n = x_n δ_nᵀ. The e
 applies u, of d = q dimensions, to every row of g_n; if shared by the batch, to every row of ḡ. Sum
 over the p rows. ∎
 
-A guess h of g (see `guesses`) that leaves the fraction r = E|g - h|² / E|g|² multiplies e by r: the
+A control variate h of g (see `control_variates`) that leaves the fraction r = E|g - h|² / E|g|² multiplies e by r: the
 tangents are applied to g - h, and h adds no variance. In `predicted_taps`, `norms` are then
 |g_i - h_i|².
 """
@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from lfg_jax.tangents.distributions import Law, as_law
+from lfg_jax.tangents.distributions import Distribution, as_distribution
 
 PyTree = Any
 ESTIMATORS = ('weight', 'activity')
@@ -42,8 +42,8 @@ ESTIMATORS = ('weight', 'activity')
 
 def predicted(
   estimator: str,
-  law: Law | str,
-  passes: int,
+  distribution: Distribution | str,
+  num_tangents: int,
   *,
   shared: bool,
   batch: int,
@@ -60,7 +60,7 @@ def predicted(
     p, q: fan-in and fan-out.
     V: mean variance over examples of an entry of the per-example gradient.
     S: mean squared entry of the true gradient.
-    left: fraction of the squared gradient that a guess leaves; 1: no guess.
+    left: fraction of the squared gradient that a control variate leaves; 1: no control variate.
 
   Raises:
     ValueError: an unknown estimator.
@@ -71,20 +71,27 @@ def predicted(
   """
   if estimator not in ESTIMATORS:
     raise ValueError(f'estimator is {estimator!r}; allowed: {", ".join(ESTIMATORS)}')
-  e = left * as_law(law).excess(p * q if estimator == 'weight' else q, passes)
+  e = left * as_distribution(distribution).excess(
+    p * q if estimator == 'weight' else q, num_tangents
+  )
   return (1 + e) * V / batch + e * S / (1 if shared else batch)
 
 
 def predicted_taps(
-  law: Law | str, passes: Sequence[int], dims: Sequence[int], norms: Sequence[float], *, joint: bool
+  distribution: Distribution | str,
+  num_tangents: Sequence[int],
+  dims: Sequence[int],
+  norms: Sequence[float],
+  *,
+  joint: bool,
 ) -> list[float]:
   """Squared error of each tap's signal for one example (patch, group).
 
-  With separate taps, tap i has excess(d_i, K_i) |g_i|². With K joint passes, every other tap j adds
+  With separate taps, tap i has excess(d_i, K_i) |g_i|². With K joint tangents, every other tap j adds
   (d_i/K) |g_j|².
 
   Args:
-    passes: K_i for every tap; if joint, all the same.
+    num_tangents: K_i for every tap; if joint, all the same.
     dims: d_i, the perturbed dimensions that influence one loss.
     norms: |g_i|², the squared gradients of that loss.
 
@@ -96,40 +103,50 @@ def predicted_taps(
   """
   others = [(sum(norms) - own) * joint for own in norms]
   return [
-    as_law(law).excess(d, K) * own + d / K * other
-    for K, d, own, other in zip(passes, dims, norms, others, strict=True)
+    as_distribution(distribution).excess(d, K) * own + d / K * other
+    for K, d, own, other in zip(num_tangents, dims, norms, others, strict=True)
   ]
 
 
 def allocate(
-  law: Law | str, dims: Sequence[int], norms: Sequence[float], costs: Sequence[float], budget: float
+  distribution: Distribution | str,
+  dims: Sequence[int],
+  norms: Sequence[float],
+  costs: Sequence[float],
+  budget: float,
 ) -> list[int]:
-  """Passes for separate taps that minimise Σ excess(d_i, K_i) |g_i|² subject to Σ c_i K_i ≤ budget.
+  """Numbers of tangents for taps perturbed one by one, of the least error for a cost.
 
-  If excess = a_i/K_i (all laws while K ≤ d, up to a constant), the minimum over real numbers has
+  They minimise Σ excess(d_i, K_i) |g_i|² subject to Σ c_i K_i ≤ budget.
+
+  If excess = a_i/K_i (all distributions while K ≤ d, up to a constant), the minimum over real numbers has
   K_i ∝ √(a_i |g_i|² / c_i), by setting the derivative of the Lagrangian to zero. For whole numbers,
-  start with one pass each, and keep adding the pass that reduces the error most per cost while it
+  start with one tangent each, and keep adding the pass that reduces the error most per cost while it
   fits. For equal costs this is optimal, since the terms are convex; for unequal costs, nearly so.
 
   Args:
     norms: |g_i|², squared gradients.
-    costs: c_i of one pass, in units of `budget`.
+    costs: c_i of one tangent, in units of `budget`.
 
   Raises:
-    ValueError: the budget is too small for one pass each.
+    ValueError: the budget is too small for one tangent each.
 
   >>> from lfg_jax.tangents.distributions import hadamard
   >>> allocate(hadamard, dims=[32, 32], norms=[1., 1.], costs=[4., 1.], budget=40.)
   [6, 16]
   """
-  passes, left, excess = [1] * len(dims), budget - sum(costs), as_law(law).excess
+  num_tangents, left, excess = (
+    [1] * len(dims),
+    budget - sum(costs),
+    as_distribution(distribution).excess,
+  )
   if left < 0:
     raise ValueError(
-      f'budget is {budget}; allowed: {sum(costs)}, the cost of one pass for each tap, or more'
+      f'budget is {budget}; allowed: {sum(costs)}, the cost of one tangent for each tap, or more'
     )
 
   def gain(i: int) -> float:
-    d, K = dims[i], passes[i]
+    d, K = dims[i], num_tangents[i]
     return (excess(d, K) - excess(d, K + 1)) * norms[i] / costs[i]
 
   heap = [(-gain(i), i) for i in range(len(dims))]
@@ -137,10 +154,10 @@ def allocate(
   while heap:
     negative, i = heapq.heappop(heap)
     if negative < 0 and costs[i] <= left:
-      passes[i] += 1
+      num_tangents[i] += 1
       left -= costs[i]
       heapq.heappush(heap, (-gain(i), i))
-  return passes
+  return num_tangents
 
 
 class Measured(NamedTuple):

@@ -103,7 +103,7 @@ class Optimizer:
 class Config:
   """All fields but those of the chosen model, and those for every tap of it."""
 
-  algorithm: str = field('LG-FG-A', 'a learning rule', one_of(REGISTRY))
+  algorithm: str = field('LG-FG-A+', 'a learning rule', one_of(REGISTRY))
   objective: str = field(
     'supervised', 'contrastive: two views of each image', one_of(('supervised', 'contrastive'))
   )

@@ -68,7 +68,7 @@ def make(config: Any, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
   return lenient(optax.chain(optimizer, _multiply(multipliers)))
 
 
-def adam_of_guesses(rate: float) -> optax.GradientTransformation:
+def adam_of_control_variates(rate: float) -> optax.GradientTransformation:
   """Adam whose rounding does not depend on the number of leaves.
 
   So the stages of a pipeline can share out the leaves and get the same result. optax divides the

@@ -47,7 +47,7 @@ def build(
 ) -> tuple[Functions, TrainState]:
   """Builds the jitted functions of a run, and its state before the first step."""
   init_key, order_key, noise_key = jax.random.split(jax.random.key(config.seed), 3)
-  at_once = steps_per_dispatch(config, algorithm.made_of.model)
+  at_once = steps_per_dispatch(config, algorithm.composition.model)
   feed = update.make_feed(dataset.train, mesh, config.batch_size, order_key, at_once=at_once)
   rate = optimizers.schedule(config.optimizer, feed.steps, config.epochs, config.batch_size)
   optimizer = optimizers.make(config.optimizer, rate)
@@ -56,7 +56,7 @@ def build(
   test_error = update.make_error(algorithm, flat, update.make_feed(dataset.test, flat, whole_rows))
   state = update.init_state(algorithm, optimizer, init_key, mesh)
   if config.pipeline_stages > 1:
-    spans = partition.spans(algorithm.made_of, config.pipeline_stages)
+    spans = partition.spans(algorithm.composition, config.pipeline_stages)
     batch = update.batch_like(dataset.image_shape, config.batch_size)
     stages = pipeline.make(
       pipeline_plan.make(algorithm, optimizer, mesh, feed, spans, state, batch)

@@ -71,7 +71,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Job:
       workers=config.workers,
     )
     algorithm = algorithms.make(config, dataset, update.AXIS)
-    partition.check(config, algorithm.made_of)
+    partition.check(config, algorithm.composition)
   job = Job(config, dataset, algorithm, update.make_mesh(config.pipeline_stages))
   job = first_images(job, config.num_train_examples)
   steps = -(-job.dataset.train.examples // config.batch_size)

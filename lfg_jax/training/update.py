@@ -30,8 +30,8 @@ class TrainState(NamedTuple):
   Attributes:
     step: number of updates done.
     params: the parameters, which the optimizer updates.
-    rest: the algorithm's other variables ('batch_stats', 'feedback', 'ahead', 'guess',
-      'guess_optimizer').
+    rest: the algorithm's other variables ('batch_stats', 'feedback', 'ahead', 'control_variate',
+      'control_variate_optimizer').
     opt_state: the optimizer's state.
     sums: sums of the algorithm's metrics, and 'examples', since the epoch began. With them, a run
       that resumes within an epoch reports the same means.

@@ -101,7 +101,7 @@ def cost(config: ConfigDict, devices: int) -> Cost:
   partition.check_devices(config, devices)
   dataset, on = images_of(config), mesh(devices, config.pipeline_stages)
   algorithm = algorithms.make(config, dataset, AXIS)
-  partition.check(config, algorithm.made_of)
+  partition.check(config, algorithm.composition)
   rate = optimizers.schedule(config.optimizer, STEPS, config.epochs, config.batch_size)
   optimizer = optimizers.make(config.optimizer, rate)
   whole = jax.eval_shape(
@@ -119,7 +119,7 @@ def cost(config: ConfigDict, devices: int) -> Cost:
     made: Any = update.make_update(algorithm, optimizer, on, feed)
     step = made.lower(state, key, number, inputs)
     return _cost(step.compile(), _size(whole.params), state)
-  spans = partition.spans(algorithm.made_of, config.pipeline_stages)
+  spans = partition.spans(algorithm.composition, config.pipeline_stages)
   made = pipeline.make(pipeline_plan.make(algorithm, optimizer, on, feed, spans, whole, batch))
   state = jax.eval_shape(made.begin, whole)
   state = jax.tree.map(
@@ -128,7 +128,7 @@ def cost(config: ConfigDict, devices: int) -> Cost:
     jax.tree.broadcast(made.place, state),
   )
   step = made.dispatch.lower(state, key, number, number, inputs)
-  return _cost(step.compile(), _largest(algorithm.made_of, spans, whole), state)
+  return _cost(step.compile(), _largest(algorithm.composition, spans, whole), state)
 
 
 def _cost(compiled: jax.stages.Compiled, parameters: int, state: PyTree) -> Cost:
@@ -153,11 +153,13 @@ def _size(tree: PyTree) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _largest(made_of: Composition, spans: tuple[range, ...], whole: TrainState) -> int:
+def _largest(composition: Composition, spans: tuple[range, ...], whole: TrainState) -> int:
   """Number of parameters of the stage with the most parameters."""
   return max(
     _size(
-      jax.eval_shape(functools.partial(stage_work.own, stage=stage, made_of=made_of), whole).params
+      jax.eval_shape(
+        functools.partial(stage_work.own, stage=stage, composition=composition), whole
+      ).params
     )
-    for stage in stage_work.make_stages(made_of, spans)
+    for stage in stage_work.make_stages(composition, spans)
   )

@@ -17,7 +17,7 @@ from lfg_jax.training.rules.flop import gradient_flop
 from lfg_jax.training.rules.rules import REGISTRY
 
 
-def spans(made_of: Composition, number: int) -> tuple[range, ...]:
+def spans(composition: Composition, number: int) -> tuple[range, ...]:
   """The greedy stages of each of `number` pipeline stages, with the slowest as fast as possible.
 
   >>> from lfg_jax.models import registry
@@ -25,26 +25,26 @@ def spans(made_of: Composition, number: int) -> tuple[range, ...]:
   >>> images = registry.Images((8, 8, 1), 10, (0.5,), (0.3,))
   >>> fields = {'blocks': 5, 'channels': 8, 'groups': 2}
   >>> model = registry.build(registry.find('mlp'), fields, images)
-  >>> made_of = algorithms.compose(rules.REGISTRY['LG-BP'], rules.Options(), model).made_of
-  >>> spans(made_of, 2)
+  >>> composition = algorithms.compose(rules.REGISTRY['LG-BP'], rules.Options(), model).composition
+  >>> spans(composition, 2)
   (range(0, 1), range(1, 5))
   """
-  ends = _balanced(tuple(costs(made_of)), number)
+  ends = _balanced(tuple(costs(composition)), number)
   return tuple(range(*pair) for pair in zip((0, *ends), ends, strict=False))
 
 
-def costs(made_of: Composition) -> list[int]:
+def costs(composition: Composition) -> list[int]:
   """Operations per example of every greedy stage.
 
   One is added, so that costs are positive even if a model does not count its operations.
   """
-  model, every = made_of.model, made_of.options.every
+  model, every = composition.model, composition.options.every
   homes = [
     dataclasses.replace(stack, count=1) for stack in model.stacks for _ in range(stack.count)
   ]
   of = lambda blocks: dataclasses.replace(model, stacks=tuple(homes[n] for n in blocks))
   return [
-    1 + gradient_flop(of(blocks), made_of.rule, made_of.options)
+    1 + gradient_flop(of(blocks), composition.rule, composition.options)
     for blocks, _ in stages(model.depth, every)
   ]
 
@@ -90,13 +90,13 @@ def check_devices(config: Any, devices: int) -> None:
     )
 
 
-def check(config: Any, made_of: Composition) -> None:
+def check(config: Any, composition: Composition) -> None:
   """Checks that a rule and a model can be split into `config.pipeline_stages` stages.
 
   Raises:
     ValueError: they cannot; one line with the reason.
   """
-  number, rule = config.pipeline_stages, made_of.rule
+  number, rule = config.pipeline_stages, composition.rule
   if number == 1:
     return
   given = f'pipeline_stages is {number}, but '
@@ -106,18 +106,18 @@ def check(config: Any, made_of: Composition) -> None:
       f'{given}{config.algorithm} {_way_back(rule.local)}; allowed: 1, or one of {greedy}'
     )
   for field in ('overlap', 'head_ahead'):
-    if getattr(made_of.options, field):
+    if getattr(composition.options, field):
       raise ValueError(
         f'{given}losses.{field}=True lets every block learn from the next one; allowed: 1'
       )
-  most = len(stages(made_of.model.depth, made_of.options.every))
+  most = len(stages(composition.model.depth, composition.options.every))
   if number > most:
     raise ValueError(
       f'pipeline_stages is {number}; allowed: 1 … {most}, the number of parts of the network '
       'with losses of their own'
     )
   if config.optimizer.name == 'lars' and (
-    name := _cut(made_of.model, spans(made_of, number), made_of.options.every)
+    name := _cut(composition.model, spans(composition, number), composition.options.every)
   ):
     raise ValueError(
       f"{given}optimizer.name='lars' takes one ratio for all blocks of {name!r}, which are "

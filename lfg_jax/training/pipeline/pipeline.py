@@ -134,12 +134,12 @@ def _gradient(
   plan: Plan, s: int, key: jax.Array, own: Rows, message: Message, inputs: tuple
 ) -> tuple[Rows, Rows, Message]:
   """What stage s sums over devices, its new statistics, and its message to the next stage."""
-  made_of, key = plan.algorithm.made_of, jax.random.fold_in(key, message.number)
+  composition, key = plan.algorithm.composition, jax.random.fold_in(key, message.number)
   seen = message
   if s == 0:
     batch = _fetch(plan, message, inputs)
     batch = batch._replace(weight=batch.weight / message.examples)
-    image, targets = made_of.seen(key, batch)
+    image, targets = composition.seen(key, batch)
     seen = message._replace(
       x=image, targets=targets, local_loss_B=jax.tree.map(jnp.zeros_like, message.local_loss_B)
     )
@@ -147,7 +147,9 @@ def _gradient(
     shape = plan.ends[s - 1].shape
     x = message.x[:, : math.prod(shape[1:])].reshape(shape).astype(plan.ends[s - 1].dtype)
     seen = message._replace(x=x)
-  result = stage_work.gradient(made_of, plan.stages[s], packing.unpack(own, plan.own[s]), key, seen)
+  result = stage_work.gradient(
+    composition, plan.stages[s], packing.unpack(own, plan.own[s]), key, seen
+  )
   output = message
   if s < len(plan.stages) - 1:
     x = result.x.reshape(len(result.x), -1).astype(message.x.dtype)

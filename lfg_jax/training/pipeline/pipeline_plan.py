@@ -86,17 +86,17 @@ def make(
     like: shapes of the run's state.
     batch: shapes of a global batch.
   """
-  made_of = algorithm.made_of
-  stages = stage_work.make_stages(made_of, spans)
+  composition = algorithm.composition
+  stages = stage_work.make_stages(composition, spans)
   own = [
-    jax.eval_shape(functools.partial(stage_work.own, stage=stage, made_of=made_of), like)
+    jax.eval_shape(functools.partial(stage_work.own, stage=stage, composition=composition), like)
     for stage in stages
   ]
   scalar = jax.ShapeDtypeStruct((), jnp.result_type(float))
   summed = [
     {
       'grads': mine.params,
-      'guess_gradient': mine.rest.get('guess', {}),
+      'control_variate_gradient': mine.rest.get('control_variate', {}),
       **({'metrics': dict.fromkeys(algorithm.metrics, scalar)} if stage.is_last else {}),
     }
     for stage, mine in zip(stages, own, strict=True)
@@ -110,11 +110,11 @@ def _between(
   algorithm: Algorithm, stages: Sequence[Stage], like: TrainState, batch: Batch, devices: int
 ) -> tuple[list[Any], Message]:
   """Shapes of every stage's output except the last's, and of a message with room for each."""
-  made_of = algorithm.made_of
+  composition = algorithm.composition
   of_device = lambda x: jax.ShapeDtypeStruct((x.shape[0] // devices, *x.shape[1:]), x.dtype)
-  seeing = made_of._replace(axis_name=None).seen
+  seeing = composition._replace(axis_name=None).seen
   image, targets = jax.eval_shape(seeing, jax.random.key(0), jax.tree.map(of_device, batch))
-  shapes = stage_work.output_shapes(made_of, {'params': like.params, **like.rest}, image)
+  shapes = stage_work.output_shapes(composition, {'params': like.params, **like.rest}, image)
   ends = [shapes[list(stage.owned)[-1]] for stage in stages[:-1]]
   width = max(math.prod(end.shape[1:]) for end in ends)
   dtype = jnp.result_type(*(end.dtype for end in ends))
@@ -125,7 +125,7 @@ def _between(
     scalar(targets.weight_B.dtype),
     targets,
     cast(Any, x),
-    targets.weight_B if made_of.model.contrast else None,
+    targets.weight_B if composition.model.contrast else None,
   )
   return ends, message
 
@@ -136,8 +136,8 @@ def message_specs(plan: Plan) -> Message:
 
 def begin(plan: Plan, state: TrainState) -> PipelineState:
   """Packs every stage's part of the state into its row. No batch is in the pipeline."""
-  made_of, width = plan.algorithm.made_of, packing.widths(plan.own)
-  own = [packing.pack(stage_work.own(state, stage, made_of), width) for stage in plan.stages]
+  composition, width = plan.algorithm.composition, packing.widths(plan.own)
+  own = [packing.pack(stage_work.own(state, stage, composition), width) for stage in plan.stages]
   devices, stages = plan.mesh.shape[AXIS], len(plan.stages)
 
   def empty(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -158,7 +158,7 @@ def whole(plan: Plan, state: PipelineState) -> TrainState:
   """Joins the stages' parts into the sequential run's state."""
   rows = [jax.tree.map(lambda x, s=s: x[s], state.own) for s in range(len(plan.stages))]
   own = [packing.unpack(row, like) for row, like in zip(rows, plan.own, strict=True)]
-  whole: Own = packing.join(own, *stage_work.names(plan.algorithm.made_of))
+  whole: Own = packing.join(own, *stage_work.names(plan.algorithm.composition))
   return TrainState(
     state.step, whole.params, whole.rest, whole.opt_state, state.sums, state.bad_step
   )

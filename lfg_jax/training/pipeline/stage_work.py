@@ -56,7 +56,7 @@ class Result(NamedTuple):
 
   Attributes:
     summed: what must be summed over the devices, which have different examples: 'grads',
-      'guess_gradient' and, in the last stage, 'metrics'.
+      'control_variate_gradient' and, in the last stage, 'metrics'.
     stats: 'batch_stats' after the batch, the same on all these devices.
     x: [B, ...], output of the stage's last block.
     local_loss_B: as in `Message`, including this stage's losses.
@@ -82,22 +82,24 @@ class Stage(NamedTuple):
   is_last: bool
 
 
-def make_stages(made_of: Composition, spans: Sequence[range]) -> tuple[Stage, ...]:
+def make_stages(composition: Composition, spans: Sequence[range]) -> tuple[Stage, ...]:
   """The pipeline stages that consist of the greedy stages in `spans`."""
-  of = lambda span: owned(made_of.model, span, made_of.options.every)
+  of = lambda span: owned(composition.model, span, composition.options.every)
   *first, last = (Stage(span, of(span), is_last=False) for span in spans)
   readout = {**last.owned, 'readout': range(1)}
   return (*first, last._replace(owned=readout, is_last=True))
 
 
-def own(state: TrainState, stage: Stage, made_of: Composition) -> Own:
+def own(state: TrainState, stage: Stage, composition: Composition) -> Own:
   """A stage's part of a run's state."""
-  return packing.take(Own(state.params, state.rest, state.opt_state), stage.owned, *names(made_of))
+  return packing.take(
+    Own(state.params, state.rest, state.opt_state), stage.owned, *names(composition)
+  )
 
 
-def names(made_of: Composition) -> tuple[frozenset[str], frozenset[str]]:
+def names(composition: Composition) -> tuple[frozenset[str], frozenset[str]]:
   """Names of all stacks and the read-out, and of the stacks with blocks as their leading axis."""
-  stacks = made_of.model.stacks
+  stacks = composition.model.stacks
   return (
     frozenset({'readout', *(stack.name for stack in stacks)}),
     frozenset(stack.name for stack in stacks if stack.is_stacked),
@@ -105,7 +107,7 @@ def names(made_of: Composition) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def gradient(
-  made_of: Composition, stage: Stage, mine: Own, key: jax.Array, message: Message
+  composition: Composition, stage: Stage, mine: Own, key: jax.Array, message: Message
 ) -> Result:
   """The gradient of a stage's own losses.
 
@@ -114,14 +116,18 @@ def gradient(
     message: its x has the shape that the stage's first block takes; in the first stage, x is the
       images.
   """
-  model, options = made_of.model, made_of.options
+  model, options = composition.model, composition.options
   variables = {'params': mine.params, **mine.rest}
-  known, key = made_of.known(variables), made_of.keys(key)[0]
+  known, key = composition.known(variables), composition.keys(key)[0]
 
   def of_part(part: Part, share: tuple[jax.Array, Targets]) -> tuple[PyTree, PyTree]:
     x, targets = share
     run = greedy(
-      made_of.estimator(variables, part), model, options.cut, every=options.every, span=stage.span
+      composition.estimator(variables, part),
+      model,
+      options.cut,
+      every=options.every,
+      span=stage.span,
     )
     x = x if stage.span.start else model.prepare(x)
     y, loss_B, grads, aux = run(known, key, x, targets)
@@ -130,10 +136,12 @@ def gradient(
     return {'grads': grads, **aux}, (y, loss_B)
 
   examples = message.x, message.targets
-  total, (y, loss_B) = sum_and_join(of_part, examples, made_of.parts(len(message.targets.label_B)))
+  total, (y, loss_B) = sum_and_join(
+    of_part, examples, composition.parts(len(message.targets.label_B))
+  )
   if message.local_loss_B is not None:
     loss_B = loss_B + message.local_loss_B
-  summed = {name: total[name] for name in ('grads', 'guess_gradient')}
+  summed = {name: total[name] for name in ('grads', 'control_variate_gradient')}
   if stage.is_last:
     local = local_metrics(model, loss_B, options.every)
     summed['metrics'] = {'loss': total['loss'], 'error': total['error'], **local}
@@ -153,7 +161,7 @@ def updated(
   Only the last stage has a loss to check.
   """
   updates, opt_state = optimizer.update(summed['grads'], mine.opt_state, mine.params)
-  aux = {'batch_stats': stats, 'guess_gradient': summed['guess_gradient']}
+  aux = {'batch_stats': stats, 'control_variate_gradient': summed['control_variate_gradient']}
   is_finite = jnp.isfinite(optax.tree.norm(updates))
   if 'metrics' in summed:
     is_finite &= jnp.isfinite(summed['metrics']['loss'])
@@ -162,9 +170,9 @@ def updated(
   return new, is_finite
 
 
-def output_shapes(made_of: Composition, variables: PyTree, image: Any) -> dict[str, Any]:
+def output_shapes(composition: Composition, variables: PyTree, image: Any) -> dict[str, Any]:
   """Shape and dtype of a block's output for images [B, H, W, C], by the name of its stack."""
-  model = made_of.model.variant(train=False)
+  model = composition.model.variant(train=False)
   found: dict[str, jax.Array] = {}
 
   def run(variables: PyTree, image: jax.Array) -> dict[str, jax.Array]:

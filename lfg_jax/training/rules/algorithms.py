@@ -32,16 +32,16 @@ class Algorithm(NamedTuple):
   """The pure functions that training needs, for a rule and a model.
 
   Attributes:
-    init: `key -> variables`: 'params' and, where used, 'batch_stats', 'feedback', 'ahead', 'guess'
-      and 'guess_optimizer'.
+    init: `key -> variables`: 'params' and, where used, 'batch_stats', 'feedback', 'ahead', 'control_variate'
+      and 'control_variate_optimizer'.
     gradient: `(variables, key, batch) -> (grads, aux)`. The batch's weights must sum to 1 over the
       global batch. If the batch is sharded over a mesh axis, sum grads, the `metrics` in aux and
-      aux['guess_gradient'] over devices. aux['batch_stats'] is already the same on all devices.
+      aux['control_variate_gradient'] over devices. aux['batch_stats'] is already the same on all devices.
     advance: `(variables, params, aux) -> variables`: the variables other than 'params', after a
       step to new `params`.
     predict: `(variables, image [B, H, W, C]) -> logits [B, classes]`.
     features: `(variables, image [B, H, W, C]) -> [B, C]`, the input of the read-out's linear layer.
-    made_of: the rule, options and model.
+    composition: the rule, options and model.
     metrics: names of the scalars in aux that are means over the global batch.
     flop: operations per example that the gradient needs at least; None: the model does not state
       the operations of all its blocks.
@@ -52,7 +52,7 @@ class Algorithm(NamedTuple):
   predict: Callable[[dict[str, PyTree], jax.Array], jax.Array]
   features: Callable[[dict[str, PyTree], jax.Array], jax.Array]
   advance: Callable[[dict[str, PyTree], PyTree, dict[str, Any]], dict[str, PyTree]]
-  made_of: Composition
+  composition: Composition
   metrics: tuple[str, ...] = ('loss', 'error')
   flop: int | None = None
 
@@ -127,19 +127,19 @@ def compose(
   options = options.of(rule, model)
   if options.head_ahead:
     model = look_ahead(model, bounded=options.last_tap == 'exact')
-  made_of = Composition(rule, options, model, axis_name, augment)
+  composition = Composition(rule, options, model, axis_name, augment)
 
   def evaluate(variables: Variables, image: jax.Array) -> tuple[jax.Array, jax.Array]:
     seen = {kind: tree for kind, tree in variables.items() if kind in ('params', 'batch_stats')}
     return staged.evaluate(still, seen, model.prepare(image))
 
   return Algorithm(
-    made_of.init,
-    made_of.gradient,
+    composition.init,
+    composition.gradient,
     lambda variables, image: evaluate(variables, image)[0],
     lambda variables, image: evaluate(variables, image)[1],
-    made_of.advance,
-    made_of,
+    composition.advance,
+    composition,
     ('loss', 'error', 'contrastive_loss') if contrast else ('loss', 'error'),
     _flop(rule, options, model),
   )

@@ -58,17 +58,17 @@ class Composition(NamedTuple):
 
   def known(self, variables: Variables) -> Variables:
     """Returns the variables that objectives use."""
-    guessed = self.options.guessed_taps(self.model)
+    taps = self.options.control_variate_taps(self.model)
     used = (
       'params',
       'batch_stats',
       *['feedback'] * self.rule.feedback,
-      *['guess'] * bool(guessed),
+      *['control_variate'] * bool(taps),
       'ahead',
     )
-    if guessed and not variables.get('guess'):
+    if taps and not variables.get('control_variate'):
       raise ValueError(
-        "the guess has no feedback weights; allowed: variables with 'guess', as the "
+        "the control variate has no feedback weights; allowed: variables with 'control_variate', as the "
         "algorithm's init makes them"
       )
     return {name: variables[name] for name in used if name in variables}
@@ -86,7 +86,7 @@ class Composition(NamedTuple):
 
   def init(self, key: jax.Array) -> Variables:
     """See `Algorithm`."""
-    model, guessed = self.model, self.options.guessed_taps(self.model)
+    model, taps = self.model, self.options.control_variate_taps(self.model)
     model_key, feedback_key = jax.random.split(key)
     kept = dict(model.init(model_key))
     if self.rule.feedback:
@@ -95,9 +95,11 @@ class Composition(NamedTuple):
       kept['feedback'] = _tap_matrices(feedback_key, model, kept)
     if model.ahead:
       kept['ahead'] = model.ahead(kept['params'])
-    if guessed:
-      kept['guess'] = _guess_weights(kept['params'], model, guessed)
-      kept['guess_optimizer'] = self._guess_optimizer.init(kept['guess'])
+    if taps:
+      kept['control_variate'] = _control_variate_weights(kept['params'], model, taps)
+      kept['control_variate_optimizer'] = self._control_variate_optimizer.init(
+        kept['control_variate']
+      )
     return kept
 
   def advance(self, variables: Variables, params: PyTree, aux: dict[str, Any]) -> Variables:
@@ -107,11 +109,11 @@ class Composition(NamedTuple):
       new['ahead'] = optax.incremental_update(
         self.model.ahead(params), variables['ahead'], 1 - self.options.head_average
       )
-    if 'guess' in variables:
-      updates, new['guess_optimizer'] = self._guess_optimizer.update(
-        aux['guess_gradient'], variables['guess_optimizer']
+    if 'control_variate' in variables:
+      updates, new['control_variate_optimizer'] = self._control_variate_optimizer.update(
+        aux['control_variate_gradient'], variables['control_variate_optimizer']
       )
-      new['guess'] = optax.apply_updates(variables['guess'], updates)
+      new['control_variate'] = optax.apply_updates(variables['control_variate'], updates)
     return {**variables, **new}
 
   def gradient(
@@ -136,16 +138,16 @@ class Composition(NamedTuple):
     return run(self.known(variables), key, self.model.prepare(image), targets)
 
   @property
-  def _guess_optimizer(self) -> optax.GradientTransformation:
-    return optimizers.adam_of_guesses(self.options.control_variate_rate)
+  def _control_variate_optimizer(self) -> optax.GradientTransformation:
+    return optimizers.adam_of_control_variates(self.options.control_variate_rate)
 
 
-def _guess_weights(params: PyTree, model: StagedModel, guessed: tuple[str, ...]) -> PyTree:
-  """Zeros, which guess nothing, for the kernels of the layers through which guesses come."""
+def _control_variate_weights(params: PyTree, model: StagedModel, taps: tuple[str, ...]) -> PyTree:
+  """Zeros, which guess nothing, for the kernels of the layers through which control variates come."""
   weights: dict[str, PyTree] = {}
   for stack in model.stacks:
     own = params[stack.name]
-    names = [model.guessed[tap] for tap in guessed if model.taps[tap] in own]
+    names = [model.control_variates[tap] for tap in taps if model.taps[tap] in own]
     for name in names:
       if 'kernel' not in own.get(name, ()):
         raise ValueError(

@@ -49,7 +49,7 @@ def build_estimator(
     group_axis = (
       functools.partial(_group_axis, model, options.credit) if rule.cut else lambda path: None
     )
-    return _never_guessed(
+    return _without_control_variate(
       functools.partial(
         weight_perturbation, sampling=sampling, is_exact=_under_a_loss, group_axis=group_axis
       )
@@ -58,23 +58,23 @@ def build_estimator(
     return _activity_estimator(options, model, sampling)
   if rule.estimator == 'direct_feedback':
     matrices = flatten_dict(variables['feedback'], sep='/')
-    return _never_guessed(functools.partial(direct_feedback, matrices=matrices))
-  return _never_guessed(backprop)
+    return _without_control_variate(functools.partial(direct_feedback, matrices=matrices))
+  return _without_control_variate(backprop)
 
 
-def _never_guessed(estimator: Callable[[LossFn], GradFn]) -> Estimator:
+def _without_control_variate(estimator: Callable[[LossFn], GradFn]) -> Estimator:
   return lambda fun, _: estimator(fun)
 
 
 def _activity_estimator(options: Options, model: StagedModel, sampling: Sampling) -> Estimator:
-  own_passes = {tap: n for tap, n in options.num_tangents_by_tap.items() if n}
-  passes_of = lambda name: own_passes.get(in_block(name), options.num_tangents)
+  own_num_tangents = {tap: n for tap, n in options.num_tangents_by_tap.items() if n}
+  num_tangents_of = lambda name: own_num_tangents.get(in_block(name), options.num_tangents)
   activity = functools.partial(
     activity_perturbation,
     sampling=sampling,
-    separate=not options.joint,
-    passes_of=passes_of if own_passes else None,
-    is_guessed=lambda name: in_block(name) in options.guessed_taps(model),
+    joint=bool(options.joint),
+    num_tangents_of=num_tangents_of if own_num_tangents else None,
+    has_control_variate=lambda name: in_block(name) in options.control_variate_taps(model),
   )
   if options.last_tap == 'perturbed':
     return functools.partial(activity, is_perturbed=lambda name: in_block(name) in model.taps)

@@ -14,12 +14,12 @@ def gradient_flop(model: StagedModel, rule: Rule, options: Options) -> int:
   | estimator | value | derivatives | weights' gradients | sum |
   |---|---|---|---|---|
   | backprop | F | F - F₁ backward | F | 3 F - F₁ |
-  | activity, K passes, taps joint | F | K (F - F₁) forward | F | (2 + K) F - K F₁ |
-  | activity, one by one | F | K × all behind each tap, forward; 2 × the maps of guesses | F | |
-  | weight, K passes | F | K (F - F₁) of inputs, K F of weights, forward | 0 | (1 + 2 K) F - K F₁ |
+  | activity, K tangents, taps joint | F | K (F - F₁) forward | F | (2 + K) F - K F₁ |
+  | activity, one by one | F | K × all behind each tap, forward; 2 × the maps of control variates | F | |
+  | weight, K tangents | F | K (F - F₁) of inputs, K F of weights, forward | 0 | (1 + 2 K) F - K F₁ |
   | direct_feedback | F | 0 | F | 2 F |
 
-  A guess applies the map through which it comes back once backward, and once more to learn. Heads
+  A control variate applies the map through which it comes back once backward, and once more to learn. Heads
   that look ahead apply the next block's maps once, and once more for the exact signal or for every
   forward derivative.
   """
@@ -45,7 +45,7 @@ def gradient_flop(model: StagedModel, rule: Rule, options: Options) -> int:
       block[after]
       for block in blocks
       for tap, after in zip(block, list(block)[1:], strict=False)
-      if tap in own.guessed_taps(model)
+      if tap in own.control_variate_taps(model)
     ]
     return through + 2 * whole + derivatives + 2 * sum(following)
   return (

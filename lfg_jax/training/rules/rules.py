@@ -23,7 +23,7 @@ class Rule(NamedTuple):
     cut: whether gradients are stopped between blocks (greedy).
     local: whether local losses are used.
     feedback: whether linear layers send gradients back through fixed random matrices.
-    quiet: whether activity perturbation has less noise at the same cost. This decides what
+    variance_reduced: whether activity perturbation has less noise at the same cost. This decides what
       'auto' and None mean in `Options`. If True: taps are perturbed one by one, the last tap under a local loss is
       exact, and control variates are learned. If False, as in the paper: all taps at once.
   """
@@ -32,7 +32,7 @@ class Rule(NamedTuple):
   cut: bool = False
   local: bool = False
   feedback: bool = False
-  quiet: bool = False
+  variance_reduced: bool = False
 
 
 _LOCAL_GREEDY = {'cut': True, 'local': True}
@@ -47,8 +47,8 @@ REGISTRY: dict[str, Rule] = {
   'FG-W': Rule('weight'),
   'FG-A': Rule('activity'),
   'LG-FG-W': Rule('weight', **_LOCAL_GREEDY),
-  'LG-FG-A': Rule('activity', quiet=True, **_LOCAL_GREEDY),
-  'LG-FG-A-paper': Rule('activity', **_LOCAL_GREEDY),
+  'LG-FG-A+': Rule('activity', variance_reduced=True, **_LOCAL_GREEDY),
+  'LG-FG-A': Rule('activity', **_LOCAL_GREEDY),
 }
 
 
@@ -56,8 +56,10 @@ REGISTRY: dict[str, Rule] = {
 class EstimatorOptions:
   """The fields of config.estimator."""
 
-  distribution: str = field('hadamard', 'of tangents', one_of(distributions.LAWS))
-  module: str | None = field(None, 'Python file with your own `law`; None: the one with that name')
+  distribution: str = field('hadamard', 'of tangents', one_of(distributions.DISTRIBUTIONS))
+  module: str | None = field(
+    None, 'Python file with your own `distribution`; None: the one with that name'
+  )
   num_tangents: int = field(1, 'number of tangents per step', at_least(1))
   chunk: int = field(
     4, 'tangents in memory at once; 0: all: more memory, on CPUs slower', at_least(0)
@@ -70,7 +72,7 @@ class EstimatorOptions:
   )
   last_tap: str = field(
     'auto',
-    'at the last tap of a block under a local loss, the exact signal passes, or it is perturbed; '
+    'at the last tap of a block under a local loss, the exact signal num_tangents, or it is perturbed; '
     'auto: the rule decides. Between this tap and the loss lie only a norm, a ReLU, the head and, '
     'if the head looks ahead, the next block',
     one_of(('auto', 'perturbed', 'exact')),
@@ -147,12 +149,12 @@ class Options(EstimatorOptions, LossOptions):
   def cut(self) -> Cut:
     return Cut(self.patch, self.group)
 
-  def guessed_taps(self, model: StagedModel) -> tuple[str, ...]:
-    """Names of the taps that have a guess."""
+  def control_variate_taps(self, model: StagedModel) -> tuple[str, ...]:
+    """Names of the taps that have a control variate."""
     return (
-      tuple(model.guessed)
+      tuple(model.control_variates)
       if self.control_variate == 'all'
-      else tuple(tap for tap in model.guessed if tap == self.control_variate)
+      else tuple(tap for tap in model.control_variates if tap == self.control_variate)
     )
 
   def of(self, rule: Rule, model: StagedModel) -> 'Options':
@@ -161,21 +163,23 @@ class Options(EstimatorOptions, LossOptions):
     Raises:
       ValueError: options contradict each other, or the rule or the model has no use for one.
     """
-    # A tap further from the loss needs the guesses of all taps between: alone, its own guess would
+    # A tap further from the loss needs the control variates of all taps between: alone, its own control variate would
     # come back through their kernels.
     errors.one_of(
       'estimator.control_variate',
       self.control_variate,
-      ('auto', 'none', *tuple(model.guessed)[:1], 'all'),
+      ('auto', 'none', *tuple(model.control_variates)[:1], 'all'),
     )
     for tap in self.num_tangents_by_tap:
       errors.one_of('tap of estimator.num_tangents_by_tap', tap, model.taps)
     one_block = rule.cut and self.every == 1 and not self.overlap
-    quiet = rule.quiet and not self.joint
+    variance_reduced = rule.variance_reduced and not self.joint
     choice: dict[str, Any] = {
-      'joint': not quiet,
-      'last_tap': 'exact' if rule.quiet else 'perturbed',
-      'control_variate': next(iter(model.guessed), 'none') if quiet and one_block else 'none',
+      'joint': not variance_reduced,
+      'last_tap': 'exact' if rule.variance_reduced else 'perturbed',
+      'control_variate': next(iter(model.control_variates), 'none')
+      if variance_reduced and one_block
+      else 'none',
     }
     open_fields = {
       field: value for field, value in choice.items() if getattr(self, field) in ('auto', None)
@@ -195,7 +199,7 @@ class Options(EstimatorOptions, LossOptions):
     ):
       raise ValueError(
         f'estimator.control_variate={self.control_variate!r} is for activities of single blocks with losses '
-        "of their own, perturbed one by one; allowed: 'auto', 'none', or LG-FG-A with joint=False, "
+        "of their own, perturbed one by one; allowed: 'auto', 'none', or LG-FG-A+ with joint=False, "
         'losses.every=1, no losses.overlap'
       )
     most = max(self.num_tangents, *self.num_tangents_by_tap.values(), 0)

@@ -25,8 +25,8 @@ STYLES = ('-', '--', ':')
 RULES = {
   'BP': COLOURS[0],
   'LG-BP': COLOURS[1],
-  'LG-FG-A': COLOURS[2],
-  'LG-FG-A-paper': COLOURS[3],
+  'LG-FG-A+': COLOURS[2],
+  'LG-FG-A': COLOURS[3],
   'LG-FG-W': COLOURS[4],
   'FG-A': COLOURS[5],
   'DFA': COLOURS[6],
@@ -39,7 +39,7 @@ Line = tuple[str, Sequence[float], Sequence[float]]  # name, x, y
 def colours_of(names: Sequence[str]) -> list[str]:
   """Returns a colour for every line: that of its rule, or else the next that is free.
 
-  >>> colours_of(['LG-FG-A', 'else'])
+  >>> colours_of(['LG-FG-A+', 'else'])
   ['#D55E00', '#000000']
   """
   own = {name: RULES[name] for name in names if name in RULES}

@@ -14,9 +14,9 @@ from lfg_jax.training.run import checkpoints, workdir
 from lfg_jax.training.update import TrainState
 
 PyTree = Any
-# The algorithm's other variables that are kept. The optimizer of the guesses starts afresh, as does
+# The algorithm's other variables that are kept. The optimizer of the control variates starts afresh, as does
 # the optimizer of the parameters.
-KEPT = ('batch_stats', 'feedback', 'ahead', 'guess')
+KEPT = ('batch_stats', 'feedback', 'ahead', 'control_variate')
 
 
 def check(folder: pathlib.Path, algorithm: Algorithm) -> None:
@@ -41,7 +41,7 @@ def from_run(folder: pathlib.Path, state: TrainState, algorithm: Algorithm) -> T
     UserError: as in `check`.
   """
   here, there = _taken(state._asdict()), _taken(_newest(folder, _read))
-  if ahead := algorithm.made_of.model.ahead:
+  if ahead := algorithm.composition.model.ahead:
     there = {'ahead': ahead(there['params']), **there}
   _compare(folder, there, here)
   put = lambda tree, like: jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), tree, like)
