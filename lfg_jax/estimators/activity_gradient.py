@@ -69,8 +69,8 @@ def value_and_activity_grad(
     taps: which taps to perturb: names, or a predicate of a name; None: all. The others let the
       exact signal pass. A name stands for all calls with it, `name_1` for the second call.
     guess: with `separate`, `(activities, *args, **kwargs) -> {name: h}`: guesses of the objective's
-      gradient at some taps, from the activities {name: value}. The estimate is unbiased whatever
-      the guess; see `guesses`.
+      gradient at some taps, from the activities {name: value}, examples first. The estimate is
+      unbiased whatever the guess; see `guesses`.
     mixes_examples: whether an activity may influence the losses of other examples, as before batch
       norm in training; it is then credited with the losses of the whole batch. None: read this
       from the function's equations, for every tap; see `mixing`.
