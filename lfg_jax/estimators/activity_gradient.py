@@ -72,8 +72,8 @@ def value_and_activity_grad(
     taps: which taps to perturb: names, or a predicate of a name; None: all. The others let the
       exact signal pass. A name stands for all calls with it, `name_1` for the second call.
     control_variate: with `joint=False`, `(activities, *args, **kwargs) -> {name: h}`: guesses of the
-      objective's gradient at some taps, from the activities {name: value}. The estimate is unbiased whatever
-      the control variate; see `control_variates`.
+      objective's gradient at some taps, from the activities {name: value}, examples first. The
+      estimate is unbiased whatever the guess; see `control_variates`.
     mixes_examples: whether an activity may influence the losses of other examples, as before batch
       norm in training; it is then credited with the losses of the whole batch. None: read this
       from the function's equations, for every tap; see `jaxpr.dependence`.
