@@ -52,7 +52,7 @@ def run(monkeypatch, capsys, arguments, script='train.py'):
     ('--config.optimizer.staircase_epochs=-1',
      'optimizer.staircase_epochs is (-1,); allowed: numbers, 0 or more'),
     ('--config.model.norms=head,readuot',
-     f"model.norms is 'readuot'; allowed: {', '.join(block.NORMS)}"),
+     f"model.norms is 'readuot'; did you mean readout? allowed: {', '.join(block.NORMS)}"),
     ('--config.model.channels=0', 'model.channels is 0; allowed: 1 or more'),
     ('--config.model.hidden=-2', 'model.hidden is -2; allowed: 1 or more'),
     ('--config.model.blocks=0', 'model.blocks is 0; allowed: 1 … 10000'),

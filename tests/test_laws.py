@@ -239,7 +239,7 @@ def test_a_law_may_be_given_by_its_name(name):
 @pytest.mark.parametrize(
   ('law', 'message'),
   [
-    ('rademache', r"law is 'rademache'; did you mean 'rademacher'\? allowed: normal, rademacher"),
+    ('rademache', r"law is 'rademache'; did you mean rademacher\? allowed: normal, rademacher"),
     ('gauss', "law is 'gauss'; allowed: normal, rademacher, sphere"),
     (jax.random.normal, 'law is <.*; allowed: a tangents.Law, or one of normal, rademacher'),
   ],

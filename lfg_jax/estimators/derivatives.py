@@ -26,7 +26,9 @@ def along_each(along: Along, v_K: PyTree) -> PyTree:
   """
   if jax.tree.leaves(v_K)[0].shape[0] > 1:
     return jax.vmap(along)(v_K)
-  return jax.tree.map(lambda d: d[None], along(jax.tree.map(lambda v: jax.lax.squeeze(v, [0]), v_K)))
+  return jax.tree.map(
+    lambda d: d[None], along(jax.tree.map(lambda v: jax.lax.squeeze(v, [0]), v_K))
+  )
 
 
 def jvp_derivative(fn: Callable[[PyTree], PyTree], x: PyTree, in_chunks: bool = False) -> Along:
