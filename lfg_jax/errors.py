@@ -141,6 +141,6 @@ def one_of(field: str, given: Any, allowed: Any) -> None:
   """Raises ValueError, in one line, for a value that is not allowed."""
   if given not in allowed:
     names = [str(one) for one in allowed]
-    near = difflib.get_close_matches(str(given), names, 1)
-    hint = f'did you mean {near[0]!r}? ' if near else ''
+    near = difflib.get_close_matches(str(given), names, 1, 0.7)
+    hint = f'did you mean {near[0]}? ' if near else ''
     raise ValueError(f'{field} is {given!r}; {hint}allowed: {", ".join(names)}')

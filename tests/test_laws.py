@@ -261,7 +261,7 @@ def test_a_law_may_be_given_by_its_name(name):
   [
     (
       'rademache',
-      r"distribution is 'rademache'; did you mean 'rademacher'\? allowed: normal, rademacher",
+      r"distribution is 'rademache'; did you mean rademacher\? allowed: normal, rademacher",
     ),
     ('gauss', "distribution is 'gauss'; allowed: normal, rademacher, sphere"),
     (
