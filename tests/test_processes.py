@@ -160,7 +160,9 @@ def test_a_rehearsal_is_the_run_of_one_process(tmp_path, objective):
   )
   out, errors = again.communicate(timeout=120)
   assert (again.returncode, errors) == (0, '')
-  assert out.startswith('compiling …\nresuming') and out.count('test error') == out.count('epoch') + 1
+  assert (
+    out.startswith('compiling …\nresuming') and out.count('test error') == out.count('epoch') + 1
+  )
   alone.communicate(timeout=120)
   assert_same_parameters(tmp_path / 'two', tmp_path / 'one')
   rows = [
