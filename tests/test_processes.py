@@ -234,7 +234,9 @@ def test_a_rehearsal_is_the_run_of_one_process(tmp_path, objective, monkeypatch)
   )
   out, errors = again.communicate(timeout=300)
   assert (again.returncode, errors) == (0, '')
-  assert out.startswith('resuming') and out.count('test error') == out.count('epoch') + 1
+  assert (
+    out.startswith('compiling …\nresuming') and out.count('test error') == out.count('epoch') + 1
+  )
   alone.communicate(timeout=120)
   assert_same_parameters(tmp_path / 'two', tmp_path / 'one')
   rows = [
