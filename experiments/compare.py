@@ -11,6 +11,7 @@ them.
 import copy
 import json
 import pathlib
+import statistics
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -64,7 +65,10 @@ def report(folder: results.Folder, runs: list[tuple[str, int]]) -> None:
   for name, seed in runs:
     workdirs.setdefault(name, []).append(folder.path / f'{name}-seed{seed}')
   rows = [
-    summarize(name, [json.loads((workdir / 'summary.json').read_text()) for workdir in own])
+    {
+      **summarize(name, [json.loads((workdir / 'summary.json').read_text()) for workdir in own]),
+      'curve': curve([metrics.read_rows(workdir / 'metrics.jsonl') for workdir in own]),
+    }
     for name, own in workdirs.items()
   ]
   folder.write(NAME, rows=rows)
@@ -85,6 +89,21 @@ def summarize(algorithm: str, summaries: list[dict[str, Any]]) -> dict[str, Any]
     'seeds': len(summaries),
     **results.over_seeds(summaries),
     **{key: summaries[0][key] for key in ('model', 'dataset', 'parameters', 'steps')},
+  }
+
+
+def curve(runs: list[list[metrics.Row]]) -> dict[str, list[float]]:
+  """Test errors by epoch: means over runs, and their standard errors (0 for one run)."""
+  epochs, means = plots.means(runs, 'test_error_percent')
+  by_epoch = [
+    [row['test_error_percent'] for run in runs for row in run if row['epoch'] == epoch]
+    for epoch in epochs
+  ]
+  spread = lambda own: statistics.stdev(own) / len(own) ** 0.5 if len(own) > 1 else 0.0
+  return {
+    'epoch': epochs,
+    'test_error_percent': means,
+    'standard_error_percent': list(map(spread, by_epoch)),
   }
 
 

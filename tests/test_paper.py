@@ -136,9 +136,9 @@ def test_both_kinds_of_lg_fg_a_are_told_apart(study):
   text = (study / 'cifar10-M-8-16.md').read_text()
   paper, ours = (line.split(' | ') for line in text.splitlines() if line.startswith('| LG-FG-A+'))
   assert paper[0] == '| LG-FG-A'
-  assert paper[2] == "30.68 / 19.39"
+  assert paper[2] == '30.68 / 19.39'
   assert ours[0] == '| LG-FG-A+'
-  assert ours[2] == "30.68 / 19.39 (of LG-FG-A, which is another estimator)"
+  assert ours[2] == '30.68 / 19.39 (of LG-FG-A, which is another estimator)'
   for row in rows_of(study):
     folders = sorted((study / row['label'].replace(' (ours)', '-ours')).iterdir())
     own = [json.loads((folder / 'summary.json').read_text()) for folder in folders]
@@ -198,7 +198,7 @@ def test_index_is_of_the_files_that_are_there(study, tmp_path):
   (tmp_path / 'new.json').write_text((study / 'cifar10-M-8-16.json').read_text())
   index.main([f'--results={tmp_path}'])
   (line,) = re.findall(r'\| LG-FG-A+ \(ours\) \|.*', (tmp_path / 'README.md').read_text())
-  assert "of LG-FG-A, which is another estimator" in line
+  assert 'of LG-FG-A, which is another estimator' in line
   assert '--config.algorithm=LG-FG-A+ ' in line and '`python experiments/train.py ' in line
 
 
