@@ -212,7 +212,7 @@ def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, 
   ('fields', 'message'),
   [
     ({'losses__head_average': 1.0}, r'losses\.head_average is 1\.0; allowed: 0 … 1, without 1'),
-    ({'algorithm': 'BP'}, 'allowed: False, or one of L-BP, LG-BP, LG-FG-W, LG-FG-A+, LG-FG-A'),
+    ({'algorithm': 'BP'}, r'allowed: False, or one of L-BP, LG-BP, LG-FG-W, LG-FG-A\+, LG-FG-A'),
     (
       {'algorithm': 'LG-FA'},
       'losses.head_ahead=True is for rules with local losses, but not for feed',

@@ -31,9 +31,9 @@ Written by `python experiments/paper/index.py` from the files of this folder.
 **CIFAR-10's pixels had been through JPEG (quality 75)** in every number here.
 The paper: Ren, Kornblith, Liao, Hinton 2023, arXiv 2210.03310.
 
-*LG-FG-A* is the paper's LG-FG-A+: all activities of a block perturbed at once.
-*LG-FG-A+ (ours)* is another, quieter estimator of the same gradient.
-Files from before commit tracking call the first one LG-FG-A+; the commands here have today's names.
+*LG-FG-A* is the paper's: all activities of a block perturbed at once.
+*LG-FG-A+ (ours)* is another, less noisy estimator of the same gradient.
+The commands here have today's names.
 Every other command is as of the commit beside it: programs that were in `experiments/` then may be in
 `experiments/bench/` or `experiments/paper/` now.
 """
@@ -67,7 +67,6 @@ _CONTRASTIVE = (
   f'{REPRODUCE} cifar10-contrastive-M-8-16 --epochs=5 --images=20000 '
   '--config.batch_size=64 --rules='
 )
-_NAMES = {'LG-FG-A+': 'LG-FG-A'}
 OLD_RUNS = (
   *(
     OldRun(f'mnist-{size}', label, rule, f'mnist_{size.replace("-", "_")}_{name}.json')
@@ -75,39 +74,39 @@ OLD_RUNS = (
     for label, rule, name in (
       ('BP', 'BP', 'BP'),
       ('BP, plain SGD', 'BP', 'BP_sgd'),
-      ('LG-FG-A', 'LG-FG-A+', 'LG-FG-A+'),
+      ('LG-FG-A', 'LG-FG-A', 'LG-FG-A'),
     )
   ),
   OldRun(
     'cifar10-M-8-16',
     'LG-FG-A',
-    'LG-FG-A+',
-    'cifar10_M_8_16_LG-FG-A+.json',
+    'LG-FG-A',
+    'cifar10_M_8_16_LG-FG-A.json',
     note=' (of a schedule of 10)',
   ),
   *(
     OldRun(
       'cifar10-contrastive-M-8-16',
-      _NAMES.get(name, name),
+      name,
       None if name == 'untrained' else name,
       'cifar10_contrastive/algorithms.json',
       name,
-      _CONTRASTIVE + _NAMES.get(name, name),
+      _CONTRASTIVE + name,
       20_000,
     )
-    for name in ('BP', 'LG-BP', 'FG-A', 'LG-FG-A+', 'untrained')
+    for name in ('BP', 'LG-BP', 'FG-A', 'LG-FG-A', 'untrained')
   ),
   *(
     OldRun(
       'figure4',
-      f'{_NAMES.get(rule, rule)}, {stop} stop-gradient',
+      f'{rule}, {stop} stop-gradient',
       None,
       'cifar10_contrastive/stop_gradient.json',
       f'{rule}, {stop} stop-gradient',
-      f'{REPRODUCE} figure4 --rules={_NAMES.get(rule, rule)}',
+      f'{REPRODUCE} figure4 --rules={rule}',
       6_400,
     )
-    for rule in ('LG-BP', 'LG-FG-A+')
+    for rule in ('LG-BP', 'LG-FG-A')
     for stop in ('with', 'without')
   ),
 )
@@ -225,7 +224,7 @@ def old_rows(files: dict[str, Any], study: str) -> Iterator[list[str]]:
 
 
 def named_today(command: str, label: str) -> str:
-  """A stored command, with today's name of the paper's LG-FG-A+, which was the default then."""
+  """A stored command, with the name of the paper's LG-FG-A, which was the default then."""
   return f'{command} --config.algorithm={label}' if label == 'LG-FG-A' else command
 
 
