@@ -105,7 +105,7 @@ def fused(devices, dtype, contrast, cut):
 CUTS = [Cut(), Cut(False, True), Cut(True, False), Cut(False, False)]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('cut', CUTS)
 @pytest.mark.parametrize('stop', [True, False])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.float64])

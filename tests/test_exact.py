@@ -67,7 +67,7 @@ CASES = [('LG-BP', side, groups) for side in (1, 2, 4) for groups in (1, 4, 16)]
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
   ('name', 'side', 'groups', 'dtype'),
   [(*case, jnp.float64) for case in CASES]
@@ -118,7 +118,7 @@ def objective_of_stages(params, s, groups, plan):
   return value
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
   ('options', 'plan'),
   [
@@ -138,7 +138,7 @@ def test_stages_of_several_blocks(options, plan):
     assert relative_error(grads, expected) < TOLERANCE[jnp.float64]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', ['FA', 'L-FA', 'LG-FA'])
 def test_feedback_alignment_with_transposed_forward_matrices_is_backprop(name):
   s = small()
@@ -181,7 +181,7 @@ def naive_loss_and_gradient():
   return jax.jit(jax.value_and_grad(loss))(s.variables['params'])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', sorted(rules.REGISTRY))
 def test_values_and_read_out_are_those_of_backprop(name):
   (grads, aux), (loss, exact) = with_any_feedback(name), naive_loss_and_gradient()
@@ -189,7 +189,7 @@ def test_values_and_read_out_are_those_of_backprop(name):
   assert relative_error(grads['readout'], exact['readout']) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_direct_feedback_sends_the_output_error_to_every_layer():
   s = small(blocks=2)
   algorithm = compose(s, 'DFA')

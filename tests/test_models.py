@@ -82,7 +82,7 @@ def unrolled(name, params, *, greedy, cut):
   return value + (cross_entropy(logits, targets) * targets.weight_B).sum()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', FIELDS)
 @pytest.mark.parametrize(
   ('rule', 'greedy', 'cut'),
@@ -96,7 +96,7 @@ def test_exact_rules_are_the_gradient_of_the_blocks_one_by_one(name, rule, greed
     assert relative_error(gradient(name, rule), exact) < 1e-11
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', FIELDS)
 def test_as_many_orthogonal_tangents_as_dimensions_are_exact(name):
   """This holds for the paper's estimator, tap by tap; in ours, the last layers are exact anyway."""
@@ -111,7 +111,7 @@ def test_as_many_orthogonal_tangents_as_dimensions_are_exact(name):
     assert relative_error(ours[stack.name][last], exact[stack.name][last]) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', FIELDS)
 def test_a_guess_through_the_kernels_leaves_nothing(name):
   """With such control variates at all taps, one tangent is exact."""
@@ -124,7 +124,7 @@ def test_a_guess_through_the_kernels_leaves_nothing(name):
   assert relative_error(ours, gradient(name, 'LG-BP')) < 3e-5
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', FIELDS)
 def test_an_example_has_its_noise_wherever_it_is_computed(name):
   """Two devices with half of the batch each compute the same gradient as one."""
@@ -193,7 +193,7 @@ def test_a_guess_through_a_layer_that_is_none():
     composition._replace(model=model).init(KEYS[0])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', ['mlp', 'resnet'])
 @pytest.mark.parametrize('rule', ['BP', 'LG-BP', 'LG-FG-A+', 'DFA'])
 def test_contrastive_losses(name, rule):

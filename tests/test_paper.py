@@ -113,7 +113,7 @@ def test_printed_commands_are_the_runs(name, capsys):
     assert dict(configs.flatten(config)) | run.fields == dict(configs.flatten(config))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_study_goes_on_and_adds_runs(study):
   assert [(row['label'], row['seeds']) for row in rows_of(study)] == [
     ('LG-FG-A', [0, 1]),
@@ -127,7 +127,7 @@ def test_a_study_goes_on_and_adds_runs(study):
   assert (study / 'cifar10-M-8-16.png').read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_both_kinds_of_lg_fg_a_are_told_apart(study):
   text = (study / 'cifar10-M-8-16.md').read_text()
   paper, ours = (line.split(' | ') for line in text.splitlines() if line.startswith('| LG-FG-A'))
@@ -184,7 +184,7 @@ def test_names_beside_the_lines_keep_apart():
   assert max(places) <= 1 and places[4] == 0.0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_index_is_of_the_files_that_are_there(study, tmp_path):
   text = index.index(index.RESULTS)
   assert text == (index.RESULTS / 'README.md').read_text(), 'run: python experiments/paper/index.py'

@@ -18,7 +18,7 @@ from lfg_jax.training.rules import algorithms, rules
 from tests.small import compose, gradient, small
 from tests.statistics import verdict, z_scores, z_scores_of_multiples
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 def model(**changes):

@@ -9,7 +9,7 @@ from lfg_jax.errors import UserError
 from tests.runs import script
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_rows_table_and_figure(tmp_path):
   program = script('paper/variance')
   rows, figure = program['PARTS']['distributions']
