@@ -161,10 +161,10 @@ def test_shapes_flops_and_taps_are_what_the_model_says(name):
     ('resnet', [('first', 'second')], 4 * 4 * 4),
   ],
 )
-def test_what_is_derived_from_a_model(name, control_variates, largest):
+def test_what_is_derived_from_a_model(name, guessed, largest):
   """The guessed taps, the nearest to the loss first, and the size of an example's activity."""
   model = model_of(name)
-  assert [*model.control_variates.items()] == control_variates
+  assert [*model.control_variates.items()] == guessed
   assert model.activity_bytes == 4 * largest
   assert model.shapes[0].shape == (1, *model.input_shape)
 

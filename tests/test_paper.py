@@ -152,7 +152,7 @@ def test_both_kinds_of_lg_fg_a_are_told_apart(study):
   ('arguments', 'message'),
   [
     (['table9'], 'table9; allowed: table1, figure5'),
-    (['figure6', '--rules=XX'], "--rules is 'XX'; allowed: LG-FG-A, LG-FG-A\+,"),
+    (['figure6', '--rules=XX'], r"--rules is 'XX'; allowed: LG-FG-A, LG-FG-A\+,"),
     (['figure7', '--groups=3'], '--groups has 3; allowed: 1, 2, 4, 8, 16, 32, 64$'),
     (['figure6', '--seeds=a'], "--seeds is 'a'; allowed: 0 or more"),
     (['figure6', '--config.epoch=3'], 'unknown config field epoch; did you mean epochs'),
