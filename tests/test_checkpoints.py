@@ -134,14 +134,17 @@ def interrupt_at(monkeypatch, step):
   monkeypatch.setattr(train, '_epoch', epoch)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
   'saved, fields',
   [
-    (32, {'steps_per_dispatch': 9}),
-    (30, {'steps_per_dispatch': 1, 'algorithm': 'FA', 'model__norm': 'batch'}),
+    pytest.param(32, {'steps_per_dispatch': 9}, id='LG-FG-A+'),
+    pytest.param(
+      30,
+      {'steps_per_dispatch': 1, 'algorithm': 'FA', 'model__norm': 'batch'},
+      id='FA-batch',
+      marks=pytest.mark.full,
+    ),
   ],
-  ids=['LG-FG-A+', 'FA-batch'],
 )
 def test_interrupted_within_an_epoch(saved, fields, tmp_path, monkeypatch):
   _interrupted_within_an_epoch(train.prepare(tiny(**fields)), saved, tmp_path, monkeypatch)

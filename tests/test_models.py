@@ -96,7 +96,6 @@ def test_exact_rules_are_the_gradient_of_the_blocks_one_by_one(name, rule, greed
     assert relative_error(gradient(name, rule), exact) < 1e-11
 
 
-@pytest.mark.full
 @pytest.mark.parametrize('name', FIELDS)
 def test_as_many_orthogonal_tangents_as_dimensions_are_exact(name):
   """This holds for the paper's estimator, tap by tap; in ours, the last layers are exact anyway."""

@@ -134,8 +134,7 @@ def test_contrastive_learning_is_equal_but_for_rounding(devices, stages, steps):
   )
 
 
-@pytest.mark.full
-@pytest.mark.parametrize('stages', [2, 4, 8])
+@pytest.mark.parametrize('stages', [2, *(pytest.param(n, marks=pytest.mark.full) for n in (4, 8))])
 def test_equal_after_twenty_steps(stages):
   assert_equal(perceptron(max(stages, 4), steps_per_dispatch=7), 1, stages, 20)
 
