@@ -28,11 +28,19 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 gc.set_threshold(50_000, 20, 100)
 
 
-def pytest_configure(config):
-  """Tests share what they have compiled: across processes, and with the next run of the tests.
+def pytest_addoption(parser):
+  parser.addoption('--full', action='store_true', help='run all tests, also those marked full')
 
+
+def pytest_configure(config):
+  """Leaves out what is marked full, unless a mark or a test is named.
+
+  Tests share what they have compiled: across processes, and with the next run of the tests.
   `pytest --cache-clear` empties the folder. It is of one computer, because XLA compiles for a CPU.
   """
+  options, is_named = config.option, any('::' in argument for argument in config.args)
+  if not (options.full or options.markexpr or is_named):
+    options.markexpr = 'not full'
   if hasattr(config, 'cache'):
     folder = config.cache.mkdir(f'compiled-{platform.node()}')
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))
@@ -52,7 +60,7 @@ def pytest_runtest_protocol(item):
 
   The mark `no_cover` would not do: in a worker, pytest-cov starts two measurements and stops one.
   """
-  if not item.config.pluginmanager.hasplugin('_cov') or not item.get_closest_marker('slow'):
+  if not item.config.pluginmanager.hasplugin('_cov') or not item.get_closest_marker('full'):
     return (yield)
   tracer = sys.gettrace()
   sys.settrace(None)

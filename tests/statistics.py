@@ -1,6 +1,6 @@
 """Tells a bias from noise: measurements in standard errors, and all thresholds of the tests, in σ.
 
-Seeds are fixed: a test that passes once always num_tangents, until something changes the draws.
+Seeds are fixed: a test that passes once always passes, until something changes the draws.
 """
 
 import functools

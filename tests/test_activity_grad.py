@@ -142,7 +142,7 @@ def test_the_function_is_traced_once():
     step(W, key)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def temporaries(f, layers):
   """Bytes that XLA needs besides the arguments, for a deep network with a tap in every layer."""
 
@@ -156,7 +156,7 @@ def temporaries(f, layers):
   return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_tangents_of_all_taps_are_never_in_memory_together():
   key = jax.random.key(0, impl='unsafe_rbg')  # compiles in half the time
 
@@ -196,7 +196,7 @@ def test_cross_entropy_of_integer_labels_keeps_the_examples_apart():
   assert relative_error(grads, objective(fun)(W)[1]) < 3e-6
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_fused_loss_is_local_by_its_derivative_rule():
   """Its value mixes patches and groups; its derivative, on which the credit rests, does not."""
   keys = jax.random.split(jax.random.key(1), 4)

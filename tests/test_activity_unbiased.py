@@ -39,7 +39,7 @@ def test_unbiased(middle):
   is_unbiased(*measure(functools.partial(bare, middle=NOISY[middle])))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
   'options',
   [
@@ -67,7 +67,7 @@ def ensemble(w):
   return square(jnp.tanh(h - h.mean(1, keepdims=True)).sum(0) @ w['c'])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
   'fun',
   [contrast, ensemble, functools.partial(bare, middle=batch_normed)],

@@ -71,7 +71,7 @@ def of_mixer(params, ahead):
   return oracle.objective(params, tokens, *TARGETS, 2, local=True, cut=True, ahead=ahead)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', FIELDS)
 def test_the_exact_gradient_is_that_of_the_blocks_one_by_one(name):
   variables = composed(name, 'LG-BP', **AHEAD)[1]
@@ -109,13 +109,13 @@ def keep_credit(monkeypatch):
   monkeypatch.setattr(algorithms, 'look_ahead', kept)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
   ('name', 'rule', 'num_tangents'),
   [
     ('mlp', 'LG-FG-A', 8),
     ('mlp', 'LG-FG-A+', 4),
-    pytest.param('mixer', 'LG-FG-A+', 8, marks=pytest.mark.slow),
+    pytest.param('mixer', 'LG-FG-A+', 8, marks=pytest.mark.full),
   ],
 )
 def test_as_many_orthogonal_tangents_as_dimensions_are_exact(name, rule, num_tangents):
@@ -131,7 +131,7 @@ def judge(rule):
   return verdict(z_scores(run, gradient('mlp', 'LG-BP')))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(('rule', 'noisy'), [('LG-FG-A+', "['hidden']"), ('LG-FG-W', '')])
 def test_unbiased(rule, noisy):
   """Over 20,480 draws, every leaf has an r.m.s. z within 6 σ of 1, and no entry beyond 5.5 σ.
@@ -141,14 +141,14 @@ def test_unbiased(rule, noisy):
   assert not [line for line in judge(rule) if noisy in line]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_credit_of_a_head_that_does_not_look_ahead_is_rejected(monkeypatch):
   keep_credit(monkeypatch)
   bad = judge('LG-FG-A')
   assert any("['hidden']" in line for line in bad) and any("['out']" in line for line in bad)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_weights_credited_with_their_own_group_are_rejected(monkeypatch):
   def kept(model, bounded):
     return dataclasses.replace(look_ahead(model, bounded=bounded), grouped=model.grouped)
@@ -158,7 +158,7 @@ def test_weights_credited_with_their_own_group_are_rejected(monkeypatch):
   assert bad and all("['out']" in line for line in bad)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_contrastive_heads_can_look_ahead():
   heads = Heads(contrast=Contrast(projections=4))
   options = {'heads': heads, 'augment': lambda key_B, image: jnp.repeat(image, 2, 0)}
@@ -170,7 +170,7 @@ def test_contrastive_heads_can_look_ahead():
 # --- the average ----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
   config = tiny(
     algorithm='LG-BP', losses__head_ahead=True, losses__head_average=0.9, steps_per_dispatch=1
@@ -212,7 +212,7 @@ def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, 
   ('fields', 'message'),
   [
     ({'losses__head_average': 1.0}, r'losses\.head_average is 1\.0; allowed: 0 … 1, without 1'),
-    ({'algorithm': 'BP'}, 'allowed: False, or one of L-BP, LG-BP, LG-FG-W, LG-FG-A+, LG-FG-A'),
+    ({'algorithm': 'BP'}, r'allowed: False, or one of L-BP, LG-BP, LG-FG-W, LG-FG-A\+, LG-FG-A'),
     (
       {'algorithm': 'LG-FA'},
       'losses.head_ahead=True is for rules with local losses, but not for feed',

@@ -120,7 +120,7 @@ def test_boxes(min_area):
   )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
   ('field', 'chance'),
   [('flip', 0.5), ('jitter', 0.8), ('grey', 0.2), ('blur', 0.1), ('solarise', 0.2)],
@@ -141,7 +141,7 @@ def test_how_often_a_view_is_changed(field, chance):
   assert abs(changed.mean() - expected) < 4.5 * (expected * (1 - expected) / 1000) ** 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_views_of_an_example_depend_on_its_key_only():
   keys = jax.random.split(jax.random.key(0), 4)
   images = jnp.stack(

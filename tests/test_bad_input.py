@@ -266,7 +266,7 @@ def run_of_one_epoch(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_of_another_config_is_not_resumed(run_of_one_epoch, monkeypatch, capsys):
   changed = [
     '--config.epochs=1',

@@ -13,7 +13,7 @@ from lfg_jax.jaxpr import dependence, dependence_rules
 from tests import runs
 from tests.runs import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ PLANTED = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('wrong', PLANTED)
 def test_the_hunt_finds_every_kind_of_wrong_rule(wrong, monkeypatch):
   hunt = runs.script('bench/bias_hunt')

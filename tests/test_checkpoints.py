@@ -61,7 +61,7 @@ def has_rows(workdir, number):
   return lambda: path.exists() and path.read_text().count('\n') >= number
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_files_of_a_run(whole):
   assert [row['epoch'] for row in rows(whole)] == list(range(1, 9))
   assert rows(whole)[-1].keys() == {
@@ -86,7 +86,7 @@ def test_files_of_a_run(whole):
   assert list((whole / 'tensorboard').iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_killed_run_ends_as_if_it_had_not_been(whole, tmp_path):
   """It is killed before the first save, while a checkpoint is written, and just after a row."""
   workdir = tmp_path / 'run'
@@ -103,7 +103,7 @@ def test_killed_run_ends_as_if_it_had_not_been(whole, tmp_path):
   assert_same_run(workdir, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_sigterm_saves_first(whole, tmp_path):
   workdir = tmp_path / 'run'
   code, _, err = run_until(workdir, has_rows(workdir, 2), signal.SIGTERM)
@@ -134,20 +134,23 @@ def interrupt_at(monkeypatch, step):
   monkeypatch.setattr(train, '_epoch', epoch)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   'saved, fields',
   [
-    (32, {'steps_per_dispatch': 9}),
-    (30, {'steps_per_dispatch': 1, 'algorithm': 'FA', 'model__norm': 'batch'}),
+    pytest.param(32, {'steps_per_dispatch': 9}, id='LG-FG-A+'),
+    pytest.param(
+      30,
+      {'steps_per_dispatch': 1, 'algorithm': 'FA', 'model__norm': 'batch'},
+      id='FA-batch',
+      marks=pytest.mark.full,
+    ),
   ],
-  ids=['LG-FG-A+', 'FA-batch'],
 )
 def test_interrupted_within_an_epoch(saved, fields, tmp_path, monkeypatch):
   _interrupted_within_an_epoch(train.prepare(tiny(**fields)), saved, tmp_path, monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_interrupted_within_an_epoch_of_a_stream(tmp_path, monkeypatch):
   monkeypatch.setattr(data, 'load', lambda *_, **__: streamed(load('digits')))
   _interrupted_within_an_epoch(train.prepare(tiny()), 30, tmp_path, monkeypatch)
@@ -166,7 +169,7 @@ def _interrupted_within_an_epoch(job, saved, tmp_path, monkeypatch):
   assert_same_run(tmp_path / 'run', tmp_path / 'whole')
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('epochs', [1, 2])
 def test_interrupted_while_evaluating(epochs, tmp_path, monkeypatch):
   """No row is lost, not even that of the last epoch, and the test error is the same."""
@@ -330,7 +333,7 @@ def test_nothing_is_removed_when_nothing_can_be_read(kept, tmp_path):
   assert {folder.name for folder in directory.iterdir()} == {'3', '5', '6'}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_evaluations_may_be_rarer(tmp_path):
   config = tiny(epochs=3, eval_every=2, checkpoint_every=2, max_to_keep=1)
   summary = train.train(train.prepare(config), tmp_path / 'run')

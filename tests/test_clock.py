@@ -103,7 +103,7 @@ def test_a_trace_past_the_end_is_refused():
     train.prepare(tiny(profile=f'5:{2 * STEPS + 1}'))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_leaves_a_trace_and_tells_where_its_time_went(tmp_path):
   summary = train.train(
     train.prepare(tiny(profile='10:12', steps_per_dispatch=1)), tmp_path / 'run'

@@ -21,7 +21,7 @@ def summary(folder):
   return json.loads((folder / 'summary.json').read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_comparison_goes_on(tmp_path, capsys):
   out = tmp_path / 'out'
   compare(out, 'BP', '0')

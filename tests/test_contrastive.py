@@ -1,6 +1,7 @@
 """The contrastive loss against a naive one, on one and several devices."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -105,10 +106,11 @@ def fused(devices, dtype, contrast, cut):
 CUTS = [Cut(), Cut(False, True), Cut(True, False), Cut(False, False)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('cut', CUTS)
-@pytest.mark.parametrize('stop', [True, False])
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.float64])
+CASES = list(itertools.product([jnp.float32, jnp.float64], [True, False], CUTS))
+FULL = [pytest.param(*case, marks=pytest.mark.full) for case in CASES]
+
+
+@pytest.mark.parametrize(('dtype', 'stop', 'cut'), [*FULL[:-4], CASES[-4], *FULL[-3:]])
 def test_fused_loss_equals_naive_on_any_number_of_devices(dtype, stop, cut):
   contrast = Contrast(temperature=0.5, stop_gradient=stop)
   with jax.enable_x64(dtype == jnp.float64):

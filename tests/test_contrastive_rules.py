@@ -100,7 +100,7 @@ def naive_gradient(s, key, name, contrast):
   return jax.jit(jax.value_and_grad(lambda p: objective(p, s, key, name, contrast), has_aux=True))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('stop', [True, False])
 @pytest.mark.parametrize('name', ['BP', 'L-BP', 'LG-BP'])
 def test_backprop_rules_equal_jax_grad_of_the_naive_network(name, stop):
@@ -143,7 +143,7 @@ def naive_parts(local):
   return wanted, reported
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize('name', ELEVEN)
 def test_exact_parts_of_all_algorithms(name):
@@ -161,7 +161,7 @@ def test_exact_parts_of_all_algorithms(name):
   assert all(jnp.abs(g).max() > 1e-6 for g in moving)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize('name', ['FA', 'L-FA', 'LG-FA'])
 def test_feedback_alignment_with_transposed_forward_matrices_is_backprop(name):
@@ -179,7 +179,7 @@ def test_feedback_alignment_with_transposed_forward_matrices_is_backprop(name):
   assert relative_error(gradient(variables, key, s.batch)[0], wanted) > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures('float64')
 def test_direct_feedback_sends_the_error_of_the_projection():
   s = contrastive_small()

@@ -168,7 +168,7 @@ def test_wrong_commands_are_noticed(command, problem):
   assert wrong(command) == problem
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_figures_of_the_page_of_the_idea_can_be_drawn(tmp_path):
   """The quickest and the one that uses most of the library."""
   for name in ('forward_derivative', 'less_noise'):
@@ -183,7 +183,7 @@ def test_figures_are_measured():
   assert drawn == set(figures.FIGURES)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path):
   notebook = nbformat.read(path, as_version=4)

@@ -53,7 +53,7 @@ def test_a_pipeline_sends_one_activity_to_its_neighbour_and_nothing_else():
   assert cost.parameters < 0.6 * parameters(config_of())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_data_parallel_stages_sum_their_own_gradients():
   cost = dry_run.cost(config_of(stages=2), 4)
   assert set(cost.collectives) == {'all-reduce', 'collective-permute'}
@@ -64,7 +64,7 @@ def test_data_parallel_stages_sum_their_own_gradients():
   assert cost.collectives['collective-permute'].sent == half * (WIDTH * 4 + 8) + 8 + 16
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('algorithm', ['LG-BP', 'BP'])
 def test_operations_are_those_of_the_cost_model(algorithm):
   config = config_of(algorithm=algorithm)
@@ -78,7 +78,7 @@ def test_predicted_seconds():
   assert cost.seconds(flops=50, link=16) == 2 + 10
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_script_writes_where_its_numbers_come_from(tmp_path):
   main = script('bench/dry_run')['main']
   small = [

@@ -67,15 +67,17 @@ CASES = [('LG-BP', side, groups) for side in (1, 2, 4) for groups in (1, 4, 16)]
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  ('name', 'side', 'groups', 'dtype'),
-  [(*case, jnp.float64) for case in CASES]
-  + [
-    (*case, jnp.float32)
-    for case in (('LG-BP', 1, 16), ('LG-BP', 4, 4), ('L-BP', 2, 4), ('BP', 2, 4))
-  ],
-)
+# Without --full, every rule has one test.
+CASES = [(*case, jnp.float64) for case in CASES] + [
+  (*case, jnp.float32) for case in (('LG-BP', 1, 16), ('LG-BP', 4, 4), ('L-BP', 2, 4), ('BP', 2, 4))
+]
+CASES = [
+  case if case[1:] == (2, 4, jnp.float64) else pytest.param(*case, marks=pytest.mark.full)
+  for case in CASES
+]
+
+
+@pytest.mark.parametrize(('name', 'side', 'groups', 'dtype'), CASES)
 def test_backprop_rules_equal_jax_grad_of_the_naive_network(name, side, groups, dtype):
   with jax.enable_x64(dtype == jnp.float64):
     s = small(side=side, groups=groups, channels=16 * groups, dtype=dtype)
@@ -118,7 +120,7 @@ def objective_of_stages(params, s, groups, plan):
   return value
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
   ('options', 'plan'),
   [
@@ -138,7 +140,6 @@ def test_stages_of_several_blocks(options, plan):
     assert relative_error(grads, expected) < TOLERANCE[jnp.float64]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', ['FA', 'L-FA', 'LG-FA'])
 def test_feedback_alignment_with_transposed_forward_matrices_is_backprop(name):
   s = small()
@@ -181,7 +182,6 @@ def naive_loss_and_gradient():
   return jax.jit(jax.value_and_grad(loss))(s.variables['params'])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(rules.REGISTRY))
 def test_values_and_read_out_are_those_of_backprop(name):
   (grads, aux), (loss, exact) = with_any_feedback(name), naive_loss_and_gradient()
@@ -189,7 +189,6 @@ def test_values_and_read_out_are_those_of_backprop(name):
   assert relative_error(grads['readout'], exact['readout']) < 1e-5
 
 
-@pytest.mark.slow
 def test_direct_feedback_sends_the_output_error_to_every_layer():
   s = small(blocks=2)
   algorithm = compose(s, 'DFA')

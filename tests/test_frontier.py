@@ -35,7 +35,7 @@ def frontier(out, *arguments):
   }, content
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_errors_fall_with_passes(tmp_path):
   rows, content = frontier(
     tmp_path, '--epochs=0', '--variants=joint', '--num_tangents=1,4', '--draws=16'
@@ -50,7 +50,7 @@ def test_errors_fall_with_passes(tmp_path):
   assert '| joint | hadamard | 4 |' in (tmp_path / 'frontier.md').read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_trained_network(tmp_path):
   rows, content = frontier(
     tmp_path, '--epochs=1', '--variants=exact last', '--num_tangents=1', '--draws=2'
@@ -62,7 +62,7 @@ def test_trained_network(tmp_path):
   assert (tmp_path / 'trained' / 'summary.json').exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_errors_of_signals_are_as_theory_says():
   config = configs.base()
   config.model.size = 'S/2/4'
@@ -115,7 +115,7 @@ def test_frontier_refuses(argument, message, tmp_path):
 ACCURACY = [f'--config={ROOT}/configs/digits.py', *FLAGS, '--interval=20', '--max_epochs=3']
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_time_to_accuracy(tmp_path, capsys):
   # At a rate of next to nothing the read-out's first step is still worth an error of 49 %.
   arguments = [

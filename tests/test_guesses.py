@@ -45,7 +45,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
   'options',
   [
@@ -66,7 +66,7 @@ def test_unbiased_whatever_the_guess(weights, options):
   assert verdict(scores) == []
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
   'style',
   [
@@ -94,7 +94,7 @@ def test_exact_with_the_kernels_for_feedback_and_behind_the_boundary_with_any(st
     assert relative_error(wrong[name]['channel'], exact[name]['channel']) > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_no_kernel_is_read_backwards():
   """Feedback weights of zero give a control variate of zero: every draw is the same as without a control variate."""
   s = model()
@@ -110,7 +110,7 @@ def test_no_kernel_is_read_backwards():
     compose(s, 'LG-FG-A+').gradient({'params': s.variables['params']}, jax.random.key(0), s.batch)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_regression_follows_the_gradient_of_what_is_left():
   """This holds on average over tangents, and so for a full set of orthogonal tangents."""
   s = model()
@@ -137,7 +137,7 @@ def test_the_regression_follows_the_gradient_of_what_is_left():
   ) < 1e-4 * max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(target))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_guesses_are_learned():
   """They start at zero. With a fixed network, the noise falls to a hundredth or less."""
   s = small(groups=2, channels=16, batch=16)
@@ -200,7 +200,7 @@ def estimates(control_variate, draws=20_000, **options):
   return jax.jit(jax.vmap(lambda key: run(VARIABLES['params'], X, Y, key=key)[1]['first']))(keys)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_users_guess_leaves_the_error_that_theory_has():
   """The error is that of the signal; the first layer's bias sums the signal over the examples."""
   params = VARIABLES['params']
@@ -296,7 +296,7 @@ def test_guesses_of_a_wrong_shape_or_together_are_refused():
     value_and_activity_grad(losses, control_variate=lambda *_: {})
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_the_names_stand_for():
   """One name is the paper's estimator, one is ours; options set by the user are kept."""
   ours, paper = (

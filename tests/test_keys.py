@@ -100,7 +100,7 @@ def errors(name, generator):
 
 @pytest.mark.parametrize('name', ESTIMATES)
 @pytest.mark.parametrize(
-  'generator', ['rbg', *(pytest.param(g, marks=pytest.mark.slow) for g in GENERATORS if g != 'rbg')]
+  'generator', ['rbg', *(pytest.param(g, marks=pytest.mark.full) for g in GENERATORS if g != 'rbg')]
 )
 def test_the_estimate_is_exact_whatever_is_mapped(name, generator):
   tolerance = 1e-2 if name == 'finite differences' else 1e-4

@@ -192,26 +192,26 @@ i = int(place.partition('=')[2])
   return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_only_the_first_speaks(tmp_path):
   work = "print(i, argument, os.environ['JAX_PLATFORMS']); print('error', i, file=sys.stderr)"
   assert rehearsed(tmp_path, work) == (0, ['0 an argument cpu'], ['error 0'])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_one_that_fails_in_its_own_way_is_heard(tmp_path):
   work = "print('error', i, file=sys.stderr); sys.exit([2, 75][i])"
   assert rehearsed(tmp_path, work) == (75, [], ['error 0', 'error 1'])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_worst_end_is_that_of_the_rehearsal(tmp_path):
   code, _, errors = rehearsed(tmp_path, 'os.kill(os.getpid(), 9) if i else sys.exit(75)')
   end = 'process 1 was ended by SIGKILL; the same command goes on from the last checkpoint'
   assert (code, errors) == (128 + signal.SIGKILL, [f'it.py: {end}'])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
 def test_signals_are_passed_on_to_all(name, tmp_path):
   work = f"""

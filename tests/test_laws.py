@@ -59,7 +59,7 @@ def test_a_part_of_the_passes_is_that_part_of_all(name):
   assert jnp.allclose(part, whole[4:8])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_law_from_a_file_must_not_bias(tmp_path):
   path = tmp_path / 'mine.py'
   for text, message in (
@@ -69,7 +69,7 @@ def test_a_law_from_a_file_must_not_bias(tmp_path):
       'ZeroDivisionError',
     ),
     (
-      'distribution = Distribution(lambda key, chunk, shape, d, dtype: 1.1 * normal.draw(key, chunk, shape, d, dtype), None)',
+      'distribution = Distribution(lambda *shape: 1.1 * normal.draw(*shape), None)',
       r'mean squares of 1\.2., or move together; allowed',
     ),
     (
@@ -77,7 +77,7 @@ def test_a_law_from_a_file_must_not_bias(tmp_path):
       r'mean squares of 1\.00, or move together; allowed',
     ),
     (
-      'distribution = Distribution(lambda key, chunk, shape, d, dtype: normal.draw(key, chunk, shape, d, dtype)[0], None)',
+      'distribution = Distribution(lambda *shape: normal.draw(*shape)[0], None)',
       r'distribution draws \(4,\) for 2 tangents in 4 dimensions; allowed: \(2, 4\)',
     ),
   ):
@@ -101,7 +101,7 @@ def estimate(s, options, name='LG-FG-A', key=0):
   return jax.jit(algorithm.gradient)(s.variables, jax.random.key(key), s.batch)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_as_many_orthogonal_passes_as_dimensions_give_the_exact_gradient():
   """Taps are separate. Groups have 16 / 4 channels; token mixing feeds all 16 channels."""
   options = {'joint': False, 'num_tangents': 4, 'num_tangents_by_tap': {'after_token': 16}}
@@ -124,7 +124,7 @@ def test_as_many_orthogonal_passes_as_dimensions_give_the_exact_gradient():
   )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
   ('name', 'options'),
   [

@@ -60,7 +60,7 @@ class WithJitNormed(nn.Module):
     return nn.Dense(2, name='out')(JitNormed(name='block')(x))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_batch_norm_is_noticed_in_a_trace_that_nn_jit_has_kept():
   """It is traced without marks first, then twice with the same marks, then with others."""
   model, x = WithJitNormed(), images(4)

@@ -10,7 +10,7 @@ from lfg_jax.errors import UserError
 from lfg_jax.training.train import prepare, train
 from tests.runs import script, tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 def probe(*arguments):

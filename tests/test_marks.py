@@ -133,7 +133,7 @@ def estimate(name, key=KEYS[6], **options):
   return jax.jit(lambda w, key: step(w, key=key))(WEIGHTS, key)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', sorted(set(NETWORKS) - {'bare', 'equinox'}))
 @pytest.mark.parametrize(
   'options',
@@ -158,7 +158,7 @@ def test_layers_that_no_scanned_tap_disturbs_are_exact(name):
   assert relative_error(grads['mix'], exact['mix']) > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', NETWORKS)
 def test_unbiased(name):
   exact = jax.jit(jax.grad(lambda w: NETWORKS[name](w).sum() / BATCH))(WEIGHTS)
@@ -169,7 +169,7 @@ def test_unbiased(name):
     assert z_of_mean(samples, target).max() < SIGMAS < z_of_mean(samples, 1.3 * target).max()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_names_are_the_paths_of_layers_and_parameters_keep_theirs():
   def names(fun, *args):
     found = []

@@ -199,7 +199,7 @@ def test_initial_weights(kind, fan_in, scale):
   np.testing.assert_allclose(w.std(), scale, rtol=5 / np.sqrt(2 * 40_000))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_read_out_heads_and_biases_start_at_zero():
   spec = mixer_spec('S/2/4', image_shape=(4, 4, 1), classes=3, channels=16)
   params = mixer.init(spec, jax.random.key(0))['params']
@@ -208,7 +208,7 @@ def test_read_out_heads_and_biases_start_at_zero():
     assert bool((leaf == 0).all()) == ('bias' in name or 'head' in name or 'readout' in name), name
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_signal_straight_through_the_norm():
   """Without the norm's derivative, estimates change but exact gradients do not."""
   with_it, without = small(), small(norm_derivative=False)
@@ -216,7 +216,7 @@ def test_signal_straight_through_the_norm():
   assert relative_error(gradient(without, 'LG-FG-A+'), gradient(with_it, 'LG-FG-A+')) > 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_block_of_a_stage_updates_its_statistics():
   """With batch norm and stages of two blocks, so does the block that is not under the losses."""
   s = small(norm='batch', blocks=4)

@@ -169,7 +169,7 @@ def test_a_tap_in_a_scan_behind_what_mixes(step):
   assert read(lambda w: fun(w[:1]), weights)['layer'].local_axes == 0  # as if there were several
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('step', [step_norm, step_roll])
 def test_a_tap_in_a_scan_behind_what_mixes_is_unbiased(step):
   weights = jax.random.normal(jax.random.key(3), (3, C, C)) / 2

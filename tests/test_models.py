@@ -82,7 +82,7 @@ def unrolled(name, params, *, greedy, cut):
   return value + (cross_entropy(logits, targets) * targets.weight_B).sum()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', FIELDS)
 @pytest.mark.parametrize(
   ('rule', 'greedy', 'cut'),
@@ -96,7 +96,6 @@ def test_exact_rules_are_the_gradient_of_the_blocks_one_by_one(name, rule, greed
     assert relative_error(gradient(name, rule), exact) < 1e-11
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', FIELDS)
 def test_as_many_orthogonal_tangents_as_dimensions_are_exact(name):
   """This holds for the paper's estimator, tap by tap; in ours, the last layers are exact anyway."""
@@ -111,7 +110,7 @@ def test_as_many_orthogonal_tangents_as_dimensions_are_exact(name):
     assert relative_error(ours[stack.name][last], exact[stack.name][last]) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', FIELDS)
 def test_a_guess_through_the_kernels_leaves_nothing(name):
   """With such control variates at all taps, one tangent is exact."""
@@ -124,7 +123,7 @@ def test_a_guess_through_the_kernels_leaves_nothing(name):
   assert relative_error(ours, gradient(name, 'LG-BP')) < 3e-5
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', FIELDS)
 def test_an_example_has_its_noise_wherever_it_is_computed(name):
   """Two devices with half of the batch each compute the same gradient as one."""
@@ -161,10 +160,10 @@ def test_shapes_flops_and_taps_are_what_the_model_says(name):
     ('resnet', [('first', 'second')], 4 * 4 * 4),
   ],
 )
-def test_what_is_derived_from_a_model(name, control_variates, largest):
+def test_what_is_derived_from_a_model(name, guessed, largest):
   """The guessed taps, the nearest to the loss first, and the size of an example's activity."""
   model = model_of(name)
-  assert [*model.control_variates.items()] == control_variates
+  assert [*model.control_variates.items()] == guessed
   assert model.activity_bytes == 4 * largest
   assert model.shapes[0].shape == (1, *model.input_shape)
 
@@ -193,7 +192,7 @@ def test_a_guess_through_a_layer_that_is_none():
     composition._replace(model=model).init(KEYS[0])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', ['mlp', 'resnet'])
 @pytest.mark.parametrize('rule', ['BP', 'LG-BP', 'LG-FG-A+', 'DFA'])
 def test_contrastive_losses(name, rule):

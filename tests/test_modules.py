@@ -113,7 +113,7 @@ def estimator(
   return lambda key: step(variables['params'], x, target, key=key)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', sorted(set(CASES) - {'gru'}))
 def test_all_orthogonal_passes_of_each_tap_give_the_exact_gradient(name):
   """The number of tangents is a multiple of the dimensions of every tap, at every scanned step."""
@@ -138,7 +138,7 @@ def test_all_orthogonal_passes_of_each_tap_give_the_exact_gradient(name):
   assert relative_error(jax.jit(once)(jax.random.key(1))[1], grads_0) > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', ['mlp', 'gru', 'convnet'])
 def test_unbiased_with_joint_taps_and_with_batch_norm_and_dropout(name):
   model, x, layers, _ = CASES[name]
@@ -157,7 +157,7 @@ def test_unbiased_with_joint_taps_and_with_batch_norm_and_dropout(name):
     assert relative_error(updates['batch_stats'], updates_0['batch_stats']) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('devices', [2, 8])
 def test_the_same_estimate_on_any_number_of_devices(devices):
   x, target = jax.random.normal(jax.random.key(5), (8, 3)), jnp.ones((8, 5))

@@ -47,7 +47,7 @@ def arguments(files):
   ]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('rule', ['LG-FG-A+', 'LG-BP', 'BP', 'FG-W', 'LG-FA'])
 def test_all_parts_from_outside_train_together(files, tmp_path, rule):
   """The images are stripes in four directions: chance is 75 % error, standard error 4 %."""

@@ -12,7 +12,7 @@ from tests.runs import tiny
 from tests.small import compose, relative_error, small
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
   ('name', 'sharing'),
   [('BP', 'paper'), ('LG-FG-A+', 'paper'), ('LG-FG-A+', 'shared'), ('LG-FG-W', 'independent')],

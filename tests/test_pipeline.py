@@ -118,7 +118,7 @@ def assert_same(state, other):
   )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('devices, stages, steps', [(1, 4, 20), (2, 2, 8)])
 def test_contrastive_learning_is_equal_but_for_rounding(devices, stages, steps):
   """XLA sums the slopes of rows in a scanned block in another order than in a single block."""
@@ -134,13 +134,12 @@ def test_contrastive_learning_is_equal_but_for_rounding(devices, stages, steps):
   )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('stages', [2, 4, 8])
+@pytest.mark.parametrize('stages', [2, *(pytest.param(n, marks=pytest.mark.full) for n in (4, 8))])
 def test_equal_after_twenty_steps(stages):
   assert_equal(perceptron(max(stages, 4), steps_per_dispatch=7), 1, stages, 20)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('stages, fields', [
     (2, {'algorithm': 'LG-BP'}), (8, {'algorithm': 'LG-BP'}), (4, {'algorithm': 'LG-FG-W'}),
     (2, {'algorithm': 'LG-FA', 'losses__every': 3}),
@@ -152,12 +151,12 @@ def test_equal_for_rules_models_and_losses(stages, fields):
   assert_equal(perceptron(max(stages, 4), steps_per_dispatch=7, **fields), 1, stages, 20)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_equal_with_data_parallelism_beside_it():
   assert_equal(perceptron(4, steps_per_dispatch=7, augment__shift=1), 2, 4, 8)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_batch_norm_has_the_same_statistics():
   """Nearly bit by bit: XLA sums the read-out's mean over patches and examples in another order."""
   config = tiny(algorithm='LG-BP', optimizer__name='sgd', **MIXER, model__norm='batch')
@@ -166,7 +165,7 @@ def test_batch_norm_has_the_same_statistics():
   jax.tree.map(lambda a: np.testing.assert_array_less(0, np.abs(a)), one.rest['batch_stats'])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_first_bad_step_is_told():
   fields = {
     'optimizer__name': 'sgd',
@@ -177,7 +176,7 @@ def test_the_first_bad_step_is_told():
   assert several.bad_step == one.bad_step > STEPS - 11
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_outputs_of_different_shapes():
   config = tiny(algorithm='LG-BP')
   configs.use_model(config, 'resnet', stages=(1, 2), channels=8, groups=2, patches=2)
@@ -191,7 +190,7 @@ def compiled(config, devices, stages):
   return made.dispatch.lower(shapes, jax.random.key(0), 1, 1, *inputs).compile()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_neighbours_send_one_activity_and_nothing_else():
   """A tick sends x, labels, weights, number of examples and step; metrics then go round once."""
   text = compiled(perceptron(algorithm='LG-BP'), 1, 4).as_text()

@@ -18,7 +18,7 @@ from tests.runs import FLAGS, STEPS, start, state
 from tests.test_pipeline import after, assert_same, build, mesh_of, perceptron
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_goes_on_with_other_stages_in_the_middle_of_an_epoch():
   """As after a signal, all batches in the pipeline are finished, and the whole state is moved."""
   config, key = perceptron(algorithm='LG-BP', steps_per_dispatch=3), jax.random.key(2)
@@ -34,7 +34,7 @@ def test_goes_on_with_other_stages_in_the_middle_of_an_epoch():
   assert_same(jax.device_get(now), one)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_goes_on_with_other_stages(tmp_path, monkeypatch):
   """Each stage always has one device, so everything is equal bit by bit, also test errors."""
   fields = {'algorithm': 'LG-BP', 'optimizer__schedule': 'constant', 'steps_per_dispatch': 5}
@@ -58,7 +58,7 @@ def test_a_run_goes_on_with_other_stages(tmp_path, monkeypatch):
     np.testing.assert_array_equal(there, here)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_batches_that_come_one_by_one():
   """With batches as from a stream, a dispatch is one tick, and the pipeline stays full."""
   config, steps = perceptron(4, algorithm='LG-BP', steps_per_dispatch=1), 6
@@ -77,7 +77,7 @@ def test_batches_that_come_one_by_one():
   assert_same(jax.device_get(made.whole(now)), one)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_are_two_stages(tmp_path):
   address = connect.free_address()
   flags = ['--config.algorithm=LG-BP', '--config.model.blocks=2', '--config.epochs=1', *FLAGS]

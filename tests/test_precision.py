@@ -36,7 +36,7 @@ def cosine(a, b):
 
 # Backprop adds up the rounding, and ReLUs that flip, of all blocks behind. Forward gradients, at the same tangents,
 # have the error of a derivative that is a sum with cancellation.
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
   ('name', 'least'), [('LG-BP', 0.999), ('BP', 0.98), ('LG-FG-A+', 0.99), ('FG-W', 0.99)]
 )
@@ -102,7 +102,7 @@ EPS = 2.0**-8  # between 1 and the next number of bfloat16; rounding errs by hal
 ROUNDINGS = 6
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('norm', ['layer', 'batch', 'whole'])
 def test_statistics_of_a_mixer_agree_with_those_in_float32(norm):
   """Losses, errors, running statistics and gradients; 23 examples of 16 tokens, 3 blocks."""

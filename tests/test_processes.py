@@ -114,7 +114,7 @@ def driven(tmp_path, *flags, signal='', blind=False):
   return two([tmp_path / 'run'] * 2, *flags, script=path)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
 @pytest.mark.parametrize('flags', [[], ['--config.algorithm=LG-BP', '--config.stages=2']])
 def test_a_signal_to_one_stops_both_after_the_next_dispatch(name, flags, tmp_path):
@@ -126,7 +126,7 @@ def test_a_signal_to_one_stops_both_after_the_next_dispatch(name, flags, tmp_pat
   assert (tmp_path / 'run' / 'checkpoints' / '41').is_dir()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_all_restore_the_step_that_all_can_read(tmp_path):
   """One that cannot be read by process 1, for whatever reason, is kept."""
   ends(driven(tmp_path, '--config.steps_per_dispatch=9', signal='SIGTERM'))
@@ -145,7 +145,7 @@ def test_all_restore_the_step_that_all_can_read(tmp_path):
   assert [folder.name for folder in aside.iterdir()] == ['41'] and list((aside / '41').iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('victim', [0, 1])
 def test_one_that_is_killed_ends_the_other(tmp_path, victim):
   """By Gloo's error, or by JAX."""
@@ -163,7 +163,7 @@ def test_one_that_is_killed_ends_the_other(tmp_path, victim):
     assert 'JAX distributed service' in errors
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_one_that_is_silent_counts_as_lost(tmp_path):
   """The process and its connections stay alive; only its heartbeats are missing."""
   both = two([tmp_path / 'run'] * 2, '--config.heartbeat_timeout=5')
@@ -178,7 +178,7 @@ def test_one_that_is_silent_counts_as_lost(tmp_path):
   assert 'unhealthy' in errors
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_mistake_that_one_finds_ends_both(tmp_path):
   """Only the first has the data."""
   address = connect.free_address()
@@ -203,7 +203,7 @@ def load(data_dir):
   assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('objective', ['supervised', 'contrastive'])
 def test_a_rehearsal_is_the_run_of_one_process(tmp_path, objective, monkeypatch):
   """It is killed once on the way, and its output is that of one process. Proxies do not matter.
@@ -246,7 +246,7 @@ def test_a_rehearsal_is_the_run_of_one_process(tmp_path, objective, monkeypatch)
   assert rows[0] == rows[1] == [STEPS * epoch for epoch in range(1, 4)]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_stream_goes_on_within_an_epoch_on_another_number_of_processes(tmp_path):
   """Eleven images in batches of two: the last batch has padding. Two processes stop on the way."""
   data_dir = write_imagenet(tmp_path / 'data', noise)
@@ -276,7 +276,7 @@ def test_a_stream_goes_on_within_an_epoch_on_another_number_of_processes(tmp_pat
   assert_same_parameters(tmp_path / 'two', tmp_path / 'one')
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_folders_are_noticed(tmp_path):
   codes, lines = ends(two([tmp_path / 'one', tmp_path / 'two']))
   assert codes == [2, 2]
@@ -286,7 +286,7 @@ def test_two_folders_are_noticed(tmp_path):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_refusal_of_the_first_ends_both(tmp_path):
   (tmp_path / 'thesis.tex').write_text('x')
   codes, lines = ends(two([tmp_path] * 2))

@@ -98,7 +98,7 @@ def test_hidden_heads_can_be_mapped_over_tangents_and_examples():
   np.testing.assert_allclose(one, jax.jit(loss)(x, targets), rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_feedback_matrices_take_the_kernels_place_in_both_layers():
   heads = KINDS['hidden']
   (x, head), _, targets, feedback = case(heads)
@@ -131,7 +131,7 @@ def two_views(key_B, image):
   return jnp.stack([image, 255 - image], 1).reshape(-1, *image.shape[1:])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('kind', ['margin', 'hidden'])
 @pytest.mark.parametrize('name', FIELDS)
 def test_heads_learn_from_their_exact_gradient_by_every_rule(name, kind):
@@ -144,7 +144,7 @@ def test_heads_learn_from_their_exact_gradient_by_every_rule(name, kind):
         assert jnp.abs(params['head']['kernel']).max() > 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('kind', ['squared_error', 'hidden'])
 def test_as_many_orthogonal_tangents_as_dimensions_are_exact(kind):
   options = {'joint': False, 'distribution': 'hadamard', 'num_tangents': 4}
@@ -152,7 +152,7 @@ def test_as_many_orthogonal_tangents_as_dimensions_are_exact(kind):
   assert relative_error(ours, gradient('mlp', 'LG-BP', heads=KINDS[kind])) < 3e-5
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', FIELDS)
 def test_estimates_with_a_hidden_layer_in_the_heads_are_unbiased(name):
   algorithm, variables = composed(name, 'LG-FG-A+', heads=KINDS['hidden'])
@@ -250,7 +250,7 @@ def row_loss(outputs, targets):
   assert ran.read_text() == '..'
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_config_decides_what_heads_learn(tmp_path):
   path = tmp_path / 'mine.py'
   path.write_text('from lfg_jax.local.row_losses import margin as row_loss\n')

@@ -68,7 +68,7 @@ def test_a_rule_keeps_its_colour():
   assert mixed[1] == plots.RULES['BP'] and len(set(mixed)) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_a_run_says_and_leaves(tmp_path, monkeypatch, capsys):
   titles = []
   draw = plots.curves

@@ -95,7 +95,7 @@ def test_a_process_reads_its_slices_only(first):
       assert sorted(own.source.read) == sorted(labels(part))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_worker_processes_change_nothing():
   threads = list(stream(23).epoch(1, 1, 4, 1, 2))
   for workers in (1, 3):
@@ -106,7 +106,7 @@ def test_worker_processes_change_nothing():
     assert equal(batches, threads)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_bad_example_of_a_worker_is_named():
   examples = [stream().source[i] for i in range(TRAIN)]
   examples[6] = {'image': b'', 'label': 6}

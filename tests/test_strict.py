@@ -64,7 +64,7 @@ def dataset():
   return data.load('digits')
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('case', CASES)
 def test_steps_are_traced(case, dataset):
   """Nothing is compiled. Mixed precision mixes dtypes on purpose."""
@@ -104,7 +104,7 @@ def trace_stages(job, optimizer, feed, state, inputs):
   return jax.eval_shape(made.whole, after)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_is_trained(tmp_path):
   """The whole run, with evaluation and checkpoints."""
   fields = {'epochs': 1, 'optimizer__warmup_epochs': 0.5}

@@ -32,7 +32,7 @@ def updated(config, devices, learning_rate=0.1, first_step=STEPS - 2, steps=2, a
   return jax.device_get(after)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
   'counts, fields',
   [
@@ -51,7 +51,7 @@ def test_same_update_on_any_number_of_devices(counts, fields):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), several, one)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_same_steps_however_many_are_dispatched_at_once():
   config = tiny(model__size='S/2/4', model__blocks=2, algorithm='LG-FG-A+')
   one = updated(config, 1, first_step=STEPS - 5, steps=5)
@@ -88,7 +88,7 @@ def test_an_epoch_has_every_example_once():
   assert (orders[0] != orders[2]).mean() > 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_errors_are_of_the_whole_sets():
   """With a learning rate of 0, an epoch's running means are the initial model's errors."""
   config, dataset = tiny(algorithm='LG-BP'), data.load('digits')

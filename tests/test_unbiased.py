@@ -18,8 +18,6 @@ from lfg_jax.training.rules import algorithms, rules
 from tests.small import compose, gradient, small
 from tests.statistics import verdict, z_scores, z_scores_of_multiples
 
-pytestmark = pytest.mark.slow
-
 
 def model(**changes):
   return small(**{'channels': 8, 'groups': 2, 'blocks': 3, 'batch': 2, 'classes': 3, **changes})
@@ -56,6 +54,10 @@ CASES = [
 ]
 
 
+# Without --full, every rule has one test.
+CASES = [case if not case[2] else pytest.param(*case, marks=pytest.mark.full) for case in CASES]
+
+
 @pytest.mark.parametrize('name, target, options', CASES, ids=lambda x: str(x))
 def test_unbiased(name, target, options):
   """Estimates that are ten percent too long are rejected."""
@@ -82,6 +84,7 @@ def judge_contrastive(name, shared_views=True, stop_gradient=True):
   return verdict(z_scores(lambda key: run.gradient(s.variables, key, s.batch)[0], target))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
   ('name', 'shared_views'),
   [('LG-FG-A', True), ('LG-FG-A', False), ('LG-FG-A+', True), ('FG-A', True), ('LG-FG-W', True)],
@@ -90,11 +93,13 @@ def test_contrastive_estimates_are_unbiased(name, shared_views):
   assert judge_contrastive(name, shared_views) == []
 
 
+@pytest.mark.full
 def test_without_the_stop_gradient_contrastive_activity_estimates_are_biased():
   """They ignore the influence of an activity on the losses of other rows: the paper's figure 4."""
   assert judge_contrastive('LG-FG-A', stop_gradient=False)
 
 
+@pytest.mark.full
 def test_without_the_stop_gradient_exact_signals_know_of_the_other_rows():
   """Behind the boundary, reverse mode gives the whole gradient, so our estimator stays unbiased."""
   assert judge_contrastive('LG-FG-A+', stop_gradient=False) == []
@@ -105,6 +110,7 @@ def test_one_tangent_for_a_batch_that_batch_norm_mixes_is_refused():
     compose(model(norm='batch'), 'LG-FG-A+', sharing='shared')
 
 
+@pytest.mark.full
 def test_the_papers_credit_rule_is_biased_for_the_layer_before_the_groups_only():
   (bad,) = judge(model(), 'LG-FG-W', 'LG-BP', credit='paper')
   assert bad and all("['channel']" in line for line in bad)

@@ -186,7 +186,7 @@ def test_an_error_can_be_sent_to_another_process():
   assert (str(sent), sent.frames) == ('line', 'frames')
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_own_files_train_with_workers(tmp_path):
   """A source, a function and a lambda of the user's file are sent; its model and loss are beside it."""
   found = []
@@ -206,7 +206,7 @@ def test_own_files_train_with_workers(tmp_path):
   assert (tmp_path / 'run' / 'summary.json').exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_mistake_in_a_worker_has_its_line(tmp_path, monkeypatch, capsys):
   """Also one of a kind that only the user's file knows."""
   path = stream_file(tmp_path / 'mine.py', 1, bad=5)

@@ -44,7 +44,7 @@ def test_the_folder_of_a_run(home, spelling):
   )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_is_where_its_user_says(home):
   (home / 'mine').write_text((ROOT / 'configs' / 'digits.py').read_text())
   small = ['--config.model.size=S/1/2', '--config.model.channels=16', '--config.epochs=1']

@@ -53,7 +53,7 @@ def z_score(estimator, distribution, num_tangents, shared, p, q, batch, draws=10
   return z(expected), z(2 * expected)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(('kind', 'p', 'q', 'batch'), ROWS)
 def test_rows_of_table_1(kind, p, q, batch):
   estimator, distribution, shared = kind
@@ -61,7 +61,7 @@ def test_rows_of_table_1(kind, p, q, batch):
   assert abs(score) < ROW < abs(wrong)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('distribution', ['coordinate', 'haar', 'hadamard'])
 def test_orthogonal_passes_between_one_and_all(distribution):
   """The excess is d/K - 1: for 8 dimensions, 3 with 2 tangents and 0 with 8."""

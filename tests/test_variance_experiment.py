@@ -9,7 +9,7 @@ from lfg_jax.errors import UserError
 from tests.runs import script
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_rows_table_and_figure(tmp_path):
   program = script('paper/variance')
   rows, figure = program['PARTS']['distributions']
@@ -24,11 +24,11 @@ def test_rows_table_and_figure(tmp_path):
   assert (first['distribution'], first['num_tangents'], second['num_tangents']) == ('normal', 1, 2)
   assert abs(first['measured'] - first['predicted']) < 4 * first['standard_error']
   assert (tmp_path / 'distributions.png').stat().st_size > 1000
-  assert '| estimator | distribution | passes |' in (tmp_path / 'table.md').read_text()
+  assert '| estimator | distribution | num_tangents |' in (tmp_path / 'table.md').read_text()
 
 
 def test_unknown_part(tmp_path):
   with pytest.raises(
-    UserError, match="--parts is 'all'; allowed: table1, distributions, mlp, mixer, passes"
+    UserError, match="--parts is 'all'; allowed: table1, distributions, mlp, mixer, num_tangents"
   ):
     script('paper/variance')['main']([f'--out={tmp_path}', '--parts=all'])

@@ -14,7 +14,7 @@ import pytest
 
 from tests.runs import FLAGS, ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 NOTEBOOK = ROOT / 'experiments' / 'notebooks' / 'compose_your_own_estimator.ipynb'
 SOURCES = ('lfg_jax', 'configs', 'pyproject.toml', 'README.md', 'LICENSE')

@@ -17,7 +17,7 @@ from lfg_jax.training import configs, train
 from lfg_jax.training.run import metrics, workdir
 from tests.runs import STEPS, state, tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 COMPILED = {}
 ENDLESS = {'optimizer__schedule': 'constant'}

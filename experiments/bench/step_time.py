@@ -163,7 +163,7 @@ def table(rows: list[Row]) -> str:
     for r in rows
   ]
   return (
-    f'{first["model"]}, batch {first["batch"]}, {first["passes"]} num_tangents, '
+    f'{first["model"]}, batch {first["batch"]}, {first["num_tangents"]} tangents, '
     f'{first["precision"]}, {jax.devices()[0].device_kind}; a plain matmul: '
     f'{first["matmul_gflop_per_s"]:.0f} GFLOP/s\n\n{results.in_table(head, cells)}\n'
   )

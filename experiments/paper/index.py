@@ -31,8 +31,9 @@ Written by `python experiments/paper/index.py` from the files of this folder.
 **CIFAR-10's pixels had been through JPEG (quality 75)** in every number here.
 The paper: Ren, Kornblith, Liao, Hinton 2023, arXiv 2210.03310.
 
-*LG-FG-A* is the paper's: all activities of a block perturbed at once. *LG-FG-A+* is ours, which
-estimates the same gradient with less noise. The commands here have today's names of the rules.
+*LG-FG-A* is the paper's: all activities of a block perturbed at once.
+*LG-FG-A+ (ours)* is another, less noisy estimator of the same gradient.
+The commands here have today's names.
 Every other command is as of the commit beside it: programs that were in `experiments/` then may be in
 `experiments/bench/` or `experiments/paper/` now.
 """
@@ -223,7 +224,7 @@ def old_rows(files: dict[str, Any], study: str) -> Iterator[list[str]]:
 
 
 def named_today(command: str, label: str) -> str:
-  """A stored command, which names the rule: the paper's was the default then."""
+  """A stored command, with the name of the paper's LG-FG-A, which was the default then."""
   return f'{command} --config.algorithm={label}' if label == 'LG-FG-A' else command
 
 

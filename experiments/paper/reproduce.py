@@ -9,7 +9,7 @@ cifar10-contrastive-M-8-16, cifar10-contrastive-L-8-64, imagenet-contrastive-L-3
 figure5, figure6, figure7.
 
 By default, the program does all runs of the study, with the study's own epochs and images. --groups
-applies to figure7 only. LG-FG-A is the paper's rule, LG-FG-A+ is ours. --dry_run
+applies to figure7 only. Rule LG-FG-A is the paper's, LG-FG-A+ ours. --dry_run
 prints the commands of all runs. DIR gets a folder for every run, and after every run STUDY.json,
 STUDY.md and STUDY.png. If run again, the program continues where it stopped; with more rules, seeds
 or epochs, it adds them. table1 and figure5 take the arguments of the program that makes them.

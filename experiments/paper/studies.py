@@ -2,8 +2,8 @@
 
 Ren, Kornblith, Liao, Hinton: Scaling Forward Gradient With Local Losses, arXiv 2210.03310.
 
-LG-FG-A is the paper's: it perturbs all activities of a block at once. LG-FG-A+ estimates the same
-gradient with less noise; the paper does not have it.
+LG-FG-A is the paper's: it perturbs all activities of a block at once. LG-FG-A+ is a less noisy
+estimator of the same gradient, which the paper does not have.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,8 @@ PAPER = {
   'LG-FG-A': '3.24/1.53 2.55/0.00 30.68/19.39 58.37/44.86 32.88/29.73 26.81/23.90 73.24/66.89',
 }
 BACKPROP, FEEDBACK = ('BP', 'L-BP', 'LG-BP'), ('FA', 'L-FA', 'LG-FA', 'DFA')
-NOTES = {'LG-FG-A+': 'of LG-FG-A, which is another estimator'}
+LABELS = {'LG-FG-A+': 'LG-FG-A+ (ours)'}
+NOTES = {'LG-FG-A+': "of the paper's LG-FG-A: another estimator"}
 
 
 class Run(NamedTuple):
@@ -116,7 +117,14 @@ def _column(name: str) -> Study:
   def run(rule: str) -> Run:
     kind = 0 if rule in BACKPROP else 1 if rule in FEEDBACK else 2
     paper = published(name, rule.removesuffix('+'))
-    return Run(rule, rule, {'algorithm': rule, **fields}, epochs[kind], paper, NOTES.get(rule, ''))
+    return Run(
+      rule,
+      LABELS.get(rule, rule),
+      {'algorithm': rule, **fields},
+      epochs[kind],
+      paper,
+      NOTES.get(rule, ''),
+    )
 
   runs = [run(rule) for rule in (*PAPER, 'LG-FG-A+')]
   if 'contrastive' not in name:
@@ -137,7 +145,7 @@ def _figure4() -> Study:
   runs = [
     Run(
       rule,
-      f'{rule}, {"with" if stop else "without"} stop-gradient',
+      f'{LABELS.get(rule, rule)}, {"with" if stop else "without"} stop-gradient',
       {'algorithm': rule, 'contrastive.stop_gradient': stop, **fields},
       12,
     )
@@ -162,7 +170,10 @@ def _figure6() -> Study:
   }
   runs = [
     Run(
-      rule, f'{rule}, {cut}', {'algorithm': rule, 'losses.patch': patch, 'losses.group': group}, 5
+      rule,
+      f'{LABELS.get(rule, rule)}, {cut}',
+      {'algorithm': rule, 'losses.patch': patch, 'losses.group': group},
+      5,
     )
     for rule in ('LG-FG-A', 'LG-FG-A+')
     for cut, (patch, group) in cuts.items()
@@ -177,7 +188,12 @@ GROUPS = (1, 2, 4, 8, 16, 32, 64)
 
 def _figure7() -> Study:
   runs = [
-    Run(rule, f'{rule}, G = {number}', {'algorithm': rule, 'model.size': f'M/8/{number}'}, 5)
+    Run(
+      rule,
+      f'{LABELS.get(rule, rule)}, G = {number}',
+      {'algorithm': rule, 'model.size': f'M/8/{number}'},
+      5,
+    )
     for rule in ('LG-FG-A', 'LG-FG-A+')
     for number in GROUPS
   ]

@@ -8,8 +8,8 @@
 | table1 | one linear layer: Table 1 for p, q = 2, 8, 64, batch 1, 16, 128, normal and Rademacher |
 | distributions | one linear layer: all distributions, 1 to 8 tangents |
 | mlp | an MLP on the embedded digits, layer by layer: the estimators for arbitrary modules |
-| mixer | M/8/16 on CIFAR-10, layer by layer: algorithms, cuts, distributions, passes |
-| passes | M/8/16: time and memory of K tangents, all at once and in chunks |
+| mixer | M/8/16 on CIFAR-10, layer by layer: algorithms, cuts, distributions, numbers of tangents |
+| num_tangents | M/8/16: time and memory of K tangents, all at once and in chunks |
 
 CIFAR-10's images have been through JPEG (quality 75, see prepare_data.py). DIR gets table.md and,
 for every part, PART.json with its rows, and PART.png. If a row of table1 or distributions is not within

@@ -126,7 +126,9 @@ def mixer(figure: Figure, rows: list[Row]) -> None:
     if kind[1] == 'separate':  # the others have as many
       for r in own:
         point = (r['ms'], r['cosine'])
-        right.annotate(f'{r["passes"]}', point, (-4, 5), textcoords='offset points', ha='right')
+        right.annotate(
+          f'{r["num_tangents"]}', point, (-4, 5), textcoords='offset points', ha='right'
+        )
   right.set(
     xlabel='ms (numbers: num_tangents)',
     ylabel='cosine to the true gradient',

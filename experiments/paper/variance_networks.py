@@ -150,10 +150,8 @@ def mlp(options: Options) -> Iterator[Row]:
   ):
     for distribution in ('normal', 'rademacher', orthogonal):
       for num_tangents in (1, 4, 32):
-        estimate, predicted = (
-          make(distribution, num_tangents, joint),
-          predict(name, distribution, num_tangents, joint),
-        )
+        estimate = make(distribution, num_tangents, joint)
+        predicted = predict(name, distribution, num_tangents, joint)
         ms = timing.one_ms(functools.partial(jax.jit(estimate), jax.random.key(0)))
         for row in _by_layer(estimate, truth, 400, 20):
           yield {
@@ -237,15 +235,12 @@ def _mixer_runs() -> Iterator[tuple[str, str, dict]]:
           yield name, cut, {'distribution': distribution, 'patch': patch, 'group': group}
   for distribution, joint in (('hadamard', False), ('rademacher', True), ('hadamard', True)):
     for num_tangents in PASSES[joint:]:  # one tangent is the same for both distributions
-      yield (
-        'LG-FG-A',
-        'all',
-        {'distribution': distribution, 'joint': joint, 'num_tangents': num_tangents},
-      )
+      fields = {'distribution': distribution, 'joint': joint, 'num_tangents': num_tangents}
+      yield 'LG-FG-A', 'all', fields
 
 
 def mixer(options: Options) -> Iterator[Row]:
-  """Rows for every algorithm and cut, then for numbers of tangents by distribution and kind of taps."""
+  """Rows for every algorithm and cut, then for numbers of tangents."""
   model = Mixer(options.data_dir)
   truths: dict[str, Any] = {}
   for name, cut, fields in _mixer_runs():
@@ -281,11 +276,9 @@ def num_tangents(options: Options) -> Iterator[Row]:
   ]
   programs = {}
   for distribution, chunk, K in cases:
-    gradient = model.make(
-      'LG-FG-A', distribution=distribution, num_tangents=K, chunk=chunk
-    ).gradient
+    step = model.make('LG-FG-A', distribution=distribution, num_tangents=K, chunk=chunk)
     programs[distribution, chunk, K] = (
-      jax.jit(gradient).lower(model.variables, jax.random.key(0), model.batch).compile()
+      jax.jit(step.gradient).lower(model.variables, jax.random.key(0), model.batch).compile()
     )
   calls = {
     case: lambda run=run: run(model.variables, jax.random.key(0), model.batch)

@@ -161,6 +161,9 @@ class Parser:
       SystemExit: after printing the text of `--help`, if there is no config.
     """
     values = self._values
+    for name in values:
+      if name != 'traceback':
+        values[name].unparse()  # else it keeps the value of an earlier call
     values.set_gnu_getopt()
     try:
       _, *rest = values(['', *arguments], known_only=True)
@@ -189,7 +192,7 @@ class Parser:
       if name not in self._hidden:
         default = '' if flag.default in (None, '', False) else f'default: {flag.default_unparsed}'
         told = '; '.join(filter(None, (flag.help, default)))
-        print(textwrap.fill(f'  --{name}: {told}', WIDTH, subsequent_indent=' ' * 6))
+        print(_wrapped(f'  --{name}: {told}', subsequent_indent=' ' * 6))
     if config is not None:
       print(help_of_fields(config), end='')
     sys.exit(0)
@@ -211,8 +214,13 @@ def help_of_fields(config: ConfigDict) -> str:
       lines.append(f'  {name} = {shown}')
       indent = ' ' * 6
       text = _meaning(entries[name])
-      lines += textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
+      lines.append(_wrapped(text, initial_indent=indent, subsequent_indent=indent))
   return '\n'.join(lines) + '\n'
+
+
+def _wrapped(text: str, **indents: str) -> str:
+  # Names such as LG-FG-A+ stay whole.
+  return textwrap.fill(text, WIDTH, break_on_hyphens=False, **indents)
 
 
 def _meaning(entry: Field) -> str:
