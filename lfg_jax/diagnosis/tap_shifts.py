@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from lfg_jax.diagnosis.influence import Declared
 from lfg_jax.estimators._arguments import bind, with_aux
 from lfg_jax.estimators.activity_gradient import credited, perturbed_taps, value_and_activity_grad
+from lfg_jax.jaxpr._compat import bind as bind_equation
 from lfg_jax.jaxpr.dependence import Influence
-from lfg_jax.jaxpr.interpreter import bind as bind_equation
 from lfg_jax.jaxpr.tapped import Traced
 
 PyTree = Any

@@ -22,15 +22,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
 
+from lfg_jax.jaxpr import _compat
+from lfg_jax.jaxpr._compat import Literal, bind
 from lfg_jax.jaxpr.dependence_rules import Digit, Label, Mixed, join, moved, unread
-from lfg_jax.jaxpr.interpreter import Walk, bind, inner_jaxprs, opened, scan_counts
+from lfg_jax.jaxpr.interpreter import Walk, inner_jaxprs, opened
 
 # The followed axes that have a label, as the bits of a number. Most values have one label for all.
 Labels = dict[Label, int]
 
-_CALLS = ('jit', 'pjit', 'closed_call', 'core_call', 'remat2', 'remat', 'checkpoint')
 _IN_PLACE = ('optimization_barrier', 'device_put')  # each output is an input
 
 
@@ -103,7 +103,7 @@ class Influence:
       'custom_jvp_call': self._own_derivative,
       'custom_linear_solve': self._linear_solve,
       'custom_vjp_call': self._call,
-      **dict.fromkeys(_CALLS, self._call),
+      **dict.fromkeys((*_compat.CALLS, *_compat.REMAT), self._call),
       **dict.fromkeys(_IN_PLACE, lambda eqn, ins, seeds: ins),
     }
     return own.get(name)
@@ -131,7 +131,7 @@ class Influence:
 
   def _scan(self, eqn: Any, ins: list[Labels], seeds: list[Labels]) -> list[Labels]:
     """Inside, the scanned axis has the number -1; the numbers of scans around it go down."""
-    constants, carried = scan_counts(eqn.params)
+    constants, carried = _compat.scan_counts(eqn.params)
     around = [_renumbered(labels, lambda a: a - (a < 0)) for labels in ins[: constants + carried]]
     scanned = [_renumbered(labels, lambda a: a - 1) for labels in ins[constants + carried :]]
 

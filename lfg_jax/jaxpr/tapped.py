@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.jaxpr.interpreter import Found, Visit, Walk, bind
+from lfg_jax.jaxpr._compat import CHECKPOINT_NAME, bind
+from lfg_jax.jaxpr.interpreter import Found, Visit, Walk
 from lfg_jax.jaxpr.taps import Tap, inject, inject_at, tap_p
 
 PyTree = Any
@@ -113,7 +114,7 @@ def _is_tap(eqn: Any) -> bool:
 
 def _is_tap_or_checkpoint_name(eqn: Any) -> bool:
   return _is_tap(eqn) or (
-    eqn.primitive.name == 'name' and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating)
+    eqn.primitive.name == CHECKPOINT_NAME and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating)
   )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.jaxpr import interpreter
+from lfg_jax.jaxpr import _compat
 from lfg_jax.jaxpr.interpreter import Walk
 
 PyTree = Any
@@ -118,13 +118,13 @@ _GUARDS = Walk(
     'value; allowed: jit, scan, cond, checkpoint and vmap, or derivatives by '
     'jax.jvp'
   ),
-  interpreter.OWN_RULES,
+  _compat.OWN_RULES,
 )
 
 
 def _record(eqn: Any, ins: list, given: Any) -> tuple[list, jax.Array]:
   del given
-  (value,) = interpreter.bind(eqn, ins)
+  (value,) = _compat.bind(eqn, ins)
   return [value], value
 
 
