@@ -292,11 +292,12 @@ _WINDOWS = 'window_dimensions window_strides padding base_dilation window_dilati
 # Rule (None: `mixing` itself enters the primitive), primitives, their parameters.
 _TABLE: list[tuple[Rule | None, str, str]] = [
     (_same, '''abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e ceil
-        clamp complex copy copy_p cosh digamma div erf erf_inv erfc floor igamma igamma_grad_a
+        clamp complex copy copy_p cosh digamma div floor igamma igamma_grad_a
         igammac imag is_finite lgamma max min mulhi neg nextafter not one_minus_square or polygamma
         pow random_gamma_grad real regularized_incomplete_beta rem select_n sign sinh square sub
         xor zeta''', ''),
-    (_same, 'cbrt cos exp exp2 expm1 log log1p log2 logistic rsqrt sin sqrt tan tanh', 'accuracy'),
+    (_same, 'cbrt cos erf erf_inv erfc exp exp2 expm1 log log1p log2 logistic rsqrt sin sqrt tan tanh',
+        'accuracy'),
     (_same, 'mul', 'out_dtype'), (_same, 'integer_pow', 'y'), (_same, 'round', 'rounding_method'),
     (_same, 'conj', 'input_dtype'), (_same, 'name', 'name'), (_same, 'pvary', 'axes'),
     (_same, 'convert_element_type', 'new_dtype sharding weak_type'),
