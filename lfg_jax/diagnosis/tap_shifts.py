@@ -168,7 +168,7 @@ def named(tree: PyTree, whole: str) -> dict[str, Any]:
 def _reached(traced: Traced) -> list[tuple[str, ...]]:
   """For every tap, the names of the losses that it can influence, by the equations."""
   axes = [[(tap.front, tap.shape[tap.scanned])] for tap in traced.taps.values()]
-  labels = Influence(traced.walk).of(traced.jaxpr, axes)
+  labels = Influence(traced.interpreter).of(traced.jaxpr, axes)
   losses = named(traced.shape[0], 'the losses')
   return [
     tuple(loss for loss, of in zip(losses, labels, strict=False) if of[n][0] is not None)

@@ -178,7 +178,7 @@ def credited(traced: Traced, perturbed: Collection[str], mixes_examples: bool | 
     for name, tap in traced.taps.items()
   }
   followed = [_followed(tap, batch) if asked[name] else [] for name, tap in traced.taps.items()]
-  labels = Influence(traced.walk).of(traced.jaxpr, followed) if any(followed) else []
+  labels = Influence(traced.interpreter).of(traced.jaxpr, followed) if any(followed) else []
   for n, (name, tap) in enumerate(traced.taps.items()):
     reached = {axis: [of[n][m] for of in labels] for m, (axis, _) in enumerate(followed[n])}
     if name in perturbed:

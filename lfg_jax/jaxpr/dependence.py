@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from lfg_jax.jaxpr import _compat
 from lfg_jax.jaxpr._compat import Literal, bind
 from lfg_jax.jaxpr.dependence_rules import Digit, Label, Mixed, join, moved, unread
-from lfg_jax.jaxpr.interpreter import Walk, inner_jaxprs, opened
+from lfg_jax.jaxpr.interpreter import Interpreter, inner_jaxprs, opened
 
 # The followed axes that have a label, as the bits of a number. Most values have one label for all.
 Labels = dict[Label, int]
@@ -38,11 +38,11 @@ class Influence:
   """Follows axes of taps.
 
   Attributes:
-    walk: what counts as a tap.
+    interpreter: what counts as a tap.
   """
 
-  def __init__(self, walk: Walk) -> None:
-    self.walk = walk
+  def __init__(self, interpreter: Interpreter) -> None:
+    self.interpreter = interpreter
     self._derivatives: dict[int, Any] = {}
 
   def of(self, jaxpr: Any, axes: Sequence[Sequence[tuple[int, int]]]) -> list[list[list[Label]]]:
@@ -71,7 +71,7 @@ class Influence:
     env.update(zip(inner.invars, ins, strict=True))
     read = lambda v: {} if isinstance(v, Literal) else env[v]
     for eqn in inner.eqns:
-      count = self.walk.count(eqn)
+      count = self.interpreter.count(eqn)
       own, seeds = seeds[:count], seeds[count:]
       before = [read(v) for v in eqn.invars]
       labels = self._equation(eqn, before, own) if own or any(before) else [{}] * len(eqn.outvars)
@@ -82,7 +82,7 @@ class Influence:
 
   def _equation(self, eqn: Any, ins: list[Labels], seeds: list[Labels]) -> list[Labels]:
     name, outs = eqn.primitive.name, len(eqn.outvars)
-    if self.walk.is_visited(eqn):
+    if self.interpreter.is_visited(eqn):
       return [_joined('a scan', [seeds[0], ins[0]])]
     if name == 'stop_gradient':
       return [{}] * outs
@@ -154,7 +154,7 @@ class Influence:
   def _cond(self, eqn: Any, ins: list[Labels], seeds: list[Labels]) -> list[Labels]:
     outs = []
     for branch in eqn.params['branches']:
-      count = len(self.walk.find(branch))
+      count = len(self.interpreter.find(branch))
       own, seeds = seeds[:count], seeds[count:]
       outs.append(self._jaxpr(branch, ins[1:], own))
     return [_joined('cond', labels) for labels in zip(*outs, strict=True)]

@@ -28,7 +28,7 @@ class Found(NamedTuple):
   lengths: tuple[int, ...] = ()
 
 
-class Walk(NamedTuple):
+class Interpreter(NamedTuple):
   """Which equations to visit.
 
   Attributes:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.jaxpr._compat import CHECKPOINT_NAME, bind
-from lfg_jax.jaxpr.interpreter import Found, Visit, Walk
+from lfg_jax.jaxpr.interpreter import Found, Interpreter, Visit
 from lfg_jax.jaxpr.taps import Tap, inject, inject_at, tap_p
 
 PyTree = Any
@@ -33,8 +33,8 @@ class Traced:
 
   def __init__(self, fun: Callable, *args: Any, checkpoint_names: bool = False) -> None:
     self.jaxpr, self.shape = jax.make_jaxpr(fun, return_shape=True)(*args)
-    self.walk = _WITH_CHECKPOINT_NAMES if checkpoint_names else _TAPS
-    found = self.walk.find(self.jaxpr)
+    self.interpreter = _WITH_CHECKPOINT_NAMES if checkpoint_names else _TAPS
+    found = self.interpreter.find(self.jaxpr)
     names = _unique([one.eqn.params['name'] for one in found])
     self.taps = {name: _tap(one) for name, one in zip(names, found, strict=True)}
     self.calls = {name: one.eqn.params['name'] for name, one in zip(names, found, strict=True)}
@@ -49,7 +49,7 @@ class Traced:
       given: what `visit` is given at each tap; None where missing.
     """
     of_taps = [jax.tree.map(tap.inside, given.get(name)) for name, tap in self.taps.items()]
-    outs, records = self.walk.run(self.jaxpr, jax.tree.leaves(args), of_taps, visit)
+    outs, records = self.interpreter.run(self.jaxpr, jax.tree.leaves(args), of_taps, visit)
     out = jax.tree.unflatten(jax.tree.structure(self.shape), outs)
     named = zip(self.taps.items(), records, strict=True)
     return out, {name: jax.tree.map(tap.outside, record) for (name, tap), record in named}
@@ -125,8 +125,8 @@ def _refused(eqn: Any, primitive: str) -> str:
   )
 
 
-_TAPS = Walk(_is_tap, _refused)
-_WITH_CHECKPOINT_NAMES = Walk(_is_tap_or_checkpoint_name, _refused)
+_TAPS = Interpreter(_is_tap, _refused)
+_WITH_CHECKPOINT_NAMES = Interpreter(_is_tap_or_checkpoint_name, _refused)
 
 
 def _tap(found: Found) -> Tap:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.jaxpr import _compat
-from lfg_jax.jaxpr.interpreter import Walk
+from lfg_jax.jaxpr.interpreter import Interpreter
 
 PyTree = Any
 Along = Callable[[PyTree], PyTree]
@@ -111,7 +111,7 @@ def _check_digits(values: PyTree) -> None:
       )
 
 
-_GUARDS = Walk(
+_GUARDS = Interpreter(
   lambda eqn: eqn.primitive.name == 'stop_gradient',
   lambda eqn, name: (
     f'a stop_gradient is inside {name}, where finite differences cannot keep its '
