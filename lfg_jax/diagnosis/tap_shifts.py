@@ -36,7 +36,7 @@ def _shift(eqn: Any, ins: list, given: jax.Array | None) -> tuple[list, None]:
   return bind_equation(eqn, ins), None
 
 
-class Shifted(NamedTuple):
+class TapShifts(NamedTuple):
   """A function of shifts before its taps and of its differentiated arguments.
 
   Attributes:
@@ -96,7 +96,7 @@ class Call(NamedTuple):
   kwargs: dict[str, Any]
 
 
-def shifted(call: Call) -> Shifted:
+def with_tap_shifts(call: Call) -> TapShifts:
   """The function that the call differentiates, with shifts, at the call's arguments."""
   options, args, kwargs = call.options, call.args, call.kwargs
   of_point, point, _ = bind(call.fun, call.argnums, call.key, args, kwargs)
@@ -129,7 +129,7 @@ def shifted(call: Call) -> Shifted:
     for name, tap in traced.taps.items()
     if name in perturbed
   ]
-  return Shifted(traced, point, taps, options)
+  return TapShifts(traced, point, taps, options)
 
 
 def accepted(call: Call) -> tuple[Call, str | None]:

@@ -161,7 +161,7 @@ def _num_tangents_of(
 ) -> Callable[[str], int]:
   """A tap's number of tangents: its own, that of all calls with its name, or `num_tangents`."""
   return lambda name: num_tangents_by_tap.get(
-    name, num_tangents_by_tap.get(traced.calls[name], num_tangents)
+    name, num_tangents_by_tap.get(traced.call_names[name], num_tangents)
   )
 
 
@@ -253,7 +253,7 @@ def perturbed_taps(
   traced: Traced, chosen: Taps, num_tangents_by_tap: Mapping[str, int] | None
 ) -> list[str]:
   """Names of the perturbed taps."""
-  names = {*traced.taps, *traced.calls.values()}
+  names = {*traced.taps, *traced.call_names.values()}
   if not names:
     raise ValueError(
       'the function has no tap; allowed: lfg_jax.tap in it, or layers that lfg_jax.mark marks'
@@ -268,7 +268,7 @@ def perturbed_taps(
   elif callable(chosen):
     perturbed = [name for name in traced.taps if chosen(name)]
   else:
-    perturbed = [name for name in traced.taps if {name, traced.calls[name]} & asked]
+    perturbed = [name for name in traced.taps if {name, traced.call_names[name]} & asked]
   for name in perturbed:
     if 0 in traced.taps[name].shape:
       raise ValueError(f'tap {name!r} has shape {traced.taps[name].shape}; allowed: some entries')

@@ -21,7 +21,7 @@ class Traced:
     jaxpr: of `fun`, as a function of the leaves of `args`.
     taps: all taps by name, in order of evaluation. Calls with the same name are numbered: `h`,
       `h_1`, ….
-    calls: for each tap, the name it was called with.
+    call_names: for each tap, the name with which `tap` was called.
 
   >>> from lfg_jax.jaxpr.taps import tap
   >>> double = Traced(lambda x: tap(2 * x, 'double') ** 2, jnp.ones(3))
@@ -37,7 +37,7 @@ class Traced:
     found = self.interpreter.find(self.jaxpr)
     names = _unique([one.eqn.params['name'] for one in found])
     self.taps = {name: _tap(one) for name, one in zip(names, found, strict=True)}
-    self.calls = {name: one.eqn.params['name'] for name, one in zip(names, found, strict=True)}
+    self.call_names = {name: one.eqn.params['name'] for name, one in zip(names, found, strict=True)}
 
   def evaluate(
     self, visit: Visit, given: Mapping[str, Any], *args: Any
