@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lfg_jax.errors import UserError
-from lfg_jax.jaxpr.tapped import Traced
+from lfg_jax.jaxpr.tapped import Tapped
 from lfg_jax.local.blockwise import stage_loss
 from lfg_jax.local.heads import Heads
 from lfg_jax.local.info_nce import Contrast
@@ -96,7 +96,7 @@ def test_the_taps_are_those_of_the_block_itself(name):
 
   def taps(model):
     loss, fixed = stage_loss([model.stacks[0].block], Cut()), {'ahead': {'last': ahead[first]}}
-    return Traced(loss, fixed, {'last': params[first]}, x, TARGETS).taps
+    return Tapped(loss, fixed, {'last': params[first]}, x, TARGETS).taps
 
   assert taps(look_ahead(plain, bounded=True)) == taps(plain)
   for tap in taps(look_ahead(plain)).values():

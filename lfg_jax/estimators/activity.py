@@ -17,7 +17,7 @@ from lfg_jax.estimators.control_variates import (
   regression,
 )
 from lfg_jax.estimators.feedback import reverse_with_signals
-from lfg_jax.jaxpr.tapped import Traced, perturb, record
+from lfg_jax.jaxpr.tapped import Tapped, perturb, record
 from lfg_jax.jaxpr.taps import Tap
 from lfg_jax.promotion import upcast
 from lfg_jax.tangents import distributions
@@ -47,7 +47,7 @@ def activity_perturbation(
   control_variate: ControlVariate | None = None,
   has_control_variate: Names = lambda name: True,
   redraw: bool = False,
-  trace: Callable[..., Traced] = Traced,
+  trace: Callable[..., Tapped] = Tapped,
 ) -> GradFn:
   """g_a(w_ij) = x_i (∇z·u) u_j, with z the activity at a tap.
 
@@ -96,8 +96,8 @@ def activity_perturbation(
     return sampling._replace(num_tangents=num_tangents_of(name)) if num_tangents_of else sampling
 
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
-    traced, key = trace(fun, params, *args), tangent_key(key)
-    taps = traced.taps
+    tapped, key = trace(fun, params, *args), tangent_key(key)
+    taps = tapped.taps
     keys = dict(zip(taps, jax.random.split(key, max(len(taps), 1)), strict=False))
     perturbed = {name: tap for name, tap in taps.items() if is_perturbed(name)}
     if sampling.shared:
@@ -112,10 +112,10 @@ def activity_perturbation(
         lambda weights: cotangents(learned, weights, names, params, *args), learned.weights
       )
     elif control_variate:
-      control_variates = dict(control_variate(traced.evaluate(record, {}, params, *args)[1]))
+      control_variates = dict(control_variate(tapped.evaluate(record, {}, params, *args)[1]))
     _check_control_variates(control_variates, perturbed)
 
-    evaluate = lambda u: traced.evaluate(perturb, u, params, *args)[0][0]
+    evaluate = lambda u: tapped.evaluate(perturb, u, params, *args)[0][0]
     together = [list(perturbed)] if joint else [[name] for name in perturbed]
     early = {name: after(key, None) for name, key in keys.items()} if redraw else keys
     slopes: dict[str, Losses] = {}
@@ -135,7 +135,7 @@ def activity_perturbation(
       name: corrected(control_variates[name], r) if name in control_variates else r
       for name, r in residual.items()
     }
-    (losses, aux), grads = reverse_with_signals(traced, signal, params, *args)
+    (losses, aux), grads = reverse_with_signals(tapped, signal, params, *args)
     if learned and pull:
       known = {name: r for name, r in residual.items() if name in control_variates}
       aux = {

@@ -14,7 +14,7 @@ from lfg_jax.jaxpr.taps import Tap, inject, inject_at, tap_p
 PyTree = Any
 
 
-class Traced:
+class Tapped:
   """`fun(*args)`, traced once.
 
   Attributes:
@@ -24,7 +24,7 @@ class Traced:
     call_names: for each tap, the name with which `tap` was called.
 
   >>> from lfg_jax.jaxpr.taps import tap
-  >>> double = Traced(lambda x: tap(2 * x, 'double') ** 2, jnp.ones(3))
+  >>> double = Tapped(lambda x: tap(2 * x, 'double') ** 2, jnp.ones(3))
   >>> double.taps['double'].shape
   (3,)
   >>> double.evaluate(perturb, {'double': jnp.ones(3)}, jnp.ones(3))[0].tolist()
@@ -59,10 +59,10 @@ def without_taps(fun: Callable) -> Callable:
   """`fun`, whose taps no estimator finds: it is differentiated exactly.
 
   >>> from lfg_jax.jaxpr.taps import tap
-  >>> Traced(without_taps(lambda x: tap(x, 'x') ** 2), jnp.ones(3)).taps
+  >>> Tapped(without_taps(lambda x: tap(x, 'x') ** 2), jnp.ones(3)).taps
   {}
   """
-  return lambda *args: Traced(fun, *args).evaluate(perturb, {}, *args)[0]
+  return lambda *args: Tapped(fun, *args).evaluate(perturb, {}, *args)[0]
 
 
 def keep(eqn: Any, ins: list, given: Any) -> tuple[list, None]:

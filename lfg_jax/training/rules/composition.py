@@ -15,7 +15,7 @@ from flax.traverse_util import unflatten_dict
 
 from lfg_jax.data.datasets import Batch
 from lfg_jax.estimators.exact_tail import Estimator
-from lfg_jax.jaxpr.tapped import Traced
+from lfg_jax.jaxpr.tapped import Tapped
 from lfg_jax.jaxpr.taps import Tap
 from lfg_jax.local import staged
 from lfg_jax.local.info_nce import VIEWS
@@ -164,8 +164,8 @@ def _tap_matrices(key: jax.Array, model: StagedModel, variables: Variables) -> P
   They are scaled so that a signal is about as long as the error.
   """
   x = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.result_type(float))
-  traced = Traced(functools.partial(staged.evaluate, model), variables, x)
-  taps, (logits, _) = traced.taps, traced.shape
+  tapped = Tapped(functools.partial(staged.evaluate, model), variables, x)
+  taps, (logits, _) = tapped.taps, tapped.shape
   outputs = model.contrast.projections if model.contrast else logits.shape[-1]
 
   def matrix(key: jax.Array, tap: Tap) -> jax.Array:
