@@ -1,6 +1,6 @@
 """The signals at a stage's taps, exact and estimated, and how far they are apart.
 
-`exact` and `recording` take the place of a stage's usual estimator; see `losses.greedy`.
+`exact` and `recording` take the place of a stage's usual estimator; see `losses.blockwise`.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Greedy training: each stage of the network learns from its own local losses only.
+"""Blockwise training: each stage of the network learns from its own local losses only.
 
 A stage is one block (or k blocks, or an overlapping pair of blocks) with the losses at its end. No
 gradient flows back to earlier stages. Any estimator can serve a stage. Each stage finishes before
@@ -172,7 +172,7 @@ class Member(NamedTuple):
     return jax.tree.map(lambda leaf, new: leaf.at[jnp.array(self.indices)].set(new), tree, part)
 
 
-def greedy(
+def blockwise(
   estimator: Estimator,
   model: StagedModel,
   cut: Cut,

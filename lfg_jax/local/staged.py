@@ -1,4 +1,4 @@
-"""Staged models: all that rules, greedy stages, the trainer and the cost model know of a network.
+"""Staged models: all that rules, blockwise stages, the trainer and the cost model know of a network.
 
 A staged model is a sequence of stacks of equal blocks. A block is a pure function with taps
 (`lfg_jax.tap`) that returns its output and its local losses. Images are prepared before the first

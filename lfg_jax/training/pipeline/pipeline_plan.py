@@ -82,7 +82,7 @@ def make(
   Args:
     algorithm: an algorithm made with `update.AXIS` as its axis_name.
     mesh: a mesh with the axes `update.AXIS` and `update.STAGE`.
-    spans: the greedy stages of each pipeline stage, see `stage_plan`.
+    spans: the blockwise stages of each pipeline stage, see `stage_plan`.
     like: shapes of the run's state.
     batch: shapes of a global batch.
   """

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from lfg_jax.local import staged
-from lfg_jax.local.blockwise import greedy, owned
+from lfg_jax.local.blockwise import blockwise, owned
 from lfg_jax.local.objectives import local_metrics, with_read_out
 from lfg_jax.local.targets import Targets
 from lfg_jax.tangents.microbatch import Part, sum_and_join
@@ -72,7 +72,7 @@ class Stage(NamedTuple):
   """One stage of the pipeline.
 
   Attributes:
-    span: its greedy stages.
+    span: its blockwise stages.
     owned: its blocks, by stack; in the last stage also 'readout'.
     is_last: whether it has the read-out, and so the metrics.
   """
@@ -83,7 +83,7 @@ class Stage(NamedTuple):
 
 
 def make_stages(composition: Composition, spans: Sequence[range]) -> tuple[Stage, ...]:
-  """The pipeline stages that consist of the greedy stages in `spans`."""
+  """The pipeline stages that consist of the blockwise stages in `spans`."""
   of = lambda span: owned(composition.model, span, composition.options.every)
   *first, last = (Stage(span, of(span), is_last=False) for span in spans)
   readout = {**last.owned, 'readout': range(1)}
@@ -122,7 +122,7 @@ def gradient(
 
   def of_part(part: Part, share: tuple[jax.Array, Targets]) -> tuple[PyTree, PyTree]:
     x, targets = share
-    run = greedy(
+    run = blockwise(
       composition.estimator(variables, part),
       model,
       options.cut,
