@@ -22,7 +22,7 @@ from lfg_jax.promotion import upcast
 Estimator = Callable[..., GradFn]
 
 
-def exact_behind(
+def exact_tail(
   fun: LossFn,
   learned: Learned | None = None,
   *,
@@ -43,7 +43,7 @@ def exact_behind(
   >>> from lfg_jax.jaxpr.taps import tap
   >>> loss = lambda w, x: ((tap(x @ w['a'], 'y') * w['b']).sum(-1) ** 2, {})
   >>> w, x = {'a': jnp.ones((2, 2)), 'b': jnp.ones(2)}, jnp.eye(2)
-  >>> exact = exact_behind(loss, estimator=lambda fun, _: backprop(fun), is_boundary='y'.__eq__)
+  >>> exact = exact_tail(loss, estimator=lambda fun, _: backprop(fun), is_boundary='y'.__eq__)
   >>> jax.tree.leaves(exact(w, jax.random.key(0), x)[1])[1].tolist()
   [8.0, 8.0]
   """

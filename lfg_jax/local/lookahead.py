@@ -17,7 +17,7 @@ reads its own output.
 
 **Credit.** f̄ mixes channels, and most blocks mix patches. So every activity of the block
 influences the losses of *all* patches and groups. The block's taps must say so, and they do if they
-are not `at.last`. An estimator that stops at the model's boundary (see `estimators.boundary`) is
+are not `at.last`. An estimator that stops at the model's boundary (see `estimators.exact_tail`) is
 different. It has the exact signal s at the block's end y, and takes s·y in place of the true
 losses: one part for each patch and group of y. An activity influences y, and so these parts, only
 in its own patch and group. Credited with these parts only, it has no more noise than without f̄.

@@ -98,7 +98,7 @@ class StagedModel:
       the layer of the next one; see `control_variates`.
     grouped: names of the layers whose weights have groups with losses of their own on the first
       axis; see `weight.weight_perturbation`.
-    boundary: name of a tap of a last block, after which exact signals are cheap; see `boundary`.
+    boundary: name of a tap of a last block, after which exact signals are cheap; see `exact_tail`.
       The last of `taps` then needs no perturbation. None: it is the last of `taps`.
     mixes_examples: whether batch norm makes the losses of one example depend on other examples.
     slow_in_loops: whether CPUs are slow at the blocks inside a loop, as at convolutions. There,

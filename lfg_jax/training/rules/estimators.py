@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 
 from lfg_jax.estimators._types import GradFn, LossFn
 from lfg_jax.estimators.activity import activity_perturbation
-from lfg_jax.estimators.exact_tail import Estimator, exact_behind
+from lfg_jax.estimators.exact_tail import Estimator, exact_tail
 from lfg_jax.estimators.feedback import backprop, direct_feedback
 from lfg_jax.estimators.weight import weight_perturbation
 from lfg_jax.local.info_nce import VIEWS
@@ -84,7 +84,7 @@ def _activity_estimator(options: Options, model: StagedModel, sampling: Sampling
   before = functools.partial(
     activity, is_perturbed=lambda name: in_block(name) in model.taps and name != behind
   )
-  return functools.partial(exact_behind, estimator=before, is_boundary=boundary.__eq__)
+  return functools.partial(exact_tail, estimator=before, is_boundary=boundary.__eq__)
 
 
 def _under_a_loss(path: tuple) -> bool:
