@@ -24,7 +24,7 @@ KINDS = (
   'params',
   'batch_stats',
   'feedback',
-  'ahead',
+  'lookahead',
   'control_variate',
 )  # of variables that blocks have
 
@@ -273,8 +273,8 @@ def _stage_body(estimator: Estimator, loss: Callable, targets: Targets, advance:
     carry: tuple[jax.Array, jax.Array], inputs: tuple
   ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     x, _ = carry
-    key, params, stats, feedback, ahead, control_variate_weights = inputs
-    given = {'batch_stats': stats, 'feedback': feedback, 'ahead': ahead}
+    key, params, stats, feedback, lookahead, control_variate_weights = inputs
+    given = {'batch_stats': stats, 'feedback': feedback, 'lookahead': lookahead}
     fixed = {kind: tree for kind, tree in given.items() if tree}
 
     predicting = lambda weights, *args: loss({**fixed, 'feedback': weights}, *args)

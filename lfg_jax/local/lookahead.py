@@ -38,7 +38,7 @@ PyTree = Any
 
 
 def look_ahead(model: StagedModel, *, bounded: bool = False) -> StagedModel:
-  """Returns the model with heads that look ahead. Its blocks need 'ahead' among their variables.
+  """Returns the model with heads that look ahead. Its blocks need 'lookahead' among their variables.
 
   Args:
     bounded: whether the estimator stops at the model's boundary; see "Credit".
@@ -50,8 +50,8 @@ def look_ahead(model: StagedModel, *, bounded: bool = False) -> StagedModel:
   >>> images = registry.Images((8, 8, 1), 10, (0.5,), (0.3,))
   >>> mlp = registry.find('mlp').make({'blocks': 4, 'channels': 8, 'groups': 2}, images)
   >>> model = look_ahead(mlp)
-  >>> ahead = model.ahead(model.init(jax.random.key(0))['params'])
-  >>> jax.tree.map(jnp.shape, ahead['stem'])['hidden']    # of the first block behind the stem
+  >>> lookahead = model.lookahead(model.init(jax.random.key(0))['params'])
+  >>> jax.tree.map(jnp.shape, lookahead['stem'])['hidden']    # of the first block behind the stem
   {'bias': (8,), 'kernel': (8, 8)}
   """
   nexts = next_stacks(model.stacks)
@@ -76,7 +76,7 @@ def look_ahead(model: StagedModel, *, bounded: bool = False) -> StagedModel:
     model,
     stacks=stacks,
     init=init,
-    ahead=lambda params: following(model.stacks, params),
+    lookahead=lambda params: following(model.stacks, params),
     grouped=(),  # every weight influences the losses of all groups
     variant=lambda **changes: look_ahead(model.variant(**changes), bounded=bounded),
   )
@@ -134,7 +134,7 @@ def _looking(block: Block, after: Block, bounded: bool) -> Block:
   """`block`, with the losses of `after`, in which `block`'s own head replaces that of `after`."""
 
   def looking(variables: Variables, x: jax.Array, targets: Targets, at: Place) -> Outcome:
-    own = {kind: tree for kind, tree in variables.items() if kind != 'ahead'}
+    own = {kind: tree for kind, tree in variables.items() if kind != 'lookahead'}
     y, _, updates = block(own, x, targets, Place(at.name, last=at.last and bounded))
     if at.cut is None:
       return y, None, updates
@@ -143,7 +143,7 @@ def _looking(block: Block, after: Block, bounded: bool) -> Block:
     def losses(params: PyTree, y: jax.Array) -> jax.Array | None:
       return after({'params': params}, y, targets, Place(at.name, at.cut))[1]
 
-    through = {**variables['ahead'], 'head': own['params']['head']}
+    through = {**variables['lookahead'], 'head': own['params']['head']}
     return y, losses(through, y), updates
 
   return looking

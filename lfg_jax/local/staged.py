@@ -18,7 +18,7 @@ from lfg_jax.local.replicated import Cut
 from lfg_jax.local.targets import Targets
 
 PyTree = Any
-Variables = dict[str, PyTree]  # 'params', and where used 'batch_stats', 'feedback', 'ahead'
+Variables = dict[str, PyTree]  # 'params', and where used 'batch_stats', 'feedback', 'lookahead'
 # `(variables, x, weight_B) -> (output, another, updated variables)`: what follows the last block.
 End = Callable[[Variables, jax.Array, jax.Array], tuple[jax.Array, jax.Array, Variables]]
 Outcome = tuple[jax.Array, jax.Array | None, Variables]  # output, losses, updated variables
@@ -107,8 +107,8 @@ class StagedModel:
       projection at the end of a network that learns contrastively without local losses. Its
       parameters are under 'head'. None: `registry.build` makes one where it is needed.
     contrast: options of the contrastive losses; None: heads classify.
-    ahead: `params -> params`: by stack, the parameters of the block after each block. Heads look
-      through an average of them, see `ahead`. None: heads read the output of their own block.
+    lookahead: `params -> params`: by stack, the parameters of the block after each block. Heads look
+      through an average of them, see `local.lookahead`. None: heads read the output of their own block.
     variant: `(train=True, project=False) -> StagedModel`: the same network for training or for
       evaluation, where batch norm does not look at the batch, and with other `Heads`.
   """
@@ -125,7 +125,7 @@ class StagedModel:
   slow_in_loops: bool = False
   project: End | None = None
   contrast: Contrast | None = None
-  ahead: Callable[[PyTree], PyTree] | None = None
+  lookahead: Callable[[PyTree], PyTree] | None = None
   variant: Callable[..., Any] = no_variant
 
   def __post_init__(self) -> None:

@@ -64,7 +64,7 @@ class Composition(NamedTuple):
       'batch_stats',
       *['feedback'] * self.rule.feedback,
       *['control_variate'] * bool(taps),
-      'ahead',
+      'lookahead',
     )
     if taps and not variables.get('control_variate'):
       raise ValueError(
@@ -93,8 +93,8 @@ class Composition(NamedTuple):
       kept['feedback'] = layers.like_kernels(feedback_key, kept['params'])
     if self.rule.estimator == 'direct_feedback':
       kept['feedback'] = _tap_matrices(feedback_key, model, kept)
-    if model.ahead:
-      kept['ahead'] = model.ahead(kept['params'])
+    if model.lookahead:
+      kept['lookahead'] = model.lookahead(kept['params'])
     if taps:
       kept['control_variate'] = _control_variate_weights(kept['params'], model, taps)
       kept['control_variate_optimizer'] = self._control_variate_optimizer.init(
@@ -105,9 +105,9 @@ class Composition(NamedTuple):
   def advance(self, variables: Variables, params: PyTree, aux: dict[str, Any]) -> Variables:
     """See `Algorithm`."""
     new = {name: aux[name] for name in ('batch_stats',) if name in variables}
-    if self.model.ahead:
-      new['ahead'] = optax.incremental_update(
-        self.model.ahead(params), variables['ahead'], 1 - self.options.head_average
+    if self.model.lookahead:
+      new['lookahead'] = optax.incremental_update(
+        self.model.lookahead(params), variables['lookahead'], 1 - self.options.head_average
       )
     if 'control_variate' in variables:
       updates, new['control_variate_optimizer'] = self._control_variate_optimizer.update(
