@@ -243,7 +243,9 @@ def draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap, chunk: Chunk) -> j
   if sampling.shared:
     draw = lambda k: one(k)[:, None]
   else:
-    ids_B = distributions.example_ids(batch, sampling.axis_name, sampling.part) // sampling.rows
+    ids_B = (
+      distributions.example_ids(batch, sampling.axis_name, sampling.microbatch) // sampling.rows
+    )
     draw = lambda k: jax.vmap(one, out_axes=1)(distributions.fold_in_all(k, ids_B))
   for _ in range(tap.scanned):
     draw = jax.vmap(draw, out_axes=1)

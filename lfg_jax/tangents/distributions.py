@@ -43,7 +43,7 @@ import jax.numpy as jnp
 
 from lfg_jax import user_files
 from lfg_jax.errors import one_of
-from lfg_jax.tangents.microbatch import WHOLE, Part
+from lfg_jax.tangents.microbatch import WHOLE, Microbatch
 
 
 class Chunk(NamedTuple):
@@ -270,7 +270,7 @@ def like_tree(distribution: Distribution | str, key: jax.Array, tree: Any, chunk
   return jax.tree.unflatten(treedef, [draw(k, leaf) for k, leaf in zip(keys, leaves, strict=False)])
 
 
-def example_ids(batch: int, axis_name: str | None, part: Part = WHOLE) -> jax.Array:
+def example_ids(batch: int, axis_name: str | None, microbatch: Microbatch = WHOLE) -> jax.Array:
   """int32 [batch]: global positions of the examples in one of this device's equal parts."""
   index, parts = part
   device = jax.lax.axis_index(axis_name) if axis_name else 0

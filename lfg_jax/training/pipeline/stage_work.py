@@ -16,7 +16,7 @@ from lfg_jax.local import staged
 from lfg_jax.local.blockwise import blockwise, owned
 from lfg_jax.local.objectives import local_metrics, with_read_out
 from lfg_jax.local.targets import Targets
-from lfg_jax.tangents.microbatch import Part, sum_and_join
+from lfg_jax.tangents.microbatch import Microbatch, sum_and_join
 from lfg_jax.training.pipeline import packing
 from lfg_jax.training.rules.algorithms import Algorithm
 from lfg_jax.training.rules.composition import Composition
@@ -120,10 +120,12 @@ def gradient(
   variables = {'params': mine.params, **mine.rest}
   known, key = composition.known(variables), composition.keys(key)[0]
 
-  def of_part(part: Part, share: tuple[jax.Array, Targets]) -> tuple[PyTree, PyTree]:
+  def of_microbatch(
+    microbatch: Microbatch, share: tuple[jax.Array, Targets]
+  ) -> tuple[PyTree, PyTree]:
     x, targets = share
     run = blockwise(
-      composition.estimator(variables, part),
+      composition.estimator(variables, microbatch),
       model,
       options.cut,
       every=options.every,
@@ -137,7 +139,7 @@ def gradient(
 
   examples = message.x, message.targets
   total, (y, loss_B) = sum_and_join(
-    of_part, examples, composition.parts(len(message.targets.label_B))
+    of_microbatch, examples, composition.microbatches(len(message.targets.label_B))
   )
   if message.local_loss_B is not None:
     loss_B = loss_B + message.local_loss_B

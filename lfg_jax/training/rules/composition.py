@@ -24,7 +24,7 @@ from lfg_jax.local.staged import StagedModel, Variables
 from lfg_jax.local.targets import Targets
 from lfg_jax.models import layers
 from lfg_jax.tangents import distributions, microbatch
-from lfg_jax.tangents.microbatch import Part
+from lfg_jax.tangents.microbatch import Microbatch
 from lfg_jax.training import optimizers
 from lfg_jax.training.rules import checks
 from lfg_jax.training.rules.estimators import build_estimator
@@ -73,16 +73,18 @@ class Composition(NamedTuple):
       )
     return {name: variables[name] for name in used if name in variables}
 
-  def estimator(self, variables: Variables, part: Part) -> Estimator:
-    """Builds the rule's estimator for a part of the batch."""
-    return build_estimator(self.rule, self.options, self.model, self.axis_name, variables, part)
+  def estimator(self, variables: Variables, microbatch: Microbatch) -> Estimator:
+    """Builds the rule's estimator for a microbatch."""
+    return build_estimator(
+      self.rule, self.options, self.model, self.axis_name, variables, microbatch
+    )
 
-  def parts(self, examples: int) -> int:
-    """Number of parts into which a device splits its share of a batch, `examples` rows."""
+  def microbatches(self, examples: int) -> int:
+    """Number of microbatches into which a device splits its share of a batch, `examples` rows."""
     model, micro_batch = self.model, self.options.micro_batch
     if checks.depends_on_others(model) or (model.slow_in_loops and not micro_batch):
       return 1
-    return microbatch.number_of_parts(examples, micro_batch, model.activity_bytes)
+    return microbatch.number_of_microbatches(examples, micro_batch, model.activity_bytes)
 
   def init(self, key: jax.Array) -> Variables:
     """See `Algorithm`."""
@@ -121,14 +123,20 @@ class Composition(NamedTuple):
   ) -> tuple[PyTree, dict[str, Any]]:
     """See `Algorithm`."""
     image, targets = self.seen(key, batch)
-    of_part = functools.partial(self._part_gradient, variables, self.keys(key)[0])
-    return microbatch.sum_over_parts(of_part, (image, targets), self.parts(len(targets.label_B)))
+    of_microbatch = functools.partial(self._microbatch_gradient, variables, self.keys(key)[0])
+    return microbatch.sum_over_microbatches(
+      of_microbatch, (image, targets), self.microbatches(len(targets.label_B))
+    )
 
-  def _part_gradient(
-    self, variables: Variables, key: jax.Array, part: Part, examples: tuple[jax.Array, Targets]
+  def _microbatch_gradient(
+    self,
+    variables: Variables,
+    key: jax.Array,
+    microbatch: Microbatch,
+    examples: tuple[jax.Array, Targets],
   ) -> tuple[PyTree, dict[str, Any]]:
     rule, options, (image, targets) = self.rule, self.options, examples
-    estimator = self.estimator(variables, part)
+    estimator = self.estimator(variables, microbatch)
     if rule.cut:
       run = stage_by_stage(
         self.model, estimator, options.cut, every=options.every, overlap=options.overlap

@@ -15,7 +15,7 @@ from lfg_jax.estimators.weight import weight_perturbation
 from lfg_jax.local.info_nce import VIEWS
 from lfg_jax.local.staged import StagedModel, in_block
 from lfg_jax.tangents import distributions
-from lfg_jax.tangents.microbatch import WHOLE, Part
+from lfg_jax.tangents.microbatch import WHOLE, Microbatch
 from lfg_jax.tangents.sampling import Sampling
 from lfg_jax.training.rules.rules import Options, Rule
 
@@ -28,7 +28,7 @@ def build_estimator(
   model: StagedModel,
   axis_name: str | None,
   variables: dict[str, PyTree],
-  part: Part = WHOLE,
+  microbatch: Microbatch = WHOLE,
 ) -> Estimator:
   """The rule's estimator, `(fun, learned) -> grad_fn`."""
   weight = rule.estimator == 'weight'
@@ -42,7 +42,7 @@ def build_estimator(
     axis_name,
     options.chunk or None,
     options.combine,
-    part,
+    microbatch,
     rows,
   )
   if weight:
