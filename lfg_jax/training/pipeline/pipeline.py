@@ -139,7 +139,7 @@ def _gradient(
   if s == 0:
     batch = _fetch(plan, message, inputs)
     batch = batch._replace(weight=batch.weight / message.examples)
-    image, targets = composition.seen(key, batch)
+    image, targets = composition.augmented(key, batch)
     seen = message._replace(
       x=image, targets=targets, local_loss_B=jax.tree.map(jnp.zeros_like, message.local_loss_B)
     )

@@ -118,7 +118,7 @@ def gradient(
   """
   model, options = composition.model, composition.options
   variables = {'params': mine.params, **mine.rest}
-  known, key = composition.known(variables), composition.keys(key)[0]
+  known, key = composition.objective_variables(variables), composition.step_keys(key)[0]
 
   def of_microbatch(
     microbatch: Microbatch, share: tuple[jax.Array, Targets]

@@ -42,21 +42,21 @@ class Composition(NamedTuple):
   axis_name: str | None
   augment: Callable | None
 
-  def keys(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def step_keys(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns a step's keys of the estimator and of the images; if these stay, both are `key`."""
     return tuple(jax.random.split(key)) if self.augment else (key, key)
 
-  def seen(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, Targets]:
+  def augmented(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, Targets]:
     """Returns the augmented images with targets; in contrastive learning, each image's two views."""
     image, label, weight = map(jnp.asarray, batch)
     if self.augment:
       ids_B = distributions.example_ids(len(label), self.axis_name)
-      image = self.augment(distributions.fold_in_all(self.keys(key)[1], ids_B), image)
+      image = self.augment(distributions.fold_in_all(self.step_keys(key)[1], ids_B), image)
       if self.model.contrast:
         label, weight = jnp.repeat(label, VIEWS), jnp.repeat(weight / VIEWS, VIEWS)
     return image, Targets(label, weight)
 
-  def known(self, variables: Variables) -> Variables:
+  def objective_variables(self, variables: Variables) -> Variables:
     """Returns the variables that objectives use."""
     taps = self.options.control_variate_taps(self.model)
     used = (
@@ -122,8 +122,8 @@ class Composition(NamedTuple):
     self, variables: Variables, key: jax.Array, batch: Batch
   ) -> tuple[PyTree, dict[str, Any]]:
     """See `Algorithm`."""
-    image, targets = self.seen(key, batch)
-    of_microbatch = functools.partial(self._microbatch_gradient, variables, self.keys(key)[0])
+    image, targets = self.augmented(key, batch)
+    of_microbatch = functools.partial(self._microbatch_gradient, variables, self.step_keys(key)[0])
     return microbatch.sum_over_microbatches(
       of_microbatch, (image, targets), self.microbatches(len(targets.label_B))
     )
@@ -143,7 +143,7 @@ class Composition(NamedTuple):
       )
     else:
       run = end_to_end(self.model, estimator, local=rule.local)
-    return run(self.known(variables), key, self.model.prepare(image), targets)
+    return run(self.objective_variables(variables), key, self.model.prepare(image), targets)
 
   @property
   def _control_variate_optimizer(self) -> optax.GradientTransformation:
