@@ -54,7 +54,7 @@ def test_blocks_compute_in_bfloat16_and_losses_in_float32(norm):
 
   def run(v):
     x, local, updates = staged.apply(model.model, v, tokens, targets, Cut())
-    logits, _, new = model.model.read_out(staged.own(v, 'readout'), x, targets.weight_B)
+    logits, _, new = model.model.read_out(staged.variables_of(v, 'readout'), x, targets.weight_B)
     return logits, local, (updates.get('batch_stats', {}), new)
 
   tapped = Tapped(run, {k: v for k, v in model.variables.items() if k != 'feedback'})

@@ -158,7 +158,7 @@ def _largest(composition: Composition, spans: tuple[range, ...], whole: TrainSta
   return max(
     _size(
       jax.eval_shape(
-        functools.partial(stage_work.own, stage=stage, composition=composition), whole
+        functools.partial(stage_work.state_of, stage=stage, composition=composition), whole
       ).params
     )
     for stage in stage_work.make_stages(composition, spans)

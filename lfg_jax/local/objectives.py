@@ -24,7 +24,7 @@ from lfg_jax.local import info_nce, staged
 from lfg_jax.local.blockwise import blockwise, stages
 from lfg_jax.local.replicated import Cut
 from lfg_jax.local.row_losses import cross_entropy
-from lfg_jax.local.staged import StagedModel, Variables, own
+from lfg_jax.local.staged import StagedModel, Variables, variables_of
 from lfg_jax.local.targets import Targets
 
 PyTree = Any
@@ -52,12 +52,16 @@ def end_to_end(model: StagedModel, estimator: Estimator, *, local: bool) -> Run:
       end = None
       if contrast and project:
         assert model.project
-        anchors, candidates, updates_of_head = model.project(own(now, 'head'), y, targets.weight_B)
+        anchors, candidates, updates_of_head = model.project(
+          variables_of(now, 'head'), y, targets.weight_B
+        )
         end, output_error = info_nce.end_losses((anchors, candidates), targets.weight_B, contrast)
         local_losses = [*local_losses, end[None, :, None, None]]
         staged.merge(updates, 'head', updates_of_head)
       y = jax.lax.stop_gradient(y) if local or contrast else y
-      logits, _, updates_of_readout = model.read_out(own(now, 'readout'), y, targets.weight_B)
+      logits, _, updates_of_readout = model.read_out(
+        variables_of(now, 'readout'), y, targets.weight_B
+      )
       staged.merge(updates, 'readout', updates_of_readout)
       aux = _summary(logits, targets)
       if end is not None:
@@ -108,7 +112,7 @@ def with_read_out(
     The updates, and the sums of 'loss' and 'error' over this device's examples.
   """
   stats = updates['batch_stats']
-  readout = own(variables, 'readout')
+  readout = variables_of(variables, 'readout')
   if 'readout' in stats:
     readout['batch_stats'] = stats['readout']
 

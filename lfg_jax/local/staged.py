@@ -166,10 +166,10 @@ class StagedModel:
     return max(x.size * x.dtype.itemsize for x in self.shapes)
 
 
-def own(variables: Variables, name: str) -> Variables:
+def variables_of(variables: Variables, name: str) -> Variables:
   """Returns the variables that belong to one stack, the read-out or the head.
 
-  >>> own({'params': {'a': 1, 'b': 2}, 'batch_stats': {'b': 3}}, 'b')
+  >>> variables_of({'params': {'a': 1, 'b': 2}, 'batch_stats': {'b': 3}}, 'b')
   {'params': 2, 'batch_stats': 3}
   """
   return {kind: tree[name] for kind, tree in variables.items() if name in tree}
@@ -208,7 +208,7 @@ def apply(
       return y, (losses, new)
 
     step = functools.partial(jax.lax.scan, body) if stack.is_stacked else body
-    x, (losses, new) = step(x, own(variables, stack.name))
+    x, (losses, new) = step(x, variables_of(variables, stack.name))
     if losses is not None:
       local.append(losses if stack.is_stacked else losses[None])
     merge(updates, stack.name, new)
@@ -219,5 +219,5 @@ def evaluate(model: StagedModel, variables: Variables, x: jax.Array) -> tuple[ja
   """Returns logits [B, classes], and features [B, C], the input of the read-out's linear layer."""
   targets = Targets(jnp.zeros(x.shape[0], jnp.int32), jnp.ones(x.shape[0]))
   x, _, _ = apply(model, variables, x, targets, None)
-  logits, features, _ = model.read_out(own(variables, 'readout'), x, targets.weight_B)
+  logits, features, _ = model.read_out(variables_of(variables, 'readout'), x, targets.weight_B)
   return logits, features

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from lfg_jax.fields import Allowed, Field, at_least, between, one_of
 from lfg_jax.jaxpr.taps import tap
 from lfg_jax.local.heads import Heads
-from lfg_jax.local.staged import Outcome, Place, Stack, StagedModel, Variables, own
+from lfg_jax.local.staged import Outcome, Place, Stack, StagedModel, Variables, variables_of
 from lfg_jax.local.targets import Targets
 from lfg_jax.models import layers
 from lfg_jax.models.registry import Images
@@ -266,7 +266,7 @@ def block(
   skip = x.reshape(z.out.shape) if s.residual else jnp.zeros((), z.out.dtype)
   out_BxPxGxC = jax.nn.relu(tapped('after_group', z, z.out + skip > 0, 3) + skip)
 
-  in_head = _Norms(style, own(variables, 'head'), targets.weight_B)
+  in_head = _Norms(style, variables_of(variables, 'head'), targets.weight_B)
   features = in_head('head', out_BxPxGxC)
   losses = layers.losses(variables, style.heads, features, targets, at.cut)
   updates = {**norms.updates, **({'head': in_head.updates} if in_head.updates else {})}

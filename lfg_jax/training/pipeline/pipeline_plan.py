@@ -89,7 +89,9 @@ def make(
   composition = algorithm.composition
   stages = stage_work.make_stages(composition, spans)
   own = [
-    jax.eval_shape(functools.partial(stage_work.own, stage=stage, composition=composition), like)
+    jax.eval_shape(
+      functools.partial(stage_work.state_of, stage=stage, composition=composition), like
+    )
     for stage in stages
   ]
   scalar = jax.ShapeDtypeStruct((), jnp.result_type(float))
@@ -137,7 +139,9 @@ def message_specs(plan: Plan) -> Message:
 def begin(plan: Plan, state: TrainState) -> PipelineState:
   """Packs every stage's part of the state into its row. No batch is in the pipeline."""
   composition, width = plan.algorithm.composition, packing.widths(plan.own)
-  own = [packing.pack(stage_work.own(state, stage, composition), width) for stage in plan.stages]
+  own = [
+    packing.pack(stage_work.state_of(state, stage, composition), width) for stage in plan.stages
+  ]
   devices, stages = plan.mesh.shape[AXIS], len(plan.stages)
 
   def empty(leaf: jax.ShapeDtypeStruct) -> jax.Array:

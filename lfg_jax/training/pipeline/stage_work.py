@@ -90,7 +90,7 @@ def make_stages(composition: Composition, spans: Sequence[range]) -> tuple[Stage
   return (*first, last._replace(owned=readout, is_last=True))
 
 
-def own(state: TrainState, stage: Stage, composition: Composition) -> Own:
+def state_of(state: TrainState, stage: Stage, composition: Composition) -> Own:
   """A stage's part of a run's state."""
   return packing.take(
     Own(state.params, state.rest, state.opt_state), stage.owned, *names(composition)
@@ -181,7 +181,7 @@ def output_shapes(composition: Composition, variables: PyTree, image: Any) -> di
     x = model.prepare(image)
     targets = Targets(jnp.zeros(len(x), jnp.int32), jnp.ones(len(x)))
     for stack in model.stacks:
-      mine = staged.own(variables, stack.name)
+      mine = staged.variables_of(variables, stack.name)
       mine = jax.tree.map(lambda leaf: leaf[0], mine) if stack.is_stacked else mine
       x = stack.block(mine, x, targets, staged.Place(stack.name))[0]
       found[stack.name] = x
