@@ -17,7 +17,7 @@ from lfg_jax.local.info_nce import Contrast
 from lfg_jax.local.lookahead import look_ahead, next_stacks
 from lfg_jax.local.replicated import Cut
 from lfg_jax.local.row_losses import cross_entropy
-from lfg_jax.local.staged import Place
+from lfg_jax.local.staged import BlockContext
 from lfg_jax.local.targets import Targets
 from lfg_jax.training import configs, step_functions
 from lfg_jax.training.rules import algorithms
@@ -54,11 +54,11 @@ def one_by_one(name, params, ahead):
   for stack, after in zip(model.stacks, next_stacks(model.stacks), strict=True):
     for n in range(stack.count):
       own = nth(stack, params[stack.name], n)
-      at = Place('', None if after else Cut())
-      x, losses, _ = stack.block({'params': own}, jax.lax.stop_gradient(x), TARGETS, at)
+      context = BlockContext('', None if after else Cut())
+      x, losses, _ = stack.block({'params': own}, jax.lax.stop_gradient(x), TARGETS, context)
       if after:
         through = {**nth(stack, ahead[stack.name], n), 'head': own['head']}
-        _, losses, _ = after.block({'params': through}, x, TARGETS, Place('', Cut()))
+        _, losses, _ = after.block({'params': through}, x, TARGETS, BlockContext('', Cut()))
       value += losses.sum()
   x = jax.lax.stop_gradient(x)
   logits, _, _ = model.read_out({'params': params['readout']}, x, TARGETS.weight_B)

@@ -15,7 +15,7 @@ from lfg_jax.local.heads import Heads
 from lfg_jax.local.info_nce import Contrast
 from lfg_jax.local.replicated import Cut
 from lfg_jax.local.row_losses import cross_entropy
-from lfg_jax.local.staged import Place, variables_of
+from lfg_jax.local.staged import BlockContext, variables_of
 from lfg_jax.local.targets import Targets
 from lfg_jax.models import registry
 from lfg_jax.models.registry import Images
@@ -75,7 +75,7 @@ def unrolled(name, params, *, blockwise, cut):
       if stack.is_stacked:
         variables = jax.tree.map(lambda leaf, n=n: leaf[n], variables)
       x = jax.lax.stop_gradient(x) if blockwise else x
-      x, losses, _ = stack.block(variables, x, targets, Place('b', cut, blockwise))
+      x, losses, _ = stack.block(variables, x, targets, BlockContext('b', cut, blockwise))
       value += 0.0 if losses is None else losses.sum()
   x = jax.lax.stop_gradient(x) if cut else x
   logits, _, _ = model.read_out(variables_of({'params': params}, 'readout'), x, targets.weight_B)

@@ -16,7 +16,15 @@ import jax.numpy as jnp
 from lfg_jax.estimators.control_variates import Learned
 from lfg_jax.estimators.exact_tail import Estimator
 from lfg_jax.local.replicated import Cut
-from lfg_jax.local.staged import Block, Place, Stack, StagedModel, Variables, merge, variables_of
+from lfg_jax.local.staged import (
+  Block,
+  BlockContext,
+  Stack,
+  StagedModel,
+  Variables,
+  merge,
+  variables_of,
+)
 from lfg_jax.local.targets import Targets
 
 PyTree = Any
@@ -47,8 +55,8 @@ def stage_loss(blocks: Sequence[Block], cut: Cut) -> Callable:
     updates: Variables = {}
     losses = None
     for name, block in zip(names, blocks, strict=True):
-      at = Place(name, cut, last=True) if name == 'last' else Place(name)
-      x, losses, new = block(variables_of(variables, name), x, targets, at)
+      context = BlockContext(name, cut, last=True) if name == 'last' else BlockContext(name)
+      x, losses, new = block(variables_of(variables, name), x, targets, context)
       outputs.append(x)
       merge(updates, name, new)
     return losses, {'outputs': tuple(outputs), **updates}

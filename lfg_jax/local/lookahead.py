@@ -17,7 +17,7 @@ reads its own output.
 
 **Credit.** f̄ mixes channels, and most blocks mix patches. So every activity of the block
 influences the losses of *all* patches and groups. The block's taps must say so, and they do if they
-are not `at.last`. An estimator that stops at the model's boundary (see `estimators.exact_tail`) is
+are not `context.last`. An estimator that stops at the model's boundary (see `estimators.exact_tail`) is
 different. It has the exact signal s at the block's end y, and takes s·y in place of the true
 losses: one part for each patch and group of y. An activity influences y, and so these parts, only
 in its own patch and group. Credited with these parts only, it has no more noise than without f̄.
@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.jaxpr.tapped import without_taps
-from lfg_jax.local.staged import Block, Outcome, Place, Stack, StagedModel, Variables
+from lfg_jax.local.staged import Block, BlockContext, Outcome, Stack, StagedModel, Variables
 from lfg_jax.local.targets import Targets
 
 PyTree = Any
@@ -133,15 +133,17 @@ def _with_heads(stacks: Sequence[Stack], params: PyTree) -> PyTree:
 def _looking(block: Block, after: Block, bounded: bool) -> Block:
   """`block`, with the losses of `after`, in which `block`'s own head replaces that of `after`."""
 
-  def looking(variables: Variables, x: jax.Array, targets: Targets, at: Place) -> Outcome:
+  def looking(
+    variables: Variables, x: jax.Array, targets: Targets, context: BlockContext
+  ) -> Outcome:
     own = {kind: tree for kind, tree in variables.items() if kind != 'lookahead'}
-    y, _, updates = block(own, x, targets, Place(at.name, last=at.last and bounded))
-    if at.cut is None:
+    y, _, updates = block(own, x, targets, BlockContext(context.name, last=at.last and bounded))
+    if context.cut is None:
       return y, None, updates
 
     @without_taps
     def losses(params: PyTree, y: jax.Array) -> jax.Array | None:
-      return after({'params': params}, y, targets, Place(at.name, at.cut))[1]
+      return after({'params': params}, y, targets, BlockContext(context.name, context.cut))[1]
 
     through = {**variables['lookahead'], 'head': own['params']['head']}
     return y, losses(through, y), updates

@@ -24,11 +24,11 @@ End = Callable[[Variables, jax.Array, jax.Array], tuple[jax.Array, jax.Array, Va
 Outcome = tuple[jax.Array, jax.Array | None, Variables]  # output, losses, updated variables
 
 
-class Place(NamedTuple):
+class BlockContext(NamedTuple):
   """A block's place in the network.
 
   Attributes:
-    name: prefix of the names of the block's taps: `tap(z, f'{at.name}/hidden')`.
+    name: prefix of the names of the block's taps: `tap(z, f'{context.name}/hidden')`.
     cut: how the block's local losses are replicated; an axis that is not cut has size 1. None:
       there are no losses.
     last: whether only these losses use the output. If so, activities may be credited with only the
@@ -43,14 +43,16 @@ class Place(NamedTuple):
 class Block(Protocol):
   """One block as a pure function."""
 
-  def __call__(self, variables: Variables, x: jax.Array, targets: Targets, at: Place, /) -> Outcome:
+  def __call__(
+    self, variables: Variables, x: jax.Array, targets: Targets, context: BlockContext, /
+  ) -> Outcome:
     """Returns (output, losses [B, P, G] times the examples' weights, updated variables).
 
     Args:
       variables: this block's own variables: {'params': …} and, where used, 'batch_stats' and
         'feedback'. The parameters of its local head are under the key 'head'.
       x: [B, ...], the output of the previous block.
-      at: the block's place.
+      context: the block's place.
     """
 
 
@@ -204,7 +206,7 @@ def apply(
   for stack in model.stacks:
 
     def body(x: jax.Array, block_variables: Variables, stack: Stack = stack) -> tuple:
-      y, losses, new = stack.block(block_variables, x, targets, Place(stack.name, cut))
+      y, losses, new = stack.block(block_variables, x, targets, BlockContext(stack.name, cut))
       return y, (losses, new)
 
     step = functools.partial(jax.lax.scan, body) if stack.is_stacked else body

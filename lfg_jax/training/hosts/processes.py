@@ -27,7 +27,7 @@ TOKEN = 'token'  # a file with a random number, which the first process draws at
 PATIENCE_SECONDS = 5  # until a file is visible on another host
 
 
-class Place(NamedTuple):
+class Membership(NamedTuple):
   """A process's place among the processes of its run; None: JAX asks the cluster."""
 
   coordinator: str | None = None
@@ -41,10 +41,10 @@ class Lost(UserError):
   exit_code = LOST
 
 
-AS_TOLD = Place()
+AS_TOLD = Membership()
 
 
-def connect(config: ConfigDict, at: Place = AS_TOLD) -> None:
+def connect(config: ConfigDict, at: Membership = AS_TOLD) -> None:
   """Connects this process, whose place is `at`, with the others.
 
   Raises:
@@ -83,14 +83,14 @@ def _no_proxies() -> Iterator[None]:
     os.environ.update(hidden)
 
 
-def _complete(at: Place, timeout: int) -> tuple[str, int, int]:
+def _complete(at: Membership, timeout: int) -> tuple[str, int, int]:
   """Coordinator, number of processes and number of this one; what is not given, the cluster tells.
 
   Raises:
     ValueError: JAX knows no cluster.
   """
   if None in at:
-    at = Place(*_compat.cluster(*at, timeout))
+    at = Membership(*_compat.cluster(*at, timeout))
   if at.coordinator is None or at.processes is None or at.process is None:
     raise ValueError('no cluster is detected')
   return at.coordinator, at.processes, at.process

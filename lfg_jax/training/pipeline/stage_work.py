@@ -183,7 +183,7 @@ def output_shapes(composition: Composition, variables: PyTree, image: Any) -> di
     for stack in model.stacks:
       mine = staged.variables_of(variables, stack.name)
       mine = jax.tree.map(lambda leaf: leaf[0], mine) if stack.is_stacked else mine
-      x = stack.block(mine, x, targets, staged.Place(stack.name))[0]
+      x = stack.block(mine, x, targets, staged.BlockContext(stack.name))[0]
       found[stack.name] = x
     return found
 
