@@ -18,15 +18,15 @@ def test_compilation_counts_as_compilation_wherever_it_happens():
   watch = clock.Clock(time.monotonic())
   function = jax.jit(lambda x: jax.jit(lambda y: jnp.linalg.qr(y @ y.T)[0])(x) + jnp.cumsum(x, 1))
   begin = time.monotonic()
-  with observers.on('steps'):
+  with watch.on('steps'):
     jax.block_until_ready(function(jnp.ones((3, 3))))
     time.sleep(0.2)
-  whole, read = time.monotonic() - begin, observers.read()
+  whole, read = time.monotonic() - begin, watch.read()
   assert 0 < read['compiling'] < whole - 0.2
   assert 0.2 <= read['steps'] < whole - read['compiling'] + 0.01
-  with observers.on('steps'):
+  with watch.on('steps'):
     jax.block_until_ready(function(jnp.ones((3, 3))))
-  assert observers.read()['compiling'] == read['compiling']
+  assert watch.read()['compiling'] == read['compiling']
 
 
 def test_compilation_inside_another_counts_once(monkeypatch):
@@ -45,20 +45,20 @@ def test_waiting_for_items_counts_as_input():
       time.sleep(0.1)
       yield i
 
-  for _ in observers.waiting(items()):
+  for _ in watch.waiting(items()):
     time.sleep(0.3)
-  assert 0.2 <= observers.read()['input'] < 0.4
+  assert 0.2 <= watch.read()['input'] < 0.4
 
 
 def test_a_clock_goes_on_from_what_was_stored():
   watch = clock.Clock(time.monotonic() - 1)
-  with observers.on('evaluation'):
+  with watch.on('evaluation'):
     time.sleep(0.01)
-  observers.go_on({'seconds': 10, 'evaluation': 2, 'compiling': 3})
-  read = observers.read()
+  watch.go_on({'seconds': 10, 'evaluation': 2, 'compiling': 3})
+  read = watch.read()
   assert 11 <= read['seconds'] < 12 and 2 < read['evaluation'] < 3 <= read['compiling'] < 4
-  observers.go_on({'seconds': 5})  # stored by an older version
-  assert observers.read()['seconds'] >= 16
+  watch.go_on({'seconds': 5})  # stored by an older version
+  assert watch.read()['seconds'] >= 16
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def value_and_activity_grad(
       `has_aux`, a pair of losses and anything.
     argnums: which positional arguments (pytrees of real floating-point arrays) to differentiate.
     has_aux: see `jax.grad`; aux comes from the unperturbed evaluation.
-    distribution: the distribution of tangents, for each tap and example; one of `tangents`, or its name.
+    distribution: the distribution of tangents, for each tap and example; one of `distributions`, or its name.
     num_tangents: number of tangents, K.
     chunk: how many tangents are in memory at once; None: all. Every chunk re-evaluates the
       computation after the taps. A chunk of one needs no `vmap`.
@@ -118,9 +118,10 @@ def value_and_activity_grad(
     )
     perturbed = perturbed_taps(tapped, taps, num_tangents_by_tap)
     credited(tapped, perturbed, mixes_examples)
-    of_activities = lambda activities: (
-      control_variate(activities, *args, **kwargs) if control_variate else {}
-    )
+
+    def of_activities(activities: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+      return control_variate(activities, *args, **kwargs) if control_variate else {}
+
     estimator = activity.activity_perturbation(
       of_point,
       sampling=sampling,

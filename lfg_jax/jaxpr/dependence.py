@@ -2,7 +2,7 @@
 
 An activity of one example that moves the losses of others (batch norm in training, a contrastive
 loss) must be credited with those losses, or its estimate is biased. This module follows axes of the
-taps (the examples, or parts of them) through the equations up to the losses, all in one tangent. A
+taps (the examples, or parts of them) through the equations up to the losses, all in one pass over them. A
 value has a label for every followed axis:
 
 * None: it does not depend on the tap.

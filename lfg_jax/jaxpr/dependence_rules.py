@@ -1,4 +1,4 @@
-"""What each primitive does to the labels of `mixing`: where the axes of the examples go.
+"""What each primitive does to the labels of `dependence`: where the axes of the examples go.
 
 `moved` gives the label of what a primitive returns, from those of its inputs. A rule is listed with
 all parameters of its primitive that it understands. An equation with another one is not read: a
@@ -289,7 +289,7 @@ _NUMBERS = ('offset_dims', 'collapsed_slice_dims', 'start_index_map', 'operand_b
             'scatter_dims_to_operand_dims', 'scatter_indices_batching_dims', 'lhs_spec', 'rhs_spec',
             'out_spec')
 _WINDOWS = 'window_dimensions window_strides padding base_dilation window_dilation'
-# Rule (None: `mixing` itself enters the primitive), primitives, their parameters.
+# Rule (None: `dependence` itself enters the primitive), primitives, their parameters.
 _TABLE: list[tuple[Rule | None, str, str]] = [
     (_same, '''abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e ceil
         clamp complex copy copy_p cosh digamma div floor igamma igamma_grad_a

@@ -110,11 +110,11 @@ def _grouped(
 ) -> list[Stages]:
   """Groups consecutive stages of equal blocks, if they can be scanned."""
   groups: list[Stages] = []
-  signature = None
+  kind = None
   for blocks, advance in plan:
     stacks = [homes[n][0] for n in blocks]
-    previous, signature = signature, ([stack.name for stack in stacks], advance)
-    if signature == previous and all(stack.is_stacked for stack in stacks):
+    previous, kind = kind, ([stack.name for stack in stacks], advance)
+    if kind == previous and all(stack.is_stacked for stack in stacks):
       groups[-1] = groups[-1]._replace(blocks=(*groups[-1].blocks, blocks))
     else:
       groups.append(Stages((blocks,), advance))
@@ -214,6 +214,8 @@ def blockwise(
     control_variate_grads: dict[str, PyTree] = {}
     stats = dict(variables.get('batch_stats', {}))
     loss_B, out = jnp.zeros(x.shape[0]), x
+    # Equal stages in succession are one scan; so is a single stage, of length one. x goes from one
+    # stage to the next without its gradient, which is what makes the training local.
     for number, group in enumerate(plan):
       named = _members(group, homes)
       if not named:

@@ -137,7 +137,9 @@ def _looking(block: Block, after: Block, bounded: bool) -> Block:
     variables: Variables, x: jax.Array, targets: Targets, context: BlockContext
   ) -> Outcome:
     own = {kind: tree for kind, tree in variables.items() if kind != 'lookahead'}
-    y, _, updates = block(own, x, targets, BlockContext(context.name, last=at.last and bounded))
+    y, _, updates = block(
+      own, x, targets, BlockContext(context.name, last=context.last and bounded)
+    )
     if context.cut is None:
       return y, None, updates
 

@@ -1,4 +1,4 @@
-"""A batch processed in microbatches, so that a microbatch's activities stay in the processor's cache.
+"""A batch processed in microbatches, whose activities stay in the processor's cache.
 
 The gradients of the microbatches add up. On a CPU, a norm or a ReLU does so little arithmetic that its
 time is the time to move data. In M/8/16, an activity of 64 examples takes 8 MiB and comes from main
@@ -50,7 +50,7 @@ def _divisor(number: int, most: int) -> int:
 def sum_over_microbatches(
   gradient: Callable[[Microbatch, PyTree], PyTree], batch: PyTree, microbatches: int
 ) -> PyTree:
-  """The sum of `gradient(microbatch, its share of the batch)` over microbatches, with one in memory at a time.
+  """The sum of `gradient(microbatch, its share of the batch)` over microbatches, one at a time.
 
   >>> sum_over_microbatches(lambda microbatch, x: (x**2).sum(), jnp.arange(4.), 2).item()
   14.0

@@ -19,7 +19,7 @@ class Sampling(NamedTuple):
   """How tangents are drawn and combined.
 
   Attributes:
-    distribution: the distribution of the tangents of all tangents, one of `tangents` or its name.
+    distribution: of the tangents, one of `distributions` or its name.
     num_tangents: number of tangents, K; they share one primal evaluation.
     shared: whether the whole batch shares one tangent, or every example has an independent one.
     axis_name: mesh axis over which the batch is sharded; noise follows the example's global place.

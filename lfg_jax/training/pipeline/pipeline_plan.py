@@ -114,8 +114,8 @@ def _between(
   """Shapes of every stage's output except the last's, and of a message with room for each."""
   composition = algorithm.composition
   of_device = lambda x: jax.ShapeDtypeStruct((x.shape[0] // devices, *x.shape[1:]), x.dtype)
-  seeing = composition._replace(axis_name=None).seen
-  image, targets = jax.eval_shape(seeing, jax.random.key(0), jax.tree.map(of_device, batch))
+  augmented = composition._replace(axis_name=None).augmented
+  image, targets = jax.eval_shape(augmented, jax.random.key(0), jax.tree.map(of_device, batch))
   shapes = stage_work.output_shapes(composition, {'params': like.params, **like.rest}, image)
   ends = [shapes[list(stage.owned)[-1]] for stage in stages[:-1]]
   width = max(math.prod(end.shape[1:]) for end in ends)

@@ -1,4 +1,4 @@
-"""What a rule, its options and a model do together: first variables, gradient, and what moves along.
+"""What a rule, its options and a model do together: first variables, gradient, other variables' updates.
 
 An algorithm has no code of its own. Its estimator and its objective are those that the rule names.
 """
@@ -43,7 +43,7 @@ class Composition(NamedTuple):
   augment: Callable | None
 
   def step_keys(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns a step's keys of the estimator and of the images; if these stay, both are `key`."""
+    """Returns a step's keys, of the estimator and of the augmentation; without one, `key` is both."""
     return tuple(jax.random.split(key)) if self.augment else (key, key)
 
   def augmented(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, Targets]:

@@ -44,7 +44,10 @@ def from_run(folder: pathlib.Path, state: TrainState, algorithm: Algorithm) -> T
   if lookahead := algorithm.composition.model.lookahead:
     there = {'lookahead': lookahead(there['params']), **there}
   _compare(folder, there, here)
-  put = lambda tree, like: jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), tree, like)
+
+  def put(tree: PyTree, like: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), tree, like)
+
   new = {name: put(tree, here[name]) for name, tree in there.items() if name in here}
   return state._replace(params=new.pop('params'), rest={**state.rest, **new})
 
