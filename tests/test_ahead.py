@@ -10,14 +10,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lfg_jax.errors import UserError
-from lfg_jax.jaxpr.tapped import Traced
+from lfg_jax.jaxpr.tapped import Tapped
 from lfg_jax.local.blockwise import stage_loss
 from lfg_jax.local.heads import Heads
 from lfg_jax.local.info_nce import Contrast
 from lfg_jax.local.lookahead import look_ahead, next_stacks
 from lfg_jax.local.replicated import Cut
 from lfg_jax.local.row_losses import cross_entropy
-from lfg_jax.local.staged import Place
+from lfg_jax.local.staged import BlockContext
 from lfg_jax.local.targets import Targets
 from lfg_jax.training import configs, step_functions
 from lfg_jax.training.rules import algorithms
@@ -54,11 +54,11 @@ def one_by_one(name, params, ahead):
   for stack, after in zip(model.stacks, next_stacks(model.stacks), strict=True):
     for n in range(stack.count):
       own = nth(stack, params[stack.name], n)
-      at = Place('', None if after else Cut())
-      x, losses, _ = stack.block({'params': own}, jax.lax.stop_gradient(x), TARGETS, at)
+      context = BlockContext('', None if after else Cut())
+      x, losses, _ = stack.block({'params': own}, jax.lax.stop_gradient(x), TARGETS, context)
       if after:
         through = {**nth(stack, ahead[stack.name], n), 'head': own['head']}
-        _, losses, _ = after.block({'params': through}, x, TARGETS, Place('', Cut()))
+        _, losses, _ = after.block({'params': through}, x, TARGETS, BlockContext('', Cut()))
       value += losses.sum()
   x = jax.lax.stop_gradient(x)
   logits, _, _ = model.read_out({'params': params['readout']}, x, TARGETS.weight_B)
@@ -77,9 +77,9 @@ def test_the_exact_gradient_is_that_of_the_blocks_one_by_one(name):
   variables = composed(name, 'LG-BP', **AHEAD)[1]
   objective = of_mixer if name == 'mixer' else functools.partial(one_by_one, name)
   plain = jax.jit(jax.grad(objective))
-  exact = plain(variables['params'], variables['ahead'])
+  exact = plain(variables['params'], variables['lookahead'])
   assert relative_error(gradient(name, 'LG-BP'), exact) < 2e-4  # float32; in float64 1e-13
-  elsewhere = jax.tree.map(jnp.negative, variables['ahead'])
+  elsewhere = jax.tree.map(jnp.negative, variables['lookahead'])
   assert relative_error(plain(variables['params'], elsewhere), exact) > 0.1
 
 
@@ -91,12 +91,12 @@ def test_the_taps_are_those_of_the_block_itself(name):
   """The average's taps are not among them, so nothing perturbs the average."""
   plain = model_of(name)
   params = jax.eval_shape(look_ahead(plain).init, KEYS[0])['params']
-  ahead = jax.eval_shape(look_ahead(plain).ahead, params)
+  ahead = jax.eval_shape(look_ahead(plain).lookahead, params)
   x, first = jax.ShapeDtypeStruct((4, *plain.input_shape), jnp.float32), plain.stacks[0].name
 
   def taps(model):
-    loss, fixed = stage_loss([model.stacks[0].block], Cut()), {'ahead': {'last': ahead[first]}}
-    return Traced(loss, fixed, {'last': params[first]}, x, TARGETS).taps
+    loss, fixed = stage_loss([model.stacks[0].block], Cut()), {'lookahead': {'last': ahead[first]}}
+    return Tapped(loss, fixed, {'last': params[first]}, x, TARGETS).taps
 
   assert taps(look_ahead(plain, bounded=True)) == taps(plain)
   for tap in taps(look_ahead(plain)).values():
@@ -186,14 +186,18 @@ def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, 
     at = lambda *n: jax.tree.map(lambda leaf: leaf[jnp.array(n)], blocks)
     return {'stem': jax.tree.map(lambda leaf: leaf[0], blocks), 'blocks': at(1, 1)}
 
-  jax.tree.map(np.testing.assert_array_equal, state.rest['ahead'], following(state.params))
+  jax.tree.map(np.testing.assert_array_equal, state.rest['lookahead'], following(state.params))
   state = run.steps(state, 1, inputs)  # heads are zero before, and send no signal
   old = jax.device_get(state)
   state = run.steps(state, 1, inputs)
   new = jax.device_get(state)
-  average = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, old.rest['ahead'], following(new.params))
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), new.rest['ahead'], average)
-  assert relative_error(new.rest['ahead'], old.rest['ahead']) > 1e-3
+  average = jax.tree.map(
+    lambda a, p: 0.9 * a + 0.1 * p, old.rest['lookahead'], following(new.params)
+  )
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, atol=1e-6), new.rest['lookahead'], average
+  )
+  assert relative_error(new.rest['lookahead'], old.rest['lookahead']) > 1e-3
 
   with Checkpoints(tmp_path, 1) as checkpoints:
     checkpoints.save(2, state, {}, None)
@@ -205,7 +209,7 @@ def test_the_average_follows_every_step_and_goes_on_from_a_checkpoint(tmp_path, 
   # A run that begins with the parameters of another, which has no average, begins with theirs.
   monkeypatch.setattr(warm_start, '_newest', lambda *_: {'params': new.params, 'rest': {}})
   begun = warm_start.from_run(tmp_path, here, job.algorithm)
-  jax.tree.map(np.testing.assert_array_equal, begun.rest['ahead'], following(new.params))
+  jax.tree.map(np.testing.assert_array_equal, begun.rest['lookahead'], following(new.params))
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def test_bias_hunt(tmp_path, monkeypatch, capsys):
 
 
 def forgets_what_comes_in(self, eqn, ins, seeds):
-  return seeds[:1] if self.walk.is_visited(eqn) else RIGHT(self, eqn, ins, seeds)
+  return seeds[:1] if self.interpreter.is_visited(eqn) else RIGHT(self, eqn, ins, seeds)
 
 
 RIGHT = dependence.Influence._equation

@@ -153,6 +153,6 @@ def test_no_more_than_two_dispatches_are_not_done(monkeypatch):
     state,
     0,
     1,
-    train.Watch(clock.Clock(0), variance_reduced, variance_reduced, variance_reduced),
+    train.Observers(clock.Clock(0), variance_reduced, variance_reduced, variance_reduced),
   )
   assert len(ahead) == 20 and max(ahead) == train.IN_FLIGHT

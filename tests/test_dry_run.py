@@ -1,16 +1,19 @@
 """The dry run against the compiled program: bytes sent, operations and memory."""
 
 import json
+import sys
 
 import jax
 import pytest
 
 from lfg_jax.errors import UserError
 from lfg_jax.training import configs
-from lfg_jax.training.cost import dry_run
 from lfg_jax.training.rules import algorithms, rules
 from lfg_jax.training.rules.flop import gradient_flop
-from tests.runs import script
+from tests.runs import ROOT, script
+
+sys.path.append(str(ROOT / 'experiments' / 'bench'))
+import step_cost
 
 BATCH, WIDTH = 64, 16
 SCALARS = 3  # loss, error, and the number of examples
@@ -24,7 +27,7 @@ def config_of(stages=1, algorithm='LG-BP'):
 
 
 def model_of(config):
-  return algorithms.make(config, dry_run.images_of(config)).composition.model
+  return algorithms.make(config, step_cost.images_of(config)).composition.model
 
 
 def parameters(config):
@@ -35,7 +38,7 @@ def parameters(config):
 
 def test_data_parallel_sums_gradients_and_nothing_else():
   config = config_of()
-  cost = dry_run.cost(config, 4)
+  cost = step_cost.cost(config, 4)
   assert set(cost.collectives) == {'all-reduce'}
   assert cost.collectives['all-reduce'].payload == 4 * (parameters(config) + SCALARS)
   assert cost.sent == pytest.approx(2 * 3 / 4 * 4 * parameters(config), rel=0.01)
@@ -46,7 +49,7 @@ def test_data_parallel_sums_gradients_and_nothing_else():
 
 
 def test_a_pipeline_sends_one_activity_to_its_neighbour_and_nothing_else():
-  cost = dry_run.cost(config_of(stages=4), 4)
+  cost = step_cost.cost(config_of(stages=4), 4)
   assert set(cost.collectives) == {'collective-permute'}
   targets, metrics = BATCH * 8 + 8, 3 * 16  # the metrics go round the ring, in 3 hops
   assert cost.sent == BATCH * WIDTH * 4 + targets + metrics
@@ -55,7 +58,7 @@ def test_a_pipeline_sends_one_activity_to_its_neighbour_and_nothing_else():
 
 @pytest.mark.full
 def test_data_parallel_stages_sum_their_own_gradients():
-  cost = dry_run.cost(config_of(stages=2), 4)
+  cost = step_cost.cost(config_of(stages=2), 4)
   assert set(cost.collectives) == {'all-reduce', 'collective-permute'}
   all_reduce = cost.collectives['all-reduce'].payload
   # The rows of gradients are as long as those of the largest stage and the metrics.
@@ -69,12 +72,12 @@ def test_data_parallel_stages_sum_their_own_gradients():
 def test_operations_are_those_of_the_cost_model(algorithm):
   config = config_of(algorithm=algorithm)
   flop = gradient_flop(model_of(config), rules.REGISTRY[algorithm], rules.Options())
-  counted = dry_run.cost(config, 4).flop / (BATCH // 4)
+  counted = step_cost.cost(config, 4).flop / (BATCH // 4)
   assert flop <= counted <= 2 * flop  # heads and read-out come on top
 
 
 def test_predicted_seconds():
-  cost = dry_run.Cost(1, 1, 1, 100, {'all-reduce': dry_run.hlo.Sent(1, 10, 20)})
+  cost = step_cost.Cost(1, 1, 1, 100, {'all-reduce': step_cost.hlo.Sent(1, 10, 20)})
   assert cost.seconds(flops=50, link=16) == 2 + 10
 
 

@@ -1,6 +1,7 @@
 """What is read from a compiled program: products, collectives, loops and branches."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,10 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from lfg_jax.training.cost import hlo
+from tests.runs import ROOT
+
+sys.path.append(str(ROOT / 'experiments' / 'bench'))
+import hlo
 
 
 def text(function, *arguments):

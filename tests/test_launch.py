@@ -14,7 +14,7 @@ import pytest
 from lfg_jax.errors import UserError
 from lfg_jax.training import main, train
 from lfg_jax.training.hosts import connect, processes
-from lfg_jax.training.hosts.processes import Place, same_devices
+from lfg_jax.training.hosts.processes import Membership, same_devices
 from lfg_jax.training.hosts.roll_call import roll_call
 from tests.runs import tiny
 
@@ -116,7 +116,9 @@ def test_proxies_are_not_asked_for_processes_and_are_there_afterwards(monkeypatc
 
   monkeypatch.setattr(jax.distributed, 'initialize', initialize)
   handler = signal.getsignal(signal.SIGTERM)
-  processes.connect(tiny(initialization_timeout=7, heartbeat_timeout=9), Place('localhost:1', 1, 0))
+  processes.connect(
+    tiny(initialization_timeout=7, heartbeat_timeout=9), Membership('localhost:1', 1, 0)
+  )
   assert not [name for name in seen if 'proxy' in name.lower()]
   assert (seen['initialization_timeout'], seen['heartbeat_timeout_seconds']) == (7, 9)
   assert all(os.environ[name] == 'http://localhost:1' for name in proxies)
@@ -143,8 +145,8 @@ def test_different_numbers_of_devices_are_refused():
 
 def test_options_come_before_variables():
   environment = dict(zip(connect.VARIABLES, ('a:1', '2', '0'), strict=True))
-  assert connect.find_place(Place(), {}) is None
-  assert connect.find_place(Place('b:2', None, 1), environment) == Place('b:2', 2, 1)
+  assert connect.find_membership(Membership(), {}) is None
+  assert connect.find_membership(Membership('b:2', None, 1), environment) == Membership('b:2', 2, 1)
 
 
 def test_a_rehearsal_has_no_place():
@@ -156,21 +158,24 @@ def test_a_rehearsal_has_no_place():
   'given, message',
   [
     (
-      Place('a:1'),
+      Membership('a:1'),
       'coordinator, processes, process are a:1, missing, missing; allowed: all of --coordinator',
     ),
-    (Place('a', 2, 0), 'coordinator, processes, process are a, 2, 0; allowed: all of'),
-    (Place('a:65536', 2, 0), 'coordinator, processes, process are a:65536, 2, 0; allowed: all of'),
-    (Place('a:1', 2, -1), 'coordinator, processes, process are a:1, 2, -1; allowed: all of'),
+    (Membership('a', 2, 0), 'coordinator, processes, process are a, 2, 0; allowed: all of'),
     (
-      Place('a:1', 2, 2),
+      Membership('a:65536', 2, 0),
+      'coordinator, processes, process are a:65536, 2, 0; allowed: all of',
+    ),
+    (Membership('a:1', 2, -1), 'coordinator, processes, process are a:1, 2, -1; allowed: all of'),
+    (
+      Membership('a:1', 2, 2),
       r'coordinator, processes, process are a:1, 2, 2; allowed: process 0 … processes − 1',
     ),
   ],
 )
 def test_a_place_that_is_not_whole_is_refused(given, message):
   with pytest.raises(UserError, match=f'^{message}'):
-    connect.find_place(given, {})
+    connect.find_membership(given, {})
 
 
 # --- rehearsals -----------------------------------------------------------------------------------

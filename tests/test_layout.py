@@ -90,3 +90,11 @@ assert set(lfg_jax.__all__) <= set(dir(lfg_jax)) and all(hasattr(lfg_jax, n) for
   subprocess.run([sys.executable, '-c', code], check=True)
   with pytest.raises(AttributeError, match="no attribute 'nothing'"):
     _ = lfg_jax.nothing
+
+
+def test_one_file_depends_on_unstable_apis_of_jax():
+  unstable = ('jax._src', 'jax.extend', 'jax.interpreters', 'jax.core')
+  users = [
+    path for path in ROOT.rglob('*.py') if any(n.startswith(unstable) for n in imported(path))
+  ]
+  assert [str(path.relative_to(ROOT)) for path in users] == ['jaxpr/_compat.py']

@@ -9,7 +9,7 @@ import pytest
 
 from lfg_jax.local.heads import Heads
 from lfg_jax.local.info_nce import Contrast
-from lfg_jax.local.staged import Place, evaluate, own
+from lfg_jax.local.staged import BlockContext, evaluate, variables_of
 from lfg_jax.local.targets import Targets
 from lfg_jax.models import layers, mixer
 from lfg_jax.models.sizes import NORMS, mixer_spec
@@ -80,8 +80,8 @@ def test_pooling_halves_the_grid_and_widens(kind):
   assert sizes == [(16, 16, 4), (4, 32, 16), (1, 64, 64)]
   found, x = {}, s.prepare(s.batch.image)
   for stack in s.model.stacks[:2]:
-    of_stack = own(s.variables, stack.name)
-    run = jax.jit(functools.partial(stack.block, at=Place('')))
+    of_stack = variables_of(s.variables, stack.name)
+    run = jax.jit(functools.partial(stack.block, context=BlockContext('')))
     x, *_ = run(of_stack, x, Targets(s.batch.label, s.batch.weight))
     found[stack.name] = x
   p = s.variables['params']['blocks']

@@ -12,7 +12,7 @@ from lfg_jax import diagnose, tap, value_and_activity_grad
 from lfg_jax.estimators.activity_gradient import credited
 from lfg_jax.jaxpr import dependence, dependence_rules
 from lfg_jax.jaxpr.interpreter import inner_jaxprs, opened
-from lfg_jax.jaxpr.tapped import Traced
+from lfg_jax.jaxpr.tapped import Tapped
 from lfg_jax.tangents import distributions, variance
 from tests import runs
 from tests.small import relative_error
@@ -29,10 +29,10 @@ def losses(operation, w, x=X, local_axes='auto'):
 
 def read(fun, *args, change=lambda jaxpr: jaxpr):
   """The taps of a function, credited; `change` is applied to its jaxpr."""
-  traced = Traced(lambda *args: (fun(*args), {}), *args)
-  traced.jaxpr = change(traced.jaxpr)
-  credited(traced, list(traced.taps), None)
-  return traced.taps
+  tapped = Tapped(lambda *args: (fun(*args), {}), *args)
+  tapped.jaxpr = change(tapped.jaxpr)
+  credited(tapped, list(tapped.taps), None)
+  return tapped.taps
 
 
 def operations():

@@ -15,7 +15,7 @@ from lfg_jax.local.heads import Heads
 from lfg_jax.local.info_nce import Contrast
 from lfg_jax.local.replicated import Cut
 from lfg_jax.local.row_losses import cross_entropy
-from lfg_jax.local.staged import Place, own
+from lfg_jax.local.staged import BlockContext, variables_of
 from lfg_jax.local.targets import Targets
 from lfg_jax.models import registry
 from lfg_jax.models.registry import Images
@@ -65,7 +65,7 @@ def gradient(name, rule, key=KEYS[2], **options):
   return jax.jit(algorithm.gradient)(variables, key, BATCH)[0]
 
 
-def unrolled(name, params, *, greedy, cut):
+def unrolled(name, params, *, blockwise, cut):
   """The objective from a plain loop over blocks: local losses, and the loss of the read-out."""
   model, targets = model_of(name), Targets(BATCH.label, BATCH.weight)
   x, value = model.prepare(BATCH.image), 0.0
@@ -74,24 +74,24 @@ def unrolled(name, params, *, greedy, cut):
       variables = {'params': params[stack.name]}
       if stack.is_stacked:
         variables = jax.tree.map(lambda leaf, n=n: leaf[n], variables)
-      x = jax.lax.stop_gradient(x) if greedy else x
-      x, losses, _ = stack.block(variables, x, targets, Place('b', cut, greedy))
+      x = jax.lax.stop_gradient(x) if blockwise else x
+      x, losses, _ = stack.block(variables, x, targets, BlockContext('b', cut, blockwise))
       value += 0.0 if losses is None else losses.sum()
   x = jax.lax.stop_gradient(x) if cut else x
-  logits, _, _ = model.read_out(own({'params': params}, 'readout'), x, targets.weight_B)
+  logits, _, _ = model.read_out(variables_of({'params': params}, 'readout'), x, targets.weight_B)
   return value + (cross_entropy(logits, targets) * targets.weight_B).sum()
 
 
 @pytest.mark.full
 @pytest.mark.parametrize('name', FIELDS)
 @pytest.mark.parametrize(
-  ('rule', 'greedy', 'cut'),
+  ('rule', 'blockwise', 'cut'),
   [('BP', False, None), ('L-BP', False, Cut(False, False)), ('LG-BP', True, Cut())],
 )
-def test_exact_rules_are_the_gradient_of_the_blocks_one_by_one(name, rule, greedy, cut):
+def test_exact_rules_are_the_gradient_of_the_blocks_one_by_one(name, rule, blockwise, cut):
   with jax.enable_x64(True):  # norms over few numbers magnify rounding
     _, variables = composed(name, rule)
-    objective = lambda params: unrolled(name, params, greedy=greedy, cut=cut)
+    objective = lambda params: unrolled(name, params, blockwise=blockwise, cut=cut)
     exact = jax.jit(jax.grad(objective))(variables['params'])
     assert relative_error(gradient(name, rule), exact) < 1e-11
 

@@ -30,7 +30,7 @@ def test_gradient_of_parts_is_that_of_the_batch(name, sharing):
 
 
 def test_a_micro_batch_is_the_most_that_divides():
-  assert [microbatch.number_of_parts(12, size, 1) for size in (1, 4, 5, 7, 12, 99)] == [
+  assert [microbatch.number_of_microbatches(12, size, 1) for size in (1, 4, 5, 7, 12, 99)] == [
     12,
     3,
     3,
@@ -47,9 +47,15 @@ def test_batch_norm_takes_the_whole_batch():
 
 
 def test_automatic_size_keeps_an_activity_in_cache():
-  assert microbatch.number_of_parts(128, 0, 2**17) == (16 if jax.default_backend() == 'cpu' else 1)
-  assert microbatch.number_of_parts(127, 0, 2**17) == 1  # 127 parts of one example would be slower
-  assert microbatch.number_of_parts(5, 0, 2**30) == (5 if jax.default_backend() == 'cpu' else 1)
+  assert microbatch.number_of_microbatches(128, 0, 2**17) == (
+    16 if jax.default_backend() == 'cpu' else 1
+  )
+  assert (
+    microbatch.number_of_microbatches(127, 0, 2**17) == 1
+  )  # 127 parts of one example would be slower
+  assert microbatch.number_of_microbatches(5, 0, 2**30) == (
+    5 if jax.default_backend() == 'cpu' else 1
+  )
 
 
 def test_a_model_that_is_slow_in_loops_is_computed_outside_them():
@@ -61,4 +67,6 @@ def test_a_model_that_is_slow_in_loops_is_computed_outside_them():
   resnet = of()
   on_cpu = jax.default_backend() == 'cpu'
   assert (whole, step_functions.steps_per_dispatch(config, resnet.model)) == (7, 1 if on_cpu else 7)
-  assert resnet.parts(4096) == 1 and not any(stack.is_stacked for stack in resnet.model.stacks)
+  assert resnet.microbatches(4096) == 1 and not any(
+    stack.is_stacked for stack in resnet.model.stacks
+  )

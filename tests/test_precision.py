@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lfg_jax.estimators.activity import draw_at_tap
-from lfg_jax.jaxpr.tapped import Traced
+from lfg_jax.jaxpr.tapped import Tapped
 from lfg_jax.jaxpr.taps import Tap
 from lfg_jax.local import staged
 from lfg_jax.local.replicated import Cut
@@ -54,14 +54,14 @@ def test_blocks_compute_in_bfloat16_and_losses_in_float32(norm):
 
   def run(v):
     x, local, updates = staged.apply(model.model, v, tokens, targets, Cut())
-    logits, _, new = model.model.read_out(staged.own(v, 'readout'), x, targets.weight_B)
+    logits, _, new = model.model.read_out(staged.variables_of(v, 'readout'), x, targets.weight_B)
     return logits, local, (updates.get('batch_stats', {}), new)
 
-  traced = Traced(run, {k: v for k, v in model.variables.items() if k != 'feedback'})
-  logits, local, updates = traced.shape
+  tapped = Tapped(run, {k: v for k, v in model.variables.items() if k != 'feedback'})
+  logits, local, updates = tapped.shape
   assert logits.dtype == jnp.float32
-  assert {tap.dtype for tap in traced.taps.values()} == {jnp.dtype('bfloat16')} and len(
-    traced.taps
+  assert {tap.dtype for tap in tapped.taps.values()} == {jnp.dtype('bfloat16')} and len(
+    tapped.taps
   ) == 5
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((local, updates)))
 

@@ -79,7 +79,7 @@ def measure(name: str, blocks: int, options: command_line.Options) -> Row:
   compiled = lowered.compile()
   seconds = time.perf_counter() - begin
   weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables['params']))
-  in_parts = algorithm.composition.parts(options.batch) > 1
+  in_parts = algorithm.composition.microbatches(options.batch) > 1
   return {
     'algorithm': name,
     'model': options.model,

@@ -14,11 +14,11 @@ import copy
 import time
 from typing import Any
 
+import step_cost
 from ml_collections import ConfigDict
 
 from lfg_jax.errors import as_user_errors
 from lfg_jax.training import command_line, configs
-from lfg_jax.training.cost import dry_run
 from lfg_jax.training.run import results
 
 Row = dict[str, Any]
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
   parser.number('link', 1e11, 'bits per second', kind=float)
   options, config = command_line.parse(parser, arguments)
   configs.validate(config)
-  dry_run.virtual_devices(max(options.devices))
+  step_cost.virtual_devices(max(options.devices))
   rows = []
   for count in options.devices:
     for number in options.stages:
@@ -60,7 +60,7 @@ def row(
     config.batch_size = devices * batch_per_device
   begin = time.perf_counter()
   with as_user_errors():
-    cost = dry_run.cost(config, devices)
+    cost = step_cost.cost(config, devices)
   seconds = cost.seconds(flops, link)
   return {
     'algorithm': config.algorithm,

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from lfg_jax.data.datasets import Batch, Dataset
-from lfg_jax.local.blockwise import greedy
+from lfg_jax.local.blockwise import blockwise
 from lfg_jax.local.staged import StagedModel
 from lfg_jax.local.targets import Targets
 from lfg_jax.models import mixer
@@ -121,7 +121,7 @@ class Bench:
       learned = {
         name: variables[name] for name in ('params', 'control_variate') if name in variables
       }
-      return greedy(frontier_signals.exact, self.model, Options().cut)(
+      return blockwise(frontier_signals.exact, self.model, Options().cut)(
         learned, jax.random.key(0), self.tokens, self._targets
       )[2]
 
@@ -131,7 +131,7 @@ class Bench:
     """`(variables, exact, keys [N]) -> {layer: {what: [N]}}`: the errors of one draw per key."""
     options = variant.options(self.config, self.model)
     estimator = estimators.build_estimator(REGISTRY[RULE], options, self.model, None, {})
-    stages = greedy(frontier_signals.recording(estimator), self.model, options.cut)
+    stages = blockwise(frontier_signals.recording(estimator), self.model, options.cut)
 
     def one(variables: Variables, exact: PyTree, key: jax.Array) -> PyTree:
       drawn = stages(variables, key, self.tokens, self._targets)[2]

@@ -1,6 +1,6 @@
 """The signals at a stage's taps, exact and estimated, and how far they are apart.
 
-`exact` and `recording` take the place of a stage's usual estimator; see `losses.greedy`.
+`exact` and `recording` take the place of a stage's usual estimator; see `losses.blockwise`.
 """
 
 import functools
@@ -14,7 +14,7 @@ from lfg_jax.estimators._types import GradFn, LossFn
 from lfg_jax.estimators.control_variates import Learned, cotangents
 from lfg_jax.estimators.exact_tail import Estimator
 from lfg_jax.estimators.feedback import backprop
-from lfg_jax.jaxpr.tapped import Traced, perturb
+from lfg_jax.jaxpr.tapped import Tapped, perturb
 from lfg_jax.jaxpr.taps import tap
 from lfg_jax.local.staged import in_block
 from lfg_jax.models.mixer import TAPS
@@ -34,8 +34,8 @@ def exact(fun: LossFn, learned: Learned) -> GradFn:
 
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple, PyTree]:
     out, grads = backprop(fun)(params, key, *args)
-    traced = Traced(fun, params, *args)
-    taps = {name: tap for name, tap in traced.taps.items() if in_block(name) in TAPS}
+    tapped = Tapped(fun, params, *args)
+    taps = {name: tap for name, tap in tapped.taps.items() if in_block(name) in TAPS}
     of_loss = Learned({}, lambda _, *args: fun(*args))
     signal, control_variate = (
       cotangents(g, g.weights, list(taps), params, *args) for g in (of_loss, learned)
@@ -43,7 +43,7 @@ def exact(fun: LossFn, learned: Learned) -> GradFn:
     zeros = {name: jnp.zeros(tap.shape, tap.dtype) for name, tap in taps.items()}
 
     def of_group(group: jax.Array) -> PyTree:
-      losses = lambda shift: traced.evaluate(perturb, shift, params, *args)[0][0]
+      losses = lambda shift: tapped.evaluate(perturb, shift, params, *args)[0][0]
       return jax.tree.map(_square, jax.grad(lambda shift: losses(shift)[..., group].sum())(zeros))
 
     by_group = jax.vmap(of_group)(jnp.arange(out[0].shape[-1]))
@@ -73,18 +73,18 @@ def recording(estimator: Estimator) -> Estimator:
       z = jnp.where(ins[1], z, jax.lax.stop_gradient(z))
     return [tap(z + shift, eqn.params['name'], local_axes=eqn.params['local_axes'])], None
 
-  def shifted(trace: Callable[..., Traced], first: tuple, params: PyTree, *args: Any) -> tuple:
+  def shifted(trace: Callable[..., Tapped], first: tuple, params: PyTree, *args: Any) -> tuple:
     inner = (*first, params['own'], *args)
     return trace(*inner).evaluate(shift_before, params['shift'], *inner)[0]
 
   def of_loss(fun: LossFn, learned: Learned | None) -> GradFn:
     def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple, PyTree]:
-      taps = Traced(fun, params, *args).taps
+      taps = Tapped(fun, params, *args).taps
       shift = {name: jnp.zeros(tap.shape, tap.dtype) for name, tap in taps.items()}
-      moved = functools.partial(shifted, functools.partial(Traced, fun), ())
+      moved = functools.partial(shifted, functools.partial(Tapped, fun), ())
       control_variate = learned and learned._replace(
         loss=lambda weights, *rest: shifted(
-          functools.partial(Traced, learned.loss), (weights,), *rest
+          functools.partial(Tapped, learned.loss), (weights,), *rest
         )
       )
       out, grads = estimator(moved, control_variate)({'own': params, 'shift': shift}, key, *args)

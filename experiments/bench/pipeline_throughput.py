@@ -15,7 +15,7 @@ Stages consist of whole blocks, so one takes longer than the other and sets the 
 pipeline can reach only a part of the limit, the `balance`: an even share of the cost, divided by
 the slower stage's share, both by the cost model.
 
-Bytes are those of the compiled step (see dry_run). From them, the program computes the times on a
+Bytes are those of the compiled step (see step_cost). From them, the program computes the times on a
 link with --link bits per second: measured time + bits / link, without overlap. DIR gets
 pipeline_throughput.json.
 """
@@ -30,15 +30,15 @@ import time
 from typing import Any
 
 import jax
+import step_cost
 from ml_collections import ConfigDict
+from step_cost import virtual_devices
 
 from lfg_jax import data
 from lfg_jax.errors import UserError
 from lfg_jax.fields import one_of
 from lfg_jax.models.sizes import parse
 from lfg_jax.training import command_line, configs, train, update
-from lfg_jax.training.cost import dry_run
-from lfg_jax.training.cost.dry_run import virtual_devices
 from lfg_jax.training.hosts import connect, processes
 from lfg_jax.training.pipeline import partition
 from lfg_jax.training.rules import algorithms, rules
@@ -101,9 +101,9 @@ def work(options: command_line.Options) -> None:
   if options.way == 'limit':
     steps //= 2
   else:
-    processes.connect(processes.Place(options.coordinator, 2, options.process))
+    processes.connect(processes.Membership(options.coordinator, 2, options.process))
   config = config_of(options, options.way)
-  facts = dry_run.images_of(config)
+  facts = step_cost.images_of(config)
   keys = jax.random.split(jax.random.key(0))
   split = data.Arrays(
     jax.device_get(
@@ -187,7 +187,7 @@ def answer(process: subprocess.Popen) -> float:
 def balance(options: command_line.Options) -> float:
   """The part of the limit that two stages of unequal cost can reach."""
   config = config_of(options, 'pipeline')
-  composition = algorithms.make(config, dry_run.images_of(config), update.AXIS).composition
+  composition = algorithms.make(config, step_cost.images_of(config), update.AXIS).composition
   costs = partition.costs(composition)
   slowest = max(sum(costs[span.start : span.stop]) for span in partition.spans(composition, 2))
   return sum(costs) / 2 / slowest
@@ -197,7 +197,7 @@ def report(options: command_line.Options, seconds: dict[str, list[float]]) -> li
   """A row for every way: median time per step, measured and on the link, relative to the limit."""
   sent = {
     'limit': 0,
-    **{way: dry_run.cost(config_of(options, way), 2).sent for way in ('pipeline', 'data')},
+    **{way: step_cost.cost(config_of(options, way), 2).sent for way in ('pipeline', 'data')},
   }
   median = {way: statistics.median(times) / options.steps for way, times in seconds.items()}
   on_link = {way: median[way] + 8 * sent[way] / options.link for way in WAYS}

@@ -5,9 +5,9 @@ it influences. Its estimate is then biased, but you would not notice: the loss s
 single estimate has a small cosine with the gradient even if it is unbiased. `diagnose` finds out
 from derivatives.
 
-*Influence* (`probing`). Which losses does every tap really influence, and which does it declare?
+*Influence* (`influence`). Which losses does every tap really influence, and which does it declare?
 
-*Accuracy* (`averaging`). How close is the estimate x to the exact gradient, for several numbers of
+*Accuracy* (`bias_test`). How close is the estimate x to the exact gradient, for several numbers of
 tangents K? Cosine and squared error follow a distribution. Write x = E[x] + noise. The noise of K
 independent tangents has variance a |E[x]|²/K, so |x|² is (1 + a/K) |E[x]|² on average, and
 
@@ -16,9 +16,9 @@ independent tangents has variance a |E[x]|²/K, so |x|² is (1 + a/K) |E[x]|² o
 where c is the cosine of E[x] with the gradient. An unbiased estimate has c = 1; with one tap and
 `rademacher`, a = d - 1. Orthogonal tangents have less noise, with 1 + a/K - 1 under the root.
 
-*Bias* (`averaging`). Is the mean of many draws farther from the gradient than their noise explains?
+*Bias* (`bias_test`). Is the mean of many draws farther from the gradient than their noise explains?
 
-The diagnosed estimate is that of `value_and_activity_grad` itself (`shifted`).
+The diagnosed estimate is that of `value_and_activity_grad` itself (`with_tap_shifts`).
 """
 
 from collections.abc import Callable, Sequence
@@ -92,7 +92,7 @@ def diagnose(
 
   def run(*args: Any, key: jax.Array, **kwargs: Any) -> Diagnosis:
     call, refused = tap_shifts.accepted(Call(fun, argnums, has_aux, options, args, key, kwargs))
-    function = tap_shifts.shifted(call)
+    function = tap_shifts.with_tap_shifts(call)
     probe_key, near_key, draw_key = jax.random.split(jax.random.fold_in(key, 1), 3)
     taps = influence.probe(
       jax.jit(function.derivative),

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from lfg_jax.diagnosis.influence import Declared
 from lfg_jax.estimators._arguments import bind, with_aux
 from lfg_jax.estimators.activity_gradient import credited, perturbed_taps, value_and_activity_grad
+from lfg_jax.jaxpr._compat import bind as bind_equation
 from lfg_jax.jaxpr.dependence import Influence
-from lfg_jax.jaxpr.interpreter import bind as bind_equation
-from lfg_jax.jaxpr.tapped import Traced
+from lfg_jax.jaxpr.tapped import Tapped
 
 PyTree = Any
 
@@ -36,17 +36,17 @@ def _shift(eqn: Any, ins: list, given: jax.Array | None) -> tuple[list, None]:
   return bind_equation(eqn, ins), None
 
 
-class Shifted(NamedTuple):
+class TapShifts(NamedTuple):
   """A function of shifts before its taps and of its differentiated arguments.
 
   Attributes:
-    traced: the function of the differentiated arguments.
+    tapped: the function of the differentiated arguments.
     point: their values.
     taps: the perturbed taps.
     options: of `value_and_activity_grad`.
   """
 
-  traced: Traced
+  tapped: Tapped
   point: PyTree
   taps: list[Declared]
   options: dict[str, Any]
@@ -54,12 +54,12 @@ class Shifted(NamedTuple):
   @property
   def losses(self) -> PyTree:
     """Shapes of what the function returns."""
-    return self.traced.shape[0]
+    return self.tapped.shape[0]
 
   def __call__(self, shifts: list[jax.Array], point: PyTree) -> PyTree:
     """The losses."""
     given = {t.name: x for t, x in zip(self.taps, shifts, strict=True)}
-    return self.traced.evaluate(_shift, given, point)[0][0]
+    return self.tapped.evaluate(_shift, given, point)[0][0]
 
   @property
   def zeros(self) -> list[jax.Array]:
@@ -96,7 +96,7 @@ class Call(NamedTuple):
   kwargs: dict[str, Any]
 
 
-def shifted(call: Call) -> Shifted:
+def with_tap_shifts(call: Call) -> TapShifts:
   """The function that the call differentiates, with shifts, at the call's arguments."""
   options, args, kwargs = call.options, call.args, call.kwargs
   of_point, point, _ = bind(call.fun, call.argnums, call.key, args, kwargs)
@@ -104,10 +104,10 @@ def shifted(call: Call) -> Shifted:
   def of_losses(point: tuple) -> tuple[PyTree, dict]:
     return with_aux(of_point(point), call.has_aux)[0], {}
 
-  traced = Traced(of_losses, point, checkpoint_names=options.get('checkpoint_names', False))
-  perturbed = perturbed_taps(traced, options.get('taps'), options.get('num_tangents_by_tap'))
-  declared = dict(traced.taps)
-  credited(traced, perturbed, options.get('mixes_examples'))
+  tapped = Tapped(of_losses, point, checkpoint_names=options.get('checkpoint_names', False))
+  perturbed = perturbed_taps(tapped, options.get('taps'), options.get('num_tangents_by_tap'))
+  declared = dict(tapped.taps)
+  credited(tapped, perturbed, options.get('mixes_examples'))
   control_variate = options.get('control_variate')
   if control_variate is not None:
     options = {
@@ -115,7 +115,7 @@ def shifted(call: Call) -> Shifted:
       'control_variate': lambda activities, *_: control_variate(activities, *args, **kwargs),
     }
   point = point[0] if isinstance(call.argnums, int) else point
-  reaches = dict(zip(traced.taps, _reached(traced), strict=True))
+  reaches = dict(zip(tapped.taps, _reached(tapped), strict=True))
   taps = [
     Declared(
       name,
@@ -126,10 +126,10 @@ def shifted(call: Call) -> Shifted:
       tap.local_axes,
       reaches[name],
     )
-    for name, tap in traced.taps.items()
+    for name, tap in tapped.taps.items()
     if name in perturbed
   ]
-  return Shifted(traced, point, taps, options)
+  return TapShifts(tapped, point, taps, options)
 
 
 def accepted(call: Call) -> tuple[Call, str | None]:
@@ -165,11 +165,11 @@ def named(tree: PyTree, whole: str) -> dict[str, Any]:
   }
 
 
-def _reached(traced: Traced) -> list[tuple[str, ...]]:
+def _reached(tapped: Tapped) -> list[tuple[str, ...]]:
   """For every tap, the names of the losses that it can influence, by the equations."""
-  axes = [[(tap.front, tap.shape[tap.scanned])] for tap in traced.taps.values()]
-  labels = Influence(traced.walk).of(traced.jaxpr, axes)
-  losses = named(traced.shape[0], 'the losses')
+  axes = [[(tap.front, tap.shape[tap.scanned])] for tap in tapped.taps.values()]
+  labels = Influence(tapped.interpreter).of(tapped.jaxpr, axes)
+  losses = named(tapped.shape[0], 'the losses')
   return [
     tuple(loss for loss, of in zip(losses, labels, strict=False) if of[n][0] is not None)
     for n in range(len(axes))

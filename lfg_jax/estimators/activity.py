@@ -17,7 +17,7 @@ from lfg_jax.estimators.control_variates import (
   regression,
 )
 from lfg_jax.estimators.feedback import reverse_with_signals
-from lfg_jax.jaxpr.tapped import Traced, perturb, record
+from lfg_jax.jaxpr.tapped import Tapped, perturb, record
 from lfg_jax.jaxpr.taps import Tap
 from lfg_jax.promotion import upcast
 from lfg_jax.tangents import distributions
@@ -47,7 +47,7 @@ def activity_perturbation(
   control_variate: ControlVariate | None = None,
   has_control_variate: Names = lambda name: True,
   redraw: bool = False,
-  trace: Callable[..., Traced] = Traced,
+  trace: Callable[..., Tapped] = Tapped,
 ) -> GradFn:
   """g_a(w_ij) = x_i (∇z·u) u_j, with z the activity at a tap.
 
@@ -57,7 +57,7 @@ def activity_perturbation(
 
   *Joint or one by one.* If all taps are perturbed at once, the derivative is Σ_j g_j·u_j over
   taps j, and the estimate at tap i has the squared error excess(d_i, K) |g_i|² + (d_i/K) Σ_{j≠i}
-  |g_j|² (see `tangents`, "Blocks"). If each tap is perturbed separately, only the first term
+  |g_j|² (see `distributions`, "Blocks"). If each tap is perturbed separately, only the first term
   remains, and orthogonal distributions with K = d_i are exact. The price is one derivative of the
   computation after every tap, instead of one after the first. After the last tap of a block, no
   matrix product remains.
@@ -73,9 +73,10 @@ def activity_perturbation(
     learned: a control variate that learns; aux then holds its gradient as 'control_variate_gradient'.
     sampling: for every tap; `combine='projection'` needs `joint=False`.
     derivative: `jvp_derivative` or `finite_difference(ε)`.
-    joint: whether to perturb all taps at once, or each by itself. (The taps of scanned layers are one tap.)
-    num_tangents_of: with `joint=False`, a function from a tap's name to its number of tangents; default: that
-      of `sampling`. `variance.allocate` finds good numbers.
+    joint: whether to perturb all taps at once, or each by itself. (The taps of scanned layers are
+      one tap.)
+    num_tangents_of: with `joint=False`, a function from a tap's name to its number of tangents;
+      default: that of `sampling`. `variance.allocate` finds good numbers.
     is_perturbed: which taps to perturb, by name; the others let the exact signal pass.
     control_variate: with `joint=False`, another control variate of the taps' gradients.
     has_control_variate: the taps that `learned` control variates, by name.
@@ -96,15 +97,15 @@ def activity_perturbation(
     return sampling._replace(num_tangents=num_tangents_of(name)) if num_tangents_of else sampling
 
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
-    traced, key = trace(fun, params, *args), tangent_key(key)
-    taps = traced.taps
+    tapped, key = trace(fun, params, *args), tangent_key(key)
+    taps = tapped.taps
     keys = dict(zip(taps, jax.random.split(key, max(len(taps), 1)), strict=False))
     perturbed = {name: tap for name, tap in taps.items() if is_perturbed(name)}
     if sampling.shared:
       _check_shared(perturbed)
-    control_variates: dict[
-      str, jax.Array
-    ] = {}  # made before any tangent is drawn, and without the key
+    # Control variates are made before any tangent is drawn, and without the key: an estimate stays
+    # unbiased only if they do not depend on the tangents.
+    control_variates: dict[str, jax.Array] = {}
     pull: Callable | None = None
     if learned:
       names = [name for name in perturbed if has_control_variate(name)]
@@ -112,10 +113,14 @@ def activity_perturbation(
         lambda weights: cotangents(learned, weights, names, params, *args), learned.weights
       )
     elif control_variate:
-      control_variates = dict(control_variate(traced.evaluate(record, {}, params, *args)[1]))
+      control_variates = dict(control_variate(tapped.evaluate(record, {}, params, *args)[1]))
     _check_control_variates(control_variates, perturbed)
 
-    evaluate = lambda u: traced.evaluate(perturb, u, params, *args)[0][0]
+    def evaluate(u: Mapping[str, jax.Array]) -> Losses:
+      return tapped.evaluate(perturb, u, params, *args)[0][0]
+
+    # First, the losses' derivatives along the tangents of each group of taps. Tangents are drawn
+    # here from keys that XLA cannot identify with those below, or it would keep all of them.
     together = [list(perturbed)] if joint else [[name] for name in perturbed]
     early = {name: after(key, None) for name, key in keys.items()} if redraw else keys
     slopes: dict[str, Losses] = {}
@@ -124,6 +129,9 @@ def activity_perturbation(
       own = _slopes(evaluate, derivative, own_sampling(names[0]), own_taps, early)
       slopes |= dict.fromkeys(names, own)
 
+    # Then the signals, from the last tap to the first, as the reverse sweep needs them. The same
+    # tangents are drawn again; a tap's key waits for the signal of the tap after it, so only one
+    # tap's tangents are in memory.
     residual: dict[str, jax.Array] = {}
     before: PyTree = slopes
     for name in reversed(perturbed):
@@ -135,7 +143,7 @@ def activity_perturbation(
       name: corrected(control_variates[name], r) if name in control_variates else r
       for name, r in residual.items()
     }
-    (losses, aux), grads = reverse_with_signals(traced, signal, params, *args)
+    (losses, aux), grads = reverse_with_signals(tapped, signal, params, *args)
     if learned and pull:
       known = {name: r for name, r in residual.items() if name in control_variates}
       aux = {
@@ -192,9 +200,10 @@ def _slopes(
   keys: Mapping[str, jax.Array],
 ) -> Losses:
   """Derivatives [K, ...] of the losses along tangents at jointly perturbed taps."""
-  draw = lambda chunk: {
-    name: draw_at_tap(sampling, keys[name], tap, chunk) for name, tap in taps.items()
-  }
+
+  def draw(chunk: Chunk) -> dict[str, jax.Array]:
+    return {name: draw_at_tap(sampling, keys[name], tap, chunk) for name, tap in taps.items()}
+
   shapes = jax.eval_shape(lambda: draw(Chunk(1)))
   at_rest = {name: jnp.zeros(u.shape[1:], u.dtype) for name, u in shapes.items()}
   along = derivative(evaluate, at_rest, sampling.at_once < sampling.num_tangents)
@@ -239,11 +248,16 @@ def draw_at_tap(sampling: Sampling, key: jax.Array, tap: Tap, chunk: Chunk) -> j
   own = rest[: max(tap.local_axes, 1) - 1]
   d = math.prod(rest) // math.prod(own)
   distribution = distributions.as_distribution(sampling.distribution)
-  one = lambda k: distribution.draw(k, chunk, tuple(own), d, tap.dtype).reshape(-1, *rest)
+
+  def one(key: jax.Array) -> jax.Array:
+    return distribution.draw(key, chunk, tuple(own), d, tap.dtype).reshape(-1, *rest)
+
   if sampling.shared:
     draw = lambda k: one(k)[:, None]
   else:
-    ids_B = distributions.example_ids(batch, sampling.axis_name, sampling.part) // sampling.rows
+    ids_B = (
+      distributions.example_ids(batch, sampling.axis_name, sampling.microbatch) // sampling.rows
+    )
     draw = lambda k: jax.vmap(one, out_axes=1)(distributions.fold_in_all(k, ids_B))
   for _ in range(tap.scanned):
     draw = jax.vmap(draw, out_axes=1)

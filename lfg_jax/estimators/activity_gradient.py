@@ -20,7 +20,7 @@ from lfg_jax.estimators._arguments import Static, bind, explained, with_aux
 from lfg_jax.estimators._types import total
 from lfg_jax.jaxpr.dependence import Influence
 from lfg_jax.jaxpr.dependence_rules import Digit, Label, Mixed, join
-from lfg_jax.jaxpr.tapped import Traced
+from lfg_jax.jaxpr.tapped import Tapped
 from lfg_jax.jaxpr.taps import Tap
 from lfg_jax.promotion import upcast
 from lfg_jax.tangents import distributions
@@ -61,7 +61,7 @@ def value_and_activity_grad(
       `has_aux`, a pair of losses and anything.
     argnums: which positional arguments (pytrees of real floating-point arrays) to differentiate.
     has_aux: see `jax.grad`; aux comes from the unperturbed evaluation.
-    distribution: the distribution of tangents, for each tap and example; one of `tangents`, or its name.
+    distribution: the distribution of tangents, for each tap and example; one of `distributions`, or its name.
     num_tangents: number of tangents, K.
     chunk: how many tangents are in memory at once; None: all. Every chunk re-evaluates the
       computation after the taps. A chunk of one needs no `vmap`.
@@ -113,31 +113,32 @@ def value_and_activity_grad(
   def run(*args: Any, key: jax.Array, **kwargs: Any) -> tuple[Any, PyTree]:
     of_point, point, key = bind(fun, argnums, key, args, kwargs)
     static = Static()
-    traced = Traced(
+    tapped = Tapped(
       _mean_losses(of_point, has_aux, static), point, checkpoint_names=checkpoint_names
     )
-    perturbed = perturbed_taps(traced, taps, num_tangents_by_tap)
-    credited(traced, perturbed, mixes_examples)
-    of_activities = lambda activities: (
-      control_variate(activities, *args, **kwargs) if control_variate else {}
-    )
+    perturbed = perturbed_taps(tapped, taps, num_tangents_by_tap)
+    credited(tapped, perturbed, mixes_examples)
+
+    def of_activities(activities: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+      return control_variate(activities, *args, **kwargs) if control_variate else {}
+
     estimator = activity.activity_perturbation(
       of_point,
       sampling=sampling,
       derivative=derivative or recomputed_jvp,
       joint=joint,
-      num_tangents_of=_num_tangents_of(traced, num_tangents, num_tangents_by_tap)
+      num_tangents_of=_num_tangents_of(tapped, num_tangents, num_tangents_by_tap)
       if num_tangents_by_tap
       else None,
       is_perturbed=perturbed.__contains__,
       control_variate=of_activities if control_variate else None,
       redraw=True,
-      trace=lambda *_: traced,
+      trace=lambda *_: tapped,
     )
     try:
       (losses, aux), gradient = estimator(point, key)
     except (TypeError, NotImplementedError) as error:
-      raise explained(error, lambda: traced.jaxpr) from error
+      raise explained(error, lambda: tapped.jaxpr) from error
     value = total(losses)
     gradient = gradient[0] if isinstance(argnums, int) else gradient
     return ((value, static.join(aux['arrays'])) if has_aux else value), gradient
@@ -157,29 +158,29 @@ def _mean_losses(of_point: Callable, has_aux: bool, static: Static) -> Callable:
 
 
 def _num_tangents_of(
-  traced: Traced, num_tangents: int, num_tangents_by_tap: Mapping[str, int]
+  tapped: Tapped, num_tangents: int, num_tangents_by_tap: Mapping[str, int]
 ) -> Callable[[str], int]:
   """A tap's number of tangents: its own, that of all calls with its name, or `num_tangents`."""
   return lambda name: num_tangents_by_tap.get(
-    name, num_tangents_by_tap.get(traced.calls[name], num_tangents)
+    name, num_tangents_by_tap.get(tapped.call_names[name], num_tangents)
   )
 
 
-def credited(traced: Traced, perturbed: Collection[str], mixes_examples: bool | None) -> None:
+def credited(tapped: Tapped, perturbed: Collection[str], mixes_examples: bool | None) -> None:
   """Finds the axis of the examples of these taps, and sets `local_axes` to 0 where examples mix.
 
   Raises:
     ValueError: a tap has no such axis, influences other parts of its example contrary to its
       `local_axes`, or the equations do not reveal it.
   """
-  batch, losses = _batch(traced.shape[0]), jax.tree.leaves(traced.shape[0])
+  batch, losses = _batch(tapped.shape[0]), jax.tree.leaves(tapped.shape[0])
   asked = {
     name: mixes_examples is None and tap.local_axes > 0 and name in perturbed
-    for name, tap in traced.taps.items()
+    for name, tap in tapped.taps.items()
   }
-  followed = [_followed(tap, batch) if asked[name] else [] for name, tap in traced.taps.items()]
-  labels = Influence(traced.walk).of(traced.jaxpr, followed) if any(followed) else []
-  for n, (name, tap) in enumerate(traced.taps.items()):
+  followed = [_followed(tap, batch) if asked[name] else [] for name, tap in tapped.taps.items()]
+  labels = Influence(tapped.interpreter).of(tapped.jaxpr, followed) if any(followed) else []
+  for n, (name, tap) in enumerate(tapped.taps.items()):
     reached = {axis: [of[n][m] for of in labels] for m, (axis, _) in enumerate(followed[n])}
     if name in perturbed:
       tap, front = _placed(name, tap, batch, reached, losses) if asked[name] else (tap, None)
@@ -193,7 +194,7 @@ def credited(traced: Traced, perturbed: Collection[str], mixes_examples: bool | 
           'number of examples, on its first axis (or, with mixes_examples=None, on one that leads '
           'to the first axis of the losses), and that many axes from there'
         )
-      traced.taps[name] = tap.with_front(front)
+      tapped.taps[name] = tap.with_front(front)
 
 
 def _followed(tap: Tap, batch: int) -> list[tuple[int, int]]:
@@ -250,10 +251,10 @@ def _cause(labels: list[Label], losses: list[Any], axis: int, size: int) -> Any:
 
 
 def perturbed_taps(
-  traced: Traced, chosen: Taps, num_tangents_by_tap: Mapping[str, int] | None
+  tapped: Tapped, chosen: Taps, num_tangents_by_tap: Mapping[str, int] | None
 ) -> list[str]:
   """Names of the perturbed taps."""
-  names = {*traced.taps, *traced.calls.values()}
+  names = {*tapped.taps, *tapped.call_names.values()}
   if not names:
     raise ValueError(
       'the function has no tap; allowed: lfg_jax.tap in it, or layers that lfg_jax.mark marks'
@@ -264,14 +265,14 @@ def perturbed_taps(
   for unknown in sorted((asked | set(num_tangents_by_tap or {})) - names):
     raise ValueError(f'there is no tap {unknown!r}; allowed: {", ".join(sorted(names))}')
   if chosen is None:
-    perturbed = list(traced.taps)
+    perturbed = list(tapped.taps)
   elif callable(chosen):
-    perturbed = [name for name in traced.taps if chosen(name)]
+    perturbed = [name for name in tapped.taps if chosen(name)]
   else:
-    perturbed = [name for name in traced.taps if {name, traced.calls[name]} & asked]
+    perturbed = [name for name in tapped.taps if {name, tapped.call_names[name]} & asked]
   for name in perturbed:
-    if 0 in traced.taps[name].shape:
-      raise ValueError(f'tap {name!r} has shape {traced.taps[name].shape}; allowed: some entries')
+    if 0 in tapped.taps[name].shape:
+      raise ValueError(f'tap {name!r} has shape {tapped.taps[name].shape}; allowed: some entries')
   return perturbed
 
 

@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.estimators._types import total
-from lfg_jax.jaxpr.tapped import Traced, perturb
+from lfg_jax.jaxpr.tapped import Tapped, perturb
 from lfg_jax.jaxpr.taps import Tap
 
 PyTree = Any
@@ -70,13 +70,13 @@ def cotangents(
   learned: Learned, weights: PyTree, names: Sequence[str], params: PyTree, *args: Any
 ) -> dict[str, jax.Array]:
   """The control_variate: what arrives at the named taps in the reverse sweep."""
-  traced = Traced(learned.loss, weights, params, *args)
+  tapped = Tapped(learned.loss, weights, params, *args)
 
   def of_shift(shift: dict[str, jax.Array]) -> jax.Array:
-    (losses, _), _ = traced.evaluate(perturb, shift, weights, params, *args)
+    (losses, _), _ = tapped.evaluate(perturb, shift, weights, params, *args)
     return total(losses)
 
-  taps = {name: traced.taps[name] for name in names}
+  taps = {name: tapped.taps[name] for name in names}
   return jax.grad(of_shift)({name: jnp.zeros(tap.shape, tap.dtype) for name, tap in taps.items()})
 
 

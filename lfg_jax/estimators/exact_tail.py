@@ -15,14 +15,14 @@ import jax.numpy as jnp
 
 from lfg_jax.estimators._types import GradFn, Losses, LossFn, PyTree, objective
 from lfg_jax.estimators.control_variates import Learned
-from lfg_jax.jaxpr.tapped import Traced, bind, detach, record
+from lfg_jax.jaxpr.tapped import Tapped, bind, detach, record
 from lfg_jax.jaxpr.taps import Tap
 from lfg_jax.promotion import upcast
 
 Estimator = Callable[..., GradFn]
 
 
-def exact_behind(
+def exact_tail(
   fun: LossFn,
   learned: Learned | None = None,
   *,
@@ -43,17 +43,17 @@ def exact_behind(
   >>> from lfg_jax.jaxpr.taps import tap
   >>> loss = lambda w, x: ((tap(x @ w['a'], 'y') * w['b']).sum(-1) ** 2, {})
   >>> w, x = {'a': jnp.ones((2, 2)), 'b': jnp.ones(2)}, jnp.eye(2)
-  >>> exact = exact_behind(loss, estimator=lambda fun, _: backprop(fun), is_boundary='y'.__eq__)
+  >>> exact = exact_tail(loss, estimator=lambda fun, _: backprop(fun), is_boundary='y'.__eq__)
   >>> jax.tree.leaves(exact(w, jax.random.key(0), x)[1])[1].tolist()
   [8.0, 8.0]
   """
 
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
-    traced = Traced(fun, params, *args)
-    taps = {name: tap for name, tap in traced.taps.items() if is_boundary(name)}
+    tapped = Tapped(fun, params, *args)
+    taps = {name: tap for name, tap in tapped.taps.items() if is_boundary(name)}
 
     def from_boundary(point: tuple[PyTree, dict], *args: Any) -> tuple[Losses, dict]:
-      return traced.evaluate(detach, point[1], point[0], *args)[0]
+      return tapped.evaluate(detach, point[1], point[0], *args)[0]
 
     zeros = {name: jnp.zeros(tap.shape, tap.dtype) for name, tap in taps.items()}
     behind_and_signal = jax.value_and_grad(objective(from_boundary), has_aux=True)
@@ -61,9 +61,9 @@ def exact_behind(
 
     cut = functools.partial(_up_to, taps, signal, losses.shape)
     own = learned and Learned(
-      learned.weights, cut(functools.partial(Traced, learned.loss)), _size_B(taps, signal)
+      learned.weights, cut(functools.partial(Tapped, learned.loss)), _size_B(taps, signal)
     )
-    (_, own_aux), before = estimator(cut(lambda *_: traced), own)(params, key, *args)
+    (_, own_aux), before = estimator(cut(lambda *_: tapped), own)(params, key, *args)
     return (losses, {**aux, **own_aux}), jax.tree.map(jnp.add, behind, before)
 
   return run
@@ -73,7 +73,7 @@ def _up_to(
   taps: dict[str, Tap],
   signal: dict[str, jax.Array],
   shape: tuple[int, ...],
-  trace: Callable[..., Traced],
+  trace: Callable[..., Tapped],
 ) -> LossFn:
   """The losses s·y with s fixed: before the boundary, they have the true losses' derivatives.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.estimators._types import GradFn, Losses, LossFn, PyTree, objective
-from lfg_jax.jaxpr.tapped import Traced, keep, replace_cotangent
+from lfg_jax.jaxpr.tapped import Tapped, keep, replace_cotangent
 
 
 def backprop(fun: LossFn) -> GradFn:
@@ -30,10 +30,10 @@ def backprop(fun: LossFn) -> GradFn:
 
 
 def reverse_with_signals(
-  traced: Traced, signal: Mapping[str, jax.Array], params: PyTree, *args: Any
+  tapped: Tapped, signal: Mapping[str, jax.Array], params: PyTree, *args: Any
 ) -> tuple[tuple[Losses, dict], PyTree]:
   """Gradients of every layer from the signal at its own tap; see `taps`."""
-  evaluate = lambda *args: traced.evaluate(replace_cotangent, signal, *args)[0]
+  evaluate = lambda *args: tapped.evaluate(replace_cotangent, signal, *args)[0]
   (_, out), grads = jax.value_and_grad(objective(evaluate), has_aux=True)(params, *args)
   return out, grads
 
@@ -48,16 +48,16 @@ def direct_feedback(fun: LossFn, *, matrices: Mapping[str, jax.Array]) -> GradFn
 
   def run(params: PyTree, key: jax.Array, *args: Any) -> tuple[tuple[Losses, dict], PyTree]:
     del key
-    traced = Traced(fun, params, *args)
-    (_, aux), _ = traced.evaluate(keep, {}, params, *args)
+    tapped = Tapped(fun, params, *args)
+    (_, aux), _ = tapped.evaluate(keep, {}, params, *args)
     error_BxK = aux['output_error']
 
     def signal(name: str) -> jax.Array:
       project = lambda matrix: jnp.tensordot(error_BxK, matrix, 1)
-      for _ in range(traced.taps[name].scanned):
+      for _ in range(tapped.taps[name].scanned):
         project = jax.vmap(project)
       return project(matrices[name])
 
-    return reverse_with_signals(traced, {name: signal(name) for name in traced.taps}, params, *args)
+    return reverse_with_signals(tapped, {name: signal(name) for name in tapped.taps}, params, *args)
 
   return run

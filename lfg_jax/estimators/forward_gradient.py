@@ -50,7 +50,7 @@ def value_and_forward_grad(
     fun: returns a scalar, or with `has_aux` a scalar and anything.
     argnums: which positional arguments (pytrees of real floating-point arrays) to differentiate.
     has_aux: see `jax.grad`; aux comes from the unperturbed evaluation.
-    distribution: the distribution of tangents, over all differentiated entries together; one of `tangents`,
+    distribution: the distribution of tangents, over all differentiated entries together; one of `distributions`,
       or its name.
     num_tangents: number of tangents, K.
     chunk: how many tangents are in memory at once; None: all. Every chunk evaluates `fun` again,

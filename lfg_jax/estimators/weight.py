@@ -80,7 +80,7 @@ def weight_perturbation(
   ) -> tuple[tuple[Losses, dict], PyTree]:
     batch = jax.tree.leaves(args)[0].shape[0]
     keys_B = distributions.fold_in_all(
-      tangent_key(key), distributions.example_ids(batch, sampling.axis_name, sampling.part)
+      tangent_key(key), distributions.example_ids(batch, sampling.axis_name, sampling.microbatch)
     )
     one = lambda k, *example: shared_run(params, k, *jax.tree.map(lambda x: x[None], example))
     (losses, aux), grads_B = jax.vmap(one)(keys_B, *args)

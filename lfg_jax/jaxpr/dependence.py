@@ -2,7 +2,7 @@
 
 An activity of one example that moves the losses of others (batch norm in training, a contrastive
 loss) must be credited with those losses, or its estimate is biased. This module follows axes of the
-taps (the examples, or parts of them) through the equations up to the losses, all in one tangent. A
+taps (the examples, or parts of them) through the equations up to the losses, all in one pass over them. A
 value has a label for every followed axis:
 
 * None: it does not depend on the tap.
@@ -22,15 +22,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
 
+from lfg_jax.jaxpr import _compat
+from lfg_jax.jaxpr._compat import Literal, bind
 from lfg_jax.jaxpr.dependence_rules import Digit, Label, Mixed, join, moved, unread
-from lfg_jax.jaxpr.interpreter import Walk, bind, inner_jaxprs, opened, scan_counts
+from lfg_jax.jaxpr.interpreter import Interpreter, inner_jaxprs, opened
 
 # The followed axes that have a label, as the bits of a number. Most values have one label for all.
 Labels = dict[Label, int]
 
-_CALLS = ('jit', 'pjit', 'closed_call', 'core_call', 'remat2', 'remat', 'checkpoint')
 _IN_PLACE = ('optimization_barrier', 'device_put')  # each output is an input
 
 
@@ -38,11 +38,11 @@ class Influence:
   """Follows axes of taps.
 
   Attributes:
-    walk: what counts as a tap.
+    interpreter: what counts as a tap.
   """
 
-  def __init__(self, walk: Walk) -> None:
-    self.walk = walk
+  def __init__(self, interpreter: Interpreter) -> None:
+    self.interpreter = interpreter
     self._derivatives: dict[int, Any] = {}
 
   def of(self, jaxpr: Any, axes: Sequence[Sequence[tuple[int, int]]]) -> list[list[list[Label]]]:
@@ -71,7 +71,7 @@ class Influence:
     env.update(zip(inner.invars, ins, strict=True))
     read = lambda v: {} if isinstance(v, Literal) else env[v]
     for eqn in inner.eqns:
-      count = self.walk.count(eqn)
+      count = self.interpreter.count(eqn)
       own, seeds = seeds[:count], seeds[count:]
       before = [read(v) for v in eqn.invars]
       labels = self._equation(eqn, before, own) if own or any(before) else [{}] * len(eqn.outvars)
@@ -82,7 +82,7 @@ class Influence:
 
   def _equation(self, eqn: Any, ins: list[Labels], seeds: list[Labels]) -> list[Labels]:
     name, outs = eqn.primitive.name, len(eqn.outvars)
-    if self.walk.is_visited(eqn):
+    if self.interpreter.is_visited(eqn):
       return [_joined('a scan', [seeds[0], ins[0]])]
     if name == 'stop_gradient':
       return [{}] * outs
@@ -103,7 +103,7 @@ class Influence:
       'custom_jvp_call': self._own_derivative,
       'custom_linear_solve': self._linear_solve,
       'custom_vjp_call': self._call,
-      **dict.fromkeys(_CALLS, self._call),
+      **dict.fromkeys((*_compat.CALLS, *_compat.REMAT), self._call),
       **dict.fromkeys(_IN_PLACE, lambda eqn, ins, seeds: ins),
     }
     return own.get(name)
@@ -131,7 +131,7 @@ class Influence:
 
   def _scan(self, eqn: Any, ins: list[Labels], seeds: list[Labels]) -> list[Labels]:
     """Inside, the scanned axis has the number -1; the numbers of scans around it go down."""
-    constants, carried = scan_counts(eqn.params)
+    constants, carried = _compat.scan_counts(eqn.params)
     around = [_renumbered(labels, lambda a: a - (a < 0)) for labels in ins[: constants + carried]]
     scanned = [_renumbered(labels, lambda a: a - 1) for labels in ins[constants + carried :]]
 
@@ -154,7 +154,7 @@ class Influence:
   def _cond(self, eqn: Any, ins: list[Labels], seeds: list[Labels]) -> list[Labels]:
     outs = []
     for branch in eqn.params['branches']:
-      count = len(self.walk.find(branch))
+      count = len(self.interpreter.find(branch))
       own, seeds = seeds[:count], seeds[count:]
       outs.append(self._jaxpr(branch, ins[1:], own))
     return [_joined('cond', labels) for labels in zip(*outs, strict=True)]

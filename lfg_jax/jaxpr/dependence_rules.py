@@ -1,4 +1,4 @@
-"""What each primitive does to the labels of `mixing`: where the axes of the examples go.
+"""What each primitive does to the labels of `dependence`: where the axes of the examples go.
 
 `moved` gives the label of what a primitive returns, from those of its inputs. A rule is listed with
 all parameters of its primitive that it understands. An equation with another one is not read: a
@@ -289,14 +289,15 @@ _NUMBERS = ('offset_dims', 'collapsed_slice_dims', 'start_index_map', 'operand_b
             'scatter_dims_to_operand_dims', 'scatter_indices_batching_dims', 'lhs_spec', 'rhs_spec',
             'out_spec')
 _WINDOWS = 'window_dimensions window_strides padding base_dilation window_dilation'
-# Rule (None: `mixing` itself enters the primitive), primitives, their parameters.
+# Rule (None: `dependence` itself enters the primitive), primitives, their parameters.
 _TABLE: list[tuple[Rule | None, str, str]] = [
     (_same, '''abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e ceil
-        clamp complex copy copy_p cosh digamma div erf erf_inv erfc floor igamma igamma_grad_a
+        clamp complex copy copy_p cosh digamma div floor igamma igamma_grad_a
         igammac imag is_finite lgamma max min mulhi neg nextafter not one_minus_square or polygamma
         pow random_gamma_grad real regularized_incomplete_beta rem select_n sign sinh square sub
         xor zeta''', ''),
-    (_same, 'cbrt cos exp exp2 expm1 log log1p log2 logistic rsqrt sin sqrt tan tanh', 'accuracy'),
+    (_same, 'cbrt cos erf erf_inv erfc exp exp2 expm1 log log1p log2 logistic rsqrt sin sqrt tan tanh',
+        'accuracy'),
     (_same, 'mul', 'out_dtype'), (_same, 'integer_pow', 'y'), (_same, 'round', 'rounding_method'),
     (_same, 'conj', 'input_dtype'), (_same, 'name', 'name'), (_same, 'pvary', 'axes'),
     (_same, 'convert_element_type', 'new_dtype sharding weak_type'),

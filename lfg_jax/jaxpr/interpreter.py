@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-# Primitives to enter, by all names that JAX has used for them.
-_CALLS = ('jit', 'pjit', 'closed_call', 'core_call')
-_REMAT = ('remat2', 'remat', 'checkpoint')
-_ENTERED = (*_CALLS, *_REMAT, 'scan', 'cond')
-OWN_RULES = ('custom_jvp_call', 'custom_vjp_call')
+from lfg_jax.jaxpr import _compat
+from lfg_jax.jaxpr._compat import ClosedJaxpr, Jaxpr, Literal, bind
+
+_ENTERED = (*_compat.CALLS, *_compat.REMAT, 'scan', 'cond')
 
 # `(equation, its inputs, given) -> (its outputs, record)`; a record is a pytree of arrays.
 Visit = Callable[[Any, list, Any], tuple[list, Any]]
@@ -30,7 +28,7 @@ class Found(NamedTuple):
   lengths: tuple[int, ...] = ()
 
 
-class Walk(NamedTuple):
+class Interpreter(NamedTuple):
   """Which equations to visit.
 
   Attributes:
@@ -92,8 +90,7 @@ class Walk(NamedTuple):
       count = self.count(eqn)
       own, given = given[:count], given[count:]
       ins = [read(v) for v in eqn.invars]
-      # The context in which the equation was traced (matmul precision, a mesh, …) applies here too.
-      with eqn.ctx.manager:
+      with _compat.traced_context(eqn):
         outs, own_records = self._equation(eqn, ins, own, visit) if count else (bind(eqn, ins), [])
       env.update(zip(eqn.outvars, outs, strict=True))
       records += own_records
@@ -111,15 +108,14 @@ class Walk(NamedTuple):
       return self._cond(params['branches'], ins, given, visit)
     (jaxpr,) = inner_jaxprs(eqn)
     body = lambda ins, given: self.run(jaxpr, ins, given, visit)
-    if name in _REMAT:
-      prevent = params['prevent_cse']  # one per input in recent versions of JAX
-      prevent = prevent if isinstance(prevent, bool) else any(prevent)
+    if name in _compat.REMAT:
+      prevent = _compat.prevents_cse(params)
       body = jax.checkpoint(body, prevent_cse=prevent, policy=params['policy'])
     return body(ins, given)
 
   def _scan(self, params: dict, ins: list, given: list, visit: Visit) -> tuple[list, list]:
     """`given` goes in with the scanned inputs; records come out with the scanned outputs."""
-    constants, carried = scan_counts(params)
+    constants, carried = _compat.scan_counts(params)
     consts, ins = ins[:constants], ins[constants:]
     init, xs = ins[:carried], ins[carried:]
 
@@ -159,14 +155,6 @@ class Walk(NamedTuple):
     return jax.lax.switch(index, [padded(n) for n in range(len(branches))], ins, given)
 
 
-def scan_counts(params: dict) -> tuple[int, int]:
-  """How many of a scan's inputs are constants, and how many are carried."""
-  if 'ft_in' in params:  # since jax 0.11
-    constants, carried, _ = params['ft_in'].unpack()
-    return len(constants), len(carried)
-  return params['num_consts'], params['num_carry']
-
-
 def opened(jaxpr: Any) -> Jaxpr:
   """A jaxpr without its constants."""
   return getattr(jaxpr, 'jaxpr', jaxpr)
@@ -184,18 +172,7 @@ def backward_only(jaxpr: Any) -> list[str]:
   for eqn in opened(jaxpr).eqns:
     inner = inner_jaxprs(eqn)
     if eqn.primitive.name.startswith('custom_vjp_call'):
-      found.append(str(opened(inner[0]).debug_info.func_name) if inner else 'unknown')
+      found.append(_compat.function_name(opened(inner[0])) if inner else 'unknown')
     else:
       found += [name for one in inner for name in backward_only(one)]
   return list(dict.fromkeys(found))
-
-
-def bind(eqn: Any, ins: list) -> list:
-  """The equation's outputs."""
-  params = eqn.primitive.get_bind_params(eqn.params)
-  if isinstance(params, tuple):  # before jax 0.10.1, functions are separate
-    functions, params = params
-    outs = eqn.primitive.bind(*functions, *ins, **params)
-  else:
-    outs = eqn.primitive.bind(*ins, **params)
-  return outs if eqn.primitive.multiple_results else [outs]

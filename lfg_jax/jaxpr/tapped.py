@@ -7,23 +7,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.jaxpr.interpreter import Found, Visit, Walk, bind
+from lfg_jax.jaxpr._compat import CHECKPOINT_NAME, bind
+from lfg_jax.jaxpr.interpreter import Found, Interpreter, Visit
 from lfg_jax.jaxpr.taps import Tap, inject, inject_at, tap_p
 
 PyTree = Any
 
 
-class Traced:
+class Tapped:
   """`fun(*args)`, traced once.
 
   Attributes:
     jaxpr: of `fun`, as a function of the leaves of `args`.
     taps: all taps by name, in order of evaluation. Calls with the same name are numbered: `h`,
       `h_1`, ….
-    calls: for each tap, the name it was called with.
+    call_names: for each tap, the name with which `tap` was called.
 
   >>> from lfg_jax.jaxpr.taps import tap
-  >>> double = Traced(lambda x: tap(2 * x, 'double') ** 2, jnp.ones(3))
+  >>> double = Tapped(lambda x: tap(2 * x, 'double') ** 2, jnp.ones(3))
   >>> double.taps['double'].shape
   (3,)
   >>> double.evaluate(perturb, {'double': jnp.ones(3)}, jnp.ones(3))[0].tolist()
@@ -32,11 +33,11 @@ class Traced:
 
   def __init__(self, fun: Callable, *args: Any, checkpoint_names: bool = False) -> None:
     self.jaxpr, self.shape = jax.make_jaxpr(fun, return_shape=True)(*args)
-    self.walk = _WITH_CHECKPOINT_NAMES if checkpoint_names else _TAPS
-    found = self.walk.find(self.jaxpr)
+    self.interpreter = _WITH_CHECKPOINT_NAMES if checkpoint_names else _TAPS
+    found = self.interpreter.find(self.jaxpr)
     names = _unique([one.eqn.params['name'] for one in found])
     self.taps = {name: _tap(one) for name, one in zip(names, found, strict=True)}
-    self.calls = {name: one.eqn.params['name'] for name, one in zip(names, found, strict=True)}
+    self.call_names = {name: one.eqn.params['name'] for name, one in zip(names, found, strict=True)}
 
   def evaluate(
     self, visit: Visit, given: Mapping[str, Any], *args: Any
@@ -48,7 +49,7 @@ class Traced:
       given: what `visit` is given at each tap; None where missing.
     """
     of_taps = [jax.tree.map(tap.inside, given.get(name)) for name, tap in self.taps.items()]
-    outs, records = self.walk.run(self.jaxpr, jax.tree.leaves(args), of_taps, visit)
+    outs, records = self.interpreter.run(self.jaxpr, jax.tree.leaves(args), of_taps, visit)
     out = jax.tree.unflatten(jax.tree.structure(self.shape), outs)
     named = zip(self.taps.items(), records, strict=True)
     return out, {name: jax.tree.map(tap.outside, record) for (name, tap), record in named}
@@ -58,10 +59,10 @@ def without_taps(fun: Callable) -> Callable:
   """`fun`, whose taps no estimator finds: it is differentiated exactly.
 
   >>> from lfg_jax.jaxpr.taps import tap
-  >>> Traced(without_taps(lambda x: tap(x, 'x') ** 2), jnp.ones(3)).taps
+  >>> Tapped(without_taps(lambda x: tap(x, 'x') ** 2), jnp.ones(3)).taps
   {}
   """
-  return lambda *args: Traced(fun, *args).evaluate(perturb, {}, *args)[0]
+  return lambda *args: Tapped(fun, *args).evaluate(perturb, {}, *args)[0]
 
 
 def keep(eqn: Any, ins: list, given: Any) -> tuple[list, None]:
@@ -113,7 +114,7 @@ def _is_tap(eqn: Any) -> bool:
 
 def _is_tap_or_checkpoint_name(eqn: Any) -> bool:
   return _is_tap(eqn) or (
-    eqn.primitive.name == 'name' and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating)
+    eqn.primitive.name == CHECKPOINT_NAME and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating)
   )
 
 
@@ -124,8 +125,8 @@ def _refused(eqn: Any, primitive: str) -> str:
   )
 
 
-_TAPS = Walk(_is_tap, _refused)
-_WITH_CHECKPOINT_NAMES = Walk(_is_tap_or_checkpoint_name, _refused)
+_TAPS = Interpreter(_is_tap, _refused)
+_WITH_CHECKPOINT_NAMES = Interpreter(_is_tap_or_checkpoint_name, _refused)
 
 
 def _tap(found: Found) -> Tap:

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
-tap_p = Primitive('tap')
+from lfg_jax.jaxpr import _compat
+
+tap_p = _compat.identity('tap')
 
 
 class Tap(NamedTuple):
@@ -110,29 +110,6 @@ def tap(
   given = {'active': active, 'source': source}
   further = {kind: jnp.broadcast_to(x, z.shape) for kind, x in given.items() if x is not None}
   return tap_p.bind(z, *further.values(), name=name, local_axes=local_axes, further=tuple(further))
-
-
-def _batch(operands: tuple, axes: tuple, **params: Any) -> tuple[jax.Array, int]:
-  """Moves the mapped axis to the front of all operands."""
-  size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
-  front = [batching.bdim_at_front(x, a, size) for x, a in zip(operands, axes, strict=True)]
-  return tap_p.bind(*front, **params), 0
-
-
-def _transpose(cotangent: Any, z: Any, *further: Any, **params: Any) -> tuple:
-  del z, params
-  return cotangent, *(None for _ in further)
-
-
-tap_p.def_impl(lambda z, *further, **params: z)
-tap_p.def_abstract_eval(lambda z, *further, **params: z)
-ad.primitive_jvps[tap_p] = lambda primals, tangents, **params: (
-  tap_p.bind(*primals, **params),
-  tangents[0],
-)
-ad.primitive_transposes[tap_p] = _transpose
-batching.primitive_batchers[tap_p] = _batch
-mlir.register_lowering(tap_p, lambda ctx, z, *further, **params: [z])
 
 
 @jax.custom_vjp

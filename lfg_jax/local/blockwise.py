@@ -1,4 +1,4 @@
-"""Greedy training: each stage of the network learns from its own local losses only.
+"""Blockwise training: each stage of the network learns from its own local losses only.
 
 A stage is one block (or k blocks, or an overlapping pair of blocks) with the losses at its end. No
 gradient flows back to earlier stages. Any estimator can serve a stage. Each stage finishes before
@@ -16,7 +16,15 @@ import jax.numpy as jnp
 from lfg_jax.estimators.control_variates import Learned
 from lfg_jax.estimators.exact_tail import Estimator
 from lfg_jax.local.replicated import Cut
-from lfg_jax.local.staged import Block, Place, Stack, StagedModel, Variables, merge, own
+from lfg_jax.local.staged import (
+  Block,
+  BlockContext,
+  Stack,
+  StagedModel,
+  Variables,
+  merge,
+  variables_of,
+)
 from lfg_jax.local.targets import Targets
 
 PyTree = Any
@@ -24,7 +32,7 @@ KINDS = (
   'params',
   'batch_stats',
   'feedback',
-  'ahead',
+  'lookahead',
   'control_variate',
 )  # of variables that blocks have
 
@@ -47,8 +55,8 @@ def stage_loss(blocks: Sequence[Block], cut: Cut) -> Callable:
     updates: Variables = {}
     losses = None
     for name, block in zip(names, blocks, strict=True):
-      at = Place(name, cut, last=True) if name == 'last' else Place(name)
-      x, losses, new = block(own(variables, name), x, targets, at)
+      context = BlockContext(name, cut, last=True) if name == 'last' else BlockContext(name)
+      x, losses, new = block(variables_of(variables, name), x, targets, context)
       outputs.append(x)
       merge(updates, name, new)
     return losses, {'outputs': tuple(outputs), **updates}
@@ -102,11 +110,11 @@ def _grouped(
 ) -> list[Stages]:
   """Groups consecutive stages of equal blocks, if they can be scanned."""
   groups: list[Stages] = []
-  signature = None
+  kind = None
   for blocks, advance in plan:
     stacks = [homes[n][0] for n in blocks]
-    previous, signature = signature, ([stack.name for stack in stacks], advance)
-    if signature == previous and all(stack.is_stacked for stack in stacks):
+    previous, kind = kind, ([stack.name for stack in stacks], advance)
+    if kind == previous and all(stack.is_stacked for stack in stacks):
       groups[-1] = groups[-1]._replace(blocks=(*groups[-1].blocks, blocks))
     else:
       groups.append(Stages((blocks,), advance))
@@ -172,7 +180,7 @@ class Member(NamedTuple):
     return jax.tree.map(lambda leaf, new: leaf.at[jnp.array(self.indices)].set(new), tree, part)
 
 
-def greedy(
+def blockwise(
   estimator: Estimator,
   model: StagedModel,
   cut: Cut,
@@ -206,6 +214,8 @@ def greedy(
     control_variate_grads: dict[str, PyTree] = {}
     stats = dict(variables.get('batch_stats', {}))
     loss_B, out = jnp.zeros(x.shape[0]), x
+    # Equal stages in succession are one scan; so is a single stage, of length one. x goes from one
+    # stage to the next without its gradient, which is what makes the training local.
     for number, group in enumerate(plan):
       named = _members(group, homes)
       if not named:
@@ -273,8 +283,8 @@ def _stage_body(estimator: Estimator, loss: Callable, targets: Targets, advance:
     carry: tuple[jax.Array, jax.Array], inputs: tuple
   ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     x, _ = carry
-    key, params, stats, feedback, ahead, control_variate_weights = inputs
-    given = {'batch_stats': stats, 'feedback': feedback, 'ahead': ahead}
+    key, params, stats, feedback, lookahead, control_variate_weights = inputs
+    given = {'batch_stats': stats, 'feedback': feedback, 'lookahead': lookahead}
     fixed = {kind: tree for kind, tree in given.items() if tree}
 
     predicting = lambda weights, *args: loss({**fixed, 'feedback': weights}, *args)

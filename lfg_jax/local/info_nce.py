@@ -139,8 +139,10 @@ def end_losses(
   """
   z_NxK, candidates_NxK = projected
 
-  losses = lambda z_NxK, candidates_NxK: (
-    info_nce(z_NxK, candidates_NxK, weight_N > 0, contrast) * weight_N
-  )
-  moving = lambda z: losses(z, candidates_NxK if contrast.stop_gradient else z).sum()
-  return losses(z_NxK, candidates_NxK), jax.grad(moving)(z_NxK)
+  def losses(anchors_NxK: jax.Array, candidates_NxK: jax.Array) -> jax.Array:
+    return info_nce(anchors_NxK, candidates_NxK, weight_N > 0, contrast) * weight_N
+
+  def objective(z_NxK: jax.Array) -> jax.Array:
+    return losses(z_NxK, candidates_NxK if contrast.stop_gradient else z_NxK).sum()
+
+  return losses(z_NxK, candidates_NxK), jax.grad(objective)(z_NxK)

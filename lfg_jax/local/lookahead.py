@@ -17,7 +17,7 @@ reads its own output.
 
 **Credit.** f̄ mixes channels, and most blocks mix patches. So every activity of the block
 influences the losses of *all* patches and groups. The block's taps must say so, and they do if they
-are not `at.last`. An estimator that stops at the model's boundary (see `estimators.boundary`) is
+are not `context.last`. An estimator that stops at the model's boundary (see `estimators.exact_tail`) is
 different. It has the exact signal s at the block's end y, and takes s·y in place of the true
 losses: one part for each patch and group of y. An activity influences y, and so these parts, only
 in its own patch and group. Credited with these parts only, it has no more noise than without f̄.
@@ -31,14 +31,14 @@ import jax
 import jax.numpy as jnp
 
 from lfg_jax.jaxpr.tapped import without_taps
-from lfg_jax.local.staged import Block, Outcome, Place, Stack, StagedModel, Variables
+from lfg_jax.local.staged import Block, BlockContext, Outcome, Stack, StagedModel, Variables
 from lfg_jax.local.targets import Targets
 
 PyTree = Any
 
 
 def look_ahead(model: StagedModel, *, bounded: bool = False) -> StagedModel:
-  """Returns the model with heads that look ahead. Its blocks need 'ahead' among their variables.
+  """Returns the model with heads that look ahead. Its blocks need 'lookahead' among their variables.
 
   Args:
     bounded: whether the estimator stops at the model's boundary; see "Credit".
@@ -50,8 +50,8 @@ def look_ahead(model: StagedModel, *, bounded: bool = False) -> StagedModel:
   >>> images = registry.Images((8, 8, 1), 10, (0.5,), (0.3,))
   >>> mlp = registry.find('mlp').make({'blocks': 4, 'channels': 8, 'groups': 2}, images)
   >>> model = look_ahead(mlp)
-  >>> ahead = model.ahead(model.init(jax.random.key(0))['params'])
-  >>> jax.tree.map(jnp.shape, ahead['stem'])['hidden']    # of the first block behind the stem
+  >>> lookahead = model.lookahead(model.init(jax.random.key(0))['params'])
+  >>> jax.tree.map(jnp.shape, lookahead['stem'])['hidden']    # of the first block behind the stem
   {'bias': (8,), 'kernel': (8, 8)}
   """
   nexts = next_stacks(model.stacks)
@@ -76,7 +76,7 @@ def look_ahead(model: StagedModel, *, bounded: bool = False) -> StagedModel:
     model,
     stacks=stacks,
     init=init,
-    ahead=lambda params: following(model.stacks, params),
+    lookahead=lambda params: following(model.stacks, params),
     grouped=(),  # every weight influences the losses of all groups
     variant=lambda **changes: look_ahead(model.variant(**changes), bounded=bounded),
   )
@@ -133,17 +133,21 @@ def _with_heads(stacks: Sequence[Stack], params: PyTree) -> PyTree:
 def _looking(block: Block, after: Block, bounded: bool) -> Block:
   """`block`, with the losses of `after`, in which `block`'s own head replaces that of `after`."""
 
-  def looking(variables: Variables, x: jax.Array, targets: Targets, at: Place) -> Outcome:
-    own = {kind: tree for kind, tree in variables.items() if kind != 'ahead'}
-    y, _, updates = block(own, x, targets, Place(at.name, last=at.last and bounded))
-    if at.cut is None:
+  def looking(
+    variables: Variables, x: jax.Array, targets: Targets, context: BlockContext
+  ) -> Outcome:
+    own = {kind: tree for kind, tree in variables.items() if kind != 'lookahead'}
+    y, _, updates = block(
+      own, x, targets, BlockContext(context.name, last=context.last and bounded)
+    )
+    if context.cut is None:
       return y, None, updates
 
     @without_taps
     def losses(params: PyTree, y: jax.Array) -> jax.Array | None:
-      return after({'params': params}, y, targets, Place(at.name, at.cut))[1]
+      return after({'params': params}, y, targets, BlockContext(context.name, context.cut))[1]
 
-    through = {**variables['ahead'], 'head': own['params']['head']}
+    through = {**variables['lookahead'], 'head': own['params']['head']}
     return y, losses(through, y), updates
 
   return looking

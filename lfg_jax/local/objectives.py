@@ -10,7 +10,7 @@ end of the network has the contrastive loss. The read-out is then always detache
 
 Both functions return `run(variables, key, x, targets) -> (grads, aux)`. aux has the sums over this
 device's examples of 'loss', 'error' and, in contrastive learning, 'contrastive_loss'. It also has
-'batch_stats' and, stage by stage, 'control_variate_gradient' (see `greedy`).
+'batch_stats' and, stage by stage, 'control_variate_gradient' (see `blockwise`).
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ import jax.numpy as jnp
 
 from lfg_jax.estimators.exact_tail import Estimator
 from lfg_jax.local import info_nce, staged
-from lfg_jax.local.blockwise import greedy, stages
+from lfg_jax.local.blockwise import blockwise, stages
 from lfg_jax.local.replicated import Cut
 from lfg_jax.local.row_losses import cross_entropy
-from lfg_jax.local.staged import StagedModel, Variables, own
+from lfg_jax.local.staged import StagedModel, Variables, variables_of
 from lfg_jax.local.targets import Targets
 
 PyTree = Any
@@ -52,12 +52,16 @@ def end_to_end(model: StagedModel, estimator: Estimator, *, local: bool) -> Run:
       end = None
       if contrast and project:
         assert model.project
-        anchors, candidates, updates_of_head = model.project(own(now, 'head'), y, targets.weight_B)
+        anchors, candidates, updates_of_head = model.project(
+          variables_of(now, 'head'), y, targets.weight_B
+        )
         end, output_error = info_nce.end_losses((anchors, candidates), targets.weight_B, contrast)
         local_losses = [*local_losses, end[None, :, None, None]]
         staged.merge(updates, 'head', updates_of_head)
       y = jax.lax.stop_gradient(y) if local or contrast else y
-      logits, _, updates_of_readout = model.read_out(own(now, 'readout'), y, targets.weight_B)
+      logits, _, updates_of_readout = model.read_out(
+        variables_of(now, 'readout'), y, targets.weight_B
+      )
       staged.merge(updates, 'readout', updates_of_readout)
       aux = _summary(logits, targets)
       if end is not None:
@@ -79,7 +83,7 @@ def stage_by_stage(
   model: StagedModel, estimator: Estimator, cut: Cut, *, every: int = 1, overlap: bool = False
 ) -> Run:
   """Every stage in turn learns from its local losses; then the read-out learns from the output."""
-  run_stages = greedy(estimator, model, cut, every=every, overlap=overlap)
+  run_stages = blockwise(estimator, model, cut, every=every, overlap=overlap)
 
   def run(
     variables: Variables, key: jax.Array, x: jax.Array, targets: Targets
@@ -102,13 +106,13 @@ def with_read_out(
   """Adds the read-out, which learns from the last block's output x, detached.
 
   Args:
-    grads, updates: results of `greedy`, to which the read-out's are added in place.
+    grads, updates: results of `blockwise`, to which the read-out's are added in place.
 
   Returns:
     The updates, and the sums of 'loss' and 'error' over this device's examples.
   """
   stats = updates['batch_stats']
-  readout = own(variables, 'readout')
+  readout = variables_of(variables, 'readout')
   if 'readout' in stats:
     readout['batch_stats'] = stats['readout']
 

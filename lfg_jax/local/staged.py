@@ -1,4 +1,4 @@
-"""Staged models: all that rules, greedy stages, the trainer and the cost model know of a network.
+"""Staged models: all that rules, blockwise stages, the trainer and the cost model know of a network.
 
 A staged model is a sequence of stacks of equal blocks. A block is a pure function with taps
 (`lfg_jax.tap`) that returns its output and its local losses. Images are prepared before the first
@@ -18,17 +18,17 @@ from lfg_jax.local.replicated import Cut
 from lfg_jax.local.targets import Targets
 
 PyTree = Any
-Variables = dict[str, PyTree]  # 'params', and where used 'batch_stats', 'feedback', 'ahead'
+Variables = dict[str, PyTree]  # 'params', and where used 'batch_stats', 'feedback', 'lookahead'
 # `(variables, x, weight_B) -> (output, another, updated variables)`: what follows the last block.
 End = Callable[[Variables, jax.Array, jax.Array], tuple[jax.Array, jax.Array, Variables]]
 Outcome = tuple[jax.Array, jax.Array | None, Variables]  # output, losses, updated variables
 
 
-class Place(NamedTuple):
+class BlockContext(NamedTuple):
   """A block's place in the network.
 
   Attributes:
-    name: prefix of the names of the block's taps: `tap(z, f'{at.name}/hidden')`.
+    name: prefix of the names of the block's taps: `tap(z, f'{context.name}/hidden')`.
     cut: how the block's local losses are replicated; an axis that is not cut has size 1. None:
       there are no losses.
     last: whether only these losses use the output. If so, activities may be credited with only the
@@ -43,14 +43,16 @@ class Place(NamedTuple):
 class Block(Protocol):
   """One block as a pure function."""
 
-  def __call__(self, variables: Variables, x: jax.Array, targets: Targets, at: Place, /) -> Outcome:
+  def __call__(
+    self, variables: Variables, x: jax.Array, targets: Targets, context: BlockContext, /
+  ) -> Outcome:
     """Returns (output, losses [B, P, G] times the examples' weights, updated variables).
 
     Args:
       variables: this block's own variables: {'params': …} and, where used, 'batch_stats' and
         'feedback'. The parameters of its local head are under the key 'head'.
       x: [B, ...], the output of the previous block.
-      at: the block's place.
+      context: the block's place.
     """
 
 
@@ -98,7 +100,7 @@ class StagedModel:
       the layer of the next one; see `control_variates`.
     grouped: names of the layers whose weights have groups with losses of their own on the first
       axis; see `weight.weight_perturbation`.
-    boundary: name of a tap of a last block, after which exact signals are cheap; see `boundary`.
+    boundary: name of a tap of a last block, after which exact signals are cheap; see `exact_tail`.
       The last of `taps` then needs no perturbation. None: it is the last of `taps`.
     mixes_examples: whether batch norm makes the losses of one example depend on other examples.
     slow_in_loops: whether CPUs are slow at the blocks inside a loop, as at convolutions. There,
@@ -107,8 +109,8 @@ class StagedModel:
       projection at the end of a network that learns contrastively without local losses. Its
       parameters are under 'head'. None: `registry.build` makes one where it is needed.
     contrast: options of the contrastive losses; None: heads classify.
-    ahead: `params -> params`: by stack, the parameters of the block after each block. Heads look
-      through an average of them, see `ahead`. None: heads read the output of their own block.
+    lookahead: `params -> params`: by stack, the parameters of the block after each block. Heads look
+      through an average of them, see `local.lookahead`. None: heads read the output of their own block.
     variant: `(train=True, project=False) -> StagedModel`: the same network for training or for
       evaluation, where batch norm does not look at the batch, and with other `Heads`.
   """
@@ -125,7 +127,7 @@ class StagedModel:
   slow_in_loops: bool = False
   project: End | None = None
   contrast: Contrast | None = None
-  ahead: Callable[[PyTree], PyTree] | None = None
+  lookahead: Callable[[PyTree], PyTree] | None = None
   variant: Callable[..., Any] = no_variant
 
   def __post_init__(self) -> None:
@@ -166,10 +168,10 @@ class StagedModel:
     return max(x.size * x.dtype.itemsize for x in self.shapes)
 
 
-def own(variables: Variables, name: str) -> Variables:
+def variables_of(variables: Variables, name: str) -> Variables:
   """Returns the variables that belong to one stack, the read-out or the head.
 
-  >>> own({'params': {'a': 1, 'b': 2}, 'batch_stats': {'b': 3}}, 'b')
+  >>> variables_of({'params': {'a': 1, 'b': 2}, 'batch_stats': {'b': 3}}, 'b')
   {'params': 2, 'batch_stats': 3}
   """
   return {kind: tree[name] for kind, tree in variables.items() if name in tree}
@@ -204,11 +206,11 @@ def apply(
   for stack in model.stacks:
 
     def body(x: jax.Array, block_variables: Variables, stack: Stack = stack) -> tuple:
-      y, losses, new = stack.block(block_variables, x, targets, Place(stack.name, cut))
+      y, losses, new = stack.block(block_variables, x, targets, BlockContext(stack.name, cut))
       return y, (losses, new)
 
     step = functools.partial(jax.lax.scan, body) if stack.is_stacked else body
-    x, (losses, new) = step(x, own(variables, stack.name))
+    x, (losses, new) = step(x, variables_of(variables, stack.name))
     if losses is not None:
       local.append(losses if stack.is_stacked else losses[None])
     merge(updates, stack.name, new)
@@ -219,5 +221,5 @@ def evaluate(model: StagedModel, variables: Variables, x: jax.Array) -> tuple[ja
   """Returns logits [B, classes], and features [B, C], the input of the read-out's linear layer."""
   targets = Targets(jnp.zeros(x.shape[0], jnp.int32), jnp.ones(x.shape[0]))
   x, _, _ = apply(model, variables, x, targets, None)
-  logits, features, _ = model.read_out(own(variables, 'readout'), x, targets.weight_B)
+  logits, features, _ = model.read_out(variables_of(variables, 'readout'), x, targets.weight_B)
   return logits, features

@@ -311,7 +311,7 @@ def init_head(
 def losses(
   variables: Variables, heads: Heads, features: jax.Array, targets: Targets, cut: Cut | None
 ) -> jax.Array | None:
-  """Those of a block's features [B, P, G, C], see `Heads.losses`; None without a cut."""
+  """The local losses of a block's features [B, P, G, C], as in `Heads.losses`; None without a cut."""
   if cut is None:
     return None
   feedback = variables.get('feedback', {}).get('head')

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from lfg_jax.fields import Allowed, Field, at_least, between, one_of
 from lfg_jax.jaxpr.taps import tap
 from lfg_jax.local.heads import Heads
-from lfg_jax.local.staged import Outcome, Place, Stack, StagedModel, Variables, own
+from lfg_jax.local.staged import BlockContext, Outcome, Stack, StagedModel, Variables, variables_of
 from lfg_jax.local.targets import Targets
 from lfg_jax.models import layers
 from lfg_jax.models.registry import Images
@@ -227,7 +227,7 @@ def block(
   variables: Variables,
   x_BxPxC: jax.Array,
   targets: Targets,
-  at: Place,
+  context: BlockContext,
 ) -> Outcome:
   """One block with its local head; see `staged.Block`.
 
@@ -245,15 +245,15 @@ def block(
   def unit(name: str, h: jax.Array) -> _Unit:
     """Norm → linear → norm."""
     y = layers.layer(variables, name, linears[name].product, norms(f'{name}_in', h), style.dtype)
-    if name == 'group' and at.last:
-      y = tap(y, f'{at.name}/{BOUNDARY}', local_axes=3)
+    if name == 'group' and context.last:
+      y = tap(y, f'{context.name}/{BOUNDARY}', local_axes=3)
     return _Unit(y, norms(f'{name}_out', y))
 
   def tapped(name: str, z: _Unit, active: jax.Array, local_axes: int) -> jax.Array:
     """The unit's output. Its signal can bypass the second norm."""
-    axes = _local_axes(style, at, local_axes)
+    axes = _local_axes(style, context, local_axes)
     source = None if style.norm_derivative else z.linear
-    return tap(z.out, f'{at.name}/{name}', local_axes=axes, active=active, source=source)
+    return tap(z.out, f'{context.name}/{name}', local_axes=axes, active=active, source=source)
 
   x = _pooled(x_BxPxC, style.pool) if s.pool else x_BxPxC
   h = x
@@ -266,9 +266,9 @@ def block(
   skip = x.reshape(z.out.shape) if s.residual else jnp.zeros((), z.out.dtype)
   out_BxPxGxC = jax.nn.relu(tapped('after_group', z, z.out + skip > 0, 3) + skip)
 
-  in_head = _Norms(style, own(variables, 'head'), targets.weight_B)
+  in_head = _Norms(style, variables_of(variables, 'head'), targets.weight_B)
   features = in_head('head', out_BxPxGxC)
-  losses = layers.losses(variables, style.heads, features, targets, at.cut)
+  losses = layers.losses(variables, style.heads, features, targets, context.cut)
   updates = {**norms.updates, **({'head': in_head.updates} if in_head.updates else {})}
   return out_BxPxGxC.reshape(B, s.tokens, s.channels), losses, _as_statistics(updates)
 
@@ -308,11 +308,11 @@ def _as_statistics(updates: dict[str, PyTree]) -> Variables:
   return {'batch_stats': updates} if updates else {}
 
 
-def _local_axes(style: Style, at: Place, axes: int) -> int:
+def _local_axes(style: Style, context: BlockContext, axes: int) -> int:
   """With layer norm, a last block's activity stays in its patch (and group) up to the loss."""
   if style.norm == 'batch':
     return 0
-  return axes if at.last and style.norm == 'layer' else 1
+  return axes if context.last and style.norm == 'layer' else 1
 
 
 def _pooled(x_BxPxC: jax.Array, kind: str) -> jax.Array:

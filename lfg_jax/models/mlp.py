@@ -10,7 +10,7 @@ import jax
 from lfg_jax.fields import Field, between
 from lfg_jax.jaxpr.taps import tap
 from lfg_jax.local.heads import Heads
-from lfg_jax.local.staged import Outcome, Place, Stack, StagedModel, Variables
+from lfg_jax.local.staged import BlockContext, Outcome, Stack, StagedModel, Variables
 from lfg_jax.local.targets import Targets
 from lfg_jax.models import layers
 from lfg_jax.models.registry import Images, check_divides, pixels
@@ -42,14 +42,18 @@ def make(fields: dict[str, Any], images: Images, heads: Heads = Heads()) -> Stag
     last = {'readout': layers.init_read_out(readout, C, images.classes)}
     return {'params': {'stem': init_block(stem, images.size), **rest, **last}}
 
-  def block(variables: Variables, x_Bx1xC: jax.Array, targets: Targets, at: Place) -> Outcome:
-    local_axes, layer = 3 if at.last else 1, layers.layer
+  def block(
+    variables: Variables, x_Bx1xC: jax.Array, targets: Targets, context: BlockContext
+  ) -> Outcome:
+    local_axes, layer = 3 if context.last else 1, layers.layer
     h = layer(variables, 'hidden', layers.dense, layers.layer_norm(x_Bx1xC))
     h = h.reshape(*h.shape[:2], G, C // G)
-    h = jax.nn.relu(tap(h, f'{at.name}/hidden', local_axes=local_axes, active=h > 0))
-    y = tap(layer(variables, 'out', layers.grouped, h), f'{at.name}/out', local_axes=local_axes)
+    h = jax.nn.relu(tap(h, f'{context.name}/hidden', local_axes=local_axes, active=h > 0))
+    y = tap(
+      layer(variables, 'out', layers.grouped, h), f'{context.name}/out', local_axes=local_axes
+    )
     y = jax.nn.relu(layers.layer_norm(y))
-    losses = layers.losses(variables, heads, layers.layer_norm(y), targets, at.cut)
+    losses = layers.losses(variables, heads, layers.layer_norm(y), targets, context.cut)
     return y.reshape(*y.shape[:2], C), losses, {}
 
   flop = {'hidden': 2 * C * C, 'out': 2 * C * C // G}

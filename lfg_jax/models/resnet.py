@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from lfg_jax.fields import Allowed, Field, at_least, between
 from lfg_jax.jaxpr.taps import tap
 from lfg_jax.local.heads import Heads
-from lfg_jax.local.staged import Block, Outcome, Place, Stack, StagedModel, Variables
+from lfg_jax.local.staged import Block, BlockContext, Outcome, Stack, StagedModel, Variables
 from lfg_jax.local.targets import Targets
 from lfg_jax.models import layers
 from lfg_jax.models.registry import Images, check_divides, pixels
@@ -122,17 +122,19 @@ def _init_block(key: jax.Array, C: int, D: int, G: int, classes: int, heads: Hea
 def _block(G: int, side: int, heads: Heads, stride: int) -> Block:
   first, second = (functools.partial(layers.convolution, stride=s) for s in (stride, 1))
 
-  def block(variables: Variables, x_BxHxWxC: jax.Array, targets: Targets, at: Place) -> Outcome:
-    # Convolutions and norms carry an activity to all patches and groups: credit as `at.last` allows
+  def block(
+    variables: Variables, x_BxHxWxC: jax.Array, targets: Targets, context: BlockContext
+  ) -> Outcome:
+    # Convolutions and norms carry an activity to all patches and groups: credit as `context.last` allows
     # would be too narrow.
     y = layers.layer(variables, 'first', first, x_BxHxWxC)
     h = _group_norm(y, G)
-    h = jax.nn.relu(tap(h, f'{at.name}/first', active=h > 0))
+    h = jax.nn.relu(tap(h, f'{context.name}/first', active=h > 0))
     y = layers.layer(variables, 'second', second, h)
-    y = _group_norm(tap(y, f'{at.name}/second'), G)
+    y = _group_norm(tap(y, f'{context.name}/second'), G)
     out = jax.nn.relu(y + _shortcut(x_BxHxWxC, y.shape[-1], stride))
     features = layers.layer_norm(_patches(out, side, G))
-    return out, layers.losses(variables, heads, features, targets, at.cut), {}
+    return out, layers.losses(variables, heads, features, targets, context.cut), {}
 
   return block
 

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lfg_jax.jaxpr import interpreter
-from lfg_jax.jaxpr.interpreter import Walk
+from lfg_jax.jaxpr import _compat
+from lfg_jax.jaxpr.interpreter import Interpreter
 
 PyTree = Any
 Along = Callable[[PyTree], PyTree]
@@ -111,20 +111,20 @@ def _check_digits(values: PyTree) -> None:
       )
 
 
-_GUARDS = Walk(
+_GUARDS = Interpreter(
   lambda eqn: eqn.primitive.name == 'stop_gradient',
   lambda eqn, name: (
     f'a stop_gradient is inside {name}, where finite differences cannot keep its '
     'value; allowed: jit, scan, cond, checkpoint and vmap, or derivatives by '
     'jax.jvp'
   ),
-  interpreter.OWN_RULES,
+  _compat.OWN_RULES,
 )
 
 
 def _record(eqn: Any, ins: list, given: Any) -> tuple[list, jax.Array]:
   del given
-  (value,) = interpreter.bind(eqn, ins)
+  (value,) = _compat.bind(eqn, ins)
   return [value], value
 
 

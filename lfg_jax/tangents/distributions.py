@@ -43,13 +43,13 @@ import jax.numpy as jnp
 
 from lfg_jax import user_files
 from lfg_jax.errors import one_of
-from lfg_jax.tangents.microbatch import WHOLE, Part
+from lfg_jax.tangents.microbatch import WHOLE, Microbatch
 
 
 class Chunk(NamedTuple):
   """Some tangents of an estimate: `size` (None: all) of `total`, from number `first` (may be traced).
 
-  A distribution draws the same tangents for some of all as it does for all.
+  A distribution draws each tangent alike, whether it draws all of them or a chunk.
   """
 
   total: int
@@ -119,8 +119,11 @@ def _draw_sphere(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Arra
 
 
 def _take(sets_SxdxD: jax.Array, chunk: Chunk, d: int) -> jax.Array:
-  """Pass k of sets [S, *shape, m, D]: row k mod d of set k // d, as [K, *shape, D]."""
-  one = lambda k: jax.lax.dynamic_index_in_dim(sets_SxdxD[k // d], k % d, axis=-2, keepdims=False)
+  """Tangent k of sets [S, *shape, m, D]: row k mod d of set k // d, as [K, *shape, D]."""
+
+  def one(k: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(sets_SxdxD[k // d], k % d, axis=-2, keepdims=False)
+
   return jax.vmap(one)(chunk.ids_K)
 
 
@@ -270,11 +273,11 @@ def like_tree(distribution: Distribution | str, key: jax.Array, tree: Any, chunk
   return jax.tree.unflatten(treedef, [draw(k, leaf) for k, leaf in zip(keys, leaves, strict=False)])
 
 
-def example_ids(batch: int, axis_name: str | None, part: Part = WHOLE) -> jax.Array:
-  """int32 [batch]: global positions of the examples in one of this device's equal parts."""
-  index, parts = part
+def example_ids(batch: int, axis_name: str | None, microbatch: Microbatch = WHOLE) -> jax.Array:
+  """int32 [batch]: global positions of the examples in one of this device's microbatches."""
+  index, count = microbatch
   device = jax.lax.axis_index(axis_name) if axis_name else 0
-  return (device * parts + index) * batch + jnp.arange(batch)
+  return (device * count + index) * batch + jnp.arange(batch)
 
 
 def fold_in_all(key: jax.Array, ids_N: jax.Array) -> jax.Array:

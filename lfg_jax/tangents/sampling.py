@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lfg_jax.tangents import distributions
 from lfg_jax.tangents.distributions import Chunk
-from lfg_jax.tangents.microbatch import WHOLE, Part
+from lfg_jax.tangents.microbatch import WHOLE, Microbatch
 
 PyTree = Any
 COMBINATIONS = ('mean', 'projection')
@@ -19,14 +19,14 @@ class Sampling(NamedTuple):
   """How tangents are drawn and combined.
 
   Attributes:
-    distribution: the distribution of the tangents of all tangents, one of `tangents` or its name.
+    distribution: of the tangents, one of `distributions` or its name.
     num_tangents: number of tangents, K; they share one primal evaluation.
     shared: whether the whole batch shares one tangent, or every example has an independent one.
     axis_name: mesh axis over which the batch is sharded; noise follows the example's global place.
     chunk: how many tangents are in memory at once; None: all. 7 tangents in chunks of 4 run as 3 and 4.
       With several chunks, what the derivatives need of the primal is stored, as in backprop.
     combine: 'mean' or 'projection'; see `combine`.
-    part: which part of this device's share of the batch is given.
+    microbatch: which part of this device's share of the batch is given.
     rows: how many consecutive rows of the batch share a tangent (2: both views of an example).
   """
 
@@ -36,7 +36,7 @@ class Sampling(NamedTuple):
   axis_name: str | None = None
   chunk: int | None = None
   combine: str = 'mean'
-  part: Part = WHOLE
+  microbatch: Microbatch = WHOLE
   rows: int = 1
 
   @property

@@ -10,7 +10,7 @@ normal tangents and K = 1, where e = d + 1)
 | weights, d = p q | (1 + e) V/N + e S | (1 + e) V/N + e S/N |
 | activities, d = q | (1 + e) V/N + e S | (1 + e) V/N + e S/N |
 
-with e = `distribution.excess(d, K)`, the squared error of K tangents relative to |g|² (see `tangents`).
+with e = `distribution.excess(d, K)`, the squared error of K tangents relative to |g|² (see `distributions`).
 
 *Proof.* Given the gradient g to which a set of tangents is applied, the estimate is unbiased with
 squared error e |g|². *Weights, shared:* g is the batch mean ḡ = (1/N) Σ g_n, with

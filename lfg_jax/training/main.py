@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from lfg_jax.errors import UserError
 from lfg_jax.training import command_line, configs
 from lfg_jax.training.hosts import connect, processes
-from lfg_jax.training.hosts.processes import Place
+from lfg_jax.training.hosts.processes import Membership
 from lfg_jax.training.run.summary import last_line
 from lfg_jax.training.train import prepare, train
 
@@ -49,22 +49,24 @@ def main(arguments: list[str]) -> None:
   connect.run(functools.partial(_train, config, workdir, at))
 
 
-def _place(options: command_line.Options, config: ConfigDict, arguments: list[str]) -> Place | None:
+def _place(
+  options: command_line.Options, config: ConfigDict, arguments: list[str]
+) -> Membership | None:
   """This process's place; None if the run has only one process. A rehearsal never returns."""
-  given = Place(options.coordinator, options.processes, options.process)
+  given = Membership(options.coordinator, options.processes, options.process)
   if options.rehearse is not None:
-    if given != Place():
+    if given != Membership():
       raise UserError(
         '--rehearse starts all processes itself; allowed: it, or --coordinator --processes --process'
       )
     rehearse = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     rehearse.add_argument('--rehearse')
     connect.rehearse(options.rehearse, rehearse.parse_known_args(arguments)[1])
-  at = connect.find_place(given, os.environ)
-  return Place() if at is None and config.distributed else at
+  at = connect.find_membership(given, os.environ)
+  return Membership() if at is None and config.distributed else at
 
 
-def _train(config: ConfigDict, workdir: pathlib.Path, at: Place | None = None) -> None:
+def _train(config: ConfigDict, workdir: pathlib.Path, at: Membership | None = None) -> None:
   if at is not None:
     processes.connect(config, at)
   with processes.together():

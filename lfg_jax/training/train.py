@@ -161,14 +161,14 @@ def _train(job: Job, workdir: pathlib.Path, clock: Clock, signals: Signals) -> d
       RunLog(workdir, int(state.step), total, config.batch_size, active=active) as log,
       Trace(workdir / 'tensorboard', config.profile, active=active) as trace,
     ):
-      watch = Watch(clock, log, signals, trace)
-      state = _epochs(config, functions, state, checkpoints, watch)
+      observers = Observers(clock, log, signals, trace)
+      state = _epochs(config, functions, state, checkpoints, observers)
     with clock.on('checkpoints'):
       checkpoints.close()
   return _finish(job, workdir, functions.whole(state), log.rows, clock)
 
 
-class Watch(NamedTuple):
+class Observers(NamedTuple):
   """The objects that observe a run while it trains."""
 
   clock: Clock
@@ -178,14 +178,18 @@ class Watch(NamedTuple):
 
 
 def _epochs(
-  config: ConfigDict, functions: Functions, state: State, checkpoints: Checkpoints, watch: Watch
+  config: ConfigDict,
+  functions: Functions,
+  state: State,
+  checkpoints: Checkpoints,
+  observers: Observers,
 ) -> State:
   """Trains for the remaining epochs; returns the final state."""
-  steps, clock, signals = functions.feed.steps, watch.clock, watch.signals
-  for epoch in range(_first_epoch(int(state.step), steps, watch.log), config.epochs):
+  steps, clock, signals = functions.feed.steps, observers.clock, observers.signals
+  for epoch in range(_first_epoch(int(state.step), steps, observers.log), config.epochs):
     speed = None
     if int(state.step) < (epoch + 1) * steps:
-      state, speed = _epoch(functions, state, epoch, config.batch_size, watch)
+      state, speed = _epoch(functions, state, epoch, config.batch_size, observers)
     if (bad := int(state.bad_step)) >= 0:
       raise UserError(
         f'loss or update became NaN or infinite at step {bad}; the checkpoints of before are '
@@ -198,12 +202,12 @@ def _epochs(
     whole: State = functions.whole(state) if evaluates or saves else None
     error = None
     if evaluates and not signals.stop:
-      watch.log.doing('evaluating …')
+      observers.log.doing('evaluating …')
       with clock.on('evaluation'):
         error = functions.test_error(whole, signals.until_stop)
     has_row = is_whole and not (evaluates and signals.stop)
     if has_row:
-      watch.log.write(
+      observers.log.write(
         {
           'step': step,
           'epoch': done,
@@ -228,21 +232,21 @@ def _first_epoch(step: int, steps: int, log: RunLog) -> int:
 
 
 def _epoch(
-  functions: Functions, state: State, epoch: int, batch_size: int, watch: Watch
+  functions: Functions, state: State, epoch: int, batch_size: int, observers: Observers
 ) -> tuple[State, float | None]:
   """Trains to the end of an epoch, or until a signal or a step that is not finite.
 
   Also returns the speed in examples per second. The speed excludes the first dispatch, which may
   include compilation; it is None if there is no other dispatch.
   """
-  clock, log, whole = watch.clock, watch.log, epoch * functions.feed.steps
+  clock, log, whole = observers.clock, observers.log, epoch * functions.feed.steps
   step = first = int(state.step) % functions.feed.steps
   begin, shown, untimed = time.monotonic(), time.monotonic(), 0
   bad_steps: collections.deque[jax.Array] = collections.deque()
   for count, inputs in clock.waiting(functions.feed.epoch(epoch, first)):
     with clock.on('steps'):
-      question = watch.signals.ask()
-      watch.trace.before(whole + step, count)
+      question = observers.signals.ask()
+      observers.trace.before(whole + step, count)
       state = functions.steps(state, count, inputs)
       if step == first:
         jax.block_until_ready(state)
@@ -253,11 +257,11 @@ def _epoch(
       bad_steps.append(jnp.copy(state.bad_step))
       if len(bad_steps) > IN_FLIGHT and int(bad_steps.popleft()) >= 0:
         break
-      watch.trace.after(whole + step, state)
+      observers.trace.after(whole + step, state)
       if time.monotonic() - shown > REFRESH_SECONDS:
         log.progress(int(state.step), epoch=epoch + 1, **_means(state))
         shown = time.monotonic()
-      stops = watch.signals.stops(question)
+      stops = observers.signals.stops(question)
     if stops:
       break
   with clock.on('steps'):

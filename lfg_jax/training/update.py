@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
   Attributes:
     step: number of updates done.
     params: the parameters, which the optimizer updates.
-    rest: the algorithm's other variables ('batch_stats', 'feedback', 'ahead', 'control_variate',
+    rest: the algorithm's other variables ('batch_stats', 'feedback', 'lookahead', 'control_variate',
       'control_variate_optimizer').
     opt_state: the optimizer's state.
     sums: sums of the algorithm's metrics, and 'examples', since the epoch began. With them, a run

@@ -1,4 +1,4 @@
-"""What a program costs: as measured, and as its compiled text says.
+"""What a program costs: times and memory as measured, and traces.
 
-In reading order: `timing`, `profiling`, `hlo`, `dry_run`.
+In reading order: `timing`, `profiling`.
 """

@@ -15,21 +15,21 @@ from typing import NoReturn
 import jax
 
 from lfg_jax.errors import GOES_ON, LOST, UserError, complain, exit_code
-from lfg_jax.training.hosts.processes import Place
+from lfg_jax.training.hosts.processes import Membership
 
 VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 # How long a process that has failed waits for the others to fail too.
 ALONE_SECONDS = 10
 
 
-def find_place(given: Place, environment: Mapping[str, str]) -> Place | None:
+def find_membership(given: Membership, environment: Mapping[str, str]) -> Membership | None:
   """Returns this process's place, from options or else environment variables; None: not given.
 
   Raises:
     UserError: the place is incomplete, or makes no sense.
 
-  >>> find_place(Place(process=1), {'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_NUM_PROCESSES': '2'})
-  Place(coordinator='a:1', processes=2, process=1)
+  >>> find_membership(Membership(process=1), {'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_NUM_PROCESSES': '2'})
+  Membership(coordinator='a:1', processes=2, process=1)
   """
   texts = [
     environment.get(name, '') if value is None else str(value)
@@ -47,7 +47,7 @@ def find_place(given: Place, environment: Mapping[str, str]) -> Place | None:
     )
   if not int(index) < int(count):
     raise UserError(f'{told}; allowed: process 0 … processes − 1')
-  return Place(address, int(count), int(index))
+  return Membership(address, int(count), int(index))
 
 
 def free_address() -> str:

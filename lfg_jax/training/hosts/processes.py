@@ -4,7 +4,6 @@ import contextlib
 import functools
 import os
 import pathlib
-import re
 import secrets
 import signal
 import time
@@ -15,23 +14,20 @@ from typing import Any, NamedTuple, TextIO
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.clusters import ClusterEnv  # JAX has no public way to ask for the cluster's places
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from lfg_jax.errors import GOES_ON, LOST, UserError
+from lfg_jax.jaxpr import _compat
 from lfg_jax.training.hosts.roll_call import roll_call
 
 TOKEN = 'token'  # a file with a random number, which the first process draws at every start
 PATIENCE_SECONDS = 5  # until a file is visible on another host
 
-# XLA's message contains one of these if a collective operation has lost another process.
-_MISSED = re.compile('Gloo|NCCL|RCCL|coordination service|UNAVAILABLE')
 
-
-class Place(NamedTuple):
+class Membership(NamedTuple):
   """A process's place among the processes of its run; None: JAX asks the cluster."""
 
   coordinator: str | None = None
@@ -45,10 +41,10 @@ class Lost(UserError):
   exit_code = LOST
 
 
-AS_TOLD = Place()
+AS_TOLD = Membership()
 
 
-def connect(config: ConfigDict, at: Place = AS_TOLD) -> None:
+def connect(config: ConfigDict, at: Membership = AS_TOLD) -> None:
   """Connects this process, whose place is `at`, with the others.
 
   Raises:
@@ -87,14 +83,14 @@ def _no_proxies() -> Iterator[None]:
     os.environ.update(hidden)
 
 
-def _complete(at: Place, timeout: int) -> tuple[str, int, int]:
+def _complete(at: Membership, timeout: int) -> tuple[str, int, int]:
   """Coordinator, number of processes and number of this one; what is not given, the cluster tells.
 
   Raises:
     ValueError: JAX knows no cluster.
   """
   if None in at:
-    at = Place(*ClusterEnv.auto_detect_unset_distributed_params(*at, None, None, timeout)[:3])
+    at = Membership(*_compat.cluster(*at, timeout))
   if at.coordinator is None or at.processes is None or at.process is None:
     raise ValueError('no cluster is detected')
   return at.coordinator, at.processes, at.process
@@ -120,7 +116,11 @@ def losses() -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    if isinstance(error, UserError) or jax.process_count() == 1 or not _MISSED.search(str(error)):
+    if (
+      isinstance(error, UserError)
+      or jax.process_count() == 1
+      or not _compat.LOST_PROCESS.search(str(error))
+    ):
       raise
     reason = ' '.join(str(error).split())[:200]
     raise Lost(f'process {jax.process_index()} lost another one ({reason}); {GOES_ON}') from error

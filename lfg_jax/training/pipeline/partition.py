@@ -1,6 +1,6 @@
 """Splits a network into the stages of the pipeline, and checks what can be split.
 
-A pipeline stage consists of consecutive greedy stages (blocks with local losses at their end). The
+A pipeline stage consists of consecutive blockwise stages (blocks with local losses at their end). The
 slowest stage sets the pace, so a cost model balances the stages.
 """
 
@@ -18,7 +18,7 @@ from lfg_jax.training.rules.rules import REGISTRY
 
 
 def spans(composition: Composition, number: int) -> tuple[range, ...]:
-  """The greedy stages of each of `number` pipeline stages, with the slowest as fast as possible.
+  """The blockwise stages of each of `number` pipeline stages, with the slowest as fast as possible.
 
   >>> from lfg_jax.models import registry
   >>> from lfg_jax.training.rules import algorithms, rules
@@ -34,7 +34,7 @@ def spans(composition: Composition, number: int) -> tuple[range, ...]:
 
 
 def costs(composition: Composition) -> list[int]:
-  """Operations per example of every greedy stage.
+  """Operations per example of every blockwise stage.
 
   One is added, so that costs are positive even if a model does not count its operations.
   """
@@ -101,9 +101,9 @@ def check(config: Any, composition: Composition) -> None:
     return
   given = f'pipeline_stages is {number}, but '
   if not rule.cut:
-    greedy = ', '.join(name for name, other in REGISTRY.items() if other.cut)
+    blockwise = ', '.join(name for name, other in REGISTRY.items() if other.cut)
     raise ValueError(
-      f'{given}{config.algorithm} {_way_back(rule.local)}; allowed: 1, or one of {greedy}'
+      f'{given}{config.algorithm} {_way_back(rule.local)}; allowed: 1, or one of {blockwise}'
     )
   for field in ('overlap', 'head_ahead'):
     if getattr(composition.options, field):

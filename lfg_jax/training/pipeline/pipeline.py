@@ -94,6 +94,8 @@ def _dispatch(
   def tick(t: jax.Array, carry: Carry) -> Carry:
     own, message, sums, bad = carry
     stage = jax.lax.axis_index(STAGE)
+    # A message carries its batch's number with it; -1: there is no batch, while the pipeline fills
+    # and drains. The first stage numbers a batch, and counts its examples, as it enters.
     entering = jnp.where(t < fresh, state.step + t, -1)
     message = message._replace(number=jnp.where(stage == 0, entering, message.number))
     message = message._replace(
@@ -101,6 +103,8 @@ def _dispatch(
         stage == 0, plan.total(_fetch(plan, message, inputs).weight.sum()), message.examples
       )
     )
+    # All devices run one program, so a stage's work is a branch of a switch. The sums over `data`
+    # stand between two switches: a collective in a branch would wait for stages in other branches.
     branch = jnp.where(message.number < 0, 0, 1 + stage)
     gradients = [functools.partial(_gradient, plan, s, key) for s in range(len(plan.stages))]
     summed, stats, output = jax.lax.switch(
@@ -110,6 +114,7 @@ def _dispatch(
     own, sums, bad = jax.lax.switch(
       branch, [lambda now, *_: now, *updates], (own, sums, bad), plan.total(summed), stats, message
     )
+    # The output arrives with the next tick, and the last stage's goes nowhere.
     onward = [(s, s + 1) for s in range(len(plan.stages) - 1)]
     return own, jax.lax.ppermute(output, STAGE, onward), sums, bad
 
@@ -135,26 +140,25 @@ def _gradient(
 ) -> tuple[Rows, Rows, Message]:
   """What stage s sums over devices, its new statistics, and its message to the next stage."""
   composition, key = plan.algorithm.composition, jax.random.fold_in(key, message.number)
-  seen = message
   if s == 0:
     batch = _fetch(plan, message, inputs)
     batch = batch._replace(weight=batch.weight / message.examples)
-    image, targets = composition.seen(key, batch)
-    seen = message._replace(
+    image, targets = composition.augmented(key, batch)
+    taken = message._replace(
       x=image, targets=targets, local_loss_B=jax.tree.map(jnp.zeros_like, message.local_loss_B)
     )
   else:
     shape = plan.ends[s - 1].shape
     x = message.x[:, : math.prod(shape[1:])].reshape(shape).astype(plan.ends[s - 1].dtype)
-    seen = message._replace(x=x)
+    taken = message._replace(x=x)
   result = stage_work.gradient(
-    composition, plan.stages[s], packing.unpack(own, plan.own[s]), key, seen
+    composition, plan.stages[s], packing.unpack(own, plan.own[s]), key, taken
   )
   output = message
   if s < len(plan.stages) - 1:
     x = result.x.reshape(len(result.x), -1).astype(message.x.dtype)
     x = jnp.pad(x, ((0, 0), (0, message.x.shape[1] - x.shape[1])))
-    output = seen._replace(x=x, local_loss_B=result.local_loss_B)
+    output = taken._replace(x=x, local_loss_B=result.local_loss_B)
   return (
     packing.pack(result.summed, packing.widths(plan.summed)),
     packing.pack(result.stats, packing.widths(plan.stats)),

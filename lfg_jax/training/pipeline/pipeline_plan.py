@@ -82,14 +82,16 @@ def make(
   Args:
     algorithm: an algorithm made with `update.AXIS` as its axis_name.
     mesh: a mesh with the axes `update.AXIS` and `update.STAGE`.
-    spans: the greedy stages of each pipeline stage, see `stage_plan`.
+    spans: the blockwise stages of each pipeline stage, see `stage_plan`.
     like: shapes of the run's state.
     batch: shapes of a global batch.
   """
   composition = algorithm.composition
   stages = stage_work.make_stages(composition, spans)
   own = [
-    jax.eval_shape(functools.partial(stage_work.own, stage=stage, composition=composition), like)
+    jax.eval_shape(
+      functools.partial(stage_work.state_of, stage=stage, composition=composition), like
+    )
     for stage in stages
   ]
   scalar = jax.ShapeDtypeStruct((), jnp.result_type(float))
@@ -112,8 +114,8 @@ def _between(
   """Shapes of every stage's output except the last's, and of a message with room for each."""
   composition = algorithm.composition
   of_device = lambda x: jax.ShapeDtypeStruct((x.shape[0] // devices, *x.shape[1:]), x.dtype)
-  seeing = composition._replace(axis_name=None).seen
-  image, targets = jax.eval_shape(seeing, jax.random.key(0), jax.tree.map(of_device, batch))
+  augmented = composition._replace(axis_name=None).augmented
+  image, targets = jax.eval_shape(augmented, jax.random.key(0), jax.tree.map(of_device, batch))
   shapes = stage_work.output_shapes(composition, {'params': like.params, **like.rest}, image)
   ends = [shapes[list(stage.owned)[-1]] for stage in stages[:-1]]
   width = max(math.prod(end.shape[1:]) for end in ends)
@@ -137,7 +139,9 @@ def message_specs(plan: Plan) -> Message:
 def begin(plan: Plan, state: TrainState) -> PipelineState:
   """Packs every stage's part of the state into its row. No batch is in the pipeline."""
   composition, width = plan.algorithm.composition, packing.widths(plan.own)
-  own = [packing.pack(stage_work.own(state, stage, composition), width) for stage in plan.stages]
+  own = [
+    packing.pack(stage_work.state_of(state, stage, composition), width) for stage in plan.stages
+  ]
   devices, stages = plan.mesh.shape[AXIS], len(plan.stages)
 
   def empty(leaf: jax.ShapeDtypeStruct) -> jax.Array:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import optax
 
 from lfg_jax.local import staged
-from lfg_jax.local.blockwise import greedy, owned
+from lfg_jax.local.blockwise import blockwise, owned
 from lfg_jax.local.objectives import local_metrics, with_read_out
 from lfg_jax.local.targets import Targets
-from lfg_jax.tangents.microbatch import Part, sum_and_join
+from lfg_jax.tangents.microbatch import Microbatch, sum_and_join
 from lfg_jax.training.pipeline import packing
 from lfg_jax.training.rules.algorithms import Algorithm
 from lfg_jax.training.rules.composition import Composition
@@ -72,7 +72,7 @@ class Stage(NamedTuple):
   """One stage of the pipeline.
 
   Attributes:
-    span: its greedy stages.
+    span: its blockwise stages.
     owned: its blocks, by stack; in the last stage also 'readout'.
     is_last: whether it has the read-out, and so the metrics.
   """
@@ -83,14 +83,14 @@ class Stage(NamedTuple):
 
 
 def make_stages(composition: Composition, spans: Sequence[range]) -> tuple[Stage, ...]:
-  """The pipeline stages that consist of the greedy stages in `spans`."""
+  """The pipeline stages that consist of the blockwise stages in `spans`."""
   of = lambda span: owned(composition.model, span, composition.options.every)
   *first, last = (Stage(span, of(span), is_last=False) for span in spans)
   readout = {**last.owned, 'readout': range(1)}
   return (*first, last._replace(owned=readout, is_last=True))
 
 
-def own(state: TrainState, stage: Stage, composition: Composition) -> Own:
+def state_of(state: TrainState, stage: Stage, composition: Composition) -> Own:
   """A stage's part of a run's state."""
   return packing.take(
     Own(state.params, state.rest, state.opt_state), stage.owned, *names(composition)
@@ -118,12 +118,14 @@ def gradient(
   """
   model, options = composition.model, composition.options
   variables = {'params': mine.params, **mine.rest}
-  known, key = composition.known(variables), composition.keys(key)[0]
+  known, key = composition.objective_variables(variables), composition.step_keys(key)[0]
 
-  def of_part(part: Part, share: tuple[jax.Array, Targets]) -> tuple[PyTree, PyTree]:
+  def of_microbatch(
+    microbatch: Microbatch, share: tuple[jax.Array, Targets]
+  ) -> tuple[PyTree, PyTree]:
     x, targets = share
-    run = greedy(
-      composition.estimator(variables, part),
+    run = blockwise(
+      composition.estimator(variables, microbatch),
       model,
       options.cut,
       every=options.every,
@@ -137,7 +139,7 @@ def gradient(
 
   examples = message.x, message.targets
   total, (y, loss_B) = sum_and_join(
-    of_part, examples, composition.parts(len(message.targets.label_B))
+    of_microbatch, examples, composition.microbatches(len(message.targets.label_B))
   )
   if message.local_loss_B is not None:
     loss_B = loss_B + message.local_loss_B
@@ -179,9 +181,9 @@ def output_shapes(composition: Composition, variables: PyTree, image: Any) -> di
     x = model.prepare(image)
     targets = Targets(jnp.zeros(len(x), jnp.int32), jnp.ones(len(x)))
     for stack in model.stacks:
-      mine = staged.own(variables, stack.name)
+      mine = staged.variables_of(variables, stack.name)
       mine = jax.tree.map(lambda leaf: leaf[0], mine) if stack.is_stacked else mine
-      x = stack.block(mine, x, targets, staged.Place(stack.name))[0]
+      x = stack.block(mine, x, targets, staged.BlockContext(stack.name))[0]
       found[stack.name] = x
     return found
 

@@ -32,7 +32,7 @@ class Algorithm(NamedTuple):
   """The pure functions that training needs, for a rule and a model.
 
   Attributes:
-    init: `key -> variables`: 'params' and, where used, 'batch_stats', 'feedback', 'ahead', 'control_variate'
+    init: `key -> variables`: 'params' and, where used, 'batch_stats', 'feedback', 'lookahead', 'control_variate'
       and 'control_variate_optimizer'.
     gradient: `(variables, key, batch) -> (grads, aux)`. The batch's weights must sum to 1 over the
       global batch. If the batch is sharded over a mesh axis, sum grads, the `metrics` in aux and

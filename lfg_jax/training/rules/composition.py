@@ -1,4 +1,4 @@
-"""What a rule, its options and a model do together: first variables, gradient, and what moves along.
+"""What a rule, its options and a model do together: first variables, gradient, other variables' updates.
 
 An algorithm has no code of its own. Its estimator and its objective are those that the rule names.
 """
@@ -15,7 +15,7 @@ from flax.traverse_util import unflatten_dict
 
 from lfg_jax.data.datasets import Batch
 from lfg_jax.estimators.exact_tail import Estimator
-from lfg_jax.jaxpr.tapped import Traced
+from lfg_jax.jaxpr.tapped import Tapped
 from lfg_jax.jaxpr.taps import Tap
 from lfg_jax.local import staged
 from lfg_jax.local.info_nce import VIEWS
@@ -24,7 +24,7 @@ from lfg_jax.local.staged import StagedModel, Variables
 from lfg_jax.local.targets import Targets
 from lfg_jax.models import layers
 from lfg_jax.tangents import distributions, microbatch
-from lfg_jax.tangents.microbatch import Part
+from lfg_jax.tangents.microbatch import Microbatch
 from lfg_jax.training import optimizers
 from lfg_jax.training.rules import checks
 from lfg_jax.training.rules.estimators import build_estimator
@@ -42,21 +42,21 @@ class Composition(NamedTuple):
   axis_name: str | None
   augment: Callable | None
 
-  def keys(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns a step's keys of the estimator and of the images; if these stay, both are `key`."""
+  def step_keys(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns a step's keys, of the estimator and of the augmentation; without one, `key` is both."""
     return tuple(jax.random.split(key)) if self.augment else (key, key)
 
-  def seen(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, Targets]:
+  def augmented(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, Targets]:
     """Returns the augmented images with targets; in contrastive learning, each image's two views."""
     image, label, weight = map(jnp.asarray, batch)
     if self.augment:
       ids_B = distributions.example_ids(len(label), self.axis_name)
-      image = self.augment(distributions.fold_in_all(self.keys(key)[1], ids_B), image)
+      image = self.augment(distributions.fold_in_all(self.step_keys(key)[1], ids_B), image)
       if self.model.contrast:
         label, weight = jnp.repeat(label, VIEWS), jnp.repeat(weight / VIEWS, VIEWS)
     return image, Targets(label, weight)
 
-  def known(self, variables: Variables) -> Variables:
+  def objective_variables(self, variables: Variables) -> Variables:
     """Returns the variables that objectives use."""
     taps = self.options.control_variate_taps(self.model)
     used = (
@@ -64,7 +64,7 @@ class Composition(NamedTuple):
       'batch_stats',
       *['feedback'] * self.rule.feedback,
       *['control_variate'] * bool(taps),
-      'ahead',
+      'lookahead',
     )
     if taps and not variables.get('control_variate'):
       raise ValueError(
@@ -73,16 +73,18 @@ class Composition(NamedTuple):
       )
     return {name: variables[name] for name in used if name in variables}
 
-  def estimator(self, variables: Variables, part: Part) -> Estimator:
-    """Builds the rule's estimator for a part of the batch."""
-    return build_estimator(self.rule, self.options, self.model, self.axis_name, variables, part)
+  def estimator(self, variables: Variables, microbatch: Microbatch) -> Estimator:
+    """Builds the rule's estimator for a microbatch."""
+    return build_estimator(
+      self.rule, self.options, self.model, self.axis_name, variables, microbatch
+    )
 
-  def parts(self, examples: int) -> int:
-    """Number of parts into which a device splits its share of a batch, `examples` rows."""
+  def microbatches(self, examples: int) -> int:
+    """Number of microbatches into which a device splits its share of a batch, `examples` rows."""
     model, micro_batch = self.model, self.options.micro_batch
     if checks.depends_on_others(model) or (model.slow_in_loops and not micro_batch):
       return 1
-    return microbatch.number_of_parts(examples, micro_batch, model.activity_bytes)
+    return microbatch.number_of_microbatches(examples, micro_batch, model.activity_bytes)
 
   def init(self, key: jax.Array) -> Variables:
     """See `Algorithm`."""
@@ -93,8 +95,8 @@ class Composition(NamedTuple):
       kept['feedback'] = layers.like_kernels(feedback_key, kept['params'])
     if self.rule.estimator == 'direct_feedback':
       kept['feedback'] = _tap_matrices(feedback_key, model, kept)
-    if model.ahead:
-      kept['ahead'] = model.ahead(kept['params'])
+    if model.lookahead:
+      kept['lookahead'] = model.lookahead(kept['params'])
     if taps:
       kept['control_variate'] = _control_variate_weights(kept['params'], model, taps)
       kept['control_variate_optimizer'] = self._control_variate_optimizer.init(
@@ -105,9 +107,9 @@ class Composition(NamedTuple):
   def advance(self, variables: Variables, params: PyTree, aux: dict[str, Any]) -> Variables:
     """See `Algorithm`."""
     new = {name: aux[name] for name in ('batch_stats',) if name in variables}
-    if self.model.ahead:
-      new['ahead'] = optax.incremental_update(
-        self.model.ahead(params), variables['ahead'], 1 - self.options.head_average
+    if self.model.lookahead:
+      new['lookahead'] = optax.incremental_update(
+        self.model.lookahead(params), variables['lookahead'], 1 - self.options.head_average
       )
     if 'control_variate' in variables:
       updates, new['control_variate_optimizer'] = self._control_variate_optimizer.update(
@@ -120,22 +122,28 @@ class Composition(NamedTuple):
     self, variables: Variables, key: jax.Array, batch: Batch
   ) -> tuple[PyTree, dict[str, Any]]:
     """See `Algorithm`."""
-    image, targets = self.seen(key, batch)
-    of_part = functools.partial(self._part_gradient, variables, self.keys(key)[0])
-    return microbatch.sum_over_parts(of_part, (image, targets), self.parts(len(targets.label_B)))
+    image, targets = self.augmented(key, batch)
+    of_microbatch = functools.partial(self._microbatch_gradient, variables, self.step_keys(key)[0])
+    return microbatch.sum_over_microbatches(
+      of_microbatch, (image, targets), self.microbatches(len(targets.label_B))
+    )
 
-  def _part_gradient(
-    self, variables: Variables, key: jax.Array, part: Part, examples: tuple[jax.Array, Targets]
+  def _microbatch_gradient(
+    self,
+    variables: Variables,
+    key: jax.Array,
+    microbatch: Microbatch,
+    examples: tuple[jax.Array, Targets],
   ) -> tuple[PyTree, dict[str, Any]]:
     rule, options, (image, targets) = self.rule, self.options, examples
-    estimator = self.estimator(variables, part)
+    estimator = self.estimator(variables, microbatch)
     if rule.cut:
       run = stage_by_stage(
         self.model, estimator, options.cut, every=options.every, overlap=options.overlap
       )
     else:
       run = end_to_end(self.model, estimator, local=rule.local)
-    return run(self.known(variables), key, self.model.prepare(image), targets)
+    return run(self.objective_variables(variables), key, self.model.prepare(image), targets)
 
   @property
   def _control_variate_optimizer(self) -> optax.GradientTransformation:
@@ -164,8 +172,8 @@ def _tap_matrices(key: jax.Array, model: StagedModel, variables: Variables) -> P
   They are scaled so that a signal is about as long as the error.
   """
   x = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.result_type(float))
-  traced = Traced(functools.partial(staged.evaluate, model), variables, x)
-  taps, (logits, _) = traced.taps, traced.shape
+  tapped = Tapped(functools.partial(staged.evaluate, model), variables, x)
+  taps, (logits, _) = tapped.taps, tapped.shape
   outputs = model.contrast.projections if model.contrast else logits.shape[-1]
 
   def matrix(key: jax.Array, tap: Tap) -> jax.Array:

@@ -9,13 +9,13 @@ from flax.traverse_util import flatten_dict
 
 from lfg_jax.estimators._types import GradFn, LossFn
 from lfg_jax.estimators.activity import activity_perturbation
-from lfg_jax.estimators.exact_tail import Estimator, exact_behind
+from lfg_jax.estimators.exact_tail import Estimator, exact_tail
 from lfg_jax.estimators.feedback import backprop, direct_feedback
 from lfg_jax.estimators.weight import weight_perturbation
 from lfg_jax.local.info_nce import VIEWS
 from lfg_jax.local.staged import StagedModel, in_block
 from lfg_jax.tangents import distributions
-from lfg_jax.tangents.microbatch import WHOLE, Part
+from lfg_jax.tangents.microbatch import WHOLE, Microbatch
 from lfg_jax.tangents.sampling import Sampling
 from lfg_jax.training.rules.rules import Options, Rule
 
@@ -28,7 +28,7 @@ def build_estimator(
   model: StagedModel,
   axis_name: str | None,
   variables: dict[str, PyTree],
-  part: Part = WHOLE,
+  microbatch: Microbatch = WHOLE,
 ) -> Estimator:
   """The rule's estimator, `(fun, learned) -> grad_fn`."""
   weight = rule.estimator == 'weight'
@@ -42,7 +42,7 @@ def build_estimator(
     axis_name,
     options.chunk or None,
     options.combine,
-    part,
+    microbatch,
     rows,
   )
   if weight:
@@ -84,7 +84,7 @@ def _activity_estimator(options: Options, model: StagedModel, sampling: Sampling
   before = functools.partial(
     activity, is_perturbed=lambda name: in_block(name) in model.taps and name != behind
   )
-  return functools.partial(exact_behind, estimator=before, is_boundary=boundary.__eq__)
+  return functools.partial(exact_tail, estimator=before, is_boundary=boundary.__eq__)
 
 
 def _under_a_loss(path: tuple) -> bool:

@@ -34,7 +34,7 @@ def gradient_flop(model: StagedModel, rule: Rule, options: Options) -> int:
   whole = sum(sum(block.values()) for block in blocks)
   first = sum(stage[0][1] for stage in stages)
   K, own = options.num_tangents, options.of(rule, model)
-  through = _through(model, rule, own) if model.ahead else 0
+  through = _through(model, rule, own) if model.lookahead else 0
   if rule.estimator == 'activity' and not own.joint:
     names = [name for stage in stages for name, _ in stage]
     derivatives = sum(

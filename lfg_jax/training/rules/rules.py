@@ -20,7 +20,7 @@ class Rule(NamedTuple):
 
   Attributes:
     estimator: name of the estimator: 'backprop', 'weight', 'activity' or 'direct_feedback'.
-    cut: whether gradients are stopped between blocks (greedy).
+    cut: whether gradients are stopped between blocks (blockwise).
     local: whether local losses are used.
     feedback: whether linear layers send gradients back through fixed random matrices.
     variance_reduced: whether activity perturbation has less noise at the same cost. This decides what
@@ -111,8 +111,8 @@ class LossOptions:
 
   patch: bool = field(True, 'whether every patch has local losses of its own')
   group: bool = field(True, 'whether every channel group has local losses of its own')
-  every: int = field(1, 'number of blocks per stage of a greedy rule', at_least(1))
-  overlap: bool = field(False, 'whether greedy stages are overlapping pairs of blocks')
+  every: int = field(1, 'number of blocks per stage of a blockwise rule', at_least(1))
+  overlap: bool = field(False, 'whether blockwise stages are overlapping pairs of blocks')
   head_ahead: bool = field(
     False, "whether a head sees its block's output through a slow average of the next block"
   )

@@ -43,9 +43,10 @@ def in_words(row: Row) -> str:
   >>> in_words({'epoch': 2, 'train_loss': 0.51234, 'test_error_percent': 2.2284, 'speed': None})
   'epoch 2  train loss 0.512  test error 2.23 %'
   """
-  digits = lambda value: (
-    f'{value:.3g}' if isinstance(value, float) and value < 1000 else f'{value:.0f}'
-  )
+
+  def digits(value: float) -> str:
+    return f'{value:.3g}' if isinstance(value, float) and value < 1000 else f'{value:.0f}'
+
   words = {
     name.replace('_', ' '): digits(value) for name, value in row.items() if value is not None
   }

@@ -16,7 +16,7 @@ from lfg_jax.training.update import TrainState
 PyTree = Any
 # The algorithm's other variables that are kept. The optimizer of the control variates starts afresh, as does
 # the optimizer of the parameters.
-KEPT = ('batch_stats', 'feedback', 'ahead', 'control_variate')
+KEPT = ('batch_stats', 'feedback', 'lookahead', 'control_variate')
 
 
 def check(folder: pathlib.Path, algorithm: Algorithm) -> None:
@@ -35,16 +35,19 @@ def from_run(folder: pathlib.Path, state: TrainState, algorithm: Algorithm) -> T
   """The state with another run's parameters, and with its `KEPT` variables that this run also has.
 
   They come from the other run's newest readable checkpoint. If it lacks an average of the next
-  blocks that this run needs ('ahead'), the average starts from the other run's parameters.
+  blocks that this run needs ('lookahead'), the average starts from the other run's parameters.
 
   Raises:
     UserError: as in `check`.
   """
   here, there = _taken(state._asdict()), _taken(_newest(folder, _read))
-  if ahead := algorithm.composition.model.ahead:
-    there = {'ahead': ahead(there['params']), **there}
+  if lookahead := algorithm.composition.model.lookahead:
+    there = {'lookahead': lookahead(there['params']), **there}
   _compare(folder, there, here)
-  put = lambda tree, like: jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), tree, like)
+
+  def put(tree: PyTree, like: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), tree, like)
+
   new = {name: put(tree, here[name]) for name, tree in there.items() if name in here}
   return state._replace(params=new.pop('params'), rest={**state.rest, **new})
 

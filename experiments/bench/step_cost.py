@@ -10,6 +10,7 @@ import math
 import os
 from typing import Any, NamedTuple
 
+import hlo
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -18,7 +19,6 @@ from ml_collections import ConfigDict
 from lfg_jax import data
 from lfg_jax.errors import UserError, one_of
 from lfg_jax.training import optimizers, update
-from lfg_jax.training.cost import hlo
 from lfg_jax.training.pipeline import partition, pipeline, pipeline_plan, stage_work
 from lfg_jax.training.rules import algorithms
 from lfg_jax.training.rules.composition import Composition
@@ -158,7 +158,7 @@ def _largest(composition: Composition, spans: tuple[range, ...], whole: TrainSta
   return max(
     _size(
       jax.eval_shape(
-        functools.partial(stage_work.own, stage=stage, composition=composition), whole
+        functools.partial(stage_work.state_of, stage=stage, composition=composition), whole
       ).params
     )
     for stage in stage_work.make_stages(composition, spans)
