@@ -20,6 +20,10 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 # Bars and slashes, which would grow and stand apart like operators.
 BAR = re.compile('<mo(?: stretchy="false")?>(&#x0007C;|&#x02016;|&#x0002F;)</mo>')
 
+OPEN = """[Download this notebook]({name}). To open it, in a clone of the repository:
+`pip install -e '.[notebooks]' && jupyter notebook experiments/notebooks/{name}`.
+"""
+
 # Lines from a prompt to the next empty line.
 DOCTEST = re.compile(r'^>>> .*(?:\n.+)*', re.MULTILINE)
 
@@ -51,6 +55,7 @@ def on_config(config: Any) -> None:
 def on_files(files: Files, config: Any) -> None:
   for path in NOTEBOOKS.glob('*.ipynb'):
     files.append(File.generated(config, page_of(path), content=notebook_as_markdown(path)))
+    files.append(File.generated(config, f'notebooks/{path.name}', abs_src_path=str(path)))
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -72,15 +77,16 @@ def title(notebook: pathlib.Path) -> str:
 
 
 def notebook_as_markdown(notebook: pathlib.Path) -> str:
-  parts = ['---\nhide: [toc]\n---']
+  """The cells below the title, with how to open the notebook between the two."""
+  parts = []
   for cell in cells(notebook):
     source = ''.join(cell['source'])
     if cell['cell_type'] == 'markdown':
       parts.append(source)
     else:
       parts += [fenced('python', source), *(shown(output) for output in cell['outputs'])]
-  parts.append(f'*The notebook: `experiments/notebooks/{notebook.name}`.*')
-  return '\n\n'.join(parts)
+  heading, rest = parts[0].split('\n', 1)
+  return '\n\n'.join([heading, OPEN.format(name=notebook.name), rest, *parts[1:]])
 
 
 def shown(output: dict) -> str:
