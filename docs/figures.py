@@ -137,7 +137,7 @@ def dimensions(figure: Figure) -> None:
     xscale='log',
     yscale='log',
     ylabel='squared error / |g|²',
-    xlim=(None, sizes[-1] * 8),
+    xlim=(None, sizes[-1] * 20),
   )
   plain(left.yaxis, 1, 10, 100, 1000)
   plain(left.xaxis, *sizes)

@@ -31,6 +31,9 @@ DOCTEST = re.compile(r'^>>> .*(?:\n.+)*', re.MULTILINE)
 CELL = re.compile(r'<td.*?</td>', re.DOTALL)
 CODE = re.compile(r'(?<=<code>)[^<]*(?=</code>)')
 BREAK = re.compile(r'(?=::)|(?<=/)|(?<=\w_)')
+# What may not be broken at its hyphens and spaces: options, names of rules, pairs of errors.
+OPTION = re.compile(r'(?<![\w-])--(?:[\w.]|<wbr>)+(?:=(?:[^\s<]|<wbr>)*)?')
+WHOLE = re.compile(r'(?<![\w=/.-])(?:LG?|FG)-(?:FG-)?[A-Z]+\+?|\d+\.\d+ / \d+\.\d+')
 
 
 class Doctests(griffe.Extension):
@@ -59,7 +62,8 @@ def on_files(files: Files, config: Any) -> None:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-  content = CELL.sub(lambda cell: CODE.sub(breakable, cell[0]), content)
+  content = CELL.sub(lambda cell: WHOLE.sub(unbroken, CODE.sub(breakable, cell[0])), content)
+  content = CODE.sub(lambda code: OPTION.sub(unbroken, code[0]), content)
   return FORMULA.sub(as_mathml, content)
 
 
@@ -100,8 +104,12 @@ def shown(output: dict) -> str:
   return fenced('text', ''.join(text).rstrip())
 
 
+def unbroken(text: re.Match) -> str:
+  return f'<span class="whole">{text[0]}</span>'
+
+
 def breakable(code: re.Match) -> str:
-  return BREAK.sub('<wbr>', code[0])
+  return OPTION.sub(unbroken, BREAK.sub('<wbr>', code[0]))
 
 
 def fenced(language: str, text: str) -> str:
