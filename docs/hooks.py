@@ -31,6 +31,8 @@ DOCTEST = re.compile(r'^>>> .*(?:\n.+)*', re.MULTILINE)
 CELL = re.compile(r'<td.*?</td>', re.DOTALL)
 CODE = re.compile(r'(?<=<code>)[^<]*(?=</code>)')
 BREAK = re.compile(r'(?=::)|(?<=/)|(?<=\w_)')
+# A function or class of the package, as `file::name`.
+SOURCE = re.compile(r'`(lfg_jax/[\w/]+)\.py::(\w+)`')
 # What may not be broken at its hyphens and spaces: options, names of rules, pairs of errors.
 OPTION = re.compile(r'(?<![\w-])--(?:[\w.]|<wbr>)+(?:=(?:[^\s<]|<wbr>)*)?')
 WHOLE = re.compile(r'(?<![\w=/.-])(?:LG?|FG)-(?:FG-)?[A-Z]+\+?|\d+\.\d+ / \d+\.\d+')
@@ -59,6 +61,18 @@ def on_files(files: Files, config: Any) -> None:
   for path in NOTEBOOKS.glob('*.ipynb'):
     files.append(File.generated(config, page_of(path), content=notebook_as_markdown(path)))
     files.append(File.generated(config, f'notebooks/{path.name}', abs_src_path=str(path)))
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+  """Links what the page of the paper names to its entry, if it has one; there its source stands."""
+  if page.file.src_uri != 'paper_to_code.md':
+    return markdown
+  return SOURCE.sub(
+    lambda name: (
+      f'<autoref identifier="{name[1].replace("/", ".")}.{name[2]}" optional>{name[0]}</autoref>'
+    ),
+    markdown,
+  )
 
 
 def on_page_content(content: str, **_: Any) -> str:

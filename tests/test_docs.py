@@ -160,6 +160,13 @@ def wrong(command):
   return ''
 
 
+def test_the_page_of_the_paper_links_to_sources(site):
+  page = (site / 'paper_to_code.html').read_text()
+  assert 'href="api/replicated.html#lfg_jax.local.replicated.replicated_loss"' in page
+  entry = (site / 'api' / 'replicated.html').read_text()
+  assert 'Source code in <code>lfg_jax/local/replicated.py</code>' in entry
+
+
 def test_what_the_page_of_the_paper_names_exists():
   quoted = re.findall(r'`([^`\n]+)`', PAPER_TO_CODE)
   files = [text for text in quoted if text.split('/')[0] in FOLDERS and ' ' not in text]
