@@ -74,9 +74,7 @@ def forward_derivative(figure: Figure) -> None:
       linewidth=0.8,
       zorder=0,
     )
-  u = jnp.array(
-    [1.35, -0.42]
-  )  # of length √2, as the distribution `sphere` draws it in two dimensions
+  u = jnp.array([1.35, -0.42])  # of length √2, as `sphere` draws it in two dimensions
   u = u * math.sqrt(2) / jnp.linalg.norm(u)
   slope = jax.jvp(f, (x,), (u,))[1]
   scale = 0.22
@@ -132,14 +130,14 @@ def dimensions(figure: Figure) -> None:
     left.plot(own, [error_of_direction(d, K) for d in own], 'o', color=color)
     excess = [distributions.hadamard.excess(d, K) for d in own]
     left.plot(own, excess, color=color)
-    label(left, own[-1], excess[-1], f'{K} pass{"es" if K > 1 else ""}', color)
+    label(left, own[-1], excess[-1], f'{K} tangent{"s" if K > 1 else ""}', color)
   left.set(
     title='Noise grows with the dimensions',
     xlabel='perturbed dimensions d',
     xscale='log',
     yscale='log',
     ylabel='squared error / |g|²',
-    xlim=(None, sizes[-1] * 8),
+    xlim=(None, sizes[-1] * 20),
   )
   plain(left.yaxis, 1, 10, 100, 1000)
   plain(left.xaxis, *sizes)
@@ -208,7 +206,7 @@ def local_losses(figure: Figure) -> None:
 
 
 def less_noise(figure: Figure) -> None:
-  """What each step from the paper's LG-FG-A+ to the default does to the three layers."""
+  """What each step from the paper's LG-FG-A to the default does to the three layers."""
   width, batch, classes = 16, 64, 10
   keys = jax.random.split(jax.random.key(6), 6)
   layers = Layers(

@@ -20,6 +20,10 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 # Bars and slashes, which would grow and stand apart like operators.
 BAR = re.compile('<mo(?: stretchy="false")?>(&#x0007C;|&#x02016;|&#x0002F;)</mo>')
 
+OPEN = """[Download this notebook]({name}). To open it, in a clone of the repository:
+`pip install -e '.[notebooks]' && jupyter notebook experiments/notebooks/{name}`.
+"""
+
 # Lines from a prompt to the next empty line.
 DOCTEST = re.compile(r'^>>> .*(?:\n.+)*', re.MULTILINE)
 
@@ -27,6 +31,11 @@ DOCTEST = re.compile(r'^>>> .*(?:\n.+)*', re.MULTILINE)
 CELL = re.compile(r'<td.*?</td>', re.DOTALL)
 CODE = re.compile(r'(?<=<code>)[^<]*(?=</code>)')
 BREAK = re.compile(r'(?=::)|(?<=/)|(?<=\w_)')
+# A function or class of the package, as `file::name`.
+SOURCE = re.compile(r'`(lfg_jax/[\w/]+)\.py::(\w+)`')
+# What may not be broken at its hyphens and spaces: options, names of rules, pairs of errors.
+OPTION = re.compile(r'(?<![\w-])--(?:[\w.]|<wbr>)+(?:=(?:[^\s<]|<wbr>)*)?')
+WHOLE = re.compile(r'(?<![\w=/.-])(?:LG?|FG)-(?:FG-)?[A-Z]+\+?|\d+\.\d+ / \d+\.\d+')
 
 
 class Doctests(griffe.Extension):
@@ -51,10 +60,24 @@ def on_config(config: Any) -> None:
 def on_files(files: Files, config: Any) -> None:
   for path in NOTEBOOKS.glob('*.ipynb'):
     files.append(File.generated(config, page_of(path), content=notebook_as_markdown(path)))
+    files.append(File.generated(config, f'notebooks/{path.name}', abs_src_path=str(path)))
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+  """Links what the page of the paper names to its entry, if it has one; there its source stands."""
+  if page.file.src_uri != 'paper_to_code.md':
+    return markdown
+  return SOURCE.sub(
+    lambda name: (
+      f'<autoref identifier="{name[1].replace("/", ".")}.{name[2]}" optional>{name[0]}</autoref>'
+    ),
+    markdown,
+  )
 
 
 def on_page_content(content: str, **_: Any) -> str:
-  content = CELL.sub(lambda cell: CODE.sub(breakable, cell[0]), content)
+  content = CELL.sub(lambda cell: WHOLE.sub(unbroken, CODE.sub(breakable, cell[0])), content)
+  content = CODE.sub(lambda code: OPTION.sub(unbroken, code[0]), content)
   return FORMULA.sub(as_mathml, content)
 
 
@@ -72,15 +95,16 @@ def title(notebook: pathlib.Path) -> str:
 
 
 def notebook_as_markdown(notebook: pathlib.Path) -> str:
-  parts = ['---\nhide: [toc]\n---']
+  """The cells below the title, with how to open the notebook between the two."""
+  parts = []
   for cell in cells(notebook):
     source = ''.join(cell['source'])
     if cell['cell_type'] == 'markdown':
       parts.append(source)
     else:
       parts += [fenced('python', source), *(shown(output) for output in cell['outputs'])]
-  parts.append(f'*The notebook: `experiments/notebooks/{notebook.name}`.*')
-  return '\n\n'.join(parts)
+  heading, rest = parts[0].split('\n', 1)
+  return '\n\n'.join([heading, OPEN.format(name=notebook.name), rest, *parts[1:]])
 
 
 def shown(output: dict) -> str:
@@ -94,8 +118,12 @@ def shown(output: dict) -> str:
   return fenced('text', ''.join(text).rstrip())
 
 
+def unbroken(text: re.Match) -> str:
+  return f'<span class="whole">{text[0]}</span>'
+
+
 def breakable(code: re.Match) -> str:
-  return BREAK.sub('<wbr>', code[0])
+  return OPTION.sub(unbroken, BREAK.sub('<wbr>', code[0]))
 
 
 def fenced(language: str, text: str) -> str:

@@ -1,6 +1,8 @@
 """The documentation builds without warnings, the things it names exist, and the notebooks run."""
 
 import ast
+import html
+import inspect
 import os
 import pathlib
 import re
@@ -12,6 +14,7 @@ import nbclient
 import nbformat
 import pytest
 
+import lfg_jax
 from lfg_jax.errors import LOST, UserError
 from lfg_jax.training import configs, main
 from lfg_jax.training.hosts import connect
@@ -44,7 +47,40 @@ def site(tmp_path_factory):
 
 
 def test_documentation_builds_without_warnings(site):
-  assert 'value_and_forward_grad' in (site / 'api' / 'forward_grad.html').read_text()
+  assert 'value_and_forward_grad' in (site / 'api' / 'forward_gradient.html').read_text()
+
+
+def public_names():
+  """Those of the package, and of its distributions, which are not about drawing."""
+  of_tangents = [*lfg_jax.distributions.DISTRIBUTIONS, 'DISTRIBUTIONS', 'Distribution']
+  return [*lfg_jax.__all__, *(f'distributions.{name}' for name in of_tangents)]
+
+
+def test_every_public_name_has_its_anchor_on_one_page(site):
+  page = (site / 'api' / 'index.html').read_text()
+  anchors = set(re.findall(r'id="lfg_jax\.([\w.]+)"', page))
+  assert 'forward_grad' in anchors and 'nothing' not in anchors
+  assert set(public_names()) - anchors == set()
+
+
+def test_signatures_are_whole(site):
+  """Without a formatter they are cut, or one long line."""
+  page = (site / 'api' / 'index.html').read_text()
+  signature = page[page.index('id="lfg_jax.value_and_activity_grad"') :].split('</pre>')[0]
+  text = html.unescape(re.sub(r'<[^>]+>', '', signature))
+  parameters = inspect.signature(lfg_jax.value_and_activity_grad).parameters
+  assert [name for name in parameters if not re.search(rf'\n +{name}:', text)] == []
+  assert max(map(len, text.splitlines())) <= 90
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('page', ['index', 'which_estimator', 'your_own_model'])
+def test_code_blocks_run_as_they_stand(page):
+  """Each in an empty namespace."""
+  blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / f'{page}.md').read_text(), re.S)
+  assert blocks
+  for block in blocks:
+    exec(compile(block, f'{page}.md', 'exec'), {})
 
 
 @pytest.mark.parametrize('page', ['concepts', 'paper_to_code', 'estimators', 'contrastive'])
@@ -79,6 +115,8 @@ def test_notebooks_are_pages(site):
     assert f'notebooks/{path.stem}.html' in start
     pictures = path.read_text().count('"image/png"')
     assert page.count('src="data:image/png;base64,') == pictures
+    assert f'href="{path.name}"' in page
+    assert (site / 'notebooks' / path.name).read_bytes() == path.read_bytes()
 
 
 def defined(path):
@@ -120,6 +158,13 @@ def wrong(command):
     if problem:
       return problem
   return ''
+
+
+def test_the_page_of_the_paper_links_to_sources(site):
+  page = (site / 'paper_to_code.html').read_text()
+  assert 'href="api/replicated.html#lfg_jax.local.replicated.replicated_loss"' in page
+  entry = (site / 'api' / 'replicated.html').read_text()
+  assert 'Source code in <code>lfg_jax/local/replicated.py</code>' in entry
 
 
 def test_what_the_page_of_the_paper_names_exists():

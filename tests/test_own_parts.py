@@ -18,7 +18,7 @@ from tests.statistics import ROUNDING, SIGMAS, z_of_mean
 PAGES = {
   'model': 'bring_a_model',
   'loss': 'new_local_loss',
-  'distribution': 'new_tangent_law',
+  'distribution': 'new_distribution',
   'data': 'new_data_set',
 }
 

@@ -61,7 +61,7 @@ def ended(monkeypatch, capsys, *arguments):
 
 MODEL = (ROOT / 'docs' / 'bring_a_model.md').read_text().split('```python\n')[1].split('```')[0]
 DISTRIBUTION = (
-  (ROOT / 'docs' / 'new_tangent_law.md').read_text().split('```python\n')[1].split('```')[0]
+  (ROOT / 'docs' / 'new_distribution.md').read_text().split('```python\n')[1].split('```')[0]
 )
 MISTAKE = 'None.shape'
 # part: (option, text with a mistake, what the last line begins with)
