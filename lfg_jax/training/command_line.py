@@ -218,7 +218,7 @@ def help_of_fields(config: ConfigDict) -> str:
   return '\n'.join(lines) + '\n'
 
 
-def _wrapped(text: str, **indents: str) -> str:
+def _wrapped(text: str, **indents: Any) -> str:
   # Names such as LG-FG-A+ stay whole.
   return textwrap.fill(text, WIDTH, break_on_hyphens=False, **indents)
 
