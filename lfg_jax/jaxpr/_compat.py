@@ -3,7 +3,7 @@
 From jaxlib 0.10.2 on, the CPU backend leaves products and the sums around them to a library,
 YNNPACK, which has computed wrong ones without a word (github.com/jax-ml/jax/issues/39103). With
 jaxlib 0.11.2 a vmapped estimate in a scan was wrong by a factor of 10⁴; see
-`tests/test_exact_sums.py`. XLA reads its flags when JAX first looks for devices, which is after a
+`tests/jaxpr/test_exact_sums.py`. XLA reads its flags when JAX first looks for devices, which is after a
 program has imported what it uses.
 """
 
