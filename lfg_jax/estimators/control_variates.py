@@ -12,7 +12,7 @@ guess, |g - h| > |g|, adds variance, but never bias.
 
 The control variate must not depend on the tangent. An estimator calls it before drawing tangents, and gives
 it no key. A control variate that obtains the tangents by other means makes the estimate biased, as
-`tests/test_guesses.py` shows.
+`tests/estimators/test_control_variates.py` shows.
 
 **A learned control variate.** `Learned` carries the exact signal s from the end of a block one layer back, as
 feedback alignment does: through a matrix F in place of the layer's transposed kernel, with norms

@@ -115,7 +115,7 @@ def cluster(
 # From jaxlib 0.10.2 on, the CPU backend leaves products and the sums around them to a library,
 # YNNPACK, which has computed wrong ones without a word (github.com/jax-ml/jax/issues/39103). With
 # jaxlib 0.11.2 a vmapped estimate in a scan was wrong by a factor of 10⁴; see
-# `tests/test_exact_sums.py`.
+# `tests/jaxpr/test_exact_sums.py`.
 FLAG = '--xla_cpu_experimental_ynn_fusion_type'
 FIRST_WRONG = (0, 10, 2)
 

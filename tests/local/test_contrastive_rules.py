@@ -18,8 +18,8 @@ from lfg_jax.tangents.distributions import Chunk
 from lfg_jax.tangents.sampling import Sampling
 from lfg_jax.training.rules import algorithms, rules
 from tests import oracle
+from tests.local.test_contrastive import naive
 from tests.small import keep_kernels, relative_error, small
-from tests.test_contrastive import naive
 
 
 def noisy_views(key_B, image):

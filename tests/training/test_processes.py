@@ -13,8 +13,8 @@ from PIL import Image
 from lfg_jax.errors import LOST
 from lfg_jax.training.hosts import connect, processes
 from lfg_jax.training.run import metrics
+from tests.data.test_streams import write_imagenet
 from tests.runs import FLAGS, STEPS, start, state
-from tests.test_streams import write_imagenet
 
 
 def two(folders, *flags, script='train.py'):

@@ -30,7 +30,7 @@ def test_help_has_the_command(name, capsys):
 def test_a_test_runs_it(name):
   folder, _, module = name.rpartition('/')
   started = re.compile(rf"'{name}'" + rf'|^import {module}\b' * (folder == 'paper'), re.MULTILINE)
-  tests = [path for path in (runs.ROOT / 'tests').glob('test_*.py') if path.name not in OTHERS]
+  tests = [path for path in (runs.ROOT / 'tests').rglob('test_*.py') if path.name not in OTHERS]
   assert any(started.search(path.read_text()) for path in tests), f'no test runs {name}.py'
 
 

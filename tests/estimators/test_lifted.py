@@ -7,8 +7,8 @@ import pytest
 
 from lfg_jax import mark
 from lfg_jax.tangents import distributions, variance
+from tests.estimators.test_modules import estimator, exact, images, init
 from tests.small import relative_error
-from tests.test_modules import estimator, exact, images, init
 
 
 class Tied(nn.Module):

@@ -81,7 +81,7 @@ FILES = {
   'distribution': (
     'estimator.module',
     DISTRIBUTION
-    + f'\n\ndef wrong(*_):\n  return {MISTAKE}\n\nlaw = distribution._replace(draw=wrong)\n',
+    + f'\n\ndef wrong(*_):\n  return {MISTAKE}\n\ndistribution = distribution._replace(draw=wrong)\n',
     'estimator.module {path}: ',
   ),
   'model': (

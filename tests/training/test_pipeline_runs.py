@@ -15,7 +15,7 @@ from lfg_jax.training import train, update
 from lfg_jax.training.hosts import connect
 from lfg_jax.training.run import metrics
 from tests.runs import FLAGS, STEPS, start, state
-from tests.test_pipeline import after, assert_same, build, mesh_of, perceptron
+from tests.training.test_pipeline import after, assert_same, build, mesh_of, perceptron
 
 
 @pytest.mark.full

@@ -4,7 +4,6 @@ import ast
 import html
 import inspect
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -19,8 +18,8 @@ from lfg_jax.errors import LOST, UserError
 from lfg_jax.training import configs, main
 from lfg_jax.training.hosts import connect
 from lfg_jax.training.rules import rules
+from tests.runs import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / 'experiments' / 'notebooks').glob('*.ipynb'))
 sys.path += [str(ROOT / 'experiments' / 'paper'), str(ROOT / 'docs')]
 import figures  # noqa: E402

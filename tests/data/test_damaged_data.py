@@ -9,9 +9,9 @@ import pytest
 from lfg_jax import data
 from lfg_jax.errors import UserError
 from lfg_jax.training import train
+from tests.data.test_new_data import labelled
+from tests.data.test_streams import write_imagenet
 from tests.runs import tiny
-from tests.test_new_data import labelled
-from tests.test_streams import write_imagenet
 
 TRAIN = 'flags-train.array_record-00000-of-00001'
 TEST = 'flags-validation.array_record-00000-of-00001'

@@ -13,8 +13,8 @@ from lfg_jax import data
 from lfg_jax.data import datasets
 from lfg_jax.errors import UserError
 from lfg_jax.training import prepare_data, train
+from tests.data.test_data import refusal
 from tests.runs import tiny
-from tests.test_data import refusal
 
 
 def png(image):

@@ -13,9 +13,9 @@ from lfg_jax.jaxpr.taps import Tap
 from lfg_jax.tangents import distributions, guided, variance
 from lfg_jax.tangents.distributions import Chunk
 from lfg_jax.training.rules import algorithms, rules
+from tests.estimators.test_unbiased import model
 from tests.small import compose, gradient, relative_error, small
 from tests.statistics import SIGMAS, is_mean, verdict, z_of_mean, z_scores, z_scores_of_multiples
-from tests.test_unbiased import model
 
 
 def with_guess(s, weights):

@@ -10,8 +10,8 @@ from lfg_jax import data
 from lfg_jax.data import streaming
 from lfg_jax.errors import UserError
 from lfg_jax.training import train
+from tests.data.test_streams import TRAIN, stream
 from tests.runs import tiny
-from tests.test_streams import TRAIN, stream
 
 
 def test_crops_depend_on_seed_epoch_and_example():

@@ -25,10 +25,10 @@ from lfg_jax.training.run import warm_start
 from lfg_jax.training.run.checkpoints import Checkpoints
 from lfg_jax.training.train import prepare
 from tests import oracle
+from tests.models.test_models import BATCH, FIELDS, KEYS, composed, model_of
 from tests.runs import tiny
 from tests.small import relative_error
 from tests.statistics import verdict, z_scores
-from tests.test_models import BATCH, FIELDS, KEYS, composed, model_of
 
 TARGETS = Targets(BATCH.label, BATCH.weight)
 AHEAD = {'head_ahead': True}

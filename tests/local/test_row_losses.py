@@ -15,10 +15,10 @@ from lfg_jax.local.row_losses import ROW_LOSSES
 from lfg_jax.local.targets import Targets
 from lfg_jax.training.rules import algorithms
 from lfg_jax.training.train import prepare
+from tests.models.test_models import BATCH, FIELDS, composed, gradient
 from tests.runs import tiny
 from tests.small import keep_kernels, relative_error
 from tests.statistics import verdict, z_scores_of_multiples
-from tests.test_models import BATCH, FIELDS, composed, gradient
 
 HIDDEN = 6
 KINDS = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.test_bad_input import ALGORITHMS, run, told
+from tests.training.test_bad_input import ALGORITHMS, run, told
 
 
 # Arguments of a script, and facts of the line.
