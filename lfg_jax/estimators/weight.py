@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lfg_jax.estimators._types import GradFn, Losses, LossFn, PyTree, total
 from lfg_jax.tangents import distributions
-from lfg_jax.tangents.derivatives import Derivative, along_each, jvp_derivative
+from lfg_jax.tangents.derivatives import along_each, jvp_derivative
 from lfg_jax.tangents.distributions import Chunk
 from lfg_jax.tangents.sampling import Sampling, combine, sum_over_chunks, tangent_key
 
@@ -18,7 +18,6 @@ def weight_perturbation(
   fun: LossFn,
   *,
   sampling: Sampling = Sampling(),
-  derivative: Derivative = jvp_derivative,
   is_exact: Callable[[tuple], bool] = lambda path: False,
   group_axis: Callable[[tuple], int | None] = lambda path: None,
 ) -> GradFn:
@@ -29,7 +28,6 @@ def weight_perturbation(
   Args:
     sampling: `shared=False` draws one weight tangent per example (memory: B copies of the weights;
       losses of one example must not depend on others).
-    derivative: `jvp_derivative` or `finite_difference(ε)`.
     is_exact: whether a parameter, by its path, gets its exact gradient. This is for heads and the
       read-out, single linear layers right below their loss.
     group_axis: for a parameter's path, the axis over the G groups (or G equal chunks), each of
@@ -57,7 +55,7 @@ def weight_perturbation(
     staying = [leaf for (_, leaf), e in zip(paths_leaves, exact, strict=True) if e]
     axes = [group_axis(path) for (path, _), e in zip(paths_leaves, exact, strict=True) if not e]
     losses, aux = fun(params, *args)
-    along = derivative(
+    along = jvp_derivative(
       lambda moved: fun(merge(moved, staying), *args)[0],
       moving,
       sampling.at_once < sampling.num_tangents,

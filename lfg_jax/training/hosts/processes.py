@@ -9,7 +9,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,10 +131,10 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
-def say(*words: Any, file: TextIO | None = None) -> None:
+def say(*words: Any) -> None:
   """Prints, in the first process only."""
   if is_first():
-    print(*words, file=file, flush=True)
+    print(*words, flush=True)
 
 
 def share_folder(folder: pathlib.Path) -> None:
