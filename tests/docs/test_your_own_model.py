@@ -3,10 +3,8 @@
 import re
 
 import equinox as eqx
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 from flax import nnx
 
@@ -15,25 +13,14 @@ from tests.runs import ROOT
 from tests.small import relative_error
 
 PAGE = (ROOT / 'docs' / 'your_own_model.md').read_text()
-X, Y = jax.random.normal(jax.random.key(1), (6, 3)), jnp.arange(6) % 2
-GIVEN = {
-  'jax': jax,
-  'jnp': jnp,
-  'lfg_jax': lfg_jax,
-  'nn': nn,
-  'nnx': nnx,
-  'eqx': eqx,
-  'x': X,
-  'y': Y,
-}
 
 
-def run(word, **given):
-  """What the page's snippet with this word defines, for a cross-entropy and these variables."""
-  (code,) = (c for c in re.findall(r'```python\n(.*?)```', PAGE, re.S) if word in c)
-  cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-  scope = {**GIVEN, 'cross_entropy': cross_entropy, 'key': jax.random.key(2), **given}
-  exec(compile(code, word, 'exec'), scope)
+def run(heading, dropout='nnx.Dropout(0.1, rngs=rngs)'):
+  """What the page's block below a heading defines; another layer may stand for its dropout."""
+  below = PAGE.partition(f'## {heading}\n')[2]
+  code = re.search(r'```python\n(.*?)```', below, re.S)[1]
+  scope = {}
+  exec(compile(code.replace('nnx.Dropout(0.1, rngs=rngs)', dropout), heading, 'exec'), scope)
   return scope
 
 
@@ -44,8 +31,8 @@ def exact(scope, *args, has_aux=False):
 
 def is_exact_with_all_tangents(scope, *args, **options):
   step = lfg_jax.value_and_activity_grad(
-    scope['losses'], joint=False, distribution='haar', num_tangents=4, **options
-  )
+    scope['losses'], joint=False, distribution='haar', num_tangents=24, **options
+  )  # of 8 and of 3 units: 24 is a multiple of both
   out, grads = jax.jit(step)(*args, key=jax.random.key(3))
   value, right = exact(scope, *args, **options)
   assert jnp.allclose(out[0] if options else out, value, rtol=1e-5)
@@ -53,9 +40,8 @@ def is_exact_with_all_tangents(scope, *args, **options):
 
 
 def test_linen():
-  model = nn.Sequential([nn.Dense(4), nn.tanh, nn.Dense(2)])
-  scope = run('# Flax linen', model=model, params=model.init(jax.random.key(0), X)['params'])
-  assert is_exact_with_all_tangents(scope, scope['params'], X, Y)
+  scope = run('Flax linen')
+  assert is_exact_with_all_tangents(scope, scope['params'], scope['x'], scope['y'])
 
 
 def moving(state):
@@ -68,25 +54,23 @@ def moving(state):
 
 @pytest.mark.parametrize('middle', ['dropout', 'batch norm', 'both'])
 def test_nnx_with_state(middle):
-  rngs = nnx.Rngs(0)
-  layers = {'dropout': [nnx.Dropout(0.5, rngs=rngs)], 'batch norm': [nnx.BatchNorm(4, rngs=rngs)]}
-  layers['both'] = [*layers['dropout'], *layers['batch norm']]
-  parts = [nnx.Linear(3, 4, rngs=rngs), *layers[middle], nnx.Linear(4, 2, rngs=rngs)]
-  model = nnx.Sequential(*parts)
-  start = moving(nnx.state(model, nnx.Not(nnx.Param)))
-  scope = run('# Flax NNX', model=model)
+  layers = {'dropout': 'nnx.Dropout(0.5, rngs=rngs)', 'batch norm': 'nnx.BatchNorm(8, rngs=rngs)'}
+  layers['both'] = f'{layers["dropout"]}, {layers["batch norm"]}'
+  scope = run('Flax NNX', layers[middle])
+  start = moving(nnx.state(scope['model'], nnx.Not(nnx.Param)))
   after = moving(scope['state'])
   assert start and all((start[name] != after[name]).all() for name in start)
-  again = jax.jit(scope['step'])(scope['params'], scope['state'], X, Y, key=jax.random.key(2))
+  args = scope['params'], scope['state'], scope['x'], scope['y']
+  again = jax.jit(scope['step'])(*args, key=jax.random.key(2))
   # Other masks. Batch norm in training does not read its statistics.
   assert (again[0][0] != scope['value']) == (middle != 'batch norm')
   if middle == 'dropout':  # whose examples do not mix
-    assert is_exact_with_all_tangents(scope, scope['params'], scope['state'], X, Y, has_aux=True)
+    assert is_exact_with_all_tangents(scope, *args, has_aux=True)
 
 
 def test_equinox():
-  scope = run('# Equinox', model=eqx.nn.MLP(3, 2, 4, 2, key=jax.random.key(0)))
-  assert is_exact_with_all_tangents(scope, scope['params'], X, Y)
+  scope = run('Equinox')
+  assert is_exact_with_all_tangents(scope, scope['params'], scope['x'], scope['y'])
 
 
 @pytest.mark.parametrize('gradient', [lfg_jax.value_and_activity_grad, lfg_jax.forward_grad])
@@ -94,7 +78,8 @@ def test_what_is_no_array_is_named(gradient):
   model = eqx.nn.MLP(3, 2, 4, 2, key=jax.random.key(0))
   message = r'argument 1\.activation is custom_jvp, not an array; allowed: .*eqx.partition'
   with pytest.raises(TypeError, match=message):
-    gradient(lambda x, model: jax.vmap(model)(x).sum(1), 1)(X, model, key=jax.random.key(0))
+    x = jnp.ones((6, 3))
+    gradient(lambda x, model: jax.vmap(model)(x).sum(1), 1)(x, model, key=jax.random.key(0))
   with pytest.raises(TypeError, match=r"argument 0\['name'\] is str, not an array"):
     gradient(lambda w: w['a'])({'a': jnp.ones(2), 'name': 'w'}, key=jax.random.key(0))
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
 from lfg_jax.local import row_losses
 from lfg_jax.local.heads import Heads
@@ -78,3 +79,17 @@ def test_base_config_has_the_defaults_of_the_code():
 )
 def test_configs_are_valid(path):
   configs.validate(configs.load(str(path)))
+
+
+def test_headline(tmp_path):
+  """The README's figure has a named line for every rule, at the means of the committed runs."""
+  headline = script('headline')
+  rows = json.loads((ROOT / 'experiments/results/digits/comparison.json').read_text())['rows']
+  axes = Figure().subplots()
+  headline['errors'](axes, rows)
+  drawn = [line.get_ydata().tolist() for line in axes.lines]
+  assert drawn == [row['curve']['test_error_percent'] for row in rows]
+  names = [text.get_text().split(' ')[0] for text in axes.texts]
+  assert names == [row['algorithm'] for row in rows]
+  headline['main']([f'--out={tmp_path / "it.png"}'])
+  assert (tmp_path / 'it.png').read_bytes().startswith(b'\x89PNG')
