@@ -10,6 +10,7 @@ from types import ModuleType
 
 from lfg_jax import estimators, exact_sums
 from lfg_jax.estimators.activity_gradient import value_and_activity_grad
+from lfg_jax.estimators.comparison import compare
 from lfg_jax.estimators.diagnosis import diagnose
 from lfg_jax.estimators.forward_gradient import forward_grad, value_and_forward_grad
 from lfg_jax.estimators.marks import mark
@@ -24,6 +25,7 @@ _LATER = ('losses', 'models', 'data', 'training')
 __all__ = [
   'Sampling',
   '__version__',
+  'compare',
   'diagnose',
   'estimators',
   'forward_grad',

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from lfg_jax.training import hlo
+from lfg_jax import hlo
 
 
 def text(function, *arguments):

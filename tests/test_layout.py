@@ -10,7 +10,17 @@ import pytest
 import lfg_jax
 
 ROOT = pathlib.Path(lfg_jax.__file__).parent
-ORDER = ('errors', 'promotion', 'user_files', 'estimators', 'losses', 'models', 'data', 'training')
+ORDER = (
+  'errors',
+  'hlo',
+  'promotion',
+  'user_files',
+  'estimators',
+  'losses',
+  'models',
+  'data',
+  'training',
+)
 
 
 def imported(path):

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfg_jax import data
+from lfg_jax import data, hlo
 from lfg_jax.training import (
   algorithms,
   configs,
-  hlo,
   optimizers,
   pipeline,
   pipeline_plan,

@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lfg_jax.estimators import averaging, probing, shifted, tangents
 from lfg_jax.estimators.diagnosis_report import Diagnosis
@@ -71,6 +70,7 @@ def diagnose(
     ValueError: a number is out of range, or `value_and_activity_grad` raises it.
     TypeError: `value_and_activity_grad` raises it.
 
+  >>> import jax.numpy as jnp
   >>> from lfg_jax import tap
   >>> def losses(w, x):                       # the mean over the batch is not the example's own
   ...   h = tap(x @ w, 'h')
@@ -105,7 +105,7 @@ def diagnose(
     names = [*(tap.name for tap in function.taps), *leaves, 'all']
     law = options.get('law', tangents.rademacher)
     found = averaging.accuracies(
-      names, num_tangents, sampled, _rounding(exact), is_orthogonal=law.excess(64, 64) == 0
+      names, num_tangents, sampled, averaging.rounding(exact), is_orthogonal=law.excess(64, 64) == 0
     )
     of_taps, of_leaves = tuple(found[:count]), tuple(found[count:-1])
     size = len(sampled[0].along)
@@ -129,10 +129,3 @@ def _check(
       f'at_once={at_once}, draws={draws}, probes={probes}; allowed: an even at_once '
       'of 6 or more, and 1 or more'
     )
-
-
-def _rounding(leaves: list[jax.Array]) -> list[float]:
-  """Errors of the mean that rounding explains, relative to each leaf and to all together."""
-  least = 16 * float(jnp.finfo(jnp.float32).eps)
-  eps = [max(float(jnp.finfo(leaf.dtype).eps), least) for leaf in leaves]
-  return [*eps, max(eps)]

@@ -15,11 +15,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from lfg_jax import data
+from lfg_jax import data, hlo
 from lfg_jax.errors import UserError, one_of
 from lfg_jax.training import (
   algorithms,
-  hlo,
   optimizers,
   pipeline,
   pipeline_plan,
