@@ -1,4 +1,5 @@
-"""Steps of the site's build: notebooks become pages, formulas MathML, doctests blocks of code.
+"""Steps of the site's build: notebooks become pages, formulas MathML, doctests blocks of code, and
+pages get the tables and figures of measured results.
 
 Browsers draw MathML by themselves, so the site needs no script for it and no network.
 Notebooks are shown as they were stored; nothing is run.
@@ -15,6 +16,10 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / 'experiments' / 'notebooks'
+RESULTS = pathlib.Path(__file__).parents[1] / 'experiments' / 'results'
+RESULT = re.compile(
+  r'<!-- results: (\S+) -->'
+)  # a Markdown file in RESULTS, whose text stands here
 # As pymdownx.arithmatex leaves formulas, in lines and as blocks.
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 # Bars and slashes, which would grow and stand apart like operators.
@@ -51,6 +56,13 @@ def on_config(config: Any) -> None:
 def on_files(files: Files, config: Any) -> None:
   for path in NOTEBOOKS.glob('*.ipynb'):
     files.append(File.generated(config, page_of(path), content=notebook_as_markdown(path)))
+  for path in RESULTS.glob('estimators/*.png'):
+    name = f'results/{path.relative_to(RESULTS)}'
+    files.append(File.generated(config, name, abs_src_path=str(path)))
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+  return RESULT.sub(lambda path: (RESULTS / path[1]).read_text(), markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -26,12 +26,14 @@ class Problem(NamedTuple):
   """A network with its losses, and how its gradient is estimated there.
 
   Attributes:
+    title: in words.
     params: at initialisation.
     losses: `(params, *args) -> losses`, examples first.
     batch: `number -> args`.
     estimators: `(params, key) -> {(family, K): estimator}`, as `lfg_jax.compare` takes them.
   """
 
+  title: str
   params: PyTree
   losses: Callable
   batch: Callable[[int], tuple]
@@ -131,7 +133,7 @@ def mlp(width: int = 64, batch: int = 32) -> Problem:
       ('direct feedback alignment', 1): rivals.direct_feedback(with_error, matrices),
     }
 
-  return Problem(init(0), losses, of, estimators)
+  return Problem('MLP on digits', init(0), losses, of, estimators)
 
 
 def mixer(batch: int = 32) -> Problem:
@@ -201,7 +203,8 @@ def mixer(batch: int = 32) -> Problem:
       ('feedback alignment', 1): made('LG-FA'),
     }
 
-  return Problem(exact.init(jax.random.key(0))['params'], losses, of, estimators)
+  params = exact.init(jax.random.key(0))['params']
+  return Problem('LocalMixer on digits, local losses', params, losses, of, estimators)
 
 
 def transformer(width: int = 32, length: int = 32, batch: int = 8) -> Problem:
@@ -245,7 +248,9 @@ def transformer(width: int = 32, length: int = 32, batch: int = 8) -> Problem:
     z = tap(norm(h) @ params['logits'], 'logits', local_axes=2)
     return optax.softmax_cross_entropy_with_integer_labels(z, y) / length
 
-  return Problem(params, losses, of, lambda *_: general(losses, 'logits', (*names, 'logits')))
+  every = (*names, 'logits')
+  of_all = lambda *_: general(losses, 'logits', every)
+  return Problem('Causal transformer on text', params, losses, of, of_all)
 
 
 def recurrent(width: int = 32, symbols: int = 8, copied: int = 4, batch: int = 16) -> Problem:
@@ -288,12 +293,4 @@ def recurrent(width: int = 32, symbols: int = 8, copied: int = 4, batch: int = 1
     found = general(losses, 'logits', ('gates', 'candidate', 'logits'))
     return {**found, ('UORO', 1): online}
 
-  return Problem(params, losses, of, estimators)
-
-
-PROBLEMS = {
-  'MLP, digits': mlp,
-  'LocalMixer, digits': mixer,
-  'Transformer, text': transformer,
-  'GRU, copying': recurrent,
-}
+  return Problem('GRU that copies', params, losses, of, estimators)
