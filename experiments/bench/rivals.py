@@ -50,7 +50,7 @@ def seeded(loss: Callable, step: float = 1e-3) -> Estimator:
     return jax.tree.map(lambda w, u: w + t * u[0], params, u)
 
   def run(params: PyTree, *args: Any, key: jax.Array) -> tuple[jax.Array, PyTree]:
-    above = loss(moved(params, key, step), *args)
+    above = loss(moved(params, sampling.after(key, None), step), *args)
     below = loss(moved(params, sampling.after(key, above), -step), *args)
     slope = (above - below) / (2 * step)
     zeros = jax.tree.map(jnp.zeros_like, params)

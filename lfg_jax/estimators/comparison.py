@@ -9,6 +9,7 @@ on the machine slows down all of them alike. The draws that are timed are those 
 *Theory* is that of `prediction`.
 """
 
+import dataclasses
 import functools
 import inspect
 import time
@@ -22,7 +23,7 @@ import numpy as np
 from lfg_jax import hlo
 from lfg_jax.errors import one_of
 from lfg_jax.estimators.activity_gradient import value_and_activity_grad
-from lfg_jax.estimators.averaging import Accuracy, Collector, Draws, Part, accuracies, rounding
+from lfg_jax.estimators.averaging import Collector, Draws, Part, accuracies, rounding
 from lfg_jax.estimators.calls import Static, check_floating, wants_key
 from lfg_jax.estimators.diagnosis_report import aligned, number
 from lfg_jax.estimators.forward_gradient import value_and_forward_grad
@@ -48,7 +49,8 @@ class Row(NamedTuple):
     cosine_se: its standard error.
     bias: |E[x] - g|/|g|, without the contribution of noise.
     sigmas: bias in standard deviations: the larger one of the two tests' results.
-    is_biased: whether a test exceeds `averaging.SIGMAS`, for the whole gradient or for a leaf.
+    is_biased: whether a test exceeds `averaging.SIGMAS`, for the whole gradient or for a leaf, or an
+      estimate is not finite.
     verdict: in words.
     microseconds: median time of a call.
     temporaries: bytes that the compiled call needs besides arguments and results; None: unknown.
@@ -73,7 +75,8 @@ class Row(NamedTuple):
   draws: int
 
 
-class Comparison(NamedTuple):
+@dataclasses.dataclass(frozen=True, repr=False)
+class Comparison:
   """Prints as a table; `pandas.DataFrame(comparison.rows)` is a data frame.
 
   Attributes:
@@ -82,7 +85,7 @@ class Comparison(NamedTuple):
 
   rows: tuple[Row, ...]
 
-  def __getitem__(self, name: Any) -> Any:
+  def __getitem__(self, name: str) -> Row:
     """The row with this name."""
     found = {row.name: row for row in self.rows}
     one_of('the estimator', name, found)
@@ -97,7 +100,7 @@ class Comparison(NamedTuple):
         f'{number(row.error)} ± {row.error_se:.1g}' if row.error_se > 1e-9 else number(row.error),
         known(row.predicted, number),
         f'{row.cosine:.3f}',
-        f'{row.sigmas:.1f}' if abs(row.sigmas) < 100 else '> 100',
+        '-' if row.verdict == 'exact' else f'{row.sigmas:.1f}' if row.sigmas < 100 else '> 100',
         f'{row.microseconds:.0f}',
         known(row.temporaries, lambda x: f'{x / 1024:.0f}'),
         known(row.forward_evaluations, lambda x: f'{x:.1f}'),
@@ -342,7 +345,8 @@ def _row(
 ) -> Row:
   names = [*programs.names, 'all']
   *leaves, whole = accuracies(names, (1,), [draws], rounding(programs.truth), is_orthogonal=False)
-  wrong = [whole] * whole.is_biased or [leaf for leaf in leaves if leaf.is_biased]
+  wrong = [one for one in (whole, *leaves) if one.is_biased or not one.is_finite]
+  shown = wrong[0] if wrong else whole
   return Row(
     name,
     float(whole.error[0]),
@@ -353,15 +357,9 @@ def _row(
     whole.bias,
     max(whole.sigmas, key=abs),
     bool(wrong),
-    _verdict(whole, wrong),
+    shown.verdict if shown is whole else f'{shown.name}: {shown.verdict}',
     1e6 * float(np.median(seconds)),
     programs.temporaries(name),
     programs.forward_evaluations(name),
     len(seconds),
   )
-
-
-def _verdict(whole: Accuracy, wrong: list[Accuracy]) -> str:
-  if whole in wrong or not wrong:
-    return whole.verdict
-  return f'{wrong[0].name}: {wrong[0].verdict}'
