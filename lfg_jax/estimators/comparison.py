@@ -336,7 +336,7 @@ def _draw(
       leaves = list(zip(*map(jax.tree.leaves, values), strict=True))
       totals[name], part = add(totals[name], leaves)
       parts[name].append(part)
-  stacked = {name: Part(*map(np.stack, zip(*own, strict=True))) for name, own in parts.items()}
+  stacked = {name: Part(*map(jnp.stack, zip(*own, strict=True))) for name, own in parts.items()}
   return {name: (collect.draws(totals[name], stacked[name]), seconds[name]) for name in parts}
 
 

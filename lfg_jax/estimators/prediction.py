@@ -116,4 +116,4 @@ def _probe(function: Shifted, tap: Declared) -> Callable[[np.ndarray, np.ndarray
 
 def _overlap(gains: list[np.ndarray]) -> bool:
   """Whether a leaf hears from two taps: their errors, if joint, are then not independent."""
-  return bool((sum((gain > 0).any(0).astype(int) for gain in gains) > 1).any())
+  return bool((np.sum([(gain > 0).any(0) for gain in gains], axis=0) > 1).any())
