@@ -72,7 +72,7 @@ def test_signatures_are_whole(site):
   assert max(map(len, text.splitlines())) <= 90
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('page', ['index', 'which_estimator', 'your_own_model'])
 def test_code_blocks_run_as_they_stand(page):
   """Each in an empty namespace."""
