@@ -187,7 +187,7 @@ class Collector(NamedTuple):
   def add(self, total: list[jax.Array], values: list[jax.Array]) -> tuple[list[jax.Array], Part]:
     """Adds n draws [n, ...] of every leaf to the sum of errors; n is even, and at least 6."""
     errors = [
-      ((upcast(x) - t) / unit).reshape(len(x), -1)
+      ((upcast(x) - t[None]) / unit).reshape(len(x), -1)
       for x, t, unit in zip(values, self.truth, self.units, strict=True)
     ]
     along = jnp.stack(
@@ -219,7 +219,7 @@ class Collector(NamedTuple):
 def _traces(gram_Gxmxm: jax.Array) -> jax.Array:
   """[2, G] tr Σ² and tr Σ³ from inner products of m independent vectors."""
   m = gram_Gxmxm.shape[-1]
-  others = gram_Gxmxm * (1 - jnp.eye(m))
+  others = gram_Gxmxm * (1 - jnp.eye(m))[None]
   pairs, triples = m * (m - 1), m * (m - 1) * (m - 2)
   cube = jnp.einsum('gij,gjk,gki->g', others, others, others)
   return jnp.stack([jnp.square(others).sum((1, 2)) / pairs, cube / triples])

@@ -152,6 +152,17 @@ def test_a_scalar_function_and_masks_that_stay():
   assert [row.verdict for row in found.rows] == ['exact', 'exact']
 
 
+def strict(w, x, y):
+  return ((tap(x @ w['a'], 'z') - y) ** 2).sum(-1)
+
+
+@pytest.mark.parametrize('door', [lfg_jax.compare, lfg_jax.diagnose])
+def test_silent_promotion_may_be_forbidden(door):
+  first = ({'ours': {}, 'weights': {'perturb': 'weights'}}, strict)[door is lfg_jax.diagnose :]
+  with jax.numpy_rank_promotion('raise'), jax.numpy_dtype_promotion('strict'):
+    assert 'no bias above' in str(door(*first, draws=40)(W, X, Y, key=KEY))
+
+
 @pytest.mark.parametrize(
   ('estimators', 'options', 'error', 'message'),
   [
