@@ -1,8 +1,8 @@
 """Forward-gradient learning with local losses, in JAX and Flax.
 
-Any JAX function: `value_and_forward_grad`, `value_and_activity_grad`, `tap`, `mark`, `diagnose`. The
-folders, in reading order: `jaxpr`, `tangents`, `estimators`, `diagnosis`, `local`, `models`, `data`,
-`training`. What needs more than JAX is imported when it is first used.
+Any JAX function: `value_and_forward_grad`, `value_and_activity_grad`, `tap`, `mark`, `diagnose`,
+`compare`. The folders, in reading order: `jaxpr`, `tangents`, `estimators`, `diagnosis`, `local`,
+`models`, `data`, `training`. What needs more than JAX is imported when it is first used.
 """
 
 import importlib
@@ -16,6 +16,7 @@ from lfg_jax.tangents import distributions
 from lfg_jax.tangents.sampling import Sampling
 
 if TYPE_CHECKING:
+  from lfg_jax.diagnosis.comparison import compare
   from lfg_jax.diagnosis.diagnosing import diagnose
   from lfg_jax.estimators.marks import mark
 
@@ -23,11 +24,16 @@ _compat.ensure()
 
 __version__ = '0.1.0'
 _FOLDERS = ('jaxpr', 'tangents', 'estimators', 'diagnosis', 'local', 'models', 'data', 'training')
-_LATER = {'diagnose': 'lfg_jax.diagnosis.diagnosing', 'mark': 'lfg_jax.estimators.marks'}
+_LATER = {
+  'compare': 'lfg_jax.diagnosis.comparison',
+  'diagnose': 'lfg_jax.diagnosis.diagnosing',
+  'mark': 'lfg_jax.estimators.marks',
+}
 
 __all__ = [
   'Sampling',
   '__version__',
+  'compare',
   'diagnose',
   'distributions',
   'forward_grad',

@@ -10,7 +10,6 @@ import math
 import os
 from typing import Any, NamedTuple
 
-import hlo
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 
 from lfg_jax import data
 from lfg_jax.errors import UserError, one_of
+from lfg_jax.jaxpr import hlo
 from lfg_jax.training import optimizers, update
 from lfg_jax.training.pipeline import partition, pipeline, pipeline_plan, stage_work
 from lfg_jax.training.rules import algorithms

@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lfg_jax.diagnosis import bias_test, influence, tap_shifts
 from lfg_jax.diagnosis.report import Diagnosis
@@ -74,6 +73,7 @@ def diagnose(
     ValueError: a number is out of range, or `value_and_activity_grad` raises it.
     TypeError: `value_and_activity_grad` raises it.
 
+  >>> import jax.numpy as jnp
   >>> from lfg_jax import tap
   >>> def losses(w, x):                       # the mean over the batch is not the example's own
   ...   h = tap(x @ w, 'h')
@@ -111,7 +111,11 @@ def diagnose(
     leaves = tap_shifts.named(function.point, 'gradient')
     names = [*(tap.name for tap in function.taps), *leaves, 'all']
     found = bias_test.accuracies(
-      names, num_tangents, sampled, _rounding(exact), is_orthogonal=distribution.excess(64, 64) == 0
+      names,
+      num_tangents,
+      sampled,
+      bias_test.rounding(exact),
+      is_orthogonal=distribution.excess(64, 64) == 0,
     )
     of_taps, of_leaves = tuple(found[:count]), tuple(found[count:-1])
     size = len(sampled[0].along)
@@ -129,10 +133,3 @@ def _check(num_tangents: tuple[int, ...], draws: int, at_once: int, probes: int)
       f'at_once={at_once}, draws={draws}, probes={probes}; allowed: an even at_once '
       'of 6 or more, and 1 or more'
     )
-
-
-def _rounding(leaves: list[jax.Array]) -> list[float]:
-  """Errors of the mean that rounding explains, relative to each leaf and to all together."""
-  least = 16 * float(jnp.finfo(jnp.float32).eps)
-  eps = [max(float(jnp.finfo(leaf.dtype).eps), least) for leaf in leaves]
-  return [*eps, max(eps)]

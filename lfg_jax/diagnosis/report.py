@@ -73,7 +73,7 @@ class Diagnosis:
           tap.verdict,
         ]
       )
-    return ['Which losses do the taps influence?', *_aligned(rows, right=(2, 3, 4, 5))]
+    return ['Which losses do the taps influence?', *aligned(rows, right=(2, 3, 4, 5))]
 
   def _accuracies(self) -> list[str]:
     is_orthogonal = any(one.orthogonal for one in (*self.signals, *self.gradients, self.overall))
@@ -98,8 +98,8 @@ class Diagnosis:
       fitted = [one.limit, one.noise, one.orthogonal][: len(distribution)]
       relative = [
         *(f'{x:.3f}' for x in one.cosine),
-        *map(_number, one.error),
-        *map(_number, fitted),
+        *map(number, one.error),
+        *map(number, fitted),
         f'{one.scale:.3f}±{one.scale_se:.3f}',
       ]
       largest = max(one.sigmas, key=abs)
@@ -112,7 +112,7 @@ class Diagnosis:
       f'{" - b" if is_orthogonal else ""}); biased: above {SIGMAS:g} sigmas '
       f'({self.draws} draws)'
     )
-    return [head, *_aligned(rows, right=range(1, len(rows[0]) - 1))]
+    return [head, *aligned(rows, right=range(1, len(rows[0]) - 1))]
 
   def plot(self, axes: Any = None) -> Any:
     """Plots cosines against K with standard errors and fitted distributions, and returns the figure.
@@ -149,11 +149,11 @@ class Diagnosis:
     return axes.figure
 
 
-def _number(x: float) -> str:
+def number(x: float) -> str:
   return '0' if abs(x) < 1e-9 else f'{x:.3g}'
 
 
-def _aligned(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
   """Rows of text with aligned columns."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [

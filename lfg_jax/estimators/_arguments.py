@@ -55,7 +55,7 @@ def bind(
 
   A function with a required parameter `key` gets its own key, split from `key`.
   """
-  if _wants_key(fun, args, kwargs):
+  if wants_key(fun, args, kwargs):
     key, own = jax.random.split(key)
     kwargs = {**kwargs, 'key': own}
   numbers = positions(argnums, len(args))
@@ -69,7 +69,7 @@ def bind(
   return of_point, point, key
 
 
-def _wants_key(fun: Callable, args: tuple, kwargs: dict) -> bool:
+def wants_key(fun: Callable, args: tuple, kwargs: dict) -> bool:
   """Whether `fun` has a parameter `key` without a default that the call does not supply."""
   try:
     signature = inspect.signature(fun)

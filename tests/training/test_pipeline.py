@@ -3,7 +3,6 @@
 import functools
 import itertools
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +10,11 @@ import numpy as np
 import pytest
 
 from lfg_jax import data
+from lfg_jax.jaxpr import hlo
 from lfg_jax.training import configs, optimizers, update
 from lfg_jax.training.pipeline import partition, pipeline, pipeline_plan
 from lfg_jax.training.rules import algorithms
-from tests.runs import ROOT, STEPS, first_state, tiny
-
-sys.path.append(str(ROOT / 'experiments' / 'bench'))
-import hlo
+from tests.runs import STEPS, first_state, tiny
 
 BATCH = 64
 MIXER = {'model__size': 'S/2/4', 'model__blocks': 4}

@@ -1,7 +1,6 @@
 """What is read from a compiled program: products, collectives, loops and branches."""
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from tests.runs import ROOT
-
-sys.path.append(str(ROOT / 'experiments' / 'bench'))
-import hlo
+from lfg_jax.jaxpr import hlo
 
 
 def text(function, *arguments):
