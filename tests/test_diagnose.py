@@ -276,3 +276,15 @@ def test_what_the_gradient_refuses_is_refused():
     lfg_jax.diagnose(lambda v: jnp.square(X @ v['a']).sum((1, 2)))(V, key=KEY)
   with pytest.raises(ValueError, match="no tap 'unknown'"):
     lfg_jax.diagnose(patches, taps='unknown')(V, X, key=KEY)
+
+
+def test_skewed_draws_are_not_a_bias():
+  """The scale of one tangent is χ² - 1. Of 20,000 means over 100, at most one is a false alarm."""
+  x = np.random.default_rng(0).chisquare(1, (20_000, 100)) - 1
+  plain = np.abs(x.mean(1) / x.std(1, ddof=1) * 10)
+  found = np.array([averaging._along(row, 1e-6) for row in x])
+  assert (plain > averaging.SIGMAS).sum() > 1 >= (np.abs(found) > averaging.SIGMAS).sum()
+  for sign in (-1, 1):
+    assert sign * averaging._along(x[0] + sign * 2.0, 1e-6) > averaging.SIGMAS
+  assert abs(averaging._along(1e-9 * x[0], 1e-6)) < 1e-3
+  assert averaging._along(np.full(20, 0.1), 1e-6) > averaging.SIGMAS
