@@ -115,7 +115,8 @@ def mlp(width: int = 64, batch: int = 32) -> Problem:
   def logits(params: PyTree, x: jax.Array, back: PyTree) -> jax.Array:
     for name in names:
       z = rivals.linear(x, params[name], back[name]) if back else x @ params[name]
-      x = jnp.tanh(tap(z, name))
+      z = tap(z, name)
+      x = jnp.tanh(z)
     return z
 
   def losses(params: PyTree, x: jax.Array, y: jax.Array, back: PyTree = None) -> jax.Array:

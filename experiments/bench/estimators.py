@@ -1,6 +1,6 @@
 """Error against time and memory for estimators of a gradient, on four standard problems.
 
-    python experiments/bench/estimators.py [--problems=mlp,mixer,transformer,gru] [--draws=200]
+    python experiments/bench/estimators.py [--problems=mlp,mixer,transformer,gru] [--draws=400]
         [--steps=300] [--out=DIR]
 
 Each problem is measured at initialisation ('start') and after --steps steps of Adam along the exact
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
   """Measures, prints and writes."""
   parser = results.parser(__doc__, out='runs/estimators')
   parser.names('problems', ','.join(PROBLEMS), PROBLEMS)
-  parser.number('draws', 200, 'of every estimate', least=2)
+  parser.number('draws', 400, 'of every estimate', least=2)
   parser.number('steps', 300, 'of training')
   options = parser.parse(arguments)
   folder, rows = results.Folder(options.out, __file__, arguments), []

@@ -3,7 +3,7 @@
 *Error, cosine, bias.* All estimates x are compared with g, `jax.grad` of the mean loss, by the
 statistics of `diagnose` (`bias_test`): E|x - g|²/|g|², E[x·g]/√(E|x|² |g|²), and two tests for bias.
 
-*Time.* Every estimator is compiled by itself. Then they take turns, draw by draw, so that other work
+*Time.* Every estimator is compiled by itself. Then they take turns, a few draws each, so that other work
 on the machine slows down all of them alike. The draws that are timed are those that are compared.
 
 *Theory* is that of `prediction`.
@@ -100,7 +100,7 @@ class Comparison:
         f'{number(row.error)} ± {row.error_se:.1g}' if row.error_se > 1e-9 else number(row.error),
         known(row.predicted, number),
         f'{row.cosine:.3f}',
-        '-' if row.verdict == 'exact' else f'{row.sigmas:.1f}' if row.sigmas < 100 else '> 100',
+        '-' if row.verdict == 'exact' else f'{min(max(row.sigmas, -999), 999):.1f}',
         f'{row.microseconds:.0f}',
         known(row.temporaries, lambda x: f'{x / 1024:.0f}'),
         known(row.forward_evaluations, lambda x: f'{x:.1f}'),
@@ -178,7 +178,7 @@ def compare(
     losses: `(params, *args, **kwargs) -> losses`: arrays with examples on the first axis, or a
       scalar.
     draws: number of estimates of each estimator, rounded up to a multiple of `at_once`. More draws
-      detect a smaller bias.
+      detect a smaller bias; with fewer than 100, a very noisy estimator may seem biased.
     at_once: how many estimates are kept in memory and compared with each other; even, and at
       least 6.
 
