@@ -52,7 +52,7 @@ def python(tmp_path_factory):
     copy = shutil.copytree if path.is_dir() else shutil.copy
     copy(path, source / name)
   pip = (sys.executable, '-m', 'pip')
-  offline = ('--variance_reduced', '--no-deps', '--no-index', '--disable-pip-version-check')
+  offline = ('--quiet', '--no-deps', '--no-index', '--disable-pip-version-check')
   run(*pip, 'wheel', *offline, '--no-build-isolation', '-w', folder, source, cwd=folder)
   (wheel,) = folder.glob('*.whl')
 

@@ -101,7 +101,8 @@ def work(options: command_line.Options) -> None:
   if options.way == 'limit':
     steps //= 2
   else:
-    processes.connect(processes.Membership(options.coordinator, 2, options.process))
+    at = processes.Membership(options.coordinator, 2, options.process)
+    processes.connect(configs.base(), at)
   config = config_of(options, options.way)
   facts = step_cost.images_of(config)
   keys = jax.random.split(jax.random.key(0))

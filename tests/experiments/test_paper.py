@@ -50,7 +50,7 @@ def study(tmp_path_factory):
   with contextlib.redirect_stdout(text):
     start(out, '--rules=LG-FG-A', '--seeds=0,1')
   assert len(before) == 2 and all(path.stat().st_mtime_ns == time for path, time in before.items())
-  assert text.getvalue().count('has finished already') == 1
+  assert text.getvalue().count('finished already, after 1 epoch') == 1
   return out
 
 

@@ -142,17 +142,11 @@ def test_no_more_than_two_dispatches_are_not_done(monkeypatch):
     {'examples': jnp.ones(()), 'error': jnp.ones(())},
     jnp.full((), -1),
   )
-  variance_reduced = type(
+  quiet = type(
     'Quiet',
     (),
     {name: lambda *_, **__: None for name in ('progress', 'before', 'after', 'ask', 'stops')},
   )()
   monkeypatch.setattr(train, 'REFRESH_SECONDS', 1e9)
-  train._epoch(
-    functions,
-    state,
-    0,
-    1,
-    train.Observers(clock.Clock(0), variance_reduced, variance_reduced, variance_reduced),
-  )
+  train._epoch(functions, state, 0, 1, train.Observers(clock.Clock(0), quiet, quiet, quiet))
   assert len(ahead) == 20 and max(ahead) == train.IN_FLIGHT

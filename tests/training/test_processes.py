@@ -50,7 +50,8 @@ def ends(both):
       process.kill()
   lines = [[line for line in text.splitlines() if line.startswith('train.py: ')] for text in errors]
   assert all(
-    len(own) == 1 and 'Traceback' not in text for own, text in zip(lines, errors, strict=True)
+    len(own) == 1 and 'Traceback (most recent' not in text
+    for own, text in zip(lines, errors, strict=True)
   ), errors
   return [process.returncode for process in both], [line for (line,) in lines]
 
@@ -116,7 +117,7 @@ def driven(tmp_path, *flags, signal='', blind=False):
 
 @pytest.mark.full
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
-@pytest.mark.parametrize('flags', [[], ['--config.algorithm=LG-BP', '--config.stages=2']])
+@pytest.mark.parametrize('flags', [[], ['--config.algorithm=LG-BP', '--config.pipeline_stages=2']])
 def test_a_signal_to_one_stops_both_after_the_next_dispatch(name, flags, tmp_path):
   """Orbax asks JAX's preemption counter about steps: that must not matter. An epoch is 9, 9, 5."""
   flags = ['--config.steps_per_dispatch=9', '--config.model.blocks=2', *flags]
@@ -234,9 +235,7 @@ def test_a_rehearsal_is_the_run_of_one_process(tmp_path, objective, monkeypatch)
   )
   out, errors = again.communicate(timeout=300)
   assert (again.returncode, errors) == (0, '')
-  assert (
-    out.startswith('compiling …\nresuming') and out.count('test error') == out.count('epoch') + 1
-  )
+  assert 'compiling …\nresuming' in out and out.count('test error') == out.count('epoch') + 1
   alone.communicate(timeout=120)
   assert_same_parameters(tmp_path / 'two', tmp_path / 'one')
   rows = [

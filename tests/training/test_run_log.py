@@ -94,7 +94,7 @@ def test_what_a_run_says_and_leaves(tmp_path, monkeypatch, capsys):
   last = f'test error {100 * wrong / total:.1f} % ({wrong} of {total})'
   first, again = said
   assert first[0] == 'compiling …' and first[-1] == last and len(first) == 4
-  assert again == [f'{tmp_path / "run"} has finished already', last]
+  assert again == [f'{tmp_path / "run"}: finished already, after 2 epochs', last]
   assert titles == [('S/1/2 on digits, LG-FG-A+, seed 3', ['LG-FG-A+'])]
   rows = metrics.read_rows(tmp_path / 'run' / 'metrics.jsonl')
   rates = [value for _, name, value in events(tmp_path / 'run' / 'tensorboard') if 'rate' in name]

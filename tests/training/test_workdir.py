@@ -202,7 +202,7 @@ def test_a_new_run_starts_from_the_parameters_of_another(finished, tmp_path, mon
   assert rows(tmp_path / 'run')[0]['step'] == STEPS
   # It goes on, and is finished, whether the other is there or not.
   (tmp_path / 'run' / 'summary.json').unlink()
-  monkeypatch.setattr(train.start, 'from_run', None)
+  monkeypatch.setattr(train.warm_start, 'from_run', None)
   assert train.train(job, tmp_path / 'run')['steps'] == 2 * STEPS
 
 
