@@ -220,6 +220,9 @@ import contextlib, signal
 from lfg_jax.training import command_line
 from lfg_jax.training.hosts import preemption
 
+# A shell's background jobs ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def main(_):
   with preemption.Signals() if {while_training} else contextlib.nullcontext():
     for press in 'once', 'twice':

@@ -124,7 +124,7 @@ def test_no_more_than_two_dispatches_are_not_done(monkeypatch):
 
   @jax.jit
   def step(state):
-    busy = jax.lax.fori_loop(0, 500, lambda _, x: jnp.sin(x), jnp.ones(10_000)).sum()
+    busy = jax.lax.fori_loop(0, 2000, lambda _, x: jnp.sin(x), jnp.ones(10_000)).sum()
     return state._replace(step=state.step + 1, bad_step=jnp.where(busy > 1e9, 1, -1))
 
   def steps(state, count, inputs):
